@@ -1,0 +1,284 @@
+"""The one place where a backend is chosen, and where the others say why they were not.
+
+A call travels one way:
+
+    module -> ops.<op>() (checks, autocast) -> autograd Function -> opaque torch op -> backend's launcher -> kernel
+
+`Op` builds the middle of that road for one op: a forward and a backward torch op with fake implementations, and the
+autograd Function over them. The choice among backends is made inside the opaque op, at run time, so a compiled graph
+follows `use()` without recompiling, and any backend's backward can follow any other's forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+BACKENDS = ("triton", "ext", "reference")
+_DEFAULT_ORDER = {"cuda": BACKENDS, "cpu": ("ext", "reference")}
+_NAMESPACE = "vitkernels"
+_library = torch.library.Library(_NAMESPACE, "DEF")  # held: the ops live as long as it does
+
+
+class BackendError(RuntimeError):
+    """No backend in the order can serve the call; the message holds each one's reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel launch as `record()` saw it: which backend ran, and what each one ahead of it answered."""
+
+    op: str
+    direction: str  # "forward" or "backward"
+    backend: str
+    declined: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """What a backend brings for one op. `why_not(direction, args)` gives a sentence, or None when it can serve."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    why_not: Callable[[str, tuple[Any, ...]], str | None]
+
+
+OPS: dict[str, Op] = {}
+_records: list[list[Call]] = []
+_warned: set[str] = set()
+
+
+# ---------------------------------------------------------------------------------------------------- which backend
+
+
+def _parse_order(names: Sequence[str], source: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{source}: unknown backend {name!r}; needs one of {', '.join(map(repr, BACKENDS))}")
+    if not names:
+        raise ValueError(f"{source}: got no backend; needs at least one of {', '.join(map(repr, BACKENDS))}")
+    return tuple(dict.fromkeys(names))
+
+
+_order: tuple[str, ...] | None = None  # None: the default order of the device
+if os.environ.get("VITKERNELS_BACKEND"):
+    _order = _parse_order(
+        [name.strip() for name in os.environ["VITKERNELS_BACKEND"].split(",")], "environment variable VITKERNELS_BACKEND"
+    )
+
+
+class use:
+    """Set the order in which backends are asked: `vk.use("ext", "reference")`, or only one: `vk.use("triton")`.
+
+    As a statement it holds until the next one; `with vk.use(...):` restores what was before. It holds for the whole
+    process (backward passes run on autograd's own threads). With no backend left that can serve, a call raises
+    `BackendError` with every reason. The variable VITKERNELS_BACKEND="ext,reference" sets the first order.
+
+    Raises:
+        ValueError: a name that is not a backend, or none given.
+    """
+
+    def __init__(self, *backends: str) -> None:
+        global _order
+        order = _parse_order(backends, "use")
+        self._previous, _order = _order, order
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        global _order
+        _order = self._previous
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """The backends that a call on this type of device asks, first to last."""
+    return _order or _DEFAULT_ORDER.get(device_type, ("reference",))
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Call]]:
+    """Collect a `Call` for every kernel launched inside the block, forward and backward, in order."""
+    calls: list[Call] = []
+    _records.append(calls)
+    try:
+        yield calls
+    finally:
+        # by identity: two records opened around the same calls are equal lists
+        _records[:] = [each for each in _records if each is not calls]
+
+
+def why_not(backend: str) -> str | None:
+    """A sentence that says why a backend is not there at all on this machine, or None when it is."""
+    if backend == "ext":
+        from vitkernels import ext
+
+        return ext.why_not()
+    if backend == "triton":
+        if not any("triton" in op.implementations for op in OPS.values()):
+            return "no Triton kernel is registered in this version"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+    return None
+
+
+def backends() -> Backends:
+    """Which backends are there, and why the rest is not: print it, or read it as a dictionary of sentences."""
+    return Backends({name: why_not(name) or "available" for name in BACKENDS})
+
+
+class Backends(dict[str, str]):
+    """`{"triton": "no CUDA device ...", "ext": "available", ...}`, printed one backend a line."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<10} {status}" for name, status in self.items())
+
+    __repr__ = __str__
+
+
+# ------------------------------------------------------------------------------------------------------- one op
+
+
+class Op:
+    """A pair of opaque torch ops (forward, backward), the autograd Function over them, and their backends.
+
+    Args:
+        name: the op's name in every room of the package; the torch ops are `vitkernels::<name>` and
+            `vitkernels::<name>_backward`.
+        schema: arguments and results of the forward op, without the name. What backward needs of the results is part
+            of it, so that backends can be mixed. No result may share memory with an argument or another result.
+        backward_schema: the same for the backward op; a gradient that was not asked for is a tensor of no elements.
+        fake, fake_backward: shapes, strides and dtypes of the results, for tracing.
+        setup_context: saves for backward, as `torch.autograd.Function.setup_context`.
+        gradients: the backward formula `(ctx, *grad_outputs) -> grads`; it calls `op.backward(...)`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        backward_schema: str,
+        *,
+        fake: Callable[..., Any],
+        fake_backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        gradients: Callable[..., Any],
+    ) -> None:
+        self.name = name
+        self.schemas = {name: schema, f"{name}_backward": backward_schema}
+        self.implementations: dict[str, Implementation] = {}
+        self.forward_op = self._define(name, schema, "forward", fake)
+        self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
+        # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
+        torch.library.register_autograd(
+            f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library
+        )
+        torch.library.register_autograd(
+            f"{_NAMESPACE}::{name}_backward", _no_double_backward(name), lib=_library
+        )
+        self.function = _function(name, self.forward_op, setup_context, gradients)
+        self.backward_function = _function(
+            f"{name}_backward", self.backward_op, lambda ctx, inputs, output: None, _no_double_backward(name)
+        )
+        OPS[name] = self
+
+    def _define(self, name: str, schema: str, direction: str, fake: Callable[..., Any]) -> Any:
+        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, lambda *args: self._run(direction, args), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+    def register(
+        self,
+        backend: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        why_not: Callable[[str, tuple[Any, ...]], str | None] = lambda direction, args: None,
+    ) -> None:
+        """Add a backend's launchers; they take the schema's arguments in order."""
+        self.implementations[backend] = Implementation(forward, backward, why_not)
+
+    def __call__(self, *args: Any) -> Any:
+        """The forward op, differentiable."""
+        if torch.compiler.is_compiling() or not _needs_function(args):
+            return self.forward_op(*args)
+        return self.function.apply(*args)
+
+    def backward(self, *args: Any) -> Any:
+        """The backward op; asking for its own gradient raises."""
+        if torch.compiler.is_compiling() or not _needs_function(args):
+            return self.backward_op(*args)
+        return self.backward_function.apply(*args)
+
+    def why_not(self, backend: str, direction: str, args: tuple[Any, ...]) -> str | None:
+        """A sentence that says why a backend cannot serve this call, or None when it can."""
+        reason = why_not(backend)
+        if reason is not None:
+            return reason
+        implementation = self.implementations.get(backend)
+        if implementation is None:
+            return f"no {backend} kernel is registered for {self.name}"
+        return implementation.why_not(direction, args)
+
+    def _run(self, direction: str, args: tuple[Any, ...]) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        declined: list[tuple[str, str]] = []
+        for backend in order(device.type):
+            reason = self.why_not(backend, direction, args)
+            if reason is not None:
+                declined.append((backend, reason))
+                continue
+            if _order is None and backend == "reference" and declined:
+                _warn_once(self.name, declined)
+            for calls in _records:
+                calls.append(Call(self.name, direction, backend, tuple(declined)))
+            launch = getattr(self.implementations[backend], direction)
+            if torch.is_autocast_enabled(device.type):
+                # dtypes were settled before the op; inside it, autocast would cast again
+                with torch.autocast(device.type, enabled=False):
+                    return launch(*args)
+            return launch(*args)
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
+        raise BackendError(f"{self.name} ({direction}): no backend in use can serve this call. {reasons}")
+
+
+def _needs_function(args: tuple[Any, ...]) -> bool:
+    grad = torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    return grad or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _function(name: str, op: Any, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Any:
+    def forward(*args: Any) -> Any:
+        return op(*args)
+
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # cached: read at every apply
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(gradients),
+    }
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _no_double_backward(name: str) -> Callable[..., Any]:
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"vitkernels: {name} does not support double backward (create_graph=True, grad of grad)")
+
+    return gradients
+
+
+def _warn_once(name: str, declined: list[tuple[str, str]]) -> None:
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
+    if reasons not in _warned:
+        _warned.add(reasons)
+        warnings.warn(f"vitkernels: {name} runs on the plain-torch reference, which is slow. {reasons}", stacklevel=4)

@@ -1,0 +1,75 @@
+"""Loads the compiled extension, and remembers why it could not.
+
+The extension implements the schemas that `dispatch` and the op pages define, under the namespace `vitkernels_ext`: C++
+under the CPU key today. It is loaded at the first call that asks for it, never at import.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vitkernels import dispatch
+
+ISAS = ("baseline", "avx2", "avx512")
+_NAMESPACE = "vitkernels_ext"
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_library = torch.library.Library(_NAMESPACE, "DEF")
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Load the extension once; a sentence that says why it is not there, or None."""
+    try:
+        importlib.import_module("vitkernels._C")
+    except ImportError as error:
+        return f"the compiled extension did not load ({error}); build it with: pip install --no-build-isolation -e ."
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    torch.ops.vitkernels_ext.configure("onednn", int(onednn))
+    return None
+
+
+def isa(name: str | None = None) -> str:
+    """The instruction set that the vector kernels run on; with a name, switch to it (for tests and benchmarks).
+
+    Raises:
+        ValueError: a name that is not in `ISAS`, or one that this processor does not have.
+    """
+    if name is not None and name not in ISAS:
+        raise ValueError(f"isa: unknown instruction set {name!r}; needs one of {', '.join(map(repr, ISAS))}")
+    reason = why_not()
+    if reason is not None:
+        raise dispatch.BackendError(f"isa: {reason}")
+    wanted = -1 if name is None else ISAS.index(name)
+    now = torch.ops.vitkernels_ext.configure("isa", wanted)
+    if name is not None and ISAS[now] != name:
+        raise ValueError(f"isa: this processor does not have {name!r}; it has up to {ISAS[now]!r}")
+    return ISAS[now]
+
+
+def _call_why_not(direction: str, args: tuple[Any, ...]) -> str | None:
+    for arg in args:
+        if not isinstance(arg, torch.Tensor):
+            continue
+        if arg.device.type != "cpu":
+            return f"the extension was built for the CPU alone, and a tensor is on {arg.device}"
+        if arg.is_floating_point() and arg.dtype not in _DTYPES:
+            return f"the extension has no kernel for {arg.dtype}"
+    return None
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+def register() -> None:
+    """Give every op its compiled backend; the schemas are the op pages' own."""
+    _library.define("configure(str name, int value) -> int")
+    for op in dispatch.OPS.values():
+        for name, schema in op.schemas.items():
+            _library.define(f"{name}{schema}")
+        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), _call_why_not)

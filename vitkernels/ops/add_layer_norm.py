@@ -1,0 +1,218 @@
+"""add_layer_norm: residual + bias + LayerScale + DropPath + LayerNorm in one pass over memory, each way.
+
+    total  = x + row_scale[b] * scale * (branch + branch_bias)
+    normed = (total - mean) / sqrt(var + eps) * weight + bias
+
+Every Transformer sub-layer ends in the first line and the next one begins with the second, so one op serves both:
+`normed` feeds the next sub-layer, `total` goes on as its residual. LayerNorm is Ba et al. 2016, LayerScale Touvron et
+al. 2021 (CaiT), DropPath Huang et al. 2016 (stochastic depth).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels.dispatch import Op
+from vitkernels.ops import _check
+from vitkernels.ops._amp import accumulate_dtype, given, nothing, wide
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    branch_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a sub-layer's branch to the residual stream and normalise the sum.
+
+    Args:
+        x: residual stream, [B, ..., D], floating point, any strides.
+        branch: the sub-layer's output, x's shape; None for a plain LayerNorm. Its dtype may differ from x's: the sum
+            is in the wider of the two, as eager addition has it.
+        weight, bias: LayerNorm's parameters, [D].
+        eps: added to the variance.
+        branch_bias: [D], added to the branch first: the bias of the projection that made it. Its gradient is summed
+            here, where it is born, and needs no pass of its own.
+        scale: LayerScale's gamma, [D].
+        row_scale: DropPath's factor for each sample, [B]: 0 or 1 / keep_prob.
+        out_dtype: dtype of normed; the default is total's. A consumer that multiplies in bfloat16 wants it so.
+
+    Returns:
+        (total, normed), both of x's shape. With branch=None total is x itself.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor.
+        ValueError: shapes that do not fit, tensors on different devices, or a factor without a branch.
+    """
+    name = "add_layer_norm"
+    vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias, "scale": scale}
+    _check.is_tensor(name, x=x, branch=branch, row_scale=row_scale, **vectors)
+    _check.is_floating(name, x=x, branch=branch, row_scale=row_scale, **vectors)
+    _check.has_rank(name, "x", x, "[D]", at_least=True)
+    _check.has_shape(name, "branch", branch, x.shape, "x's shape")
+    for vector_name, vector in vectors.items():
+        _check.has_shape(name, vector_name, vector, x.shape[-1:], "x's last axis")
+    if row_scale is not None:
+        _check.has_rank(name, "x", x, "[B, D]", at_least=True)
+    _check.has_shape(name, "row_scale", row_scale, x.shape[:1], "one factor a sample, x's first axis")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name}: argument 'x' has shape {list(x.shape)}; needs a last axis of 1 or more")
+    for factor_name, factor in (("branch_bias", branch_bias), ("scale", scale), ("row_scale", row_scale)):
+        if branch is None and factor is not None:
+            raise ValueError(f"{name}: argument '{factor_name}' is given while 'branch' is None; needs a branch to act on")
+    if branch is not None:
+        x = x.to(torch.promote_types(x.dtype, branch.dtype))
+    total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
+    return (x if branch is None else total), normed
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, branch, weight, bias, _, branch_bias, scale, row_scale, _ = inputs
+    total, _, mean, rstd = output
+    needs_branch = any(factor is not None and factor.requires_grad for factor in (scale, row_scale))
+    ctx.save_for_backward(
+        x if branch is None else total,
+        branch if needs_branch else None,
+        weight,
+        mean,
+        rstd,
+        branch_bias if needs_branch else None,
+        scale,
+        row_scale,
+    )
+    ctx.branch_dtype = None if branch is None else branch.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = ctx.saved_tensors
+    x_, branch_, weight_, bias_, _, branch_bias_, scale_, row_scale_, _ = ctx.needs_input_grad
+    needs = [x_, branch_, weight_, bias_, branch_bias_, scale_, row_scale_]
+    if ctx.branch_dtype is None:
+        dtotal = None
+    if dtotal is None and dnormed is None:
+        return (None,) * 9
+    # where nothing scales the branch and dtypes agree, its gradient is x's: the same tensor, not a second pass
+    shared = scale is None and row_scale is None and ctx.branch_dtype == total.dtype
+    if shared:
+        needs[:2] = [x_ or branch_, False]
+    dx, dbranch, dweight, dbias, dbranch_bias, dscale, drow_scale = op.backward(
+        dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, ctx.branch_dtype, needs
+    )
+    return (
+        given(x_, dx),
+        given(branch_, dx if shared else dbranch),
+        given(weight_, dweight),
+        given(bias_, dbias),
+        None,
+        given(branch_bias_, dbranch_bias),
+        given(scale_, dscale),
+        given(row_scale_, drow_scale),
+        None,
+    )
+
+
+def _fake(x: Tensor, branch: Tensor | None, weight: Tensor, bias, eps, branch_bias, scale, row_scale, out_dtype):
+    statistics = accumulate_dtype(x.dtype)
+    return (
+        nothing(x) if branch is None else x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(x.shape[:-1], dtype=statistics),
+        x.new_empty(x.shape[:-1], dtype=statistics),
+    )
+
+
+def _fake_backward(
+    dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
+):
+    width = total.shape[-1:]
+    accumulate = mean.dtype
+    return (
+        total.new_empty(total.shape) if needs[0] else nothing(total),
+        total.new_empty(total.shape, dtype=branch_dtype) if needs[1] else nothing(total),
+        weight.new_empty(width) if needs[2] else nothing(total),
+        weight.new_empty(width) if needs[3] else nothing(total),
+        total.new_empty(width, dtype=accumulate) if needs[4] else nothing(total),
+        total.new_empty(width, dtype=accumulate) if needs[5] else nothing(total),
+        total.new_empty(total.shape[:1], dtype=accumulate) if needs[6] else nothing(total),
+    )
+
+
+def _per_row(row_scale: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1] beside `like`'s [B, ..., D]."""
+    return wide(row_scale).reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _scaled(branch: Tensor, branch_bias: Tensor | None, scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    value = wide(branch)
+    if branch_bias is not None:
+        value = value + wide(branch_bias)
+    if scale is not None:
+        value = value * wide(scale)
+    return value if row_scale is None else value * _per_row(row_scale, branch)
+
+
+def _reference(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype):
+    total = x if branch is None else (wide(x) + _scaled(branch, branch_bias, scale, row_scale)).to(x.dtype)
+    value = wide(total)
+    mean = value.mean(-1)
+    centred = value - mean.unsqueeze(-1)
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    normed = centred * rstd.unsqueeze(-1) * wide(weight)
+    if bias is not None:
+        normed = normed + wide(bias)
+    return nothing(x) if branch is None else total, normed.to(out_dtype).contiguous(), mean, rstd
+
+
+def _reference_backward(
+    dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
+):
+    rows = tuple(range(total.dim() - 1))  # every axis but the last
+    normalised = (wide(total) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    dy = torch.zeros_like(normalised) if dnormed is None else wide(dnormed).to(normalised.dtype)
+    inner = dy * wide(weight)
+    correction = inner.mean(-1, keepdim=True) + normalised * (inner * normalised).mean(-1, keepdim=True)
+    g = (inner - correction) * rstd.unsqueeze(-1)
+    if dtotal is not None:
+        g = g + wide(dtotal)
+    factor = _scaled(torch.ones_like(g), None, scale, row_scale)
+    accumulate = mean.dtype
+
+    def total_over(value: Tensor, dtype: torch.dtype) -> Tensor:
+        return (value.sum(rows) if rows else value.clone()).to(dtype)
+
+    biased = None if branch is None else _scaled(branch, branch_bias, None, None)
+    return (
+        g.to(total.dtype).contiguous() if needs[0] else nothing(total),
+        (g * factor).to(branch_dtype).contiguous() if needs[1] else nothing(total),
+        total_over(dy * normalised, weight.dtype) if needs[2] else nothing(total),
+        total_over(dy, weight.dtype) if needs[3] else nothing(total),
+        total_over(g * factor, accumulate) if needs[4] else nothing(total),
+        total_over(g * _scaled(biased, None, None, row_scale), accumulate) if needs[5] else nothing(total),
+        (g * _scaled(biased, None, scale, None)).flatten(1).sum(1) if needs[6] else nothing(total),
+    )
+
+
+op = Op(
+    "add_layer_norm",
+    "(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, Tensor? branch_bias, Tensor? scale, "
+    "Tensor? row_scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor? branch, Tensor weight, Tensor mean, Tensor rstd, "
+    "Tensor? branch_bias, Tensor? scale, Tensor? row_scale, ScalarType? branch_dtype, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
+op.register("reference", _reference, _reference_backward)

@@ -1,0 +1,266 @@
+"""attention: softmax(q k^T * scale + mask) v without the N x N matrix, forward and backward.
+
+Vaswani et al. 2017, computed tile by tile as in FlashAttention (Dao et al. 2022): what is saved for backward is the
+output and the log-sum-exp of each row of scores. `attention` takes q, k and v apart; `attention_qkv` takes the packed
+projection [B, N, 3, H, K] that ViTs compute, reads it in place and writes one packed gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels.dispatch import Op
+from vitkernels.ops import _check
+from vitkernels.ops._amp import accumulate_dtype, autocast, given, nothing, wide
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention, as `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        q: [B, H, Nq, K], floating point, any strides.
+        k, v: [B, H, Nk, K], q's dtype (autocast casts all three).
+        attn_mask: broadcastable to [B, H, Nq, Nk]: bool (True takes part) or floating point, added to the scores; its
+            gradient is given when it asks for one. A row with nothing to attend to gives zeros and zero gradients.
+        is_causal: query i sees keys 0 to i; not together with a mask.
+        scale: factor on the scores, 1 / sqrt(K) by default.
+
+    Returns:
+        [B, H, Nq, K] in q's dtype, laid out in memory as [B, Nq, H, K]: merging the heads costs no copy.
+
+    Raises:
+        TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.
+        ValueError: shapes that do not fit, tensors on different devices, or a mask beside is_causal.
+    """
+    name = "attention"
+    _check.is_tensor(name, q=q, k=k, v=v, attn_mask=attn_mask)
+    _check.is_floating(name, q=q, k=k, v=v)
+    for tensor_name, tensor, layout in (("q", q, "[B, H, Nq, K]"), ("k", k, "[B, H, Nk, K]"), ("v", v, "[B, H, Nk, K]")):
+        _check.has_rank(name, tensor_name, tensor, layout)
+    batch, heads, queries, width = q.shape
+    _check.has_shape(name, "k", k, (batch, heads, k.shape[2], width), "q's batch, heads and width")
+    _check.has_shape(name, "v", v, k.shape, "k's shape")
+    _check_width(name, "q", q, width)
+    mask = _check_mask(name, attn_mask, is_causal, (batch, heads, queries, k.shape[2]))
+    q, k, v = autocast(q, k, v)  # type: ignore[assignment]
+    _check.same_dtype(name, q=q, k=k, v=v)
+    out, _ = op(q, k, v, mask, is_causal, 1 / math.sqrt(width) if scale is None else float(scale))
+    return out
+
+
+def attention_qkv(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Self-attention on the packed projection, without splitting or permuting it.
+
+    Args:
+        qkv: [B, N, 3 * D], its last axis laid out as [3, H, K] with D = H * K, floating point, any strides.
+        num_heads: H; must divide D.
+        attn_mask, is_causal, scale: as in `attention`.
+
+    Returns:
+        [B, N, D] in qkv's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `attention`; also a last axis that is not 3 * H * K.
+    """
+    name = "attention_qkv"
+    _check.is_tensor(name, qkv=qkv, attn_mask=attn_mask)
+    _check.is_floating(name, qkv=qkv)
+    _check.has_rank(name, "qkv", qkv, "[B, N, 3 * D]")
+    batch, tokens, packed = qkv.shape
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"{name}: argument 'num_heads' is {num_heads!r}; needs an int of 1 or more")
+    if packed % (3 * num_heads) != 0:
+        raise ValueError(
+            f"{name}: argument 'qkv' has a last axis of {packed}; needs a multiple of 3 * num_heads = {3 * num_heads}"
+        )
+    width = packed // (3 * num_heads)
+    _check_width(name, "qkv", qkv, width)
+    mask = _check_mask(name, attn_mask, is_causal, (batch, num_heads, tokens, tokens))
+    (qkv,) = autocast(qkv)  # type: ignore[assignment]
+    out, _ = op_qkv(qkv, num_heads, mask, is_causal, 1 / math.sqrt(width) if scale is None else float(scale))
+    return out
+
+
+def _check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
+    if width == 0:
+        raise ValueError(f"{op_name}: argument '{name}' has shape {list(tensor.shape)}; needs a head width of 1 or more")
+
+
+def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[int, ...]) -> Tensor | None:
+    """The mask with four axes, each of size 1 or the scores'."""
+    if mask is None:
+        return None
+    if is_causal:
+        raise ValueError(f"{name}: arguments 'attn_mask' and 'is_causal' are both given; needs one of them")
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise TypeError(f"{name}: argument 'attn_mask' has dtype {mask.dtype}; needs bool or floating point")
+        _check.is_floating(name, attn_mask=mask)
+    fits = mask.dim() <= 4 and all(
+        size in (1, score) for size, score in zip(reversed(mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: argument 'attn_mask' has shape {list(mask.shape)}; "
+            f"needs one that broadcasts to [B, H, Nq, Nk] = {list(scores)}"
+        )
+    return mask[(None,) * (4 - mask.dim())]
+
+
+# ------------------------------------------------------------------------------------------------------ q, k, v apart
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, mask, ctx.is_causal, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, mask)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    q, k, v, out, lse, mask = ctx.saved_tensors
+    needs_mask = ctx.needs_input_grad[3]
+    dq, dk, dv, dmask = op.backward(dout, q, k, v, out, lse, mask, ctx.is_causal, ctx.scale, needs_mask)
+    return dq, dk, dv, given(needs_mask, dmask), None, None
+
+
+def _heads_last(like: Tensor) -> Tensor:
+    """An empty [B, H, N, K] laid out as [B, N, H, K]."""
+    batch, heads, tokens, width = like.shape
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return _heads_last(q), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+
+
+def _fake_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_mask):
+    dmask = mask.new_empty(mask.shape) if needs_mask else nothing(q)
+    return _heads_last(q), _heads_last(k), _heads_last(v), dmask
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    scores = wide(q) @ wide(k).transpose(-1, -2) * scale
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+
+
+def _reference(q, k, v, mask, is_causal, scale):
+    scores = _scores(q, k, mask, is_causal, scale)
+    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
+    # +inf where a row has nothing to attend to: every weight exp(score - lse) is then 0, here and in backward
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    out = (scores - lse.unsqueeze(-1)).exp() @ wide(v)
+    return out.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2), lse
+
+
+def _reference_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_mask):
+    weights = (_scores(q, k, mask, is_causal, scale) - lse.unsqueeze(-1)).exp()
+    g = wide(dout)
+    delta = (g * wide(out)).sum(-1, keepdim=True)
+    dscores = weights * (g @ wide(v).transpose(-1, -2) - delta)
+    dq, dk = dscores @ wide(k) * scale, dscores.transpose(-1, -2) @ wide(q) * scale
+    dv = weights.transpose(-1, -2) @ g
+    dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2) for grad in (dq, dk, dv))
+    dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous() if needs_mask else nothing(q)
+    return dq, dk, dv, dmask
+
+
+op = Op(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor)",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask, bool is_causal, "
+    "float scale, bool needs_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
+op.register("reference", _reference, _reference_backward)
+
+
+# ------------------------------------------------------------------------------------------------------- packed q, k, v
+
+
+def _setup_context_qkv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    qkv, ctx.num_heads, mask, ctx.is_causal, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse, mask)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_qkv(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 5
+    qkv, out, lse, mask = ctx.saved_tensors
+    needs_mask = ctx.needs_input_grad[2]
+    dqkv, dmask = op_qkv.backward(dout, qkv, out, lse, ctx.num_heads, mask, ctx.is_causal, ctx.scale, needs_mask)
+    return dqkv, None, given(needs_mask, dmask), None, None
+
+
+def _fake_qkv(qkv: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=accumulate_dtype(qkv.dtype))
+    return qkv.new_empty(batch, tokens, packed // 3), lse
+
+
+def _fake_backward_qkv(dout, qkv, out, lse, num_heads, mask, is_causal, scale, needs_mask):
+    return qkv.new_empty(qkv.shape), mask.new_empty(mask.shape) if needs_mask else nothing(qkv)
+
+
+def _unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """[B, N, 3 * D] -> q, k and v, each [B, H, N, K]; views."""
+    batch, tokens, packed = qkv.shape
+    width = packed // (3 * num_heads)
+    return qkv.unflatten(-1, (3, num_heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _reference_qkv(qkv, num_heads, mask, is_causal, scale):
+    out, lse = _reference(*_unpack(qkv, num_heads), mask, is_causal, scale)
+    return out.transpose(1, 2).flatten(2), lse
+
+
+def _reference_backward_qkv(dout, qkv, out, lse, num_heads, mask, is_causal, scale, needs_mask):
+    q, k, v = _unpack(qkv, num_heads)
+    dout, out = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in (dout, out))
+    *grads, dmask = _reference_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_mask)
+    return torch.stack([grad.transpose(1, 2) for grad in grads], dim=2).flatten(2), dmask
+
+
+op_qkv = Op(
+    "attention_qkv",
+    "(Tensor qkv, int num_heads, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor)",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads, Tensor? attn_mask, bool is_causal, "
+    "float scale, bool needs_mask) -> (Tensor, Tensor)",
+    fake=_fake_qkv,
+    fake_backward=_fake_backward_qkv,
+    setup_context=_setup_context_qkv,
+    gradients=_gradients_qkv,
+)
+op_qkv.register("reference", _reference_qkv, _reference_backward_qkv)
