@@ -1,0 +1,53 @@
+"""When a module's weights may be read by a fused op, and when the module itself must be called."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from vitkernels import ops
+from vitkernels.ops._amp import autocast_dtype
+
+
+def is_stock(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling the module does just what one of these classes does with plain weights.
+
+    A subclass, a wrapper (LoRA, parametrization, FSDP), a hook, a replaced `forward` or a weight that is a tensor
+    subclass (sharded, quantized) does more: such a module is called, never read around.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return (
+        type(module) in kinds
+        and not hooked
+        and "forward" not in module.__dict__
+        and not torch_module._has_any_global_hook()
+        and not any(hasattr(type(weight), "__tensor_flatten__") for weight in module._parameters.values())
+    )
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether the module is a LayerNorm over the last axis that `ops.add_layer_norm` can stand for."""
+    return is_stock(module, nn.LayerNorm) and module.weight is not None and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+
+
+def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """norm(x); with `out_dtype`, rounded to the dtype that its consumer multiplies in."""
+    if not is_layer_norm(norm):
+        return norm(x)
+    return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
+
+
+def linear(projection: nn.Module, x: Tensor) -> Tensor:
+    """projection(x), through `ops.linear` where it is a stock Linear."""
+    if not is_stock(projection, nn.Linear):
+        return projection(x)
+    return ops.linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+
+
+def operand_dtype(first: nn.Module, x: Tensor) -> torch.dtype | None:
+    """The dtype in which a norm hands x's normalised values to the Linear `first`; None leaves them in x's.
+
+    Under autocast the Linear would round them anyway, so they are written rounded; any other module gets them whole.
+    """
+    return autocast_dtype(x) if is_stock(first, nn.Linear) and x.dtype != torch.float64 else None

@@ -1,0 +1,227 @@
+"""The Vision Transformer (Dosovitskiy et al. 2020) on fused ops, with timm's argument names and state_dict keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitkernels.nn import _check
+from vitkernels.nn._stock import is_layer_norm, is_stock, layer_norm
+from vitkernels.nn.block import Block
+from vitkernels.nn.mlp import ACTIVATIONS
+from vitkernels.nn.patch_embed import PatchEmbed, place
+from vitkernels.nn.pos_embed import resize_pos_embed
+
+POOLS = ("token", "avg", "")
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm Vision Transformer; checkpoints of timm's `vision_transformer` load strictly, and the other way.
+
+    `load_state_dict` takes a table of positions of another square grid and interpolates it to this model's; one that
+    holds NaN raises ValueError before anything is loaded.
+
+    Args:
+        img_size: usual image size in pixels, int or (height, width), a multiple of patch_size.
+        patch_size: int or (height, width).
+        in_chans: C, the image's channels.
+        num_classes: width of the head; 0 for none.
+        global_pool: what the head sees: "token" (the class token), "avg" (the mean of the patches, then LayerNorm
+            `fc_norm`) or "" (every token).
+        embed_dim: D.
+        depth: blocks.
+        num_heads: H; must divide D.
+        mlp_ratio: the feed-forward's hidden width over D.
+        qkv_bias: whether the packed projection has a bias.
+        qk_norm: LayerNorm over the head width on q and k.
+        init_values: where LayerScale starts; None for none.
+        class_token: whether there is one.
+        reg_tokens: number of registers (Darcet et al. 2023), placed after the class token.
+        no_embed_class: positions for the patches alone.
+        drop_path_rate: of the last block, 0 to below 1; growing linearly from 0 at the first.
+        activation: of the feed-forward, as in `Mlp`.
+        mean, std: C numbers each, in [0, 1] pixel units: images come as pixels and are normalised on their way in.
+        eps: of all norms.
+
+    Raises:
+        ValueError: an argument out of range, or two that do not fit together.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        no_embed_class: bool = False,
+        drop_path_rate: float = 0.0,
+        activation: str = "gelu",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        owner = "VisionTransformer"
+        _check.positive(owner, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        _check.not_negative(owner, num_classes=num_classes, reg_tokens=reg_tokens)
+        _check.divisible(owner, "embed_dim", embed_dim, "num_heads", num_heads)
+        _check.one_of(owner, "global_pool", global_pool, POOLS)
+        _check.one_of(owner, "activation", activation, ACTIVATIONS)
+        _check.rate(owner, "drop_path_rate", drop_path_rate)
+        if global_pool == "token" and not class_token:
+            raise ValueError(f"{owner}: argument 'class_token' is False with global_pool='token'; needs a class token")
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = self.embed_dim = embed_dim
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.no_embed_class = no_embed_class
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, mean=mean, std=std)
+        rows = self.patch_embed.num_patches + self._pos_prefixes
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim))
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    init_values=init_values,
+                    drop_path=rate,
+                    activation=activation,
+                    eps=eps,
+                )
+                for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+            )
+        )
+        pooled = global_pool == "avg"  # the mean is taken of raw tokens and normalised after
+        self.norm = nn.Identity() if pooled else nn.LayerNorm(embed_dim, eps=eps)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=eps) if pooled else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+        self.register_load_state_dict_pre_hook(_fit_pos_embed)
+
+    @property
+    def _pos_prefixes(self) -> int:
+        """Rows of the position table that stand for prefix tokens."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    def init_weights(self) -> None:
+        """Draw new weights, as timm does: truncated normal of 0.02 for Linear and positions, biases 0."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimizers should not decay."""
+        return {"pos_embed", "cls_token", "reg_token"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Classify a batch of images.
+
+        Args:
+            image: [B, C, H, W], floating point or uint8 (scaled to [0, 1]). H and W may differ from img_size by
+                multiples of the patch: the positions are interpolated.
+
+        Returns:
+            [B, num_classes]; with global_pool="", [B, R + N, num_classes].
+        """
+        return self.forward_head(self.forward_features(image))
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """The tokens after the last block and norm, [B, R + N, D], class token and registers first."""
+        x = self._embed(image)
+        if not is_stock(self.blocks, nn.Sequential):
+            return layer_norm(self.norm, self.blocks(x))
+        normed: Tensor | None = None
+        blocks = list(self.blocks)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, use_reentrant=False)
+            elif not is_stock(block, Block):
+                x, normed = block(x), None
+            else:
+                norm, dtype = self._border(following, x)
+                if norm is None:
+                    x, normed = block(x, normed=normed), None
+                else:
+                    x, normed = block(x, normed=normed, next_norm=norm, next_dtype=dtype)
+        return layer_norm(self.norm, x) if normed is None else normed
+
+    def _border(self, following: nn.Module | None, x: Tensor) -> tuple[nn.Module | None, torch.dtype | None]:
+        """The norm that can run with a block's last add, and its result's dtype; none where it belongs to a module
+        that must be called as a whole."""
+        if following is None:
+            return (self.norm if is_layer_norm(self.norm) else None), None
+        if isinstance(following, Block) and is_stock(following, Block) and is_layer_norm(following.norm1):
+            return following.norm1, following.norm1_dtype(x)
+        return None, None
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify features.
+
+        Args:
+            x: [B, R + N, D], from forward_features.
+            pre_logits: stop before the head.
+
+        Returns:
+            [B, num_classes], or [B, D] before the head; with global_pool="" one for each token.
+        """
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        x = layer_norm(self.fc_norm, x)
+        return x if pre_logits else self.head(x)
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """Image to [B, R + N, D] with positions."""
+        grid = self.patch_embed.grid(*image.shape[-2:])
+        table = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self._pos_prefixes)[0]
+        prefixes = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = torch.cat(prefixes) if prefixes else None
+        if is_stock(self.patch_embed, PatchEmbed):
+            return self.patch_embed(image, prefix, table)
+        return place(self.patch_embed(image), prefix, table)
+
+
+def _fit_pos_embed(model: VisionTransformer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: no NaN in the table of positions, and a square grid of another size becomes the model's."""
+    key = f"{prefix}pos_embed"
+    table = state_dict.get(key)
+    if not isinstance(table, Tensor):
+        return
+    if not table.is_meta and table.isnan().any():
+        raise ValueError(f"load_state_dict: '{key}' holds NaN; needs numbers (nothing was loaded)")
+    side = math.isqrt(max(table.shape[1] - model._pos_prefixes, 0)) if table.dim() == 3 else 0
+    if table.shape != model.pos_embed.shape and side and side * side == table.shape[1] - model._pos_prefixes:
+        state_dict[key] = resize_pos_embed(table, (side, side), model.patch_embed.grid_size, model._pos_prefixes)
