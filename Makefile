@@ -1,7 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3.11
 PY := .venv/bin/python
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
 .PHONY: help demo test lint clean

@@ -21,7 +21,6 @@ cxx_flags = [
     "-fno-trapping-math",
     "-ffp-contract=fast",  # a * b + c becomes one FMA, which ISO mode switches off
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
-    "-DPy_LIMITED_API=0x030a0000",
 ]
 
 extensions = []
@@ -32,6 +31,8 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx_flags},
+            extra_link_args=["-s"],
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.[hi]*")),
             py_limited_api=True,
         )
     )

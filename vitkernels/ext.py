@@ -28,9 +28,15 @@ def why_not() -> str | None:
         importlib.import_module("vitkernels._C")
     except ImportError as error:
         return f"the compiled extension did not load ({error}); build it with: pip install --no-build-isolation -e ."
-    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    torch.ops.vitkernels_ext.configure("onednn", int(onednn))
+    torch.ops.vitkernels_ext.configure("onednn", _onednn_types())
     return None
+
+
+def _onednn_types() -> int:
+    """Which types oneDNN multiplies here: 1 for float32, 2 for bfloat16, 3 for both (csrc/cpu/gemm.h)."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return 0
+    return 1 | 2 * bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def isa(name: str | None = None) -> str:

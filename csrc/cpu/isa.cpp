@@ -1,0 +1,62 @@
+// Chooses the instruction set once, at load; tests choose another.
+#include "kernels.h"
+
+namespace vk {
+
+#define VK_DECLARE(isa)                    \
+  namespace isa {                          \
+  const Kernels<float>& kernels_float();   \
+  const Kernels<double>& kernels_double(); \
+  }
+VK_DECLARE(baseline)
+#if defined(__x86_64__)
+VK_DECLARE(avx2)
+VK_DECLARE(avx512)
+#endif
+
+namespace {
+
+int64_t highest_isa() {
+#if defined(__x86_64__)
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                  __builtin_cpu_supports("f16c");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v4 ? 2 : v3 ? 1 : 0;
+#else
+  return 0;
+#endif
+}
+
+int64_t& isa() {
+  static int64_t now = highest_isa();
+  return now;
+}
+
+}  // namespace
+
+int64_t set_isa(int64_t wanted) {
+  if (wanted >= 0) isa() = wanted < highest_isa() ? wanted : highest_isa();
+  return isa();
+}
+
+template <>
+const Kernels<float>& kernels<float>() {
+#if defined(__x86_64__)
+  if (isa() == 2) return avx512::kernels_float();
+  if (isa() == 1) return avx2::kernels_float();
+#endif
+  return baseline::kernels_float();
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+#if defined(__x86_64__)
+  if (isa() == 2) return avx512::kernels_double();
+  if (isa() == 1) return avx2::kernels_double();
+#endif
+  return baseline::kernels_double();
+}
+
+}  // namespace vk

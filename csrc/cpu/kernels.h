@@ -1,0 +1,95 @@
+// The CPU kernels as the torch-facing files see them: plain pointers in, plain pointers out, one table for each
+// instruction set, filled by isa_*.cpp from the same source. A is the accumulation type, float or double.
+#pragma once
+#include <cstdint>
+
+namespace vk {
+
+enum class DType { f32, f64, bf16, f16, boolean, u8 };
+enum class Activation { gelu, gelu_tanh, quick_gelu, relu, silu };
+
+// Rows of one operand: element (i, j) of type `dtype` at data + (i * row + j * col) * size.
+struct Rows {
+  const char* data;
+  DType dtype;
+  int64_t row, col;
+};
+struct OutRows {
+  char* data;
+  DType dtype;
+  int64_t row, col;
+};
+
+// add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
+// of `rows_per_sample` rows. `scratch` holds 4 * width.
+template <class A>
+struct LayerNormForward {
+  int64_t width, rows_per_sample;
+  double eps;
+  Rows x, branch;  // branch.data null: plain LayerNorm
+  const A *weight, *bias, *branch_bias, *scale, *row_scale;
+  OutRows total, normed;
+  A *mean, *rstd;
+};
+
+// Gradients of the above; every output may be null. `partial` is this task's [4, width] sums of dweight, dbias,
+// dbranch_bias and dscale; drow_scale gets one number a row, to be summed over each sample.
+template <class A>
+struct LayerNormBackward {
+  int64_t width, rows_per_sample;
+  Rows dtotal, dnormed, total, branch;
+  const A *weight, *mean, *rstd, *branch_bias, *scale, *row_scale;
+  OutRows dx, dbranch;
+  bool needs_sums[4];
+  bool needs_row_scale;
+};
+
+// One head of attention. All rows are [tokens, width]; lse is one A per query.
+struct Head {
+  int64_t queries, keys, width;
+  double scale;
+  bool causal;
+  Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes
+};
+
+template <class A>
+struct Kernels {
+  void (*load)(A* out, const char* in, DType dtype, int64_t step, int64_t count);
+  void (*store)(char* out, DType dtype, int64_t step, const A* in, int64_t count);
+
+  void (*layer_norm_forward)(const LayerNormForward<A>&, int64_t begin, int64_t end, A* scratch);
+  void (*layer_norm_backward)(const LayerNormBackward<A>&, int64_t begin, int64_t end, A* partial, A* drow_scale,
+                              A* scratch);
+
+  // out[i] = activation(pre[i])
+  void (*activate)(Activation, char* out, const char* pre, DType dtype, int64_t count);
+  // dpre = dout * activation'(pre), activated = activation(pre), dbias += column sums of dpre, over `rows` rows
+  void (*activate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
+                            DType dtype, int64_t rows, int64_t width);
+
+  int64_t (*attention_scratch)(const Head&, bool backward);  // elements of A
+  void (*attention_forward)(const Head&, OutRows out, A* lse, A* scratch);
+  // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes
+  void (*attention_backward)(const Head&, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv,
+                             A* dmask, int64_t dmask_row, int64_t dmask_col, A* scratch);
+};
+
+template <class A>
+const Kernels<A>& kernels();  // of the instruction set in use
+
+// 0 baseline, 1 avx2, 2 avx512. A negative number asks; one above what the processor has sets the highest it has.
+int64_t set_isa(int64_t wanted);
+
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64: return 8;
+    case DType::f32: return 4;
+    case DType::bf16:
+    case DType::f16: return 2;
+    default: return 1;
+  }
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace vk

@@ -1,0 +1,23 @@
+// linear: the schemas of vitkernels/ops/linear.py on the CPU.
+#include "gemm.h"
+#include "ops.h"
+
+namespace vk {
+
+Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  Shape shape = shape_of(x);
+  shape.back() = weight.size(0);
+  return torch::stable::view(packed(linear(matrix(x), weight, bias)), shape);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                   const std::vector<bool>& needs) {
+  const Tensor g = matrix(dy);
+  return {
+      needs[0] ? torch::stable::view(packed(gradient_of_input(g, weight)), shape_of(x)) : nothing(x),
+      needs[1] ? gradient_of_weight(g, matrix(x)) : nothing(x),
+      needs[2] ? gradient_of_bias(g, weight.scalar_type()) : nothing(x),
+  };
+}
+
+}  // namespace vk

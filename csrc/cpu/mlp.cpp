@@ -1,0 +1,72 @@
+// mlp: the schemas of vitkernels/ops/mlp.py on the CPU. The vendor's products, with the activation, its derivative and
+// the first bias's gradient in one pass between them.
+#include "gemm.h"
+#include "ops.h"
+
+namespace vk {
+namespace {
+
+Activation activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "quick_gelu") return Activation::quick_gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(false, "mlp: unknown activation '", name, "'");
+}
+
+Shape with_width(Shape shape, int64_t width) {
+  shape.back() = width;
+  return shape;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
+                               const std::string& activation, bool save) {
+  const Activation kind = activation_of(activation);
+  const Tensor pre = packed(linear(matrix(x), w1, b1));
+  const Tensor activated = save ? empty(pre, shape_of(pre)) : pre;  // in place where nothing is to be saved
+  const DType dtype = dtype_of(pre);
+  const int64_t size = size_of(dtype);
+  with_accumulate(x.scalar_type(), [&](auto zero) {
+    parallel(pre.numel(), 16384, [&](int64_t begin, int64_t end) {
+      kernels<decltype(zero)>().activate(kind, bytes(activated) + begin * size, bytes(pre) + begin * size, dtype,
+                                         end - begin);
+    });
+  });
+  Tensor y = torch::stable::view(packed(linear(activated, w2, b2)), with_width(shape_of(x), w2.size(0)));
+  return {y, save ? torch::stable::view(pre, with_width(shape_of(x), w1.size(0))) : nothing(x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
+                                                                const Tensor& w1, const Tensor& w2,
+                                                                const std::string& activation,
+                                                                const std::vector<bool>& needs) {
+  const Activation kind = activation_of(activation);
+  const Tensor g = matrix(dy), rows = matrix(x), h = packed(matrix(pre));
+  const int64_t hidden = w1.size(0);
+  Tensor dx = nothing(x), dw1 = nothing(x), db1 = nothing(x), dw2 = nothing(x);
+  const bool needs_dpre = needs[0] || needs[1] || needs[2];
+  const Tensor dh = needs_dpre || needs[3] ? packed(gradient_of_input(g, w2)) : nothing(x);
+  const Tensor activated = needs[3] ? empty(h, shape_of(h)) : nothing(x);
+  if (needs_dpre || needs[3]) {  // dh becomes the gradient of the pre-activation in place
+    with_accumulate(x.scalar_type(), [&](auto zero) {
+      using A = decltype(zero);
+      const DType dtype = dtype_of(h);
+      const int64_t row = hidden * size_of(dtype);
+      const auto sums = sum_in_parts<A>(h.size(0), hidden, [&](int64_t begin, int64_t end, A* part) {
+        kernels<A>().activate_backward(kind, bytes(dh) + begin * row, needs[3] ? bytes(activated) + begin * row : nullptr,
+                                       needs[2] ? part : nullptr, bytes(dh) + begin * row, bytes(h) + begin * row,
+                                       dtype, end - begin, hidden);
+      });
+      if (needs[2]) db1 = from_values<A>(x, {hidden}, w1.scalar_type(), sums.data());
+    });
+  }
+  if (needs[3]) dw2 = gradient_of_weight(g, activated);
+  if (needs[1]) dw1 = gradient_of_weight(dh, rows);
+  if (needs[0]) dx = torch::stable::view(packed(gradient_of_input(dh, w1)), shape_of(x));
+  return {dx, dw1, db1, dw2, needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x)};
+}
+
+}  // namespace vk

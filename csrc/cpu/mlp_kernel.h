@@ -1,0 +1,94 @@
+// Activations and their derivatives, recomputed from the pre-activation.
+
+namespace vk {
+namespace VK_ISA {
+
+constexpr int64_t kActivationBlock = 512;  // values converted at a time: in, out and slope stay in L1
+
+// gate = sigmoid(z), so that the activation is h * gate and its slope gate + h * gate * (1 - gate) * dz
+template <class A>
+VK_INLINE void gated(Vec<A> h, Vec<A> z, Vec<A> dz, Vec<A>& value, Vec<A>& slope) {
+  const Vec<A> gate = A(1) / (A(1) + vexp(-z));
+  value = h * gate;
+  slope = gate + value * (A(1) - gate) * dz;
+}
+
+template <class A, Activation kind>
+VK_INLINE void activate_vec(Vec<A> h, Vec<A>& value, Vec<A>& slope) {
+  if constexpr (kind == Activation::gelu) {
+    Vec<A> cdf, pdf;
+    normal(h, cdf, pdf);
+    value = h * cdf;
+    slope = cdf + h * pdf;
+  } else if constexpr (kind == Activation::gelu_tanh) {  // 0.5 * (1 + tanh(u)) = sigmoid(2 u)
+    const A root = A(1.5957691216057307117), cubic = A(0.044715);
+    gated<A>(h, root * h * (A(1) + cubic * h * h), root * (A(1) + 3 * cubic * h * h), value, slope);
+  } else if constexpr (kind == Activation::quick_gelu) {
+    gated<A>(h, A(1.702) * h, splat(A(1.702)), value, slope);
+  } else if constexpr (kind == Activation::silu) {
+    gated<A>(h, h, splat(A(1)), value, slope);
+  } else {
+    value = h < A(0) ? Vec<A>{} : h;  // NaN stays NaN
+    slope = h > A(0) ? splat(A(1)) : Vec<A>{};
+  }
+}
+
+// `count` is any; buffers are padded to whole vectors.
+template <class A, Activation kind>
+void activate_block(A* value, A* slope, const A* h, int64_t count) {
+  constexpr int64_t lanes = Lanes<A>::count;
+  for (int64_t i = 0; i < count; i += lanes) {
+    Vec<A> v, s;
+    activate_vec<A, kind>(load(h + i), v, s);
+    store(value + i, v);
+    if (slope) store(slope + i, s);
+  }
+}
+
+template <class A>
+VK_INLINE void activate_any(Activation kind, A* value, A* slope, const A* h, int64_t count) {
+  switch (kind) {
+    case Activation::gelu: return activate_block<A, Activation::gelu>(value, slope, h, count);
+    case Activation::gelu_tanh: return activate_block<A, Activation::gelu_tanh>(value, slope, h, count);
+    case Activation::quick_gelu: return activate_block<A, Activation::quick_gelu>(value, slope, h, count);
+    case Activation::relu: return activate_block<A, Activation::relu>(value, slope, h, count);
+    case Activation::silu: return activate_block<A, Activation::silu>(value, slope, h, count);
+  }
+}
+
+template <class A>
+void activate(Activation kind, char* out, const char* pre, DType dtype, int64_t count) {
+  alignas(64) A h[kActivationBlock] = {}, value[kActivationBlock];
+  const int64_t size = size_of(dtype);
+  for (int64_t i = 0; i < count; i += kActivationBlock) {
+    const int64_t n = count - i < kActivationBlock ? count - i : kActivationBlock;
+    load_row(h, pre + i * size, dtype, 1, n);
+    activate_any(kind, value, static_cast<A*>(nullptr), h, n);
+    store_row(out + i * size, dtype, 1, value, n);
+  }
+}
+
+template <class A>
+void activate_backward(Activation kind, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
+                       DType dtype, int64_t rows, int64_t width) {
+  alignas(64) A h[kActivationBlock] = {}, value[kActivationBlock], slope[kActivationBlock], g[kActivationBlock];
+  const int64_t size = size_of(dtype);
+  for (int64_t j = 0; j < width; j += kActivationBlock) {
+    const int64_t n = width - j < kActivationBlock ? width - j : kActivationBlock;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (i * width + j) * size;
+      load_row(h, pre + at, dtype, 1, n);
+      load_row(g, dout + at, dtype, 1, n);
+      activate_any(kind, value, slope, h, n);
+      for (int64_t c = 0; c < n; ++c) g[c] *= slope[c];
+      if (dbias) {
+        for (int64_t c = 0; c < n; ++c) dbias[j + c] += g[c];
+      }
+      store_row(dpre + at, dtype, 1, g, n);
+      if (activated) store_row(activated + at, dtype, 1, value, n);
+    }
+  }
+}
+
+}  // namespace VK_ISA
+}  // namespace vk

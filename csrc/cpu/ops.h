@@ -1,0 +1,55 @@
+// The CPU implementations that register.cpp ties to the schemas of vitkernels/ops/*.py: same arguments, same order.
+#pragma once
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace vk {
+
+using Maybe = std::optional<Tensor>;
+using MaybeNumbers = std::optional<std::vector<double>>;
+
+Tensor linear_forward(const Tensor& x, const Tensor& weight, const Maybe& bias);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                   const std::vector<bool>& needs);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Maybe& branch, const Tensor& weight,
+                                                          const Maybe& bias, double eps, const Maybe& branch_bias,
+                                                          const Maybe& scale, const Maybe& row_scale,
+                                                          ScalarType out_dtype);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Maybe& dtotal, const Maybe& dnormed, const Tensor& total, const Maybe& branch, const Tensor& weight,
+    const Tensor& mean, const Tensor& rstd, const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale,
+    std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs);
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
+                                     bool is_causal, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                              const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                              const Maybe& mask, bool is_causal, double scale,
+                                                              bool needs_mask);
+std::tuple<Tensor, Tensor> attention_qkv(const Tensor& qkv, int64_t num_heads, const Maybe& mask, bool is_causal,
+                                         double scale);
+std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out,
+                                                  const Tensor& lse, int64_t num_heads, const Maybe& mask,
+                                                  bool is_causal, double scale, bool needs_mask);
+
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
+                               const std::string& activation, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
+                                                                const Tensor& w1, const Tensor& w2,
+                                                                const std::string& activation,
+                                                                const std::vector<bool>& needs);
+
+Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias, const MaybeNumbers& mean,
+                   const MaybeNumbers& std, const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
+    const Tensor& dout, const Tensor& image, const Tensor& weight, const MaybeNumbers& mean, const MaybeNumbers& std,
+    const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep, const std::vector<bool>& needs);
+
+int64_t configure(const std::string& name, int64_t value);
+
+}  // namespace vk

@@ -1,0 +1,276 @@
+// patch_embed: the schemas of vitkernels/ops/patch_embed.py on the CPU. Patches are gathered, scaled and normalised into
+// a buffer of a few images at a time, which the vendor's product then reads from cache.
+#include "gemm.h"
+#include "ops.h"
+
+#include <cstring>
+
+namespace vk {
+namespace {
+
+constexpr int64_t kTokensAtOnce = 1024;
+
+struct Grid {  // where the patches of an image lie, and which of them are kept
+  int64_t batch, channels, down, across, rows, columns;  // `rows` x `columns` pixels a patch
+  int64_t tokens;                                        // patches kept of each image
+  const int64_t* keep;                                   // [batch, tokens], or null for all
+  Tensor keep_tensor;
+
+  Grid(const Tensor& image, const Tensor& weight, const Maybe& keep_, const Tensor& none)
+      : batch(image.size(0)),
+        channels(image.size(1)),
+        down(image.size(2) / weight.size(2)),
+        across(image.size(3) / weight.size(3)),
+        rows(weight.size(2)),
+        columns(weight.size(3)),
+        keep_tensor(keep_ ? packed(*keep_) : none) {
+    tokens = keep_ ? keep_->size(1) : down * across;
+    keep = keep_ ? reinterpret_cast<const int64_t*>(bytes(keep_tensor)) : nullptr;
+    for (int64_t i = 0; keep && i < batch * tokens; ++i) {
+      STD_TORCH_CHECK(keep[i] >= 0 && keep[i] < down * across, "patch_embed: argument 'keep' holds index ", keep[i],
+                      "; needs 0 to ", down * across - 1);
+    }
+  }
+  int64_t patch(int64_t b, int64_t t) const { return keep ? keep[b * tokens + t] : t; }
+  int64_t patch_size() const { return channels * rows * columns; }
+  int64_t images_at_once() const { return std::max<int64_t>(1, kTokensAtOnce / std::max<int64_t>(tokens, 1)); }
+};
+
+// (pixel / 255 - mean) / std, by table for uint8.
+template <class A>
+class Pixels {
+ public:
+  Pixels(const Tensor& image, const MaybeNumbers& mean, const MaybeNumbers& std)
+      : image_(image), data_(bytes(image)), dtype_(dtype_of(image)), mean_(mean), std_(std) {
+    if (dtype_ != DType::u8) return;
+    for (int64_t c = 0; c < image.size(1); ++c) {
+      for (int64_t v = 0; v < 256; ++v) table_.push_back(normalised(A(v) / A(255), c));
+    }
+  }
+  // `count` pixels of one row of one channel
+  void load(A* out, int64_t b, int64_t c, int64_t y, int64_t x, int64_t count) const {
+    const int64_t step = image_.stride(3);
+    const int64_t at = b * image_.stride(0) + c * image_.stride(1) + y * image_.stride(2) + x * step;
+    if (dtype_ == DType::u8) {
+      const auto* in = reinterpret_cast<const uint8_t*>(data_) + at;
+      for (int64_t i = 0; i < count; ++i) out[i] = table_[c * 256 + in[i * step]];
+      return;
+    }
+    kernels<A>().load(out, data_ + at * size_of(dtype_), dtype_, step, count);
+    if (mean_ || std_) {
+      for (int64_t i = 0; i < count; ++i) out[i] = normalised(out[i], c);
+    }
+  }
+
+ private:
+  A normalised(A value, int64_t c) const {
+    if (mean_) value -= A((*mean_)[c]);
+    return std_ ? value / A((*std_)[c]) : value;
+  }
+  const Tensor& image_;
+  const char* data_;
+  DType dtype_;
+  const MaybeNumbers &mean_, &std_;
+  std::vector<A> table_;
+};
+
+// Patches of images [begin, end) as rows of `out`, [tokens, C * P * P] in its dtype. Whole rows of pixels are converted
+// at once where neighbouring patches are all wanted.
+template <class A>
+void gather(const Tensor& out, const Grid& grid, const Pixels<A>& pixels, int64_t begin, int64_t end) {
+  const DType dtype = dtype_of(out);
+  const int64_t size = size_of(dtype), piece = grid.columns * size, width = grid.patch_size() * size;
+  const int64_t run = grid.keep ? 1 : grid.across, runs = grid.keep ? grid.tokens : grid.down;
+  parallel((end - begin) * runs, 4, [&](int64_t first, int64_t last) {
+    Buffer<A> line(run * grid.columns);
+    Buffer<char> converted(run * piece);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t b = begin + r / runs, t = r % runs * run, patch = grid.patch(b, t);
+      char* to = bytes(out) + ((b - begin) * grid.tokens + t) * width;
+      for (int64_t c = 0; c < grid.channels; ++c) {
+        for (int64_t y = 0; y < grid.rows; ++y) {
+          pixels.load(line.get(), b, c, patch / grid.across * grid.rows + y, patch % grid.across * grid.columns,
+                      run * grid.columns);
+          kernels<A>().store(converted.get(), dtype, 1, line.get(), run * grid.columns);
+          char* piece_to = to + (c * grid.rows + y) * piece;
+          for (int64_t i = 0; i < run; ++i) std::memcpy(piece_to + i * width, converted.get() + i * piece, piece);
+        }
+      }
+    }
+  });
+}
+
+Tensor flat_weight(const Tensor& weight) {
+  return torch::stable::reshape(weight, {weight.size(0), weight.size(1) * weight.size(2) * weight.size(3)});
+}
+
+ScalarType wider(ScalarType a, const Maybe& b) {
+  if (!b || b->scalar_type() == a) return a;
+  if (a == ScalarType::Double || b->scalar_type() == ScalarType::Double) return ScalarType::Double;
+  return ScalarType::Float;  // float32 with a half type, or the two half types
+}
+
+}  // namespace
+
+Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias, const MaybeNumbers& mean,
+                   const MaybeNumbers& std, const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep) {
+  const Grid grid(image, weight, keep, image);
+  const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0;
+  const int64_t out_tokens = prefixes + grid.tokens;
+  Tensor out = empty(image, {grid.batch, out_tokens, width}, wider(wider(weight.scalar_type(), prefix), pos_embed));
+  const Tensor weights = flat_weight(weight);
+  with_accumulate(weight.scalar_type(), [&](auto zero) {
+    using A = decltype(zero);
+    const Pixels<A> pixels(image, mean, std);
+    const Vector<A> table(pos_embed), front(prefix);
+    // row p of the position table belongs to patch p - first; a table of the patches alone has no rows for the prefix
+    const int64_t first = pos_embed ? pos_embed->size(0) - grid.down * grid.across : 0;
+    const DType out_dtype = dtype_of(out);
+    const int64_t out_row = width * size_of(out_dtype);
+    for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
+      const int64_t end = std::min(grid.batch, begin + grid.images_at_once());
+      const Tensor patches = empty(weight, {(end - begin) * grid.tokens, grid.patch_size()});
+      gather(patches, grid, pixels, begin, end);
+      const Tensor tokens = packed(linear(patches, weights, bias));
+      const DType token_dtype = dtype_of(tokens);
+      parallel((end - begin) * out_tokens, 16, [&](int64_t from, int64_t to) {
+        Buffer<A> row(width);
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t b = i / out_tokens, t = i % out_tokens - prefixes;
+          if (t < 0) {
+            std::copy_n(front.get() + (t + prefixes) * width, width, row.get());
+          } else {
+            const char* token = bytes(tokens) + (b * grid.tokens + t) * width * size_of(token_dtype);
+            kernels<A>().load(row.get(), token, token_dtype, 1, width);
+          }
+          const int64_t at = t < 0 ? (first > 0 ? t + prefixes : -1) : first + grid.patch(begin + b, t);
+          if (table.get() && at >= 0) {
+            const A* position = table.get() + at * width;
+            for (int64_t j = 0; j < width; ++j) row.get()[j] += position[j];
+          }
+          kernels<A>().store(bytes(out) + (begin * out_tokens + i) * out_row, out_dtype, 1, row.get(), width);
+        }
+      });
+    }
+  });
+  return out;
+}
+
+namespace {
+
+// Sums of dout over the batch for each row of a full position table (prefix rows first): the gradients of positions,
+// prefix and bias are all read off it.
+template <class A>
+std::vector<A> position_sums(const Tensor& dout, const Grid& grid, int64_t prefixes) {
+  const int64_t width = dout.size(2), table_rows = prefixes + grid.down * grid.across;
+  std::vector<std::vector<int64_t>> sources(table_rows);  // rows b * tokens + t of dout
+  for (int64_t b = 0; b < grid.batch; ++b) {
+    for (int64_t t = 0; t < dout.size(1); ++t) {
+      sources[t < prefixes ? t : prefixes + grid.patch(b, t - prefixes)].push_back(b * dout.size(1) + t);
+    }
+  }
+  const DType dtype = dtype_of(dout);
+  std::vector<A> sums(table_rows * width);
+  parallel(table_rows, 4, [&](int64_t begin, int64_t end) {
+    Buffer<A> row(width);
+    for (int64_t p = begin; p < end; ++p) {
+      A* to = sums.data() + p * width;
+      for (const int64_t source : sources[p]) {
+        kernels<A>().load(row.get(), bytes(dout) + source * width * size_of(dtype), dtype, 1, width);
+        for (int64_t j = 0; j < width; ++j) to[j] += row.get()[j];
+      }
+    }
+  });
+  return sums;
+}
+
+// Adds the patches' gradients back into images [begin, end).
+template <class A>
+void scatter(const Tensor& dimage, const Tensor& dpatches, const Grid& grid, const MaybeNumbers& std, int64_t begin,
+             int64_t end) {
+  const DType dtype = dtype_of(dpatches), out_dtype = dtype_of(dimage);
+  const int64_t width = grid.patch_size(), size = size_of(dtype);
+  const int64_t height = grid.down * grid.rows, line = grid.across * grid.columns;
+  parallel(end - begin, 1, [&](int64_t from, int64_t to) {
+    Buffer<A> pixels(grid.channels * height * line), patch(width);
+    for (int64_t b = from; b < to; ++b) {
+      std::fill_n(pixels.get(), grid.channels * height * line, A(0));
+      for (int64_t t = 0; t < grid.tokens; ++t) {
+        const int64_t p = grid.patch(begin + b, t);
+        kernels<A>().load(patch.get(), bytes(dpatches) + (b * grid.tokens + t) * width * size, dtype, 1, width);
+        for (int64_t c = 0; c < grid.channels; ++c) {
+          for (int64_t y = 0; y < grid.rows; ++y) {
+            A* at = pixels.get() + (c * height + p / grid.across * grid.rows + y) * line + p % grid.across * grid.columns;
+            const A* piece = patch.get() + (c * grid.rows + y) * grid.columns;
+            for (int64_t x = 0; x < grid.columns; ++x) at[x] += piece[x];
+          }
+        }
+      }
+      const int64_t channel = height * line;
+      for (int64_t c = 0; c < grid.channels; ++c) {
+        A* plane = pixels.get() + c * channel;
+        for (int64_t i = 0; std && i < channel; ++i) plane[i] /= A((*std)[c]);
+        const int64_t at = ((begin + b) * grid.channels + c) * channel;
+        kernels<A>().store(bytes(dimage) + at * size_of(out_dtype), out_dtype, 1, plane, channel);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
+    const Tensor& dout_, const Tensor& image, const Tensor& weight, const MaybeNumbers& mean, const MaybeNumbers& std,
+    const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep, const std::vector<bool>& needs) {
+  const Grid grid(image, weight, keep, image);
+  const Tensor dout = packed(dout_);
+  const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0, out_tokens = prefixes + grid.tokens;
+  const Tensor weights = flat_weight(weight);
+  Tensor dimage = needs[0] ? empty(image, shape_of(image)) : nothing(weight);
+  Tensor dweight = nothing(weight), dbias = nothing(weight), dprefix = nothing(weight), dpos = nothing(weight);
+  with_accumulate(weight.scalar_type(), [&](auto zero) {
+    using A = decltype(zero);
+    if (needs[2] || needs[3] || needs[4]) {
+      const std::vector<A> sums = position_sums<A>(dout, grid, prefixes);
+      if (needs[2]) {
+        std::vector<A> bias(width);
+        for (int64_t i = prefixes * width; i < int64_t(sums.size()); ++i) bias[i % width] += sums[i];
+        dbias = from_values<A>(weight, {width}, weight.scalar_type(), bias.data());
+      }
+      if (needs[3]) dprefix = from_values<A>(weight, shape_of(*prefix), prefix->scalar_type(), sums.data());
+      if (needs[4]) {
+        const int64_t skipped = int64_t(sums.size()) - pos_embed->numel();
+        dpos = from_values<A>(weight, shape_of(*pos_embed), pos_embed->scalar_type(), sums.data() + skipped);
+      }
+    }
+    if (!needs[0] && !needs[1]) return;
+    const Pixels<A> pixels(image, mean, std);
+    const DType dtype = dtype_of(dout);
+    std::vector<A> weight_sums(needs[1] ? weight.numel() : 0);
+    Buffer<A> chunk_sums(needs[1] ? weight.numel() : 0);
+    for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
+      const int64_t end = std::min(grid.batch, begin + grid.images_at_once()), tokens = (end - begin) * grid.tokens;
+      const Tensor g = empty(weight, {tokens, width});  // the patch tokens' gradients, without the prefix's
+      parallel(tokens, 16, [&](int64_t from, int64_t to) {
+        Buffer<A> row(width);
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t source = (begin + i / grid.tokens) * out_tokens + prefixes + i % grid.tokens;
+          kernels<A>().load(row.get(), bytes(dout) + source * width * size_of(dtype), dtype, 1, width);
+          kernels<A>().store(bytes(g) + i * width * size_of(dtype_of(g)), dtype_of(g), 1, row.get(), width);
+        }
+      });
+      if (needs[1]) {
+        const Tensor patches = empty(weight, {tokens, grid.patch_size()});
+        gather(patches, grid, pixels, begin, end);
+        const Tensor part = packed(gradient_of_weight(g, patches));
+        kernels<A>().load(chunk_sums.get(), bytes(part), dtype_of(part), 1, part.numel());
+        for (int64_t i = 0; i < part.numel(); ++i) weight_sums[i] += chunk_sums.get()[i];
+      }
+      if (needs[0]) scatter<A>(dimage, packed(gradient_of_input(g, weights)), grid, std, begin, end);
+    }
+    if (needs[1]) dweight = from_values<A>(weight, shape_of(weight), weight.scalar_type(), weight_sums.data());
+  });
+  return {dimage, dweight, dbias, dprefix, dpos};
+}
+
+}  // namespace vk

@@ -1,0 +1,117 @@
+// What the torch-facing files share: tensors as rows, the accumulation type, threads, scratch memory.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace vk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+DType dtype_of(const Tensor& t);
+ScalarType accumulate_dtype(ScalarType dtype);  // float64 for float64, float32 for all else
+
+Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype);
+inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like, shape, like.scalar_type()); }
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
+Shape shape_of(const Tensor& t);
+Tensor packed(const Tensor& t);  // the tensor itself where it is already
+Tensor cast(const Tensor& t, ScalarType dtype);
+
+inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
+
+// A tensor read as rows of its last axis; copied only where its leading axes do not make one step.
+struct Operand {
+  Tensor tensor;
+  Rows rows;
+  explicit Operand(const Tensor& t);
+};
+// The same for a result, which is always packed.
+OutRows out_rows(const Tensor& t);
+
+// [rows, last axis] view of a tensor, copied only where it must be.
+Tensor matrix(const Tensor& t);
+
+// Calls f(float{}) or f(double{}): the type that sums are kept in for this dtype.
+template <class F>
+auto with_accumulate(ScalarType dtype, F&& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// A vector argument in A; null where the argument is absent.
+template <class A>
+class Vector {
+ public:
+  explicit Vector(const std::optional<Tensor>& t) {
+    if (!t) return;
+    values_.resize(std::max<int64_t>(t->numel(), 1));
+    const Tensor values = packed(*t);
+    kernels<A>().load(values_.data(), bytes(values), dtype_of(values), 1, values.numel());
+  }
+  const A* get() const { return values_.empty() ? nullptr : values_.data(); }
+
+ private:
+  std::vector<A> values_;
+};
+
+// Uninitialised memory on its own cache lines.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<A*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(count, 1) * sizeof(A), 64))))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  A* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(A* p) const { std::free(p); }
+  };
+  std::unique_ptr<A, Free> data_;
+};
+
+// f(begin, end) over [0, count), each thread at least `grain`.
+template <class F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), f);
+}
+
+// Column sums kept in a fixed number of parts, each summed by one thread and added in order: the result does not
+// depend on how many threads there are. f(begin, end, part) adds rows [begin, end) into `part`, which starts at zero.
+template <class A, class F>
+std::vector<A> sum_in_parts(int64_t rows, int64_t width, const F& f) {
+  constexpr int64_t most_parts = 32, fewest_rows = 16;
+  const int64_t parts = std::clamp<int64_t>(rows / fewest_rows, 1, most_parts);
+  std::vector<A> sums(parts * width);
+  parallel(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) f(rows * p / parts, rows * (p + 1) / parts, sums.data() + p * width);
+  });
+  for (int64_t p = 1; p < parts; ++p) {
+    for (int64_t j = 0; j < width; ++j) sums[j] += sums[p * width + j];
+  }
+  sums.resize(width);
+  return sums;
+}
+
+// A packed tensor of `shape` in `dtype`, filled from A.
+template <class A>
+Tensor from_values(const Tensor& like, const Shape& shape, ScalarType dtype, const A* values) {
+  Tensor out = empty(like, shape, dtype);
+  kernels<A>().store(bytes(out), dtype_of(out), 1, values, out.numel());
+  return out;
+}
+
+}  // namespace vk
