@@ -1,0 +1,162 @@
+"""Every setting of a training run: its name, default, meaning and bounds, once, for Python and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vitkernels.dispatch import BACKENDS
+
+PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "safetensors": "safetensors"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a number must be, as a sentence and as a test."""
+
+    needs: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_1 = Bound("1 or more", lambda value: value >= 1)
+AT_LEAST_0 = Bound("0 or more", lambda value: value >= 0)
+ABOVE_0 = Bound("more than 0", lambda value: value > 0)
+SHARE = Bound("0 or more and less than 1", lambda value: 0 <= value < 1)
+
+
+def _option(
+    default: Any, help: str, *, bound: Bound | None = None, choices: tuple[str, ...] | None = None, free: bool = False
+) -> Any:
+    """`free`: a resumed run may change it, since it leaves the training's numbers alone."""
+    metadata = {"help": help, "bound": bound, "choices": choices, "free": free}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of `train`; checked when made.
+
+    Raises:
+        TypeError: a value of another type than its field's.
+        ValueError: a value out of its bounds, or two that do not go together.
+    """
+
+    data: str = _option(
+        dataclasses.MISSING,
+        "folder with one subfolder of JPEG/PNG/WebP images per class; or 'digits': scikit-learn's",
+        free=True,
+    )
+    val_data: str | None = _option(None, "folder of test images, laid out as --data; instead of --val-split", free=True)
+    val_split: float = _option(0.1, "share of each class held out for testing; 0 for none", bound=SHARE)
+    model: str = _option("vit_small_patch16", "a preset of vitkernels, or any model name of timm")
+    model_args: Mapping[str, Any] | None = _option(None, "more arguments of the model, as in depth=6 embed_dim=192")
+    image_size: int = _option(224, "side of the square that the model sees, in pixels", bound=AT_LEAST_1)
+    epochs: int = _option(100, "passes over the training images", bound=AT_LEAST_1)
+    batch_size: int = _option(128, "images per step, over all processes together", bound=AT_LEAST_1)
+    lr: float = _option(5e-4, "AdamW's highest learning rate, after the warm-up", bound=ABOVE_0)
+    weight_decay: float = _option(0.05, "AdamW's weight decay, on matrices alone", bound=AT_LEAST_0)
+    warmup_epochs: float | None = _option(
+        None, "epochs of linear warm-up before the cosine (default: a tenth of all, at most 5)", bound=AT_LEAST_0
+    )
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes", bound=SHARE)
+    drop_path: float = _option(0.0, "stochastic depth at the last block, growing linearly", bound=SHARE)
+    amp: str | None = _option(None, "autocast's type; float32 throughout if not given", choices=("bf16",))
+    backend: str | None = _option(
+        None, f"backends to ask, in order, as in ext,reference: {', '.join(BACKENDS)}", free=True
+    )
+    compare: str | None = _option(
+        None, "train this model too: same weights, same batches, a step of each in turn", choices=("naive",)
+    )
+    device: str | None = _option(None, "default: cuda where torch sees it", choices=("cpu", "cuda"), free=True)
+    seed: int = _option(0, "of weights, order and augmentation (the test split stays the same)", bound=AT_LEAST_0)
+    workers: int = _option(
+        2, "processes that decode images; 0 decodes in the training process", bound=AT_LEAST_0, free=True
+    )
+    strict: bool = _option(False, "stop at a corrupt image; otherwise it is named, counted and skipped", free=True)
+    out: str | None = _option(None, "folder of the run (default: runs/DATA-DATE-TIME)", free=True)
+    resume: bool = _option(False, "continue the run in --out from its checkpoint", free=True)
+    checkpoint_every: int = _option(
+        0, "steps between checkpoints within an epoch; 0: at the end of each epoch alone", bound=AT_LEAST_0, free=True
+    )
+
+    def __post_init__(self) -> None:
+        types = typing.get_type_hints(TrainConfig)
+        for field in dataclasses.fields(self):
+            _check(field, types[field.name], getattr(self, field.name))
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"train: argument 'warmup_epochs' got {self.warmup_epochs}; needs less than 'epochs', {self.epochs}"
+            )
+        if self.compare and self.drop_path:
+            raise ValueError(
+                f"train: argument 'drop_path' got {self.drop_path}; needs 0 with compare='naive', which has none"
+            )
+        if self.resume and self.out is None:
+            raise ValueError("train: argument 'resume' is set without 'out'; needs the folder of the run to continue")
+        for name in self.backends:
+            if name not in BACKENDS:
+                raise ValueError(
+                    f"train: argument 'backend' got {self.backend!r}; needs names of {', '.join(map(repr, BACKENDS))}"
+                )
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that 'backend' names; none for the device's default order."""
+        return () if self.backend is None else tuple(name.strip() for name in self.backend.split(","))
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up."""
+        return min(5.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the one it continues."""
+        fields = (field.name for field in dataclasses.fields(self) if not field.metadata["free"])
+        return {name: getattr(self, name) for name in fields}
+
+
+def value_type(hint: Any) -> Any:
+    """The type inside `X | None`, or X itself."""
+    return next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint) if _is_optional(hint) else hint
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:
+    name, metadata = field.name, field.metadata
+    if value is None and _is_optional(hint):
+        return
+    kind = value_type(hint)
+    kind = typing.get_origin(kind) or kind
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"train: argument '{name}' got {value!r} of type {type(value).__name__}; needs {kind.__name__}")
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise ValueError(f"train: argument '{name}' got {value!r}; needs {' or '.join(map(repr, metadata['choices']))}")
+    bound = metadata["bound"]
+    if bound is not None and not (math.isfinite(value) and bound.holds(value)):
+        raise ValueError(f"train: argument '{name}' got {value}; needs {bound.needs}")
+
+
+def require_packages(extra: Mapping[str, str] | None = None) -> None:
+    """Say what to install before any work starts.
+
+    Raises:
+        ModuleNotFoundError: a package of the trainer's is not installed.
+    """
+    missing = [package for module, package in {**PACKAGES, **(extra or {})}.items() if not _is_installed(module)]
+    if missing:
+        raise ModuleNotFoundError(f'{", ".join(missing)} not installed; needs: pip install "vitkernels[train]"')
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,33 @@
+"""The demo: a ViT on scikit-learn's handwritten digit scans, naive and fused, as settings of the trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitkernels.train.config import TrainConfig
+
+# 64 patches of 4 x 4 pixels and a class token, width 192
+SETTINGS: dict[str, Any] = {
+    "data": "digits",
+    "val_split": 0.2,
+    "model": "vit_tiny_patch16",
+    "model_args": {"patch_size": 4, "depth": 4},
+    "image_size": 32,
+    "epochs": 12,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "warmup_epochs": 1.0,
+    "compare": "naive",
+    "workers": 0,  # the scans are in memory, and the processors are being timed
+}
+QUICK: dict[str, Any] = {
+    "model_args": {"patch_size": 8, "depth": 1},
+    "epochs": 1,
+    "batch_size": 256,
+    "warmup_epochs": 0.0,
+}
+
+
+def demo_config(*, quick: bool = False, **changes: Any) -> TrainConfig:
+    """The demo's settings; `quick` is a few steps of a small model, which learn nothing; `changes` go over both."""
+    return TrainConfig(**{**SETTINGS, **(QUICK if quick else {}), **changes})
