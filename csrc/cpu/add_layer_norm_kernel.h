@@ -101,12 +101,13 @@ void layer_norm_backward(const LayerNormBackward<A>& a, int64_t begin, int64_t e
       int64_t j = 0;
       for (; j + lanes <= width; j += lanes) {
         const Vec<A> inner = load(dy + j) * load(a.weight + j);
+        store(g + j, inner);
         s0 += inner;
         s1 += inner * ((load(total + j) - mean) * rstd);
       }
       A c0 = sum<A>(s0), c1 = sum<A>(s1);
       for (; j < width; ++j) {
-        const A inner = dy[j] * a.weight[j];
+        const A inner = g[j] = dy[j] * a.weight[j];
         c0 += inner;
         c1 += inner * ((total[j] - mean) * rstd);
       }
@@ -118,7 +119,7 @@ void layer_norm_backward(const LayerNormBackward<A>& a, int64_t begin, int64_t e
       if (a.needs_sums[1]) {
         for (j = 0; j < width; ++j) dbias[j] += dy[j];
       }
-      for (j = 0; j < width; ++j) g[j] = (dy[j] * a.weight[j] - c0 - (total[j] - mean) * rstd * c1) * rstd;
+      for (j = 0; j < width; ++j) g[j] = (g[j] - c0 - (total[j] - mean) * rstd * c1) * rstd;
     } else {
       for (int64_t j = 0; j < width; ++j) g[j] = 0;
     }
@@ -149,9 +150,8 @@ void layer_norm_backward(const LayerNormBackward<A>& a, int64_t begin, int64_t e
         for (int64_t j = 0; j < width; ++j) dscale[j] += g[j] * row_scale * value[j];
       }
       if (a.needs_row_scale) {
-        A s = 0;
-        for (int64_t j = 0; j < width; ++j) s += g[j] * value[j] * (a.scale ? a.scale[j] : A(1));
-        drow_scale[i] = s;
+        for (int64_t j = 0; j < width; ++j) value[j] *= g[j] * (a.scale ? a.scale[j] : A(1));
+        drow_scale[i] = row_sum(value, width);
       }
     }
   }

@@ -222,7 +222,11 @@ void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRow
         }
         if (dmask) {
           A* to = dmask + (q0 + i) * dmask_row + k0 * dmask_col;
-          for (int64_t j = 0; j < keys; ++j) to[j * dmask_col] += di[j];
+          if (dmask_col == 0) {
+            to[0] += row_sum(di, row);  // padding is 0
+          } else {
+            for (int64_t j = 0; j < keys; ++j) to[j * dmask_col] += di[j];
+          }
         }
       }
       matmul(keys, width, queries, p, int64_t(1), row, g, width, dv_sum + k0 * width, width, true);

@@ -20,7 +20,8 @@ bool use_onednn(const Tensor& x, int64_t m, int64_t n, int64_t k) {
 }
 
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr;
+  const std::optional<Tensor> packed_bias = bias ? std::make_optional(packed(*bias)) : std::nullopt;  // it reads no steps
+  AtenTensorHandle bias_handle = bias ? packed_bias->get() : nullptr;
   AtenTensorHandle result = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
       x.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &result));

@@ -163,7 +163,7 @@ def _scaled(branch: Tensor, branch_bias: Tensor | None, scale: Tensor | None, ro
 
 
 def _reference(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype):
-    total = x if branch is None else (wide(x) + _scaled(branch, branch_bias, scale, row_scale)).to(x.dtype)
+    total = x if branch is None else (wide(x) + _scaled(branch, branch_bias, scale, row_scale)).to(x.dtype).contiguous()
     value = wide(total)
     mean = value.mean(-1)
     centred = value - mean.unsqueeze(-1)

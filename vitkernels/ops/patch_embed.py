@@ -185,6 +185,7 @@ def _reference(image, weight, bias, mean, std, prefix, pos_embed, keep):
     tokens = _take(_unfold(image, weight, mean, std), keep) @ wide(weight).flatten(1).t()
     if bias is not None:
         tokens = tokens + wide(bias)
+    tokens = wide(tokens.to(weight.dtype))  # as nn.Conv2d hands it on; positions of a wider dtype widen it again
     batch, prefixes = image.shape[0], 0 if prefix is None else prefix.shape[0]
     if prefix is not None:
         tokens = torch.cat([wide(prefix).expand(batch, -1, -1), tokens], dim=1)
@@ -206,7 +207,8 @@ def _reference_backward(dout, image, weight, mean, std, prefix, pos_embed, keep,
     dimage = dweight = dbias = dprefix = dpos = nothing(weight)
     if needs[0]:
         down, across = image.shape[2] // rows, image.shape[3] // columns
-        dpatches = dtokens @ wide(weight).flatten(1).to(g.dtype)
+        # a patch is cast to weight's dtype before the product, so its gradient comes back in that dtype
+        dpatches = wide((dtokens @ wide(weight).flatten(1).to(g.dtype)).to(weight.dtype))
         if keep is not None:
             dpatches = dpatches.new_zeros(image.shape[0], down * across, dpatches.shape[2]).scatter_add_(
                 1, keep.unsqueeze(-1).expand(-1, -1, dpatches.shape[2]), dpatches
