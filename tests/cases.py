@@ -1,0 +1,409 @@
+"""The one list of cases: tests run it on every backend in every dtype, benches time it.
+
+A new case is one line in the list of its op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from case import DTYPES, Case, T
+from torch import Tensor
+
+from vitkernels.ops.mlp import ACTIVATIONS
+
+F32, F64, BF16, F16 = DTYPES
+REDUCED = (BF16, F16)
+
+# -------------------------------------------------------------------------------------- linear
+
+
+def linear(name: str, rows: tuple[int, ...], inner: int, outer: int, bias: bool = True, **more: Any) -> Case:
+    tensors = {"x": T((*rows, inner)), "weight": T((outer, inner), gain=inner**-0.5)}
+    return Case("linear", name, tensors | ({"bias": T((outer,))} if bias else {}), **more)
+
+
+LINEAR = [
+    linear("plain", (2, 5), 16, 24),
+    linear("odd", (3, 7), 33, 65),
+    linear("no bias", (2, 5), 16, 24, bias=False),
+    linear("one row", (1,), 33, 7),
+    linear("no leading axis", (), 16, 8),
+    linear("one column", (2, 33), 1, 1),
+    linear("empty batch", (0, 5), 16, 24),
+    linear("four axes", (2, 3, 2), 16, 8),
+    linear("blocked gemm", (3, 100), 96, 288),
+]
+
+# -------------------------------------------------------------------------------------- patch_embed
+
+
+def _pixels(values: Tensor) -> Tensor:
+    return (values * 64 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _indices(count: int) -> Callable[[Tensor], Tensor]:
+    """Patch numbers below `count`; the first one of each image comes twice."""
+
+    def convert(values: Tensor) -> Tensor:
+        index = (values.abs() * 1000).long() % count
+        index[:, -1] = index[:, 0]
+        return index
+
+    return convert
+
+
+def patch_embed(
+    name: str,
+    patch: int | tuple[int, int] = 4,
+    grid: tuple[int, int] = (2, 3),
+    *,
+    batch: int = 2,
+    channels: int = 3,
+    width: int = 24,
+    image: dict[str, Any] | None = None,
+    bias: bool = True,
+    prefix: int = 0,
+    pos_embed: int | None = None,
+    keep: int | None = None,
+    table: torch.dtype | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    **more: Any,
+) -> Case:
+    down, across = (patch, patch) if isinstance(patch, int) else patch
+    tensors = {
+        "image": T((batch, channels, down * grid[0], across * grid[1]), **(image or {})),
+        "weight": T((width, channels, down, across), gain=(channels * down * across) ** -0.5),
+    }
+    if bias:
+        tensors["bias"] = T((width,))
+    if prefix:
+        tensors["prefix"] = T((prefix, width), dtype=table)
+    if pos_embed is not None:
+        tensors["pos_embed"] = T((pos_embed, width), dtype=table)
+    if keep is not None:
+        tensors["keep"] = T((batch, keep), convert=_indices(grid[0] * grid[1]))
+    options = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
+    return Case("patch_embed", name, tensors, options, **more)
+
+
+IMAGENET: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+UINT8: dict[str, Any] = {"convert": _pixels}
+
+PATCH_EMBED = [
+    *(patch_embed(f"patch {size}", size) for size in (1, 2, 4, 7, 14, 16, 32)),
+    patch_embed("odd width, odd grid", 7, (5, 3), width=33),
+    patch_embed("non-square patch", (4, 7), (3, 2)),
+    patch_embed("one channel", 4, channels=1),
+    patch_embed("four channels", 4, channels=4),
+    patch_embed("one patch", 14, (1, 1)),
+    patch_embed("one sample", 4, batch=1, prefix=1, pos_embed=7),
+    patch_embed("empty batch", 4, batch=0, prefix=1, pos_embed=7),
+    patch_embed("no bias", 4, bias=False),
+    patch_embed("uint8", 16, image=UINT8),
+    patch_embed("uint8, mean and std", 14, image=UINT8, **IMAGENET),
+    patch_embed("uint8, no bias, everything", 4, image=UINT8, bias=False, prefix=5, pos_embed=11, **IMAGENET),
+    patch_embed("mean and std", 4, **IMAGENET),
+    patch_embed("mean alone", 4, mean=[0.5, 0.5, 0.25]),
+    patch_embed("std alone", 4, std=[0.5, 2.0, 0.25]),
+    patch_embed("float32 image", 4, image={"dtype": F32}, dtypes=REDUCED, **IMAGENET),
+    patch_embed("bfloat16 image", 4, image={"dtype": BF16}, dtypes=(F32, F64)),
+    patch_embed("prefix", 4, prefix=1),
+    patch_embed("positions of patches", 4, pos_embed=6),
+    patch_embed("prefix, positions of patches", 4, prefix=2, pos_embed=6),
+    patch_embed("prefix, positions of all", 4, prefix=5, pos_embed=11),
+    patch_embed("float32 positions", 4, prefix=1, pos_embed=7, table=F32, dtypes=REDUCED),
+    patch_embed("keep", 4, keep=4),
+    patch_embed(
+        "keep, prefix, positions of patches", 4, (3, 3), keep=5, prefix=2, pos_embed=9, image=UINT8, **IMAGENET
+    ),
+    patch_embed("keep, prefix, positions of all", 7, (3, 3), keep=3, prefix=1, pos_embed=10, **IMAGENET),
+    patch_embed("large mean", 4, image={"mean": 30.0}),
+    patch_embed("blocked gemm", 16, (5, 7), width=96, prefix=1, pos_embed=36),
+]
+
+# -------------------------------------------------------------------------------------- attention
+
+
+def _keep_some(values: Tensor) -> Tensor:
+    """Mask with about 70 % of the keys, the first of them always."""
+    mask = values > -0.5
+    mask[..., 0] = True
+    return mask
+
+
+def _drop_rows(values: Tensor) -> Tensor:
+    """As above, but every third query sees nothing."""
+    mask = _keep_some(values)
+    mask[..., ::3, :] = False
+    return mask
+
+
+def _minus_infinity(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda values: values.masked_fill(~convert(values), -torch.inf)
+
+
+def attention(
+    name: str,
+    batch: int = 2,
+    heads: int = 2,
+    queries: int = 7,
+    keys: int | None = None,
+    width: int = 16,
+    *,
+    logits: float = 1.0,
+    mean: float = 0.0,
+    mask: T | None = None,
+    **more: Any,
+) -> Case:
+    keys = queries if keys is None else keys
+    tensors = {
+        "q": T((batch, heads, queries, width), gain=logits),
+        "k": T((batch, heads, keys, width)),
+        "v": T((batch, heads, keys, width), mean=mean),
+    }
+    return Case("attention", name, tensors | ({"attn_mask": mask} if mask is not None else {}), **more)
+
+
+def attention_qkv(
+    name: str,
+    batch: int = 2,
+    heads: int = 2,
+    tokens: int = 7,
+    width: int = 16,
+    *,
+    gain: float = 1.0,
+    mean: float = 0.0,
+    mask: T | None = None,
+    causal: bool = False,
+    **more: Any,
+) -> Case:
+    tensors = {"qkv": T((batch, tokens, 3 * heads * width), gain=gain, mean=mean)}
+    options = {"num_heads": heads} | ({"is_causal": True} if causal else {}) | more.pop("options", {})
+    return Case("attention_qkv", name, tensors | ({"attn_mask": mask} if mask is not None else {}), options, **more)
+
+
+CAUSAL: dict[str, Any] = {"is_causal": True}
+WIDTHS = (8, 16, 32, 48, 64, 72, 80, 88, 96, 104, 128)
+
+ATTENTION = [
+    attention("plain"),
+    *(attention(f"head width {width}", queries=9, width=width) for width in (33, 72, 128)),
+    attention("odd", 1, 3, 65, width=33),
+    attention("one token", queries=1),
+    attention("one sample, one head", 1, 1, 33),
+    attention("empty batch", batch=0),
+    attention("no keys", keys=0),
+    attention("no queries", queries=0, keys=5),
+    attention("long", 1, 1, 577, width=64, dtypes=(F32, BF16)),
+    attention("cross, more keys", queries=5, keys=33),
+    attention("cross, more queries", queries=67, keys=3),
+    attention("large logits", queries=33, logits=50.0),
+    attention("large mean", queries=9, mean=30.0),
+    attention("scale", options={"scale": 0.7}),
+    attention("negative scale", options={"scale": -0.3}),
+    attention("causal", queries=33, options=CAUSAL),
+    attention("causal, more keys", queries=5, keys=9, options=CAUSAL),
+    attention("causal, more queries", queries=9, keys=5, options=CAUSAL),
+    attention("bool mask", mask=T((2, 2, 7, 7), convert=_keep_some)),
+    attention("bool mask for all", queries=65, mask=T((65, 65), convert=_keep_some)),
+    attention("bool mask a head", mask=T((1, 2, 7, 7), convert=_keep_some)),
+    attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=_keep_some)),
+    attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=_keep_some)),
+    attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=_drop_rows)),
+    attention("all masked", mask=T((2, 1, 1, 7), convert=lambda values: values > torch.inf)),
+    attention("additive mask", mask=T((2, 2, 7, 7), grad=False)),
+    attention("float32 mask", mask=T((7, 7), grad=False, dtype=F32), dtypes=REDUCED),
+    attention("-inf mask", queries=33, mask=T((33, 33), grad=False, convert=_minus_infinity(_keep_some))),
+    attention("-inf rows", queries=33, mask=T((2, 1, 33, 33), convert=_minus_infinity(_drop_rows))),
+    attention("relative position bias", 3, 2, 17, mask=T((1, 2, 17, 17))),
+    attention("float32 mask gradient", 3, 2, 9, mask=T((2, 9, 9), dtype=F32), dtypes=REDUCED),
+    attention("mask gradient, a scalar", mask=T(())),
+    # every way in which a mask can be broadcast over [B, H, Nq, Nk]
+    *(
+        attention(f"mask gradient, {shape}", 2, 3, 5, 9, mask=T(shape))
+        for shape in itertools.product((2, 1), (3, 1), (5, 1), (9, 1))
+    ),
+]
+
+ATTENTION_QKV = [
+    *(attention_qkv(f"head width {width}", tokens=17, width=width) for width in WIDTHS),
+    attention_qkv("odd", 1, 3, 33, 7),
+    attention_qkv("odd, 65 tokens", 1, 1, 65, 33),
+    attention_qkv("197 tokens", 1, 2, 197, 64),
+    attention_qkv("long", 1, 1, 577, 32, dtypes=(F32, BF16)),
+    attention_qkv("one token", tokens=1),
+    attention_qkv("no tokens", tokens=0),
+    attention_qkv("one sample, one head", 1, 1, 7),
+    attention_qkv("empty batch", batch=0),
+    attention_qkv("large logits", tokens=33, gain=7.0),
+    attention_qkv("large mean", tokens=9, mean=2.0),
+    attention_qkv("causal", tokens=65, causal=True),
+    attention_qkv("causal, head width 72", tokens=9, width=72, causal=True),
+    attention_qkv("scale", options={"scale": 0.7}),
+    attention_qkv("bool mask", mask=T((2, 2, 7, 7), convert=_keep_some)),
+    attention_qkv("key padding", tokens=33, mask=T((2, 1, 1, 33), convert=_keep_some)),
+    attention_qkv("rows fully masked", tokens=33, mask=T((2, 1, 33, 33), convert=_drop_rows)),
+    attention_qkv("-inf rows", tokens=33, mask=T((2, 1, 33, 33), convert=_minus_infinity(_drop_rows))),
+    attention_qkv("relative position bias", 3, 2, 17, 16, mask=T((1, 2, 17, 17))),
+    attention_qkv("mask gradient, key bias", tokens=33, mask=T((2, 1, 1, 33))),
+]
+
+# -------------------------------------------------------------------------------------- add_layer_norm
+
+VECTORS = ("bias", "branch_bias", "scale", "row_scale")
+
+
+def _drop_path(values: Tensor) -> Tensor:
+    """0 for the second sample of each three, 1 / 0.9 for the rest."""
+    factors = torch.full_like(values, 1 / 0.9)
+    factors[1::3] = 0
+    return factors
+
+
+def add_layer_norm(
+    name: str,
+    shape: tuple[int, ...] = (3, 5, 33),
+    *,
+    branch: bool = True,
+    vectors: tuple[str, ...] = VECTORS,
+    mean: float = 0.0,
+    x: torch.dtype | None = None,
+    parameters: torch.dtype | None = None,
+    **more: Any,
+) -> Case:
+    width = shape[-1:]
+    known = {
+        "bias": T(width, dtype=parameters),
+        "branch_bias": T(width, dtype=parameters),
+        "scale": T(width, dtype=parameters),
+        "row_scale": T(shape[:1], convert=_drop_path),
+    }
+    tensors = {
+        "x": T(shape, mean=mean, dtype=x),
+        "branch": T(shape) if branch else None,
+        "weight": T(width, gain=0.2, mean=1.0, dtype=parameters),
+    } | {vector: known[vector] for vector in vectors}
+    return Case("add_layer_norm", name, tensors, **more)
+
+
+ADD_LAYER_NORM = [
+    # every optional argument there and not there
+    *(
+        add_layer_norm(f"with {', '.join(vectors) or 'no vector'}", vectors=vectors)
+        for count in range(len(VECTORS) + 1)
+        for vectors in itertools.combinations(VECTORS, count)
+    ),
+    add_layer_norm("no branch", branch=False, vectors=("bias",)),
+    add_layer_norm("no branch, no bias", branch=False, vectors=()),
+    add_layer_norm("no branch, normed alone", branch=False, vectors=("bias",), used=("normed",)),
+    add_layer_norm("total alone", used=("total",)),
+    add_layer_norm("normed alone", used=("normed",)),
+    *(add_layer_norm(f"width {width}", (2, 3, width)) for width in (7, 64, 65, 192, 197, 768)),
+    add_layer_norm("width 1", (2, 3, 1), options={"eps": 0.1}),
+    add_layer_norm("many rows", (4, 65, 48)),
+    add_layer_norm("197 tokens", (2, 197, 40)),
+    add_layer_norm("one token", (1, 1, 33)),
+    add_layer_norm("one sample", (1, 7, 16)),
+    add_layer_norm("empty batch", (0, 5, 16)),
+    add_layer_norm("no tokens", (2, 0, 16)),
+    add_layer_norm("two axes", (5, 16)),
+    add_layer_norm("four axes", (2, 3, 2, 16)),
+    add_layer_norm("one axis", (16,), vectors=("bias", "branch_bias", "scale")),
+    add_layer_norm("large mean", (3, 5, 64), mean=30.0),
+    add_layer_norm("large mean, no branch", (3, 5, 65), mean=30.0, branch=False, vectors=("bias",)),
+    add_layer_norm("eps", (3, 5, 16), options={"eps": 0.5}),
+    add_layer_norm("reduced branch on a float32 residual", x=F32, parameters=F32, dtypes=REDUCED),
+    add_layer_norm("reduced branch on a float32 residual, no vector", x=F32, vectors=(), dtypes=REDUCED),
+    add_layer_norm("float32 parameters", parameters=F32, dtypes=REDUCED),
+    add_layer_norm("float32 parameters, no branch", branch=False, parameters=F32, vectors=("bias",), dtypes=REDUCED),
+    add_layer_norm("normed in bfloat16", x=F32, parameters=F32, options={"out_dtype": BF16}, dtypes=(F32, BF16)),
+    add_layer_norm("normed in float32", parameters=F32, options={"out_dtype": F32}, dtypes=REDUCED),
+]
+
+# -------------------------------------------------------------------------------------- mlp
+
+
+def mlp(
+    name: str,
+    rows: tuple[int, ...] = (2, 5),
+    sizes: tuple[int, int, int] = (16, 24, 16),
+    *,
+    biases: tuple[str, ...] = ("b1", "b2"),
+    gain: float = 1.0,
+    **more: Any,
+) -> Case:
+    inner, hidden, outer = sizes
+    tensors = {
+        "x": T((*rows, inner), gain=gain),
+        "w1": T((hidden, inner), gain=inner**-0.5),
+        "b1": T((hidden,)) if "b1" in biases else None,
+        "w2": T((outer, hidden), gain=hidden**-0.5),
+        "b2": T((outer,)) if "b2" in biases else None,
+    }
+    return Case("mlp", name, tensors, **more)
+
+
+MLP = [
+    *(mlp(f"{name}", options={"activation": name}) for name in ACTIVATIONS),
+    *(mlp(f"{name}, blocked gemm", (3, 100), (96, 384, 96), options={"activation": name}) for name in ACTIVATIONS),
+    mlp("no bias", biases=()),
+    mlp("no bias, blocked gemm", (3, 100), (96, 384, 96), biases=()),
+    mlp("first bias", biases=("b1",)),
+    mlp("second bias", biases=("b2",)),
+    mlp("odd", (3, 7), (33, 65, 7)),
+    mlp("odd, blocked gemm", (1, 197), (65, 197, 33)),
+    mlp("other width out", (2, 5), (16, 40, 8)),
+    mlp("all widths one", (33,), (1, 1, 1), dtypes=(F32, F64)),
+    mlp("one number", (1,), (1, 1, 1), dtypes=(F32, F64)),
+    mlp("one row", (1, 1), (33, 65, 33)),
+    mlp("no leading axis", ()),
+    mlp("empty batch", (0, 5)),
+    mlp("four axes", (2, 2, 3)),
+    mlp("large input", (3, 7), (33, 65, 33), gain=30.0),
+]
+
+# -------------------------------------------------------------------------------------- stride matrix
+
+SMALL = [  # one case an op, which gives every tensor argument
+    linear("strides", (3, 5), 16, 24),
+    patch_embed("strides", 4, (2, 4), prefix=2, pos_embed=10, keep=6),
+    attention("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
+    attention_qkv("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
+    add_layer_norm("strides", (3, 5, 16)),
+    mlp("strides", (3, 5)),
+]
+_LARGE = [  # where GEMMs take another path
+    linear("strides, blocked gemm", (3, 100), 96, 288),
+    mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
+]
+_MATRIX = ("transposed", "sliced", "every second row", "expanded", "offset", "columns")
+_VECTOR = ("sliced", "expanded", "offset")
+_ARRIVING = ("transposed", "sliced", "expanded everywhere", "offset", "columns", "rows")
+
+
+def _strided(base: Case) -> Iterator[Case]:
+    """The base case with one tensor at a time, then one gradient, in each layout that torch can hand over."""
+    for name, spec in base.tensors.items():
+        assert spec is not None
+        layouts = _VECTOR if len(spec.shape) == 1 else _MATRIX
+        if len(spec.shape) == 4:
+            layouts += ("channels_last", "heads last")
+        if name == "image":
+            layouts += ("grey",)
+        for layout in layouts:
+            tensors = base.tensors | {name: dataclasses.replace(spec, layout=layout)}
+            yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=(F32,))
+    for layout in _ARRIVING:
+        yield dataclasses.replace(base, name=f"{base.name}, gradient {layout}", grad_layout=layout, dtypes=(F32,))
+
+
+STRIDES = [case for base in (*SMALL, *_LARGE) for case in _strided(base)]
+
+PLAIN = [*LINEAR, *PATCH_EMBED, *ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *MLP]
+CASES = [*PLAIN, *STRIDES]

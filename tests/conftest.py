@@ -1,0 +1,62 @@
+"""What every test stands on: poisoned memory, fixed seeds, one thread, and the default order of backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from vitkernels import dispatch, ext
+
+BACKENDS = ("reference", "ext")  # a new backend is one more name
+ISAS = ext.ISAS
+
+
+def skip_without(backend: str) -> None:
+    """Skip the test, with the backend's own sentence, where the backend is not there."""
+    reason = dispatch.why_not(backend)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn."""
+    skip_without(request.param)
+    return request.param
+
+
+@pytest.fixture
+def force_isa() -> Iterator[Callable[[str], None]]:
+    """A function that switches the extension's instruction set; what it was before comes back after the test."""
+    skip_without("ext")
+    before = ext.isa()
+
+    def force(name: str) -> None:
+        try:
+            ext.isa(name)
+        except ValueError as reason:
+            pytest.skip(str(reason))
+
+    yield force
+    ext.isa(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_memory() -> None:
+    """Memory that nobody wrote is NaN, or the largest integer.
+
+    The switch acts inside aten's empty functions, which the extension reaches through the dispatcher for all that it
+    returns (`test_ops_contract.py` shows that it does), so an element that a kernel leaves out is seen when compared.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default order of backends, a fixed seed, one thread."""
+    monkeypatch.setattr(dispatch, "_order", None)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

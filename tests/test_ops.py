@@ -1,0 +1,76 @@
+"""Every op, on every case, in every dtype, on every backend: results and gradients against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from accuracy import check, check_case, floor_of, run, run_truth
+from case import Case
+from cases import CASES, PLAIN, SMALL
+from conftest import BACKENDS, ISAS, skip_without
+
+import vitkernels as vk
+from vitkernels import ext
+
+
+def _name(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, (Case, torch.dtype)) else None
+
+
+def _product(cases: list[Case], dtypes: tuple[torch.dtype, ...]) -> list[tuple[Case, torch.dtype]]:
+    return [(case, dtype) for case in cases for dtype in dtypes if dtype in case.dtypes]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), _product(CASES, (torch.float32, torch.float64, torch.bfloat16, torch.float16)), ids=_name
+)
+def test_accuracy(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check_case(case, dtype, backend)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("case", "dtype"), _product(PLAIN, (torch.float32, torch.bfloat16)), ids=_name)
+def test_accuracy_on_instruction_set(case: Case, dtype: torch.dtype, isa: str, force_isa) -> None:
+    force_isa(isa)
+    check_case(case, dtype, "ext")
+    assert ext.isa() == isa
+
+
+@pytest.mark.parametrize(("forward", "backward"), itertools.permutations(BACKENDS, 2))
+@pytest.mark.parametrize(("case", "dtype"), _product(PLAIN, (torch.float32, torch.bfloat16)), ids=_name)
+def test_backward_after_another_backends_forward(case: Case, dtype: torch.dtype, forward: str, backward: str) -> None:
+    skip_without(forward)
+    skip_without(backward)
+    check_case(case, dtype, forward, backward)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_each_gradient_alone(case: Case, backend: str) -> None:
+    """With one gradient asked for, it is right and no other one is given."""
+    tensors = case.build(torch.float32)
+    reference = run(case, tensors, forward="reference")
+    gradients = case.build_gradients({name: reference[name] for name in case.results})
+    truth = run_truth(case, tensors, gradients)
+    for wanted in [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]:
+        alone = {
+            name: tensor if tensor is None else tensor.detach().requires_grad_(name == wanted)
+            for name, tensor in tensors.items()
+        }
+        got = run(case, alone, gradients, forward=backend)
+        names = (*case.results, f"gradient of {wanted}")
+        check(got, {name: reference[name] for name in names}, {name: truth[name] for name in names}, floor_of(tensors))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_without_gradients(case: Case, backend: str) -> None:
+    """Under no_grad the results are the same and need nothing."""
+    tensors = case.build(torch.float32)
+    with_gradients = run(case, tensors, forward=backend)
+    with torch.no_grad(), vk.use(backend), vk.record() as calls:
+        outputs = case.call(tensors)
+    assert [(call.direction, call.backend) for call in calls] == [("forward", backend)]
+    for name, output in outputs.items():
+        assert not output.requires_grad
+        torch.testing.assert_close(output, with_gradients[name])

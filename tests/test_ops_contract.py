@@ -1,0 +1,213 @@
+"""What every op promises beside its numbers: layouts, no aliasing, arguments untouched, repeatable, traceable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from accuracy import run
+from case import Case, T
+from cases import CASES, PLAIN, SMALL, add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed
+from conftest import skip_without
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vitkernels as vk
+from vitkernels import dispatch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a launcher: what it was given and what it returned."""
+
+    torch_op: Any
+    args: tuple[Any, ...]
+    results: tuple[Tensor, ...]
+
+
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _storage(tensor: Tensor) -> Tensor:
+    """All the bytes under a tensor, those between its elements too."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch of any backend, checked for arguments that it changed."""
+    seen: list[Launch] = []
+
+    def watched(launch: Callable[..., Any], torch_op: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            before = [_storage(tensor).clone() for tensor in _tensors(args)]
+            results = launch(*args)
+            for tensor, bytes_before in zip(_tensors(args), before, strict=True):
+                assert torch.equal(_storage(tensor), bytes_before), f"{torch_op} changed an argument"
+            seen.append(Launch(torch_op, args, results if isinstance(results, tuple) else (results,)))
+            return results
+
+        return call
+
+    for op in dispatch.OPS.values():
+        for backend, given in op.implementations.items():
+            watched_implementation = dispatch.Implementation(
+                watched(given.forward, op.forward_op), watched(given.backward, op.backward_op), given.why_not
+            )
+            monkeypatch.setitem(op.implementations, backend, watched_implementation)
+    return seen
+
+
+def _on_meta(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape, dtype and the strides that mean something."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return tuple(tensor.shape), tensor.dtype, strides if tensor.numel() else []
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_are_as_traced_and_alias_nothing(case: Case, backend: str, launches: list[Launch]) -> None:
+    run(case, case.build(case.dtypes[0]), forward=backend)
+    assert len(launches) == 2
+    for launch in launches:
+        traced = launch.torch_op(*map(_on_meta, launch.args))
+        traced = traced if isinstance(traced, tuple) else (traced,)
+        assert [_layout(result) for result in launch.results] == [_layout(fake) for fake in traced], launch.torch_op
+        taken = {tensor.untyped_storage().data_ptr() for tensor in _tensors(launch.args)}
+        for result in launch.results:
+            place = result.untyped_storage().data_ptr()
+            assert result.numel() == 0 or place not in taken, f"{launch.torch_op}: a result shares memory"
+            taken.add(place)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_unasked_gradients_are_empty(case: Case, backend: str, launches: list[Launch]) -> None:
+    """With one gradient asked for, the backward op fills that one and returns no elements for the others."""
+    tensors = case.build(torch.float32)
+    for wanted in [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]:
+        launches.clear()
+        run(
+            case,
+            {
+                name: tensor if tensor is None else tensor.detach().requires_grad_(name == wanted)
+                for name, tensor in tensors.items()
+            },
+            forward=backend,
+        )
+        filled = sum(result.numel() > 0 for result in launches[-1].results)
+        assert filled == (3 if case.op == "attention" else 1) + (wanted == "attn_mask") * (case.op != "linear"), wanted
+
+
+def test_memory_that_the_extension_allocates_is_poisoned() -> None:
+    """It takes its results from aten's new_empty, and what that hands out is NaN."""
+    skip_without("ext")
+    assert torch.zeros(1).new_empty(1000).isnan().all()
+    assert torch.empty(1000, dtype=torch.bfloat16).isnan().all()
+    x, weight = torch.randn(300, 64), torch.ones(64)
+    with vk.use("ext"), torch.profiler.profile() as profile:
+        vk.ops.add_layer_norm(x, x, weight)
+    allocating = {event.name for event in profile.events() if event.name.startswith("aten::")}
+    assert allocating & {"aten::new_empty", "aten::empty"}, allocating
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_same_bits_every_time(case: Case, dtype: torch.dtype, backend: str) -> None:
+    if dtype not in case.dtypes:
+        pytest.skip(f"the case is not for {dtype}")
+    runs = [run(case, case.build(dtype), forward=backend) for _ in range(3)]
+    for name, value in runs[0].items():
+        for again in runs[1:]:
+            assert torch.equal(value, again[name]), name
+
+
+# -------------------------------------------------------------------------------------- numerical slopes
+
+SLOPES = [
+    linear("slopes", (2, 2), 5, 3),
+    patch_embed("slopes", 2, (2, 2), channels=2, width=3, prefix=1, pos_embed=5, keep=3, mean=[0.5, 0.1], std=[2, 0.5]),
+    attention("slopes", 1, 2, 3, 4, 3, mask=T((2, 1, 4))),
+    attention("slopes, causal", 1, 2, 4, 4, 3, options={"is_causal": True}),
+    attention_qkv("slopes", 1, 2, 3, 3, mask=T((3, 3))),
+    add_layer_norm("slopes", (2, 2, 5)),
+    add_layer_norm("slopes, no branch", (2, 2, 5), branch=False, vectors=("bias",)),
+    *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("gelu", "gelu_tanh")),
+    *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("quick_gelu", "silu")),
+    mlp("slopes, relu", (2, 2), (3, 5, 2), options={"activation": "relu"}),
+]
+
+
+@pytest.mark.parametrize("case", SLOPES, ids=str)
+def test_gradcheck(case: Case, backend: str) -> None:
+    tensors = case.build(torch.float64)
+    leaves = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(case.call(tensors | dict(zip(leaves, values, strict=True))).values())
+
+    with vk.use(backend), vk.record() as calls:
+        assert torch.autograd.gradcheck(function, [tensors[name] for name in leaves], check_batched_grad=True)
+    assert {(call.direction, call.backend) for call in calls} == {("forward", backend), ("backward", backend)}
+
+
+# -------------------------------------------------------------------------------------- tracing
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_opcheck(case: Case, backend: str, launches: list[Launch]) -> None:
+    tensors = case.build(torch.float32)
+    run(case, tensors, forward=backend)
+    forward, backward = list(launches)
+    with vk.use(backend):
+        torch.library.opcheck(forward.torch_op, _leaves(forward.args, requires_grad=True))
+        torch.library.opcheck(backward.torch_op, _leaves(backward.args, requires_grad=False))
+
+
+def _leaves(args: tuple[Any, ...], requires_grad: bool) -> tuple[Any, ...]:
+    return tuple(
+        arg.detach().requires_grad_(requires_grad) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_meta_tensors(case: Case) -> None:
+    """Shapes, layouts and dtypes without data, gradients included, and no kernel runs."""
+    real = case.call(case.build(case.dtypes[0]))
+    tensors = case.build(case.dtypes[0], device="meta")
+    with vk.record() as calls:
+        outputs = case.call(tensors)
+        torch.autograd.backward(
+            [outputs[name] for name in case.used or case.results],
+            list(case.build_gradients(outputs).values()),
+        )
+    assert not calls
+    assert {name: _layout(output) for name, output in outputs.items()} == {
+        name: _layout(output) for name, output in real.items()
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.grad is not None:
+            assert (tensor.grad.shape, tensor.grad.dtype) == (tensor.shape, tensor.dtype), name
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_fake_tensors(case: Case) -> None:
+    tensors = case.build(torch.float32)
+    real = case.call(tensors)
+    mode = FakeTensorMode()
+    fakes = {name: mode.from_tensor(tensor.detach()) for name, tensor in tensors.items() if tensor is not None}
+    with mode, vk.record() as calls:
+        outputs = case.call(fakes)
+    assert not calls
+    for name, output in outputs.items():
+        assert output.device == real[name].device
+        assert _layout(output) == _layout(real[name])
