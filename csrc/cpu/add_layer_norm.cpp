@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
                                    reinterpret_cast<A*>(bytes(mean)),
                                    reinterpret_cast<A*>(bytes(rstd))};
     parallel(rows_of(x), grain(width), [&](int64_t begin, int64_t end) {
-      Buffer<A> scratch(4 * width);
+      Buffer<A> scratch(kLayerNormScratch * width);
       kernels<A>().layer_norm_forward(args, begin, end, scratch.get());
     });
   });
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
                                     needs[6]};
     std::vector<A> row_sums(needs[6] ? rows : 0);
     const auto sums = sum_in_parts<A>(rows, 4 * width, [&](int64_t begin, int64_t end, A* part) {
-      Buffer<A> scratch(4 * width);
+      Buffer<A> scratch(kLayerNormScratch * width);
       kernels<A>().layer_norm_backward(args, begin, end, part, row_sums.data(), scratch.get());
     });
     const auto vector = [&](int i, ScalarType dtype) {

@@ -21,7 +21,9 @@ struct OutRows {
 };
 
 // add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
-// of `rows_per_sample` rows. `scratch` holds 4 * width.
+// of `rows_per_sample` rows. `scratch` holds kLayerNormScratch rows.
+constexpr int64_t kLayerNormScratch = 6;
+
 template <class A>
 struct LayerNormForward {
   int64_t width, rows_per_sample;

@@ -80,10 +80,12 @@ void activate_backward(Activation kind, char* dpre, char* activated, A* dbias, c
       load_row(h, pre + at, dtype, 1, n);
       load_row(g, dout + at, dtype, 1, n);
       activate_any(kind, value, slope, h, n);
-      for (int64_t c = 0; c < n; ++c) g[c] *= slope[c];
-      if (dbias) {
-        for (int64_t c = 0; c < n; ++c) dbias[j + c] += g[c];
-      }
+      each<A>(n, [&](auto lane, int64_t c) VK_ALWAYS {
+        using V = decltype(lane);
+        const V d = get<V>(g + c) * get<V>(slope + c);
+        put(g + c, d);
+        if (dbias) put(dbias + j + c, get<V>(dbias + j + c) + d);
+      });
       store_row(dpre + at, dtype, 1, g, n);
       if (activated) store_row(activated + at, dtype, 1, value, n);
     }

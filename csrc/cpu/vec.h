@@ -8,7 +8,7 @@ namespace vk {
 namespace VK_ISA {
 
 #define VK_INLINE inline __attribute__((always_inline))
-#define VK_IVDEP _Pragma("GCC ivdep")  // rows never overlap: no run-time check, no scalar copy of the loop
+#define VK_ALWAYS __attribute__((always_inline))  // on lambdas, after their parameters
 
 template <class A>
 struct Lanes {
@@ -51,6 +51,39 @@ VK_INLINE A largest(Vec<A> v) {
 template <class A>
 VK_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
+}
+
+// ---- one body for whole vectors and for what is left of a row: V is Vec<A> or A
+
+template <class V, class A>
+VK_INLINE V get(const A* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class A>
+VK_INLINE void put(A* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class A, class F>
+VK_INLINE void each(int64_t width, F body) {
+  int64_t j = 0;
+  for (; j + Lanes<A>::count <= width; j += Lanes<A>::count) body(Vec<A>{}, j);
+  for (; j < width; ++j) body(A{}, j);
+}
+template <class A>
+struct Sum {
+  Vec<A> lanes{};
+  A rest = 0;
+  VK_INLINE void add(Vec<A> v) { lanes += v; }
+  VK_INLINE void add(A v) { rest += v; }
+  VK_INLINE A total() const { return sum<A>(lanes) + rest; }
+};
+template <class A>
+VK_INLINE A row_sum(const A* row, int64_t width) {
+  Sum<A> sum;
+  each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS { sum.add(get<decltype(lane)>(row + j)); });
+  return sum.total();
 }
 
 // ---- exp. float: 2^n * polynomial of the rest (Cody and Waite's reduction), 1 ulp or so; NaN stays NaN, -inf gives 0.
