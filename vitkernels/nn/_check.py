@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 
 def positive(owner: str, **numbers: Any) -> None:
     """Each argument is an int of 1 or more."""
@@ -38,6 +40,19 @@ def pair(owner: str, name: str, value: Any) -> tuple[int, int]:
         if not isinstance(side, int) or isinstance(side, bool) or side < 1:
             raise ValueError(f"{owner}: argument '{name}' is {value!r}; needs an int of 1 or more, or (height, width)")
     return height, width
+
+
+def image(owner: str, value: Any, patch_size: tuple[int, int]) -> None:
+    """A batch of images [B, C, H, W], H and W multiples of the patch."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{owner}: argument 'image' got {type(value).__name__}; needs a torch.Tensor")
+    if value.dim() != 4:
+        raise ValueError(f"{owner}: argument 'image' has shape {list(value.shape)}; needs 4 dimensions, [B, C, H, W]")
+    for size, side, axis in zip(value.shape[2:], patch_size, ("height", "width"), strict=True):
+        if size < side or size % side != 0:
+            raise ValueError(
+                f"{owner}: argument 'image' has a {axis} of {size}; needs a multiple of the patch size {side}"
+            )
 
 
 def rate(owner: str, name: str, value: float) -> None:

@@ -48,6 +48,8 @@ class Block(nn.Module):
         super().__init__()
         _check.positive("Block", dim=dim, num_heads=num_heads)
         _check.rate("Block", "drop_path", drop_path)
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"Block: argument 'mlp_ratio' is {mlp_ratio!r}; needs at least 1 / dim = 1 / {dim}")
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, proj_bias=proj_bias, eps=eps)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()

@@ -132,6 +132,7 @@ class NaiveVisionTransformer(nn.Module):
         _check.one_of(owner, "embedding", embedding, EMBEDDINGS)
         if global_pool == "token" and not class_token:
             raise ValueError(f"{owner}: argument 'class_token' is False with global_pool='token'; needs a class token")
+        self.image_shape = (in_chans, img_size, img_size)
         self.patch_size = patch_size
         self.global_pool = global_pool
         self.embedding = embedding
@@ -160,6 +161,11 @@ class NaiveVisionTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W], floating point or uint8, to [B, num_classes]."""
+        if image.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"NaiveVisionTransformer: argument 'image' has shape {list(image.shape)}; "
+                f"needs [B, {', '.join(map(str, self.image_shape))}]"
+            )
         image = scale_pixels(image, self.mean, self.std, self.patch_embed.weight.dtype)
 
         # each patch becomes a token

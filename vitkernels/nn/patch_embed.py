@@ -46,17 +46,13 @@ class PatchEmbed(nn.Module):
         if self.img_size is not None:
             for size, side in zip(self.img_size, self.patch_size, strict=True):
                 _check.divisible(owner, "img_size", size, "patch_size", side)
-            self.grid_size = self.grid(*self.img_size)
+            self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
             self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.mean = _per_channel("mean", mean, in_chans)
         self.std = _per_channel("std", std, in_chans)
         if self.std is not None and 0.0 in self.std:
             raise ValueError(f"{owner}: argument 'std' is {self.std}; needs numbers other than 0")
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, bias=bias)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches in an image of this size."""
-        return height // self.patch_size[0], width // self.patch_size[1]
 
     def forward(self, image: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
         """Turn a batch of images into tokens.

@@ -29,8 +29,18 @@ def resize_pos_embed(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[i
         )
     if tuple(old_grid) == tuple(new_grid):
         return table
-    patches = table[:, prefixes:].to(torch.promote_types(table.dtype, torch.float32))
-    image = patches.unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
-    patches = image.flatten(2).transpose(1, 2).to(table.dtype)
-    return torch.cat([table[:, :prefixes], patches], dim=1)
+    patches = table[:, prefixes:].to(torch.promote_types(table.dtype, torch.float32)).unflatten(1, old_grid)[0]
+    down, across = (_weights(old, new, patches) for old, new in zip(old_grid, new_grid, strict=True))
+    with torch.autocast(table.device.type, enabled=False):
+        patches = torch.einsum("rcd,rm,cn->mnd", patches, down, across)
+    return torch.cat([table[:, :prefixes], patches.flatten(0, 1).unsqueeze(0).to(table.dtype)], dim=1)
+
+
+def _weights(old: int, new: int, like: Tensor) -> Tensor:
+    """[old, new]: what each old row gives each new one, read off by interpolating unit vectors.
+
+    Two products with these are the interpolation; their backward, other than `F.interpolate`'s, is repeatable on a GPU
+    and compiles with sizes that are symbols.
+    """
+    units = torch.eye(old, dtype=like.dtype, device=like.device)
+    return F.interpolate(units[None, None], size=(old, new), mode="bicubic", antialias=True)[0, 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from typing import Any
 
 from torch import nn
@@ -51,10 +50,12 @@ def create_model(name: str, *, img_size: int = 224, num_classes: int = 1000, **k
     if name in PRESETS:
         return VisionTransformer(img_size=img_size, num_classes=num_classes, **{**PRESETS[name], **kwargs})
     timm_name = name.removeprefix("timm:")
-    if importlib.util.find_spec("timm") is None:
-        raise ValueError(f"create_model: argument 'name' is {name!r}; needs {_known(name)} (timm is not installed)")
-    import timm
-
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision was built for another torch
+        raise ValueError(
+            f"create_model: argument 'name' is {name!r}; needs {_known(name)} (timm's are not to be had: {error})"
+        ) from error
     if not timm.is_model(timm_name.split(".")[0]):
         raise ValueError(f"create_model: argument 'name' is {name!r}; needs {_known(name)}, or a name that timm knows")
     config = timm.get_pretrained_cfg(timm_name)

@@ -92,7 +92,9 @@ class VisionTransformer(nn.Module):
         self.no_embed_class = no_embed_class
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, mean=mean, std=std)
+        size = _check.pair(owner, "img_size", img_size)
+        self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, mean=mean, std=std)
+        self.patch_size, self.grid_size = self.patch_embed.patch_size, self.patch_embed.grid_size
         rows = self.patch_embed.num_patches + self._pos_prefixes
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
@@ -205,8 +207,9 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, image: Tensor) -> Tensor:
         """Image to [B, R + N, D] with positions."""
-        grid = self.patch_embed.grid(*image.shape[-2:])
-        table = resize_pos_embed(self.pos_embed, self.patch_embed.grid_size, grid, self._pos_prefixes)[0]
+        _check.image("VisionTransformer", image, self.patch_size)
+        grid = (image.shape[2] // self.patch_size[0], image.shape[3] // self.patch_size[1])
+        table = resize_pos_embed(self.pos_embed, self.grid_size, grid, self._pos_prefixes)[0]
         prefixes = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = torch.cat(prefixes) if prefixes else None
         if is_stock(self.patch_embed, PatchEmbed):
@@ -224,4 +227,4 @@ def _fit_pos_embed(model: VisionTransformer, state_dict: dict[str, Any], prefix:
         raise ValueError(f"load_state_dict: '{key}' holds NaN; needs numbers (nothing was loaded)")
     side = math.isqrt(max(table.shape[1] - model._pos_prefixes, 0)) if table.dim() == 3 else 0
     if table.shape != model.pos_embed.shape and side and side * side == table.shape[1] - model._pos_prefixes:
-        state_dict[key] = resize_pos_embed(table, (side, side), model.patch_embed.grid_size, model._pos_prefixes)
+        state_dict[key] = resize_pos_embed(table, (side, side), model.grid_size, model._pos_prefixes)

@@ -1,0 +1,70 @@
+"""The libraries that the modules are compared with."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.nn import VisionTransformer
+
+SIZES = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+# torchvision's Python code names these when imported; its compiled part is not there beside a CPU torch
+_SCHEMAS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_library = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def import_timm() -> ModuleType:
+    """timm, with the operators declared that its import of torchvision wants."""
+    for name, schema in _SCHEMAS.items():
+        if not hasattr(torch.ops.torchvision, name):
+            _library.define(name + schema)
+    import timm
+
+    return timm
+
+
+def stir(model: nn.Module) -> None:
+    """Move every parameter off its starting value, so that none hides as a 0 or a 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def output_and_gradients(model: nn.Module, image: Tensor, *, autocast: bool = False) -> dict[str, Tensor]:
+    """The model's output, and every parameter's gradient of a loss with different weights on all its numbers."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(image)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output).view_as(output)
+    gradients = torch.autograd.grad((output * weights).sum(), list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def build(**options: Any) -> tuple[VisionTransformer, nn.Module]:
+    """Our Vision Transformer and timm's, with the same weights."""
+    theirs = import_timm().models.VisionTransformer(**{**SIZES, **options})
+    stir(theirs)
+    options.pop("dynamic_img_size", None)  # ours takes any size
+    ours = VisionTransformer(**{**SIZES, **options})
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def image(model: VisionTransformer) -> Tensor:
+    """Three images of the size that the model is made for."""
+    size = (count * side for count, side in zip(model.grid_size, model.patch_size, strict=True))
+    return torch.randn(3, model.patch_embed.proj.in_channels, *size)
+
+
+def truth(theirs: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of timm's model in float64."""
+    result = output_and_gradients(theirs.double(), images.double())
+    theirs.float()
+    return result
