@@ -58,6 +58,7 @@ template <class A>
 struct Kernels {
   void (*load)(A* out, const char* in, DType dtype, int64_t step, int64_t count);
   void (*store)(char* out, DType dtype, int64_t step, const A* in, int64_t count);
+  void (*scale)(A* row, A factor, A offset, int64_t count);  // row = row * factor + offset
 
   void (*layer_norm_forward)(const LayerNormForward<A>&, int64_t begin, int64_t end, A* scratch);
   void (*layer_norm_backward)(const LayerNormBackward<A>&, int64_t begin, int64_t end, A* partial, A* drow_scale,
@@ -90,6 +91,11 @@ inline int64_t size_of(DType dtype) {
     case DType::f16: return 2;
     default: return 1;
   }
+}
+
+template <class A>
+constexpr DType same_dtype() {
+  return sizeof(A) == 4 ? DType::f32 : DType::f64;
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -8,7 +8,7 @@
 namespace vk {
 namespace {
 
-constexpr int64_t kTokensAtOnce = 1024;
+constexpr int64_t kTokensAtOnce = 2048;
 
 struct Grid {  // where the patches of an image lie, and which of them are kept
   int64_t batch, channels, down, across, rows, columns;  // `rows` x `columns` pixels a patch
@@ -36,42 +36,36 @@ struct Grid {  // where the patches of an image lie, and which of them are kept
   int64_t images_at_once() const { return std::max<int64_t>(1, kTokensAtOnce / std::max<int64_t>(tokens, 1)); }
 };
 
-// (pixel / 255 - mean) / std, by table for uint8.
+// (pixel / 255 - mean) / std as one multiplication and one addition a channel; the division by 255 is uint8's alone.
 template <class A>
 class Pixels {
  public:
   Pixels(const Tensor& image, const MaybeNumbers& mean, const MaybeNumbers& std)
-      : image_(image), data_(bytes(image)), dtype_(dtype_of(image)), mean_(mean), std_(std) {
-    if (dtype_ != DType::u8) return;
+      : image_(image), data_(bytes(image)), dtype_(dtype_of(image)) {
     for (int64_t c = 0; c < image.size(1); ++c) {
-      for (int64_t v = 0; v < 256; ++v) table_.push_back(normalised(A(v) / A(255), c));
+      const double m = mean ? (*mean)[c] : 0, s = std ? (*std)[c] : 1;
+      factor_.push_back(A(1 / (s * (dtype_ == DType::u8 ? 255 : 1))));
+      offset_.push_back(A(-m / s));
     }
+    scaled_ = mean || std || dtype_ == DType::u8;
   }
-  // `count` pixels of one row of one channel
-  void load(A* out, int64_t b, int64_t c, int64_t y, int64_t x, int64_t count) const {
+  // `count` pixels of one row of one channel: where they lie already, or in `buffer`
+  const A* row(A* buffer, int64_t b, int64_t c, int64_t y, int64_t x, int64_t count) const {
     const int64_t step = image_.stride(3);
     const int64_t at = b * image_.stride(0) + c * image_.stride(1) + y * image_.stride(2) + x * step;
-    if (dtype_ == DType::u8) {
-      const auto* in = reinterpret_cast<const uint8_t*>(data_) + at;
-      for (int64_t i = 0; i < count; ++i) out[i] = table_[c * 256 + in[i * step]];
-      return;
-    }
-    kernels<A>().load(out, data_ + at * size_of(dtype_), dtype_, step, count);
-    if (mean_ || std_) {
-      for (int64_t i = 0; i < count; ++i) out[i] = normalised(out[i], c);
-    }
+    const char* in = data_ + at * size_of(dtype_);
+    if (!scaled_ && step == 1 && dtype_ == same_dtype<A>()) return reinterpret_cast<const A*>(in);
+    kernels<A>().load(buffer, in, dtype_, step, count);
+    if (scaled_) kernels<A>().scale(buffer, factor_[c], offset_[c], count);
+    return buffer;
   }
 
  private:
-  A normalised(A value, int64_t c) const {
-    if (mean_) value -= A((*mean_)[c]);
-    return std_ ? value / A((*std_)[c]) : value;
-  }
   const Tensor& image_;
   const char* data_;
   DType dtype_;
-  const MaybeNumbers &mean_, &std_;
-  std::vector<A> table_;
+  bool scaled_;
+  std::vector<A> factor_, offset_;
 };
 
 // Patches of images [begin, end) as rows of `out`, [tokens, C * P * P] in its dtype. Whole rows of pixels are converted
@@ -82,18 +76,22 @@ void gather(const Tensor& out, const Grid& grid, const Pixels<A>& pixels, int64_
   const int64_t size = size_of(dtype), piece = grid.columns * size, width = grid.patch_size() * size;
   const int64_t run = grid.keep ? 1 : grid.across, runs = grid.keep ? grid.tokens : grid.down;
   parallel((end - begin) * runs, 4, [&](int64_t first, int64_t last) {
-    Buffer<A> line(run * grid.columns);
+    Buffer<A> buffer(run * grid.columns);
     Buffer<char> converted(run * piece);
     for (int64_t r = first; r < last; ++r) {
       const int64_t b = begin + r / runs, t = r % runs * run, patch = grid.patch(b, t);
       char* to = bytes(out) + ((b - begin) * grid.tokens + t) * width;
       for (int64_t c = 0; c < grid.channels; ++c) {
         for (int64_t y = 0; y < grid.rows; ++y) {
-          pixels.load(line.get(), b, c, patch / grid.across * grid.rows + y, patch % grid.across * grid.columns,
-                      run * grid.columns);
-          kernels<A>().store(converted.get(), dtype, 1, line.get(), run * grid.columns);
+          const A* line = pixels.row(buffer.get(), b, c, patch / grid.across * grid.rows + y,
+                                     patch % grid.across * grid.columns, run * grid.columns);
+          const char* from = reinterpret_cast<const char*>(line);
+          if (dtype != same_dtype<A>()) {
+            kernels<A>().store(converted.get(), dtype, 1, line, run * grid.columns);
+            from = converted.get();
+          }
           char* piece_to = to + (c * grid.rows + y) * piece;
-          for (int64_t i = 0; i < run; ++i) std::memcpy(piece_to + i * width, converted.get() + i * piece, piece);
+          for (int64_t i = 0; i < run; ++i) std::memcpy(piece_to + i * width, from + i * piece, piece);
         }
       }
     }
@@ -246,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     if (!needs[0] && !needs[1]) return;
     const Pixels<A> pixels(image, mean, std);
     const DType dtype = dtype_of(dout);
-    std::vector<A> weight_sums(needs[1] ? weight.numel() : 0);
-    Buffer<A> chunk_sums(needs[1] ? weight.numel() : 0);
+    const bool one_part = grid.batch > 0 && grid.batch <= grid.images_at_once();
+    std::vector<A> weight_sums(needs[1] && !one_part ? weight.numel() : 0);
     for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
       const int64_t end = std::min(grid.batch, begin + grid.images_at_once()), tokens = (end - begin) * grid.tokens;
       const Tensor g = empty(weight, {tokens, width});  // the patch tokens' gradients, without the prefix's
@@ -263,12 +261,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
         const Tensor patches = empty(weight, {tokens, grid.patch_size()});
         gather(patches, grid, pixels, begin, end);
         const Tensor part = packed(gradient_of_weight(g, patches));
-        kernels<A>().load(chunk_sums.get(), bytes(part), dtype_of(part), 1, part.numel());
-        for (int64_t i = 0; i < part.numel(); ++i) weight_sums[i] += chunk_sums.get()[i];
+        if (one_part) {
+          dweight = torch::stable::view(part, shape_of(weight));
+        } else {
+          const Vector<A> values(part);
+          for (int64_t i = 0; i < part.numel(); ++i) weight_sums[i] += values.get()[i];
+        }
       }
       if (needs[0]) scatter<A>(dimage, packed(gradient_of_input(g, weights)), grid, std, begin, end);
     }
-    if (needs[1]) dweight = from_values<A>(weight, shape_of(weight), weight.scalar_type(), weight_sums.data());
+    if (!weight_sums.empty()) {
+      dweight = from_values<A>(weight, shape_of(weight), weight.scalar_type(), weight_sums.data());
+    }
   });
   return {dimage, dweight, dbias, dprefix, dpos};
 }

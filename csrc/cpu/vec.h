@@ -20,6 +20,7 @@ using Vec = typename Lanes<A>::Vec;
 typedef int32_t VecI __attribute__((vector_size(VK_VECTOR_BYTES)));
 constexpr int kFloats = VK_VECTOR_BYTES / 4;
 typedef uint16_t VecH __attribute__((vector_size(VK_VECTOR_BYTES / 2)));
+typedef uint8_t VecB __attribute__((vector_size(VK_VECTOR_BYTES / 4)));
 typedef uint32_t VecU __attribute__((vector_size(VK_VECTOR_BYTES)));
 
 template <class A>
@@ -189,6 +190,14 @@ inline void load_row(A* out, const char* in, DType dtype, int64_t step, int64_t 
       for (; i < count; ++i) out[i] = *at<uint8_t>(in, i * step) ? A(0) : -A(__builtin_inf());
       break;
     case DType::u8:
+      if (step == 1 && sizeof(A) == 4) {
+        for (; i + kFloats <= count; i += kFloats) {
+          VecB pixels;
+          std::memcpy(&pixels, at<uint8_t>(in, i), sizeof pixels);
+          const Vec<float> values = __builtin_convertvector(pixels, Vec<float>);
+          std::memcpy(out + i, &values, sizeof values);
+        }
+      }
       for (; i < count; ++i) out[i] = A(*at<uint8_t>(in, i * step));
       break;
   }
@@ -230,18 +239,23 @@ inline void store_row(char* out, DType dtype, int64_t step, const A* in, int64_t
   }
 }
 
+template <class A>
+void scale_row(A* row, A factor, A offset, int64_t count) {
+  each<A>(count, [&](auto lane, int64_t j) VK_ALWAYS { put(row + j, get<decltype(lane)>(row + j) * factor + offset); });
+}
+
 // The row itself where it is a packed row of A already, or a converted copy of it in `buffer`.
 template <class A>
 VK_INLINE const A* row_of(const Rows& rows, int64_t i, int64_t width, A* buffer) {
   const char* data = rows.data + i * rows.row * size_of(rows.dtype);
-  if (rows.dtype == (sizeof(A) == 4 ? DType::f32 : DType::f64) && rows.col == 1) return reinterpret_cast<const A*>(data);
+  if (rows.dtype == same_dtype<A>() && rows.col == 1) return reinterpret_cast<const A*>(data);
   load_row(buffer, data, rows.dtype, rows.col, width);
   return buffer;
 }
 // Where a row of results is computed: in place, or in `buffer` until `put_row` converts it.
 template <class A>
 VK_INLINE A* row_to(const OutRows& rows, int64_t i, A* buffer) {
-  if (rows.dtype == (sizeof(A) == 4 ? DType::f32 : DType::f64) && rows.col == 1) {
+  if (rows.dtype == same_dtype<A>() && rows.col == 1) {
     return reinterpret_cast<A*>(rows.data) + i * rows.row;
   }
   return buffer;
