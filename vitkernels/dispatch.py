@@ -72,7 +72,8 @@ def _parse_order(names: Sequence[str], source: str) -> tuple[str, ...]:
 _order: tuple[str, ...] | None = None  # None: the default order of the device
 if os.environ.get("VITKERNELS_BACKEND"):
     _order = _parse_order(
-        [name.strip() for name in os.environ["VITKERNELS_BACKEND"].split(",")], "environment variable VITKERNELS_BACKEND"
+        [name.strip() for name in os.environ["VITKERNELS_BACKEND"].split(",")],
+        "environment variable VITKERNELS_BACKEND",
     )
 
 
@@ -82,13 +83,16 @@ class use:
     As a statement it holds until the next one; `with vk.use(...):` restores what was before. It holds for the whole
     process (backward passes run on autograd's own threads). With no backend left that can serve, a call raises
     `BackendError` with every reason. The variable VITKERNELS_BACKEND="ext,reference" sets the first order.
+    Compiled functions follow it too, without recompiling; the call itself stands outside of them.
 
     Raises:
         ValueError: a name that is not a backend, or none given.
+        RuntimeError: called inside a function that is being compiled.
     """
 
     def __init__(self, *backends: str) -> None:
         global _order
+        _outside_compiled_code("use")
         order = _parse_order(backends, "use")
         self._previous, _order = _order, order
 
@@ -108,6 +112,7 @@ def order(device_type: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def record() -> Iterator[list[Call]]:
     """Collect a `Call` for every kernel launched inside the block, forward and backward, in order."""
+    _outside_compiled_code("record")
     calls: list[Call] = []
     _records.append(calls)
     try:
@@ -117,6 +122,12 @@ def record() -> Iterator[list[Call]]:
         _records[:] = [each for each in _records if each is not calls]
 
 
+def _outside_compiled_code(name: str) -> None:
+    # traced, the effect would come after the kernels have run; raised while tracing, the frame runs uncompiled
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: called inside a function that is being compiled; needs to be called outside of it")
+
+
 def why_not(backend: str) -> str | None:
     """A sentence that says why a backend is not there at all on this machine, or None when it is."""
     if backend == "ext":
@@ -124,10 +135,9 @@ def why_not(backend: str) -> str | None:
 
         return ext.why_not()
     if backend == "triton":
-        if not any("triton" in op.implementations for op in OPS.values()):
-            return "no Triton kernel is registered in this version"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
+        from vitkernels import kernels
+
+        return kernels.why_not()
     return None
 
 
@@ -179,15 +189,12 @@ class Op:
         self.forward_op = self._define(name, schema, "forward", fake)
         self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
         # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
-        torch.library.register_autograd(
-            f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library
-        )
-        torch.library.register_autograd(
-            f"{_NAMESPACE}::{name}_backward", _no_double_backward(name), lib=_library
-        )
+        no_double = _refusal(name, "double backward (create_graph=True, grad of grad)")
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}_backward", no_double, lib=_library)
         self.function = _function(name, self.forward_op, setup_context, gradients)
         self.backward_function = _function(
-            f"{name}_backward", self.backward_op, lambda ctx, inputs, output: None, _no_double_backward(name)
+            f"{name}_backward", self.backward_op, lambda ctx, inputs, output: None, no_double
         )
         OPS[name] = self
 
@@ -209,7 +216,11 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """The forward op, differentiable."""
-        if torch.compiler.is_compiling() or not _needs_function(args):
+        if torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                self.function.jvp()  # refuses, where the bare op would answer with a tangent of zeros
+            return self.forward_op(*args)
+        if not _needs_function(args):
             return self.forward_op(*args)
         return self.function.apply(*args)
 
@@ -266,15 +277,16 @@ def _function(name: str, op: Any, setup_context: Callable[..., None], gradients:
         "forward": staticmethod(forward),
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(gradients),
+        "jvp": staticmethod(_refusal(name, "forward-mode differentiation (jvp, dual numbers)")),
     }
     return type(name, (torch.autograd.Function,), members)
 
 
-def _no_double_backward(name: str) -> Callable[..., Any]:
-    def gradients(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"vitkernels: {name} does not support double backward (create_graph=True, grad of grad)")
+def _refusal(name: str, what: str) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(f"vitkernels: {name} does not support {what}")
 
-    return gradients
+    return refuse
 
 
 def _warn_once(name: str, declined: list[tuple[str, str]]) -> None:
