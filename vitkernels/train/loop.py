@@ -7,6 +7,7 @@ the seed and the step (order and augmentation, see `data`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from pathlib import Path
@@ -48,7 +49,6 @@ class Trainer:
         self.lanes = {name: Lane(model, config, world, self.steps_per_epoch) for name, model in models.items()}
         torch.manual_seed(config.seed + world.rank)  # processes draw different DropPath masks
         self.step = 0
-        self.saved: int | None = None  # the step that the checkpoint in the folder holds
 
     @property
     def main(self) -> Lane:
@@ -61,9 +61,11 @@ class Trainer:
 
     def run(self) -> None:
         """Take the steps that are left."""
-        self.metrics = Metrics(self.metrics_file, self.step) if self.world.is_first else None
         record_ops = True
-        with Bar(self.console, self.total, self.step, self.config.batch_size) as self.bar:
+        with (
+            Metrics(self.metrics_file, self.step) if self.world.is_first else contextlib.nullcontext() as self.metrics,
+            Bar(self.console, self.total, self.step, self.config.batch_size) as self.bar,
+        ):
             while self.step < self.total:
                 epoch, self.batches.start = divmod(self.step, self.steps_per_epoch)
                 self.batches.epoch = epoch
@@ -149,7 +151,9 @@ class Trainer:
         if not readable:
             raise ValueError(f"train: none of {expected} images can be read, the first being {skipped[0]}")
         for error in skipped:
-            self.console.print(f"skipped an image that cannot be read: {error}", markup=False, highlight=False)
+            self.console.print(
+                f"skipped an image that cannot be read: {error}", markup=False, highlight=False, soft_wrap=True
+            )
         return skipped
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -161,9 +165,9 @@ class Trainer:
     @property
     def kept(self) -> str:
         """What an interrupted run can go on from, in words."""
-        if self.saved is None:
+        if not (self.folder / CHECKPOINT).exists():
             return "no checkpoint was written yet"
-        return f"the checkpoint of step {self.saved} is kept: continue with --resume --out {self.folder}"
+        return f"the last checkpoint is kept: continue with --resume --out {self.folder}"
 
     def settings(self) -> dict[str, Any]:
         """What must be the same in a run and in its continuation."""
@@ -183,7 +187,6 @@ class Trainer:
             state = {"step": self.step, "settings": self.settings(), "lanes": lanes, "random": random}
             checkpoint.save(self.folder / CHECKPOINT, state)
             checkpoint.write_weights(self.folder / WEIGHTS_FILE, core(self.main.model))
-        self.saved = self.step
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -200,7 +203,7 @@ class Trainer:
         for name, lane in self.lanes.items():
             lane.load_state_dict(state["lanes"][name])
         checkpoint.set_random_state(state["random"][self.world.rank], self.world.device)
-        self.step = self.saved = state["step"]
+        self.step = state["step"]
 
 
 def _summary(calls: list[dispatch.Call]) -> list[dict[str, Any]]:

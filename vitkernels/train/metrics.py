@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from vitkernels.train.checkpoint import atomic_write
 
 
 class Metrics:
-    """Rows appended to a file. Rows past `step` that an earlier process left there are dropped first.
+    """Rows appended to a file; a context manager. Rows past `step`, of a process that was killed, are dropped first.
 
     Raises:
         OSError: the file cannot be written.
@@ -35,6 +36,12 @@ class Metrics:
             self.file.flush()
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is kept") from error
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.file.close()
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""

@@ -83,8 +83,8 @@ class ModelSpec:
             model = create_model(
                 self.name, img_size=self.image_size, num_classes=self.num_classes, **{**pixels, **arguments}
             )
-        except TypeError as error:
-            raise ValueError(f"train: model {self.name!r} does not take arguments {arguments} ({error})") from error
+        except (ImportError, RuntimeError, TypeError) as error:
+            raise ValueError(f"train: cannot build model {self.name!r} with {arguments}: {error}") from error
         return model if self.name in PRESETS else Normalised(model, self.mean, self.std)
 
 

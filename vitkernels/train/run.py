@@ -73,7 +73,7 @@ def _run(config: TrainConfig, here: World, console: Console) -> dict[str, Any]:
             raise OSError(f"train: argument 'out': cannot make the folder {folder}: {error.strerror}") from error
         saved = {"model": trainer.spec, "classes": source.classes, "training": config}
         checkpoint.write_json(folder / CONFIG_FILE, {name: _plain(value) for name, value in saved.items()})
-        console.print(f"writing to {folder}", markup=False, highlight=False)
+        console.print(f"writing to {folder}", markup=False, highlight=False, soft_wrap=True)
     try:
         trainer.run()
     except KeyboardInterrupt:

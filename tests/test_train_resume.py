@@ -1,0 +1,214 @@
+"""A run that is stopped anywhere and resumed is, to the last bit, the run that was left alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_setup import make_images, silent, tiny, tiny_words
+
+from vitkernels.train import checkpoint, load_model, metrics, train
+from vitkernels.train.loop import Trainer
+
+# DropPath draws random numbers in every step, 6 steps an epoch
+SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 3, "drop_path": 0.3, "label_smoothing": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def _run(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return train(tiny(folder, out, **{**SETTINGS, **changes}), silent())
+
+
+def _history(out: Path) -> list[dict[str, Any]]:
+    """Every row without what differs from run to run: the time, and which process recorded the ops."""
+    rows = list(metrics.read(out / "metrics.jsonl"))
+    for row in rows:
+        row.pop("ops", None)
+        for figures in row.values():
+            if isinstance(figures, dict):
+                figures.pop("seconds", None)
+    return rows
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_model(out)[0].state_dict()
+
+
+def _assert_same(ours: Path, theirs: Path) -> None:
+    assert _history(ours) == _history(theirs)
+    weights = _weights(theirs)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(ours).items())
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was left alone."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    _run(folder, out)
+    return out
+
+
+def _stop_at(monkeypatch: pytest.MonkeyPatch, step: int, kind: str = "step") -> None:
+    """Interrupt a step after its update of the weights, or the test after it, before its row is written."""
+    log = Trainer._log
+
+    def stop(trainer: Trainer, row: dict[str, Any]) -> None:
+        if row["step"] == step and ("test" in row) == (kind == "test"):
+            raise KeyboardInterrupt
+        log(trainer, row)
+
+    monkeypatch.setattr(Trainer, "_log", stop)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stops", [[("step", 8)], [("step", 7), ("test", 12)], [("step", 18)]], ids=str)
+def test_interrupted_and_resumed(
+    stops: list[tuple[str, int]],
+    workers: int,
+    folder: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "run"
+    for number, (kind, step) in enumerate(stops):
+        with monkeypatch.context() as patch:
+            _stop_at(patch, step, kind)
+            sentence = f"interrupted at step {step}; the last checkpoint is kept: continue with --resume --out {out}"
+            with pytest.raises(KeyboardInterrupt, match=sentence):
+                _run(folder, out, checkpoint_every=2, workers=workers, resume=number > 0)
+        torch.rand(number + 1)  # another process would have another random state
+    _run(folder, out, checkpoint_every=2, workers=workers, resume=True)
+    _assert_same(out, whole)
+
+
+def test_interrupted_before_the_first_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt, match="interrupted at step 2; no checkpoint was written yet"):
+        _run(folder, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        _run(folder, tmp_path / "run", resume=True)
+
+
+def test_two_models_resume_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"compare": "naive", "drop_path": 0.0, "checkpoint_every": 3}
+    _run(folder, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 11)
+        with pytest.raises(KeyboardInterrupt):
+            _run(folder, tmp_path / "run", **changes)
+    _run(folder, tmp_path / "run", **changes, resume=True)
+    _assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_while_saving(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, saves = tmp_path / "run", []
+    save = checkpoint.save
+
+    def fail_at_the_second(path: Path, state: dict[str, Any]) -> None:
+        saves.append(state["step"])
+        if len(saves) == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", lambda descriptor: _no_space())
+                save(path, state)
+        save(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", fail_at_the_second)
+        with pytest.raises(OSError, match=r"checkpoint\.pt: No space left on device; the earlier one is kept"):
+            _run(folder, out)
+    assert saves == [6, 12]
+    assert checkpoint.load(out / "checkpoint.pt")["step"] == 6
+    assert not list(out.glob("*.part"))
+    _run(folder, out, resume=True)
+    _assert_same(out, whole)
+
+
+def _no_space() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_finished_run_resumes_into_its_report(folder: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = _run(folder, out)
+    (out / "result.json").unlink()
+    assert _run(folder, out, resume=True) == first
+    assert (out / "result.json").exists()
+    _assert_same(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 1}, "'resume': seed is 1, and 0 in the checkpoint"),
+        ({"lr": 0.5}, "'resume': lr is 0.5, and 0.003 in the checkpoint"),
+        ({"model_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}}, "'resume': model_args is"),
+        ({"val_split": 0.5}, "'resume': val_split is 0.5"),
+    ],
+)
+def test_other_settings_do_not_resume(change: dict[str, Any], sentence: str, folder: Path, whole: Path) -> None:
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(ValueError, match=sentence):
+        _run(folder, whole, resume=True, **change)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_other_data_do_not_resume(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'resume': training images is 12, and 18 in the checkpoint"):
+        _run(make_images(tmp_path / "images", each=5), whole, resume=True)
+
+
+def test_a_run_is_not_written_over(folder: Path, whole: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"argument 'out' got .*, which holds a run; needs 'resume', or another folder"
+    ):
+        _run(folder, whole)
+
+
+def _start(words: list[str]) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, torch; torch.set_num_threads(1); from vitkernels.cli import main; sys.exit(main())",
+    ]
+    return subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at a moment of the kernel's choosing, twice; then to the end."""
+    settings = ("--epochs", "8", "--batch-size", "3", "--drop-path", "0.3", "--checkpoint-every", "1")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    rows = out / "metrics.jsonl"
+    for number, enough in enumerate((5, 20)):
+        resume = ("--resume",) if number else ()
+        process = _start(tiny_words(folder, out, *settings, *resume))
+        deadline = time.monotonic() + 60
+        while not rows.exists() or rows.read_bytes().count(b"\n") < enough:
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline, "the run takes too long"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        assert checkpoint.load(out / "checkpoint.pt")["step"] < 48, "it was killed before its end"
+    process = _start(tiny_words(folder, out, *settings, "--resume"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors.decode()
+    _run(folder, whole, epochs=8, label_smoothing=0.0)
+    assert len(_history(out)) == 48 + 8
+    _assert_same(out, whole)
