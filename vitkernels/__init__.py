@@ -3,10 +3,11 @@
 Importing this package touches no device, patches nothing and sets no global.
 """
 
-from vitkernels import ext, nn, ops
+from vitkernels import ext, kernels, nn, ops
 from vitkernels.dispatch import BackendError, Call, backends, record, use
 
 ext.register()
+kernels.register()
 
 __version__ = "0.1.0"
 
