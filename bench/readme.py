@@ -38,7 +38,9 @@ def table(result: dict[str, Any]) -> str:
         row("largest difference of the two loss curves", ["", f"{result['largest_loss_difference']:.1e}"]),
     ]
     backends = sorted({op["backend"] for op in result["ops"]})
-    where = f"On {result['device']}, torch {result['torch']}; every op of the fused model ran on: {', '.join(backends)}."
+    where = (
+        f"On {result['device']}, torch {result['torch']}; every op of the fused model ran on: {', '.join(backends)}."
+    )
     return "\n".join(lines) + f"\n\n{where}\n"
 
 

@@ -1,0 +1,1 @@
+"""Measurements: what the compiler says of the kernels, and what a GPU does."""

@@ -1,0 +1,161 @@
+"""Compile a kernel without a GPU and read what the compiler made of it.
+
+`triton.compile` needs a target, not a device, and the disassembler ships inside the triton package.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vitkernels.kernels.variants import Variant
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*)")
+_JUMP = re.compile(r"^BRA\b.*`\((\.L_x_\d+)\)")
+_MATRIX = re.compile(r"^(HGMMA|HMMA|UTC\w*MMA)\b")
+_LOAD = re.compile(r"^(?:LDG|LDGSTS)\.(\S+)")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the compiler made of one variant.
+
+    Attributes:
+        threads: in a program.
+        registers: of a thread at entry.
+        spilled: bytes of local memory of a thread.
+        shared: bytes of shared memory of a program.
+        matrix: number of matrix instructions by kind: HGMMA (sm_90), HMMA, UTCHMMA (sm_100).
+        widest: bits of the widest load from global memory; 0 without one, -1 where the copy engine (TMA) loads.
+        waits: waits for matrix instructions and for copies in an iteration of the main loop; None without a loop.
+    """
+
+    threads: int
+    registers: int
+    spilled: int
+    shared: int
+    matrix: dict[str, int]
+    widest: int
+    waits: tuple[int, int] | None
+
+
+def read(variant: Variant, capability: int) -> Reading:
+    """Compile a variant for a compute capability (90 for 9.0) and read registers, memory and instructions.
+
+    Raises:
+        Exception: whatever triton or ptxas raise for a kernel that does not compile.
+    """
+    compiled = _compile(variant, capability)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", path)
+        instructions, labels = _parse(_tool("nvdisasm", "-c", path))
+    return Reading(
+        threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", compiled.asm["ptx"]),
+        registers=_number(r"REG:(\d+)", usage),
+        spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        shared=compiled.metadata.shared,
+        matrix=_count_matrix(instructions),
+        widest=_widest_load(instructions),
+        waits=_waits(_main_loop(instructions, labels)),
+    )
+
+
+def _compile(variant: Variant, capability: int) -> Any:
+    names: list[str] = variant.kernel.arg_names
+    unmatched = set(names) ^ (variant.signature.keys() | variant.constants.keys())
+    if unmatched:
+        raise ValueError(f"signature and constants do not fit the kernel's arguments: {sorted(unmatched)}")
+    types = {name: "constexpr" if name in variant.constants else variant.signature[name] for name in names}
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if types[name].startswith("*") or name in variant.divisible
+        },
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
+    if variant.maxnreg is not None:
+        options["maxnreg"] = variant.maxnreg
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _tool(name: str, *arguments: str | Path) -> str:
+    command = [str(_TOOLS / name), *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern!r} in what the compiler printed")
+    return int(found.group(1))
+
+
+def _parse(listing: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions without their predicates, and the index of the one behind each label."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := _INSTRUCTION.match(line):
+            instructions.append(instruction.group(1))
+    return instructions, labels
+
+
+def _count_matrix(instructions: list[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for instruction in instructions:
+        if found := _MATRIX.match(instruction):
+            counts[found.group(1)] = counts.get(found.group(1), 0) + 1
+    return counts
+
+
+def _widest_load(instructions: list[str]) -> int:
+    widest = 0
+    for instruction in instructions:
+        if instruction.startswith("UTMALDG"):
+            return -1
+        if found := _LOAD.match(instruction):
+            flags = found.group(1).split(".")
+            widths = [int(flag.lstrip("US")) for flag in flags if re.fullmatch(r"[US]?(8|16|64|128|256)", flag)]
+            widest = max(widest, *widths) if widths else max(widest, 32)
+    return widest
+
+
+def _main_loop(instructions: list[str], labels: dict[str, int]) -> list[str]:
+    """The innermost loop with the most matrix instructions, or the longest one; empty without a loop."""
+    loops = []
+    for end, instruction in enumerate(instructions):
+        jump = _JUMP.match(instruction)
+        if jump and labels.get(jump.group(1), end) < end:
+            loops.append((labels[jump.group(1)], end))
+    innermost = [
+        instructions[begin : end + 1]
+        for begin, end in loops
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in loops)
+    ]
+    return max(innermost, key=lambda body: (sum(_count_matrix(body).values()), len(body)), default=[])
+
+
+def _waits(body: list[str]) -> tuple[int, int] | None:
+    if not body:
+        return None
+    matrix = sum(instruction.startswith("WARPGROUP.DEPBAR") for instruction in body)
+    copies = sum(instruction.startswith(("LDGDEPBAR", "SYNCS.PHASECHK")) for instruction in body)
+    return matrix, copies
