@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,3 +94,29 @@ class Case:
         """The op's results by name."""
         outputs = getattr(vk.ops, self.op)(**tensors, **{**self.options, **overrides})
         return dict(zip(self.results, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+
+
+class Loss:
+    """A case as a function of the tensors that take gradients: it goes through other ops on both sides."""
+
+    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
+        tensors = case.build(dtype)
+        self.case = case
+        self.names = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
+        self.fixed = {name: tensor for name, tensor in tensors.items() if name not in self.names}
+        self.values = [tensors[name].detach() for name in self.names]
+
+    def outputs(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        scaled = [value * 0.7 for value in values]
+        return self.case.call(self.fixed | dict(zip(self.names, scaled, strict=True)))
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        return sum(output.float().sin().sum() for output in self.outputs(values).values())
+
+    def leaves(self) -> list[Tensor]:
+        return [value.clone().requires_grad_() for value in self.values]
+
+    def gradients(self, function: Callable[..., Tensor] | None = None) -> list[Tensor]:
+        leaves = self.leaves()
+        (function or self)(*leaves).backward()
+        return [leaf.grad for leaf in leaves]

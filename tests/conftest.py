@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from case import Loss
+from cases import SMALL
 
 from vitkernels import dispatch, ext
 
@@ -25,6 +27,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn."""
     skip_without(request.param)
     return request.param
+
+
+@pytest.fixture(params=SMALL, ids=lambda case: case.op)
+def loss(request: pytest.FixtureRequest) -> Loss:
+    """One case of each op as a function of its tensors."""
+    return Loss(request.param)
 
 
 @pytest.fixture

@@ -10,43 +10,13 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.utils.checkpoint as checkpoint
-from case import Case
-from cases import SMALL
+from case import Loss
 from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap's own fallback
-
-
-class Loss:
-    """A case as a function of the tensors that take gradients: it goes through other ops on both sides."""
-
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
-        tensors = case.build(dtype)
-        self.case = case
-        self.names = [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]
-        self.fixed = {name: tensor for name, tensor in tensors.items() if name not in self.names}
-        self.values = [tensors[name].detach() for name in self.names]
-
-    def __call__(self, *values: Tensor) -> Tensor:
-        scaled = [value * 0.7 for value in values]
-        outputs = self.case.call(self.fixed | dict(zip(self.names, scaled, strict=True)))
-        return sum(output.float().sin().sum() for output in outputs.values())
-
-    def leaves(self) -> list[Tensor]:
-        return [value.clone().requires_grad_() for value in self.values]
-
-    def gradients(self, function: Callable[..., Tensor] | None = None) -> list[Tensor]:
-        leaves = self.leaves()
-        (function or self)(*leaves).backward()
-        return [leaf.grad for leaf in leaves]
-
-
-@pytest.fixture(params=SMALL, ids=lambda case: case.op)
-def loss(request: pytest.FixtureRequest) -> Loss:
-    return Loss(request.param)
 
 
 # --------------------------------------------------------------------------------------------- function transforms

@@ -77,7 +77,7 @@ def patch_embed(
     if pos_embed is not None:
         _check.has_rank(NAME, "pos_embed", pos_embed, "[R + N, D]")
         rows = patches if pos_embed.shape[0] == patches else prefixes + patches
-        _check.has_shape(NAME, "pos_embed", pos_embed, (rows, width), f"{prefixes} prefix tokens, {patches} patches")
+        _check.has_shape(NAME, "pos_embed", pos_embed, (rows, width), "prefix tokens and patches")
     if keep is not None:
         _check_keep(keep, image.shape[0])
     mean, std = _check_pixels("mean", mean, channels), _check_pixels("std", std, channels)
