@@ -127,6 +127,33 @@ def test_autocast_keeps_the_residual_stream_in_float32(images: Tensor) -> None:
     assert {features.dtype, *seen} == {torch.float32}
 
 
+def test_autocast_writes_norms_in_the_dtype_of_the_products(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+    """So that nobody makes a second pass to round them; what is not a plain Linear gets them whole."""
+    operands: list[torch.dtype] = []
+    add_layer_norm = vk.ops.add_layer_norm
+
+    def spy(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        total, normed = add_layer_norm(*args, **options)
+        operands.append(normed.dtype)
+        return total, normed
+
+    monkeypatch.setattr(vk.ops, "add_layer_norm", spy)
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+        assert operands == 4 * [torch.bfloat16] + [torch.float32], "the last one is the model's features"
+        operands.clear()
+        model.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
+        model(images)
+        assert operands == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_autocast_leaves_float64_alone(images: Tensor) -> None:
+    model = build().double()
+    expected = peers.output_and_gradients(model, images.double())
+    assert_same(peers.output_and_gradients(model, images.double(), autocast=True), expected, 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_cast_as_a_whole(dtype: torch.dtype, images: Tensor) -> None:
     model = build(init_values=0.5, qk_norm=True)

@@ -5,6 +5,7 @@ Held by doing the same to timm's model, which calls every module.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import accuracy
@@ -72,6 +73,15 @@ def replace_forward(model: nn.Module, name: str) -> None:
     module.forward = lambda *args, **options: forward(*args, **options) * 1.5  # type: ignore[method-assign]
 
 
+def subclass(model: nn.Module, name: str) -> None:
+    module = model.get_submodule(name)
+    kind = type(module)
+    forward = kind.forward
+    module.__class__ = type(
+        kind.__name__, (kind,), {"forward": lambda *args, **options: forward(*args, **options) * 1.5}
+    )
+
+
 def parametrize_weight(model: nn.Module, name: str) -> None:
     module = model.get_submodule(name)
     if isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -86,8 +96,42 @@ CHANGES = {
     ),
     "wrapper": wrap,
     "forward": replace_forward,
+    "subclass": subclass,
     "parametrization": parametrize_weight,
 }
+
+
+def test_a_hook_on_all_modules_sees_all_modules() -> None:
+    model, _ = peers.build(qk_norm=True, init_values=0.5)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(peers.image(model))
+    finally:
+        handle.remove()
+    assert {name for name, module in model.named_modules() if module not in seen} == set()
+
+
+def test_a_weight_in_pieces_is_not_read(tmp_path: Path) -> None:
+    """A sharded weight belongs to a layer that is called, so that it can do what it must."""
+    from torch import distributed
+    from torch.distributed.tensor import distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        mlp = vk.nn.Mlp(48, 96)
+        tokens = torch.randn(2, 5, 48)
+        expected = mlp(tokens)
+        for layer in (mlp.fc1, mlp.fc2):
+            for name, parameter in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+        with vk.record() as calls:
+            got = mlp(distribute_tensor(tokens, mesh)).full_tensor()
+        torch.testing.assert_close(got, expected)
+        assert not calls
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -9,8 +11,10 @@ from torch.nn.modules import module as torch_module
 from vitkernels import ops
 from vitkernels.ops._amp import autocast_dtype
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-def is_stock(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+
+def is_stock(module: nn.Module, *kinds: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Whether calling the module does just what one of these classes does with plain weights.
 
     A subclass, a wrapper (LoRA, parametrization, FSDP), a hook, a replaced `forward` or a weight that is a tensor
@@ -26,23 +30,23 @@ def is_stock(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     )
 
 
-def is_layer_norm(module: nn.Module) -> bool:
+def is_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether the module is a LayerNorm over the last axis that `ops.add_layer_norm` can stand for."""
-    return is_stock(module, nn.LayerNorm) and module.weight is not None and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+    return is_stock(module, nn.LayerNorm) and module.weight is not None and len(module.normalized_shape) == 1
 
 
 def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """norm(x); with `out_dtype`, rounded to the dtype that its consumer multiplies in."""
     if not is_layer_norm(norm):
         return norm(x)
-    return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
+    return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)[1]
 
 
 def linear(projection: nn.Module, x: Tensor) -> Tensor:
     """projection(x), through `ops.linear` where it is a stock Linear."""
     if not is_stock(projection, nn.Linear):
         return projection(x)
-    return ops.linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+    return ops.linear(x, projection.weight, projection.bias)
 
 
 def operand_dtype(first: nn.Module, x: Tensor) -> torch.dtype | None:

@@ -66,7 +66,7 @@ class Block(nn.Module):
         is_causal: bool = False,
         *,
         normed: Tensor | None = None,
-        next_norm: nn.LayerNorm | None = None,
+        next_norm: nn.Module | None = None,
         next_dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the block; the keywords let two neighbours share one pass over memory at their border.
@@ -75,7 +75,7 @@ class Block(nn.Module):
             x: [B, N, D].
             attn_mask, is_causal: as in `ops.attention`.
             normed: norm1(x), where whoever made x has it already.
-            next_norm: the LayerNorm that comes next; it runs together with this block's last residual add.
+            next_norm: the norm that comes next; a LayerNorm runs together with this block's last residual add.
             next_dtype: the dtype of its result; x's by default.
 
         Returns:
@@ -107,17 +107,15 @@ def _add_norm(
     **options: Tensor | bool | None,
 ) -> tuple[Tensor, Tensor]:
     """total = x + drop_path(scale(layer(normed))), and norm(total): one op where all of them are stock."""
-    fused = (
-        isinstance(layer, (Attention, Mlp))
-        and is_stock(layer, Attention, Mlp)
+    if not (
+        is_stock(layer, Attention, Mlp)
         and is_stock(scale, LayerScale, nn.Identity)
         and is_stock(drop_path, DropPath, nn.Identity)
         and is_layer_norm(norm)
-    )
-    if not fused:
+    ):
         total = x + drop_path(scale(layer(normed, **options)))
         return total, layer_norm(norm, total, out_dtype)
-    branch, bias = layer.branch(normed, **options)  # type: ignore[operator]
+    branch, bias = layer.branch(normed, **options)  # type: ignore[operator]  # mypy joins the two to Module
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
     # drawn in the dtype that the scaled branch has where the modules run one by one
     dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
@@ -125,9 +123,9 @@ def _add_norm(
     return ops.add_layer_norm(
         x,
         branch,
-        norm.weight,  # type: ignore[arg-type]
-        norm.bias,  # type: ignore[arg-type]
-        norm.eps,  # type: ignore[arg-type]
+        norm.weight,
+        norm.bias,
+        norm.eps,
         branch_bias=bias,
         scale=gamma,
         row_scale=factor,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitkernels.nn import _check
-from vitkernels.nn._stock import is_layer_norm, is_stock, layer_norm
+from vitkernels.nn._stock import is_stock, layer_norm
 from vitkernels.nn.block import Block
 from vitkernels.nn.mlp import ACTIVATIONS
 from vitkernels.nn.patch_embed import PatchEmbed, place
@@ -170,7 +170,7 @@ class VisionTransformer(nn.Module):
             if self.grad_checkpointing:
                 x = checkpoint(block, x, use_reentrant=False)
             elif not is_stock(block, Block):
-                x, normed = block(x), None
+                x = block(x)  # its neighbour handed it nothing: see _border
             else:
                 norm, dtype = self._border(following, x)
                 if norm is None:
@@ -180,11 +180,11 @@ class VisionTransformer(nn.Module):
         return layer_norm(self.norm, x) if normed is None else normed
 
     def _border(self, following: nn.Module | None, x: Tensor) -> tuple[nn.Module | None, torch.dtype | None]:
-        """The norm that can run with a block's last add, and its result's dtype; none where it belongs to a module
-        that must be called as a whole."""
+        """The norm that a block may run with its last add, and its result's dtype; none where that norm belongs to a
+        module that must be called as a whole."""
         if following is None:
-            return (self.norm if is_layer_norm(self.norm) else None), None
-        if isinstance(following, Block) and is_stock(following, Block) and is_layer_norm(following.norm1):
+            return self.norm, None
+        if is_stock(following, Block):
             return following.norm1, following.norm1_dtype(x)
         return None, None
 
