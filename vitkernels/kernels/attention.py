@@ -1,0 +1,169 @@
+"""Launchers of the attention kernels: schemas and meaning in `vitkernels.ops.attention`.
+
+q, k, v, the mask and all gradients are read and written where they lie, by strides. The gradient of an additive mask is
+the one thing that costs memory: when it is asked for, the gradient of the scores is written as [B, H, Nq, Nk] in
+float32 and summed by torch to the mask's shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels.kernels import attention_long, capability, configs
+from vitkernels.ops._amp import nothing
+from vitkernels.ops.attention import _heads_last, _unpack
+
+LOG2E = 1.4426950408889634
+WIDEST = 128
+
+
+def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
+    """For `attention`: (q, ...) forward and (dout, q, ...) backward."""
+    return _why_not(args[0].shape[-1])
+
+
+def why_not_qkv(direction: str, args: tuple[Any, ...]) -> str | None:
+    """For `attention_qkv`: (qkv, num_heads, ...) forward and (dout, qkv, out, lse, num_heads, ...) backward."""
+    qkv, num_heads = args[:2] if direction == "forward" else (args[1], args[4])
+    return _why_not(qkv.shape[-1] // (3 * num_heads))
+
+
+def _why_not(width: int) -> str | None:
+    return f"the kernels take heads up to {WIDEST} wide, and these are {width}" if width > WIDEST else None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = _heads_last(q)
+    return out, _forward(q, k, v, out, mask, is_causal, scale)
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, is_causal: bool,
+    scale: float, needs_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = _heads_last(q), _heads_last(k), _heads_last(v)
+    return *grads, _backward(dout, (q, k, v), out, lse, grads, mask, is_causal, scale, needs_mask)
+
+
+def forward_qkv(
+    qkv: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
+    out = qkv.new_empty(batch, tokens, packed // 3)
+    return out, _forward(*_unpack(qkv, num_heads), _split(out, num_heads), mask, is_causal, scale)
+
+
+def backward_qkv(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool,
+    scale: float, needs_mask: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dqkv = qkv.new_empty(qkv.shape)
+    tensors, grads = _unpack(qkv, num_heads), _unpack(dqkv, num_heads)
+    dout, out = _split(dout, num_heads), _split(out, num_heads)
+    return dqkv, _backward(dout, tensors, out, lse, grads, mask, is_causal, scale, needs_mask)
+
+
+def _split(tensor: Tensor, num_heads: int) -> Tensor:
+    """[B, N, D] -> [B, H, N, K]; a view."""
+    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+def _align(*tensors: Tensor) -> int:
+    """The largest power of two up to 8 that divides the strides of batches, heads and rows."""
+    strides = 8
+    for tensor in tensors:
+        for stride in tensor.stride()[:3]:
+            strides |= stride
+    return strides & -strides
+
+
+def _strides(tensor: Tensor, align: int) -> tuple[int, int, int, int]:
+    batch, head, row, column = tensor.stride()
+    return batch // align, head // align, row // align, column
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], dict[str, Any]]:
+    """The mask as kernels read it (bool as bytes), its strides, and what they must know when compiled."""
+    if mask is None:
+        return None, (0, 0, 0, 0), {"MASK": "none", "MASK_ROWS": False}
+    kind = "bool" if mask.dtype == torch.bool else "add"
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    values = mask.view(torch.uint8) if kind == "bool" else mask
+    return values, strides, {"MASK": kind, "MASK_ROWS": mask.shape[2] > 1}
+
+
+def _launch_options(tile: configs.AttentionTile) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return options | ({"maxnreg": tile.maxnreg} if tile.maxnreg else {})
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    if 0 in (batch, heads, queries, keys):
+        out.zero_()
+        return lse.fill_(torch.inf)
+    align = _align(q, k, v, out)
+    values, mask_strides, mask_constants = _mask_arguments(mask)
+    tile = configs.attention_long(width, q.dtype == torch.float32, capability(q.device)).forward
+    attention_long.forward_kernel[(batch * heads * -(-queries // tile.queries),)](
+        q, k, v, values, out, lse, *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides,
+        *_strides(out, align)[:3], heads, queries, keys, scale * LOG2E,
+        K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants, CAUSAL=is_causal,
+        PLAIN=mask is None and scale > 0, BM=tile.queries, BN=tile.keys, **_launch_options(tile),
+    )  # fmt: skip
+    return lse
+
+
+def _backward(
+    dout: Tensor, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor, grads: tuple[Tensor, ...],
+    mask: Tensor | None, is_causal: bool, scale: float, needs_mask: bool,
+) -> Tensor:  # fmt: skip
+    """Write dq, dk and dv into `grads`; returns the mask's gradient."""
+    q, k, v = tensors
+    dq, dk, dv = grads
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    if 0 in (batch, heads, queries, keys):
+        for grad in grads:
+            grad.zero_()
+        return mask.new_zeros(mask.shape) if mask is not None and needs_mask else nothing(q)
+    lse = lse.contiguous()  # as every backend's forward leaves it
+    delta = torch.empty_like(lse)
+    align = _align(*tensors, out, dout, *grads)
+    widths = configs.attention_widths(width)
+    row = configs.attention_long(width, q.dtype == torch.float32, capability(q.device))
+    values, mask_strides, mask_constants = _mask_arguments(mask)
+    sizes = {"K": width, "ALIGN": align, "WIDTHS": widths}
+    attention_long.delta_kernel[(batch * heads * -(-queries // 64),)](
+        out, dout, delta, *_strides(out, align), *_strides(dout, align), heads, queries, **sizes, BM=64, num_warps=4
+    )
+    strides = (
+        *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides, *_strides(dout, align)
+    )  # fmt: skip
+    constants = sizes | mask_constants | {"CAUSAL": is_causal}
+    attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
+        q, k, v, values, dout, lse, delta, dk, dv, *strides, *_strides(dk, align)[:3], *_strides(dv, align)[:3],
+        heads, queries, keys, scale, scale * LOG2E,
+        **constants, BM=row.dkdv.queries, BN=row.dkdv.keys, **_launch_options(row.dkdv),
+    )  # fmt: skip
+    ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
+    attention_long.dq_kernel[(batch * heads * -(-queries // row.dq.queries),)](
+        q, k, v, values, dout, lse, delta, dq, ds, *strides, *_strides(dq, align)[:3],
+        heads, queries, keys, scale, scale * LOG2E,
+        **constants, STORE_DS=needs_mask, BM=row.dq.queries, BN=row.dq.keys, **_launch_options(row.dq),
+    )  # fmt: skip
+    if mask is None or ds is None:
+        return nothing(q)
+    return ds.sum_to_size(mask.shape).to(mask.dtype).contiguous()

@@ -1,0 +1,280 @@
+"""Attention over any number of keys: a looped forward, and a backward in three kernels (delta; dK and dV; dQ).
+
+The forward walks over tiles of keys with a running maximum and sum (Dao et al. 2022). Backward recomputes the weights
+from the log-sum-exp of each row, once by keys and once by queries, so no two programs add into the same place: no
+atomics, and the same bits every time. Tiles that need no bounds or causal mask run in loops of their own, without it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vitkernels.kernels.attention_tiles import (
+    INF,
+    LN2,
+    LOG2E,
+    across,
+    along,
+    head_of,
+    hidden,
+    load,
+    masked,
+    row_dot,
+    scaled,
+    store,
+    zeros,
+)
+
+
+@triton.jit
+def _keys_step(
+    state, q, p_k, p_v, p_mask, o_m, i_n,
+    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Take one tile of keys into (maximum, sum, weighted values)."""
+    b_max, b_sum, acc = state
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < NK if EDGE else None
+    k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
+    s = across(q, k, WIDTHS)
+    if not PLAIN:
+        s = masked(s * scale_log2, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+    if EDGE:
+        s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
+    # where all is as it mostly is, the scale rides on the exponential's own multiply-add
+    unit = scale_log2 if PLAIN else 1.0
+    b_max_new = tl.maximum(b_max, tl.max(s, 1))
+    # a row that has seen nothing yet keeps its weights at exp2(-inf - 0) = 0
+    b_zero = b_max_new if MASK == "none" else tl.where(b_max_new == -INF, 0.0, b_max_new)
+    p = tl.exp2(s * unit - (b_zero * unit)[:, None])
+    shrink = tl.exp2((b_max - b_zero) * unit)
+    v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
+    acc = along(p.to(v[0].dtype), v, scaled(acc, shrink, WIDTHS), WIDTHS)
+    return b_max_new, b_sum * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def forward_kernel(
+    p_q, p_k, p_v, p_mask, p_out, p_lse,
+    stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
+    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ob, stride_oh, stride_on, H, NQ, NK, scale_log2,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BM queries; neighbours share a head, so its keys and values stay in L2."""
+    n_tiles = tl.cdiv(NQ, BM)
+    i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = i_m + tl.arange(0, BM)
+    m_m = o_m < NQ
+    q = load(
+        head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN), o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS
+    )
+    p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
+    if MASK != "none":
+        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+    state = (tl.full([BM], -INF, tl.float32), tl.zeros([BM], tl.float32), zeros(BM, WIDTHS))
+    n_seen = NK  # by some query of the tile
+    n_plain = NK // BN * BN  # by every query, in whole tiles
+    if CAUSAL:
+        n_seen = tl.minimum(NK, i_m + BM)
+        n_plain = tl.minimum(NK, i_m + 1) // BN * BN
+    for i_n in tl.range(0, n_plain, BN):
+        state = _keys_step(
+            state, q, p_k, p_v, p_mask, o_m, i_n,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, False,
+        )  # fmt: skip
+    for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
+        state = _keys_step(
+            state, q, p_k, p_v, p_mask, o_m, i_n,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, True,
+        )  # fmt: skip
+    b_max, b_sum, acc = state
+    if PLAIN:
+        b_max = b_max * scale_log2
+    b_lse = (b_max + tl.log2(b_sum)) * LN2
+    if MASK != "none":  # a row with nothing to attend to: zeros, and weights of 0 in backward
+        b_lse = tl.where(b_sum == 0, INF, b_lse)
+        b_sum = tl.where(b_sum == 0, 1.0, b_sum)
+    tl.store(p_lse + tl.cast(i_bh, tl.int64) * NQ + o_m, b_lse, mask=m_m)
+    p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
+    store(p_out, acc, (1.0 / b_sum)[:, None], o_m, m_m, stride_on, K, ALIGN, WIDTHS)
+
+
+@triton.jit
+def delta_kernel(
+    p_out, p_dout, p_delta,
+    stride_ob, stride_oh, stride_on, stride_ok, stride_gb, stride_gh, stride_gn, stride_gk, H, NQ,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dout * out), [B, H, NQ] in float32."""
+    n_tiles = tl.cdiv(NQ, BM)
+    i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = i_m + tl.arange(0, BM)
+    m_m = o_m < NQ
+    p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
+    p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
+    out = load(p_out, o_m, m_m, stride_on, stride_ok, K, ALIGN, WIDTHS)
+    dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
+    tl.store(p_delta + tl.cast(i_bh, tl.int64) * NQ + o_m, row_dot(out, dout, WIDTHS), mask=m_m)
+
+
+@triton.jit
+def _queries_step(
+    grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
+    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_log2,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Take one tile of queries into (dk, dv). Scores are transposed, [keys, queries]."""
+    dk, dv = grads
+    o_m = i_m + tl.arange(0, BM)
+    m_m = o_m < NQ
+    q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
+    dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
+    # +inf makes the weights of queries that are not there 0
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=INF) * LOG2E
+    b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    s = across(k, q, WIDTHS) * scale_log2
+    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+    if EDGE:
+        s = hidden(s, o_m[None, :], o_n[:, None], NK, CAUSAL)
+    p = tl.exp2(s - b_lse[None, :])
+    dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
+    ds = p * (across(v, dout, WIDTHS) - b_delta[None, :])
+    dk = along(ds.to(q[0].dtype), q, dk, WIDTHS)
+    return dk, dv
+
+
+@triton.jit
+def dkdv_kernel(
+    p_q, p_k, p_v, p_mask, p_dout, p_lse, p_delta, p_dk, p_dv,
+    stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
+    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
+    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, scale, scale_log2,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BN keys."""
+    n_tiles = tl.cdiv(NK, BN)
+    i_bh, i_n = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BN
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < NK
+    p_q = head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN)
+    p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
+    p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
+    if MASK != "none":
+        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+    p_lse += tl.cast(i_bh, tl.int64) * NQ
+    p_delta += tl.cast(i_bh, tl.int64) * NQ
+    k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
+    v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
+    grads = (zeros(BN, WIDTHS), zeros(BN, WIDTHS))
+    begin = 0
+    if CAUSAL:  # earlier queries see none of these keys, later ones all of them
+        begin = tl.minimum(NQ, i_n) // BM * BM
+        n_edge = tl.minimum(NQ, tl.cdiv(i_n + BN, BM) * BM)
+        for i_m in tl.range(begin, n_edge, BM, num_stages=1):
+            grads = _queries_step(
+                grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
+                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_log2,
+                K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, True,
+            )  # fmt: skip
+        begin = n_edge
+    # a key that is not there needs no mask: its row of dk and dv is not stored
+    for i_m in tl.range(begin, NQ, BM):
+        grads = _queries_step(
+            grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
+            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, False,
+        )  # fmt: skip
+    dk, dv = grads
+    p_dk = head_of(p_dk, i_b, i_h, stride_dkb, stride_dkh, ALIGN)
+    p_dv = head_of(p_dv, i_b, i_h, stride_dvb, stride_dvh, ALIGN)
+    store(p_dk, dk, scale, o_n, m_n, stride_dkn, K, ALIGN, WIDTHS)
+    store(p_dv, dv, 1.0, o_n, m_n, stride_dvn, K, ALIGN, WIDTHS)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
+    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Take one tile of keys into dq."""
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < NK if EDGE else None
+    k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
+    v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
+    s = across(q, k, WIDTHS) * scale_log2
+    s = masked(s, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+    if EDGE:
+        s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
+    p = tl.exp2(s - b_lse[:, None])
+    ds = p * (across(dout, v, WIDTHS) - b_delta[:, None])
+    if STORE_DS:
+        o_ds = tl.cast(o_m, tl.int64)[:, None] * NK + o_n[None, :]
+        tl.store(p_ds + o_ds, ds, mask=(o_m < NQ)[:, None] & (o_n < NK)[None, :])
+    return along(ds.to(k[0].dtype), k, dq, WIDTHS)
+
+
+@triton.jit
+def dq_kernel(
+    p_q, p_k, p_v, p_mask, p_dout, p_lse, p_delta, p_dq, p_ds,
+    stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
+    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, scale, scale_log2,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BM queries; `STORE_DS` also writes the gradient of the scores, [B, H, NQ, NK]."""
+    n_tiles = tl.cdiv(NQ, BM)
+    i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = i_m + tl.arange(0, BM)
+    m_m = o_m < NQ
+    p_q = head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN)
+    p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
+    p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
+    p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
+    if MASK != "none":
+        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+    q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
+    dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
+    o_lse = tl.cast(i_bh, tl.int64) * NQ + o_m
+    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INF) * LOG2E
+    b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
+    if STORE_DS:
+        p_ds += tl.cast(i_bh, tl.int64) * NQ * NK
+    dq = zeros(BM, WIDTHS)
+    n_seen = NK
+    n_plain = NK // BN * BN
+    if CAUSAL:
+        n_seen = tl.minimum(NK, i_m + BM)
+        n_plain = tl.minimum(NK, i_m + 1) // BN * BN
+    for i_n in tl.range(0, n_plain, BN):
+        dq = _dq_step(
+            dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, False,
+        )  # fmt: skip
+    for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
+        dq = _dq_step(
+            dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, True,
+        )  # fmt: skip
+    p_dq = head_of(p_dq, i_b, i_h, stride_dqb, stride_dqh, ALIGN)
+    store(p_dq, dq, scale, o_m, m_m, stride_dqn, K, ALIGN, WIDTHS)

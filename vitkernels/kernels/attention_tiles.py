@@ -1,0 +1,130 @@
+"""`triton.jit` helpers of the attention kernels: tiles in pieces of a head's width, masks, weights.
+
+A head's width is covered by pieces of powers of two (72 is 64 + 16), so a tile is a tuple of blocks, one a piece.
+Scores are in log2 units wherever an exponential follows. Strides of batch, head and row come divided by `ALIGN`, the
+largest power of two up to 8 that divides them all: the compiler then knows it, and loads 16 bytes at a time at any width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vitkernels.kernels.common import dot
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+INF: tl.constexpr = tl.constexpr(float("inf"))
+
+
+@triton.constexpr_function
+def begin_of(PIECES, i):
+    """Where piece i begins."""
+    return sum(PIECES[:i])
+
+
+@triton.jit
+def head_of(p, i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
+    """Pointer to a head's first row."""
+    return p + (tl.cast(i_b, tl.int64) * stride_b + tl.cast(i_h, tl.int64) * stride_h) * ALIGN
+
+
+@triton.jit
+def load(p, o_row, m_row, stride_n, stride_k, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr):
+    """Rows of a head [rows, K]; zeros past K and, where `m_row` is given, in rows outside of it."""
+    tile = ()
+    p_row = p + (tl.cast(o_row, tl.int64) * stride_n * ALIGN)[:, None]
+    for i in tl.static_range(len(WIDTHS)):
+        o_k = begin_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        if m_row is not None:
+            block = tl.load(p_row + (o_k * stride_k)[None, :], mask=m_row[:, None] & (o_k < K)[None, :], other=0.0)
+        elif begin_of(WIDTHS, i + 1) > K:
+            block = tl.load(p_row + (o_k * stride_k)[None, :], mask=(o_k < K)[None, :], other=0.0)
+        else:
+            block = tl.load(p_row + (o_k * stride_k)[None, :])
+        tile = tile + (block,)  # noqa: RUF005  (the compiler has no unpacking)
+    return tile
+
+
+@triton.jit
+def store(p, tile, factor, o_row, m_row, stride_n, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr):
+    """Write rows of a head, multiplied by `factor` (a number, or one for each row as [rows, 1])."""
+    p_row = p + (tl.cast(o_row, tl.int64) * stride_n * ALIGN)[:, None]
+    for i in tl.static_range(len(WIDTHS)):
+        o_k = begin_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        block = (tile[i] * factor).to(p.dtype.element_ty)
+        tl.store(p_row + o_k[None, :], block, mask=m_row[:, None] & (o_k < K)[None, :])
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    tile = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tile = tile + (tl.full([ROWS, WIDTHS[i]], 0.0, tl.float32),)  # noqa: RUF005
+    return tile
+
+
+@triton.jit
+def across(a, b, WIDTHS: tl.constexpr):
+    """a b^T over the whole width: [rows of a, rows of b] in float32."""
+    product = dot(a[0], tl.trans(b[0]), None)
+    for i in tl.static_range(1, len(WIDTHS)):
+        product = dot(a[i], tl.trans(b[i]), product)
+    return product
+
+
+@triton.jit
+def along(weights, rows, total, WIDTHS: tl.constexpr):
+    """total + weights rows, for each piece of the width; no total is a total of zeros."""
+    tile = ()
+    for i in tl.static_range(len(WIDTHS)):
+        if total is None:
+            tile = tile + (dot(weights, rows[i], None),)  # noqa: RUF005
+        else:
+            tile = tile + (dot(weights, rows[i], total[i]),)  # noqa: RUF005
+    return tile
+
+
+@triton.jit
+def scaled(tile, factor, WIDTHS: tl.constexpr):
+    """Each row times its factor [rows]."""
+    result = ()
+    for i in tl.static_range(len(WIDTHS)):
+        result = result + (tile[i] * factor[:, None],)  # noqa: RUF005
+    return result
+
+
+@triton.jit
+def row_dot(a, b, WIDTHS: tl.constexpr):
+    """Sum of a * b over the width: [rows] in float32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(WIDTHS)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def masked(s, p_mask, o_m, o_n, stride_mm, stride_mn, NQ, NK, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Scores in log2 units with the mask on them.
+
+    `o_m` and `o_n` are the queries' and the keys' indices, shaped to broadcast to `s`. `MASK` is "none", "bool" or
+    "add"; without `MASK_ROWS` all queries share one row of it.
+    """
+    if MASK == "none":
+        return s
+    if MASK_ROWS:
+        p_at = p_mask + tl.cast(o_m, tl.int64) * stride_mm + tl.cast(o_n, tl.int64) * stride_mn
+        values = tl.load(p_at, mask=(o_m < NQ) & (o_n < NK), other=0)
+    else:
+        values = tl.load(p_mask + tl.cast(o_n, tl.int64) * stride_mn, mask=o_n < NK, other=0)
+    if MASK == "bool":
+        return tl.where(values != 0, s, -INF)
+    return s + values.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def hidden(s, o_m, o_n, NK, CAUSAL: tl.constexpr):
+    """-inf for keys that are not there, or that come after the query."""
+    if CAUSAL:
+        return tl.where((o_n < NK) & (o_n <= o_m), s, -INF)
+    return tl.where(o_n < NK, s, -INF)
