@@ -20,7 +20,11 @@ import torch
 from vitkernels import dispatch
 
 # op: (page, suffix of its functions there)
-PAGES: dict[str, tuple[str, str]] = {}
+PAGES: dict[str, tuple[str, str]] = {
+    "attention": ("attention", ""),
+    "attention_qkv": ("attention", "_qkv"),
+    "linear": ("linear", ""),
+}
 OLDEST, NEWEST = (3, 6), (3, 9)
 LOWEST_CAPABILITY = (8, 0)
 
