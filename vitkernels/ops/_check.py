@@ -11,12 +11,11 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def is_tensor(op: str, **tensors: Any) -> None:
-    """Each argument is a tensor, and all are on the first one's device."""
+def is_tensor(op: str, *, optional: dict[str, Any], **tensors: Any) -> None:
+    """Each argument is a tensor, and all are on the first one's device; the optional ones may be None."""
     first_name, first = next(iter(tensors.items()))
-    for name, value in tensors.items():
-        if value is None:
-            continue
+    given = {name: value for name, value in optional.items() if value is not None}
+    for name, value in (tensors | given).items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: argument '{name}' got {type(value).__name__}; needs a torch.Tensor")
         if value.device != first.device:

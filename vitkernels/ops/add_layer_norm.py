@@ -54,9 +54,14 @@ def add_layer_norm(
         ValueError: shapes that do not fit, tensors on different devices, or a factor without a branch.
     """
     name = "add_layer_norm"
-    vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias, "scale": scale}
-    _check.is_tensor(name, x=x, branch=branch, row_scale=row_scale, **vectors)
+    optional = {"bias": bias, "branch_bias": branch_bias, "scale": scale}
+    vectors = {"weight": weight, **optional}
+    _check.is_tensor(name, x=x, weight=weight, optional={"branch": branch, "row_scale": row_scale, **optional})
     _check.is_floating(name, x=x, branch=branch, row_scale=row_scale, **vectors)
+    if out_dtype is not None and out_dtype not in _check.FLOATING:
+        raise TypeError(
+            f"{name}: argument 'out_dtype' is {out_dtype!r}; needs one of float32, float64, bfloat16, float16"
+        )
     _check.has_rank(name, "x", x, "[D]", at_least=True)
     _check.has_shape(name, "branch", branch, x.shape, "x's shape")
     for vector_name, vector in vectors.items():

@@ -45,7 +45,7 @@ def attention(
         ValueError: shapes that do not fit, tensors on different devices, or a mask beside is_causal.
     """
     name = "attention"
-    _check.is_tensor(name, q=q, k=k, v=v, attn_mask=attn_mask)
+    _check.is_tensor(name, q=q, k=k, v=v, optional={"attn_mask": attn_mask})
     _check.is_floating(name, q=q, k=k, v=v)
     for tensor_name, tensor, layout in (("q", q, "[B, H, Nq, K]"), ("k", k, "[B, H, Nk, K]"), ("v", v, "[B, H, Nk, K]")):
         _check.has_rank(name, tensor_name, tensor, layout)
@@ -82,7 +82,7 @@ def attention_qkv(
         TypeError, ValueError: as in `attention`; also a last axis that is not 3 * H * K.
     """
     name = "attention_qkv"
-    _check.is_tensor(name, qkv=qkv, attn_mask=attn_mask)
+    _check.is_tensor(name, qkv=qkv, optional={"attn_mask": attn_mask})
     _check.is_floating(name, qkv=qkv)
     _check.has_rank(name, "qkv", qkv, "[B, N, 3 * D]")
     batch, tokens, packed = qkv.shape

@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.
         ValueError: shapes that do not fit, or tensors on different devices.
     """
-    _check.is_tensor("linear", x=x, weight=weight, bias=bias)
+    _check.is_tensor("linear", x=x, weight=weight, optional={"bias": bias})
     _check.is_floating("linear", x=x, weight=weight, bias=bias)
     _check.has_rank("linear", "x", x, "[I]", at_least=True)
     _check.has_rank("linear", "weight", weight, "[O, I]")

@@ -45,7 +45,7 @@ def mlp(
         ValueError: shapes that do not fit, tensors on different devices, or an unknown activation.
     """
     name = "mlp"
-    _check.is_tensor(name, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _check.is_tensor(name, x=x, w1=w1, w2=w2, optional={"b1": b1, "b2": b2})
     _check.is_floating(name, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     _check.has_rank(name, "x", x, "[D]", at_least=True)
     _check.has_rank(name, "w1", w1, "[F, D]")

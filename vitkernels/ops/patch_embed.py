@@ -54,7 +54,8 @@ def patch_embed(
         ValueError: shapes that do not fit, tensors on different devices, a std of 0, NaN in pos_embed or an index in
             keep out of range (both looked for on the CPU alone: on a GPU it would stall the stream).
     """
-    _check.is_tensor(NAME, image=image, weight=weight, bias=bias, prefix=prefix, pos_embed=pos_embed, keep=keep)
+    optional = {"bias": bias, "prefix": prefix, "pos_embed": pos_embed, "keep": keep}
+    _check.is_tensor(NAME, image=image, weight=weight, optional=optional)
     _check.is_floating(NAME, weight=weight, bias=bias, prefix=prefix, pos_embed=pos_embed)
     if image.dtype != torch.uint8 and image.dtype not in _check.FLOATING:
         raise TypeError(f"{NAME}: argument 'image' has dtype {image.dtype}; needs uint8 or floating point")
@@ -63,6 +64,8 @@ def patch_embed(
     width, channels, *patch = weight.shape
     _check.has_shape(NAME, "weight", weight, (width, image.shape[1], *patch), "image's channels")
     _check.has_shape(NAME, "bias", bias, (width,), "weight's first axis")
+    if 0 in patch:
+        raise ValueError(f"{NAME}: argument 'weight' has shape {list(weight.shape)}; needs a patch of 1 or more")
     for size, side, axis in zip(image.shape[2:], patch, ("height", "width"), strict=True):
         if size < side:
             raise ValueError(f"{NAME}: argument 'image' has a {axis} of {size}; needs at least one patch of {side}")
