@@ -181,9 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if kernels.interpreting():
         parser.error("TRITON_INTERPRET is set; needs to be unset: interpreted kernels do not compile")
-    pages = options.page or [
-        f"vitkernels.kernels.{page}" for page in dict.fromkeys(p for p, _ in kernels.PAGES.values())
-    ]
+    registered = [f"vitkernels.kernels.{page}" for page in dict.fromkeys(page for page, _ in kernels.PAGES.values())]
+    pages = options.page or registered
     capabilities = [90] if options.short else options.capability
     work = _select(pages, capabilities, options.only, options.short)
     if not work:

@@ -23,7 +23,9 @@ from vitkernels import dispatch
 PAGES: dict[str, tuple[str, str]] = {
     "attention": ("attention", ""),
     "attention_qkv": ("attention", "_qkv"),
+    "add_layer_norm": ("add_layer_norm", ""),
     "linear": ("linear", ""),
+    "patch_embed": ("patch_embed", ""),
 }
 OLDEST, NEWEST = (3, 6), (3, 9)
 LOWEST_CAPABILITY = (8, 0)

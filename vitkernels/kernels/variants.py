@@ -1,4 +1,4 @@
-"""What `make audit` compiles: a kernel at one row of `configs`, with what its row admits and what its roofline needs."""
+"""What `make audit` compiles: a kernel at a row of `configs`, with what the row admits and its roofline needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class Variant:
     Args:
         name: op, kernel and shape, as a row of the table names it.
         kernel: the `triton.jit` function.
-        signature: type of each argument that is no constexpr, in order: "*bf16", "*fp32", "i32", "fp32".
+        signature: type of each argument that is no constexpr, in order: "*bf16", "*fp32", "i32", "fp32"; a
+            tuple of types for an argument that is a tuple.
         constants: value of each constexpr argument.
         num_warps, num_stages, maxnreg: launch options of the config row.
         divisible: integer arguments known to be multiples of 16, beside all pointers.
@@ -26,7 +27,7 @@ class Variant:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
