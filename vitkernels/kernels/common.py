@@ -106,3 +106,12 @@ def column_sum_variant(name: str, rows: int, columns: int, dtype: str) -> Varian
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device; under the interpreter one, so that loops of persistent programs turn."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """A float32 value in the dtype it is stored in, to nearest even, which the interpreter misses for bfloat16."""
+    if INTERPRETING and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(dtype)
