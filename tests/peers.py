@@ -12,19 +12,19 @@ from vitkernels.nn import VisionTransformer
 
 SIZES = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
-# torchvision's Python code names these when imported; its compiled part is not there beside a CPU torch
-_SCHEMAS = {
-    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
+# torchvision's Python code names these when imported; its compiled part, which has them,
+# loads beside one torch alone
+_SCHEMAS = ("nms", "qnms")
 _library = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def import_timm() -> ModuleType:
-    """timm, with the operators declared that its import of torchvision wants."""
-    for name, schema in _SCHEMAS.items():
-        if not hasattr(torch.ops.torchvision, name):
-            _library.define(name + schema)
+    """timm, with the operators declared that its import of torchvision asks for."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in _SCHEMAS:
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
     return timm

@@ -227,8 +227,8 @@ _LAYER_NAMES = {
 def parameter_names(vit: VisionTransformer) -> dict[str, str]:
     """The naive model's name of each parameter -> its name in the fused model, so that gradients can be compared.
 
-    Shapes are equal but for `patch_embed.weight`: [D, C * P * P] here, [D, C, P, P] there; `.flatten(1)` tells them
-    apart no more.
+    Shapes are equal but for `patch_embed.weight`: [D, C * P * P] here, and [D, C, P, P] there, the same numbers in the
+    same order.
 
     Raises:
         ValueError: a model with parts that the naive one does not have (registers, LayerScale, qk_norm, ...).
