@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,10 @@ _library = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def import_timm() -> ModuleType:
-    """timm, with the operators declared that its import of torchvision asks for."""
+    """timm, with the operators declared that its import of torchvision asks for; a test module skips without it."""
+    for package in ("torchvision", "timm"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed", allow_module_level=True)
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
