@@ -51,6 +51,17 @@ def force_isa() -> Iterator[Callable[[str], None]]:
     ext.isa(before)
 
 
+@pytest.fixture
+def without_onednn() -> Iterator[None]:
+    """The extension as it is on a machine whose torch has no oneDNN: GEMMs of any size go to torch's own."""
+    skip_without("ext")
+    configure = torch.ops.vitkernels_ext.configure
+    before = configure("onednn", -1)
+    configure("onednn", 0)
+    yield
+    configure("onednn", before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_memory() -> None:
     """Memory that nobody wrote is NaN, or the largest integer.

@@ -38,6 +38,23 @@ def test_accuracy_on_instruction_set(case: Case, dtype: torch.dtype, isa: str, f
     assert ext.isa() == isa
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    _product([case for case in CASES if "blocked gemm" in case.name], (torch.float32, torch.bfloat16)),
+    ids=_name,
+)
+def test_accuracy_without_onednn(case: Case, dtype: torch.dtype, without_onednn: None) -> None:
+    check_case(case, dtype, "ext")
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_accuracy_with_threads(case: Case) -> None:
+    """Three threads on whatever cores there are: no part is left out or done twice where the work is split."""
+    skip_without("ext")
+    torch.set_num_threads(3)
+    check_case(case, case.dtypes[0], "ext")
+
+
 @pytest.mark.parametrize(("forward", "backward"), itertools.permutations(BACKENDS, 2))
 @pytest.mark.parametrize(("case", "dtype"), _product(PLAIN, (torch.float32, torch.bfloat16)), ids=_name)
 def test_backward_after_another_backends_forward(case: Case, dtype: torch.dtype, forward: str, backward: str) -> None:

@@ -10,7 +10,20 @@ import pytest
 import torch
 from accuracy import run
 from case import Case, T
-from cases import CASES, PLAIN, SMALL, add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed
+from cases import (
+    ADD_LAYER_NORM,
+    ATTENTION,
+    ATTENTION_QKV,
+    CASES,
+    PLAIN,
+    SMALL,
+    add_layer_norm,
+    attention,
+    attention_qkv,
+    linear,
+    mlp,
+    patch_embed,
+)
 from conftest import skip_without
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -128,6 +141,19 @@ def test_same_bits_every_time(case: Case, dtype: torch.dtype, backend: str) -> N
     for name, value in runs[0].items():
         for again in runs[1:]:
             assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM], ids=str)
+def test_same_bits_with_any_number_of_threads(case: Case) -> None:
+    """Where no vendor's GEMM takes part, how the work is split changes no sum."""
+    skip_without("ext")
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(run(case, case.build(case.dtypes[0]), forward="ext"))
+    for name, value in runs[0].items():
+        for other in runs[1:]:
+            assert torch.equal(value, other[name]), name
 
 
 # -------------------------------------------------------------------------------------- numerical slopes
