@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Variant:
 
     name: str
     kernel: Any
-    signature: dict[str, str | tuple[str, ...]]
+    signature: Mapping[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2

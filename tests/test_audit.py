@@ -1,0 +1,95 @@
+"""The audit catches what it is there for: each fault that `planted.py` plants, and nothing in what is sound."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the audit compiles with triton, which is not installed", allow_module_level=True)
+
+
+def audit(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The audit in a process of its own: this one may be interpreting."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), inherited.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "bench.audit", *arguments],
+        env=inherited | {"PYTHONPATH": path, "COLUMNS": "250"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def planted() -> subprocess.CompletedProcess[str]:
+    """One audit of every planted kernel."""
+    return audit("--page", "planted", "--capability", "90")
+
+
+def test_faults_end_with_1(planted: subprocess.CompletedProcess[str]) -> None:
+    assert planted.returncode == 1, planted.stderr
+    assert "8 rows, 5 faults" in planted.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("spilling copy", "spills "),
+        ("product of 16 rows", "multiplies matrices without HGMMA"),
+        ("greedy product", "takes 327680 bytes of shared memory; sm_90 gives 232448"),
+        ("product of 100 rows", "does not compile: CompilationError: arange's range must be a power of 2"),
+        ("misnamed copy", "does not compile: ValueError: signature and constants do not fit the kernel's arguments"),
+    ],
+)
+def test_each_fault_is_named(row: str, fault: str, planted: subprocess.CompletedProcess[str]) -> None:
+    assert f"{row} (sm_90) {fault}" in planted.stdout, planted.stdout
+
+
+@pytest.mark.parametrize("row", ["good copy", "good product", "admitted spill"])
+def test_sound_rows_are_not_blamed(row: str, planted: subprocess.CompletedProcess[str]) -> None:
+    assert f"{row} (sm_90)" not in planted.stdout
+
+
+def test_the_table_reads_what_was_compiled(planted: subprocess.CompletedProcess[str]) -> None:
+    rows = {line.strip()[:20].strip(): line for line in planted.stdout.splitlines()}
+    copy, product = rows["good copy"].split(), rows["good product"].split()
+    assert copy[2:5] == ["90", copy[3], "0"]  # registers, then no spill
+    assert "128" in copy, "the loads of 8 bf16 each are 128 bits wide"
+    assert {"3000", "1000", "100%"} <= set(copy), "3 GB at 3 TB/s take 1000 us"
+    assert {"HGMMA", "1253", "50%"} <= set(product), "1 TFLOP at 798 TFLOP/s takes 1253 us, and half of it is useful"
+
+
+def test_sound_kernels_end_with_0_on_every_chip() -> None:
+    done = audit("--page", "planted", "--only", "good")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 rows, all as they should be" in done.stdout
+    assert all(kind in done.stdout for kind in ("HGMMA", "HMMA", "UTCHMMA"))
+
+
+def test_short_compiles_each_kernel_once() -> None:
+    done = audit("--page", "planted", "--short")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 rows, all as they should be" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set; needs to be unset"),
+        (("--only", "no such kernel"), {}, "nothing to compile in planted with 'no such kernel' in its name"),
+        (("--capability", "70"), {}, "invalid choice: 70"),
+    ],
+)
+def test_bad_input(arguments: tuple[str, ...], environment: dict[str, str], sentence: str) -> None:
+    done = audit("--page", "planted", *arguments, **environment)
+    assert done.returncode == 2
+    assert sentence in done.stderr

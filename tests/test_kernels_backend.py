@@ -1,0 +1,134 @@
+"""Why the Triton backend is not there, or cannot serve a call: a sentence each time, and never a crash at import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vitkernels import dispatch, kernels
+
+IMAGE, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_reasons() -> Iterator[None]:
+    """What the backend remembers about the machine is asked anew, before and after."""
+    kernels.why_not.cache_clear()
+    yield
+    kernels.why_not.cache_clear()
+
+
+def declined(*args: object) -> str | None:
+    """patch_embed's reason not to run on Triton."""
+    return dispatch.OPS["patch_embed"].implementations["triton"].why_not("forward", args)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own that does not interpret kernels and sees no GPU."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "VITKERNELS"))}
+    environment = inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernels.why_not() == (
+        "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    )
+
+
+def test_interpreting_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.why_not() is None
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "3.5.1", "3.10.0", "4.0.0+git1234"])
+def test_versions_that_are_not_served(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert kernels.why_not() == f"triton is {version}; needs 3.6 to 3.9"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.9.0+git1234"])
+def test_versions_that_are_served(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert kernels.why_not() is None
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = kernels.why_not()
+    assert reason is not None
+    assert reason.startswith("triton did not import (")
+
+
+@pytest.mark.parametrize("capability", [(5, 2), (7, 0), (7, 5)])
+def test_old_gpus(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    major, minor = capability
+    assert declined(IMAGE, WEIGHT) == (f"the kernels need compute capability 8.0 or later, and cpu has {major}.{minor}")
+
+
+def test_tensors_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert declined(IMAGE, WEIGHT) == "the kernels run on CUDA, not on cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert declined(IMAGE.to("meta"), WEIGHT) == "the kernels run on the CPU (interpreting), not on meta"
+    assert declined(IMAGE, WEIGHT) is None
+
+
+def test_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert declined(IMAGE, WEIGHT.double()) == "the kernels have no float64"
+
+
+def test_more_patches_than_rows_can_be_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "capability", lambda device: (9, 0))
+    image = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(2**15, 3, 2**8, 2**8)
+    reason = declined(image, torch.zeros(8, 3, 1, 1))
+    assert reason == f"the kernels number rows in 32 bits, and the batch has {2**31} patches"
+
+
+def test_asking_for_it_on_the_cpu_raises_its_sentence() -> None:
+    code = """
+import torch
+import vitkernels as vk
+from vitkernels import BackendError
+try:
+    with vk.use("triton"):
+        vk.ops.patch_embed(torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 4, 4))
+except BackendError as error:
+    print(error)
+with vk.record() as calls:
+    vk.ops.patch_embed(torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 4, 4))
+print(calls[0].backend)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    refused, ran = done.stdout.splitlines()
+    assert "patch_embed (forward): no backend in use can serve this call. triton: torch sees no CUDA device" in refused
+    assert ran in ("ext", "reference")
+
+
+def test_importing_touches_neither_triton_nor_a_gpu() -> None:
+    code = """
+import sys, torch, vitkernels
+from vitkernels import kernels
+assert not any(name.split(".")[0] == "triton" for name in sys.modules), "triton was imported"
+assert not torch.cuda.is_initialized()
+sys.modules["triton"] = None
+print(vitkernels.backends()["triton"])
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("triton did not import (")
