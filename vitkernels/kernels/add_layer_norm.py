@@ -4,9 +4,10 @@ Both kernels are bound by memory: forward reads x and branch and writes total an
 bfloat16), backward reads total, dtotal and dnormed and writes dx (8 more, 12 with LayerScale's two). So rows are read
 in 16-byte loads, each number is touched once, and the row's statistics never leave the registers.
 
-Forward: a program walks a few rows with one or two warps, so sums need shuffles and hardly a barrier. Backward: as many
-programs as the chip holds stay for the whole call, each with its own sums of the parameters' gradients in registers;
-it writes them once, as one float32 row a vector, and a second kernel sums those rows. No atomics: the same bits each run.
+Forward: a program walks a few rows, each in one warp up to a width of 1024, so that sums need shuffles and no barrier.
+Backward: as many programs as the chip holds stay for the whole call, each with its own sums of the parameters'
+gradients in registers; it writes them once, as one float32 row a vector, and a second kernel sums those rows. No
+atomics: the same bits each run.
 
 Tensors are [B, N, D] with any strides; an argument that is not there is None, which Triton compiles away.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from vitkernels.kernels import configs
 from vitkernels.kernels.common import processors, rounded, sum_rows
-from vitkernels.kernels.configs import Capability
+from vitkernels.kernels.configs import Capability, RowTile
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
 
@@ -136,8 +137,9 @@ def _backward(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Gradients of the rows, and this program's share of the vectors' gradients: row `program` of [programs, D] each."""
+    """Gradients of the rows, and this program's share of each vector's gradient: its row of [programs, D]."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_weight = _vector(p_weight, o_d, m_d)[None, :]
@@ -146,7 +148,7 @@ def _backward(
     b_dbranch_bias = tl.zeros([BLOCK_D], tl.float32)
     b_dscale = tl.zeros([BLOCK_D], tl.float32)
 
-    for i_first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+    for i_first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         i_row = i_first + tl.arange(0, ROWS)
         m_row = i_row < rows
         m = m_row[:, None] & m_d[None, :]
@@ -255,8 +257,9 @@ def _sum_partials(
 
 def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     width = (args[0] if direction == "forward" else args[2]).shape[-1]
-    if width > configs.WIDEST_ROW:
-        return f"the kernels hold a row of at most {configs.WIDEST_ROW} in registers, and the last axis has {width}"
+    widest = configs.LAYER_NORM_FORWARD[-1].width
+    if width > widest:
+        return f"the kernels hold a row in registers, at most {widest} wide, and the last axis has {width}"
     return None
 
 
@@ -298,11 +301,12 @@ def forward(
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     rows, width = mean.numel(), x.shape[-1]
     if rows:
-        row = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, width)
-        (x, strides), (branch, branch_strides) = _as_rows(x), _as_rows(branch)
-        _forward[(triton.cdiv(rows, row.rows),)](
-            x,
-            branch,
+        tile = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, width)
+        rows_of_x, strides = _as_rows(x)
+        rows_of_branch, branch_strides = _as_rows(branch)
+        _forward[(triton.cdiv(rows, tile.rows),)](
+            rows_of_x,
+            rows_of_branch,
             *_contiguous(weight, bias, branch_bias, scale, row_scale),
             None if branch is None else total,
             normed,
@@ -315,8 +319,8 @@ def forward(
             eps,
             D=width,
             BLOCK_D=triton.next_power_of_2(width),
-            ROWS=row.rows,
-            num_warps=row.num_warps,
+            ROWS=tile.rows,
+            num_warps=tile.warps,
         )
     return total, normed, mean, rstd
 
@@ -342,8 +346,10 @@ def backward(
         torch.empty(shape, dtype=dtype, device=device) if need else None
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     ]
-    row = configs.pick_row_tile(configs.LAYER_NORM_BACKWARD, width)
-    programs = min(triton.cdiv(rows, row.rows), row.programs * processors(device))
+    scaled = needs[5] or needs[6]
+    table = configs.LAYER_NORM_BACKWARD_SCALED if scaled else configs.LAYER_NORM_BACKWARD
+    tile = configs.pick_row_tile(table, width)
+    programs = min(triton.cdiv(rows, tile.rows), tile.programs * processors(device))
     partials = [
         torch.empty(programs, width, dtype=torch.float32, device=device) if need else None for need in needs[2:6]
     ]
@@ -360,8 +366,9 @@ def backward(
             *(stride for each in strides for stride in each),
             D=width,
             BLOCK_D=triton.next_power_of_2(width),
-            ROWS=row.rows,
-            num_warps=row.num_warps,
+            ROWS=tile.rows,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
         )
     if any(needs[2:6]):
         _sum_partials[(triton.cdiv(width, _SUM_COLUMNS), 4)](
@@ -374,48 +381,61 @@ def backward(
 
 # -------------------------------------------------------------------------------------------------------- the audit
 
+_ROWS = 50432  # of ViT-B/16 at 224, B=256
+_WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1536, 4096: 3072, 8192: 6144, 16384: 16384}  # a model's in each block
 
-def _variant(
-    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: Any, moved: float
-) -> Variant:
-    """Pointers by their types, None for those that are not there; strides as of contiguous tensors."""
-    integers = [n for n in kernel.arg_names if n.startswith(("rows", "tokens", "stride", "programs"))]
-    absent = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in types}
-    ones = {n: 1 for n in integers if n.endswith("_d")}
-    scalars = {n: "i32" for n in integers if n not in ones}
+
+def _variant(kernel: Any, name: str, tile: RowTile, types: dict[str, str], bytes_each: int) -> Variant:
+    """A kernel at a row of its table; pointers that have no type are not there, strides are those of whole tensors."""
+    width = _WIDTHS[tile.width]
+    integers = [arg for arg in kernel.arg_names if arg in ("rows", "tokens") or arg.startswith("stride")]
+    constants = {arg: 1 for arg in integers if arg.endswith("_d")}
+    constants |= {arg: None for arg in kernel.arg_names if arg.startswith("p_") and arg not in types}
+    constants |= {"D": width, "BLOCK_D": tile.width, "ROWS": tile.rows}
+    if "STAGES" in kernel.arg_names:
+        constants["STAGES"] = tile.stages
+    scalars = dict.fromkeys(integers, "i32") | {"eps": "fp32"}
     return Variant(
-        name=f"add_layer_norm, {name}",
+        name=f"add_layer_norm {name}, {_ROWS}x{width}",
         kernel=kernel,
-        signature=types | scalars | ({"eps": "fp32"} if "eps" in kernel.arg_names else {}),
-        constants=absent | ones | constants,
-        num_warps=tile.num_warps,
-        divisible=tuple(n for n in scalars if n.startswith("stride")),
-        moved=moved,
+        signature={
+            arg: each for arg, each in (types | scalars).items() if arg in kernel.arg_names if arg not in constants
+        },
+        constants=constants,
+        num_warps=tile.warps,
+        divisible=tuple(arg for arg in integers if arg not in constants and arg.startswith("stride")),
+        spills=tile.spills,
+        moved=float(bytes_each * _ROWS * width),
     )
 
 
 def variants(capability: Capability) -> list[Variant]:
-    """Each row of the tables with everything given, and the plain cases at ViT-B's width; 50432 rows."""
-    rows, found = 50432, []
-    wide = {384: 512, 768: 1024}
-    for residual in ("bf16", "fp32"):
-        size = 2 if residual == "bf16" else 4
-        for table, kernel in ((configs.LAYER_NORM_FORWARD, _forward), (configs.LAYER_NORM_BACKWARD, _backward)):
-            for tile in table:
-                width = tile.width
-                types = {n: "*fp32" for n in kernel.arg_names if n.startswith("p_")}
-                for n in ("p_branch", "p_normed", "p_dnormed", "p_dbranch"):
-                    if n in types:
-                        types[n] = "*bf16"
-                for n in ("p_x", "p_total", "p_dtotal", "p_dx"):
-                    if n in types:
-                        types[n] = "*" + residual
-                moved = rows * width * (2 * size + 4 if kernel is _forward else 3 * size + 6)
-                constants = {"D": width, "BLOCK_D": tile.width, "ROWS": tile.rows}
-                name = f"{'forward' if kernel is _forward else 'backward'}, D={width}, {residual} residual"
-                found.append(_variant(f"{name}, everything", kernel, types, constants, tile, moved))
-                if kernel is _backward:
-                    for n in ("p_branch", "p_branch_bias", "p_dscale", "p_drow_scale"):
-                        del types[n]
-                    found.append(_variant(f"{name}, frozen", kernel, types, constants, tile, moved))
+    """Every row of the tables, with a bfloat16 branch on a bfloat16 and on a float32 residual stream."""
+    found = []
+    for residual, size in (("bf16", 2), ("fp32", 4)):
+        vectors = dict.fromkeys(
+            ("p_weight", "p_bias", "p_branch_bias", "p_scale", "p_row_scale", "p_mean", "p_rstd"), "*fp32"
+        )
+        stream = dict.fromkeys(("p_x", "p_total", "p_dtotal", "p_dx"), f"*{residual}")
+        branch = dict.fromkeys(("p_branch", "p_normed", "p_dnormed", "p_dbranch"), "*bf16")
+        grads = dict.fromkeys(("p_dweight", "p_dbias", "p_dbranch_bias", "p_dscale", "p_drow_scale"), "*fp32")
+        given = vectors | stream | branch | grads
+        scaled = ("p_branch", "p_branch_bias", "p_scale", "p_dscale", "p_drow_scale")
+        plain = {arg: each for arg, each in given.items() if arg not in scaled}
+        for kernel, name, table, pointers, bytes_each in (
+            (_forward, "forward", configs.LAYER_NORM_FORWARD, given, 2 * size + 4),
+            (_backward, "backward", configs.LAYER_NORM_BACKWARD, plain, 3 * size + 4),
+            (_backward, "backward with scale", configs.LAYER_NORM_BACKWARD_SCALED, given, 3 * size + 6),
+        ):
+            found += [_variant(kernel, f"{name}, {residual} residual", row, pointers, bytes_each) for row in table]
+    programs = 3 * 132
+    found.append(
+        Variant(
+            name=f"add_layer_norm sum of {programs} partial sums",
+            kernel=_sum_partials,
+            signature=dict.fromkeys(_sum_partials.arg_names[:8], "*fp32") | {"programs": "i32"},
+            constants={"D": 768, "BLOCK_R": _SUM_ROWS, "BLOCK_C": _SUM_COLUMNS},
+            moved=4.0 * 4 * programs * 768,
+        )
+    )
     return found

@@ -20,35 +20,54 @@ class RowTile:
 
     Args:
         width: widest row it serves.
-        num_warps: 8 elements or more a thread, so that bfloat16 moves in 16-byte pieces.
+        warps: so many that a thread has 8 elements or more, and bfloat16 moves in 16-byte pieces.
         rows: forward, how many a program walks; backward, how many it holds at once.
-        programs: backward, how many stay on a multiprocessor: what registers let reside on sm_90.
+        stages: backward, 2 where the next rows are fetched while these are worked on.
+        programs: backward, how many stay on a multiprocessor: as many as registers let reside, for one more would
+            run alone when all others are done.
+        spills: bytes that the widest rows spill.
     """
 
     width: int
-    num_warps: int
+    warps: int
     rows: int
+    stages: int = 1
     programs: int = 0
+    spills: int = 0
 
 
+# Vectors are read anew for each row, from L1: kept in registers they would halve the warps there are. All capabilities
+# have the same registers, and memory is the bound on each. Not yet measured.
 LAYER_NORM_FORWARD = (
-    RowTile(512, num_warps=1, rows=4),
-    RowTile(1024, num_warps=1, rows=4),
-    RowTile(2048, num_warps=4, rows=4),
-    RowTile(4096, num_warps=8, rows=4),
-    RowTile(8192, num_warps=8, rows=4),
-    RowTile(16384, num_warps=16, rows=4),
+    RowTile(512, warps=1, rows=4),
+    RowTile(1024, warps=1, rows=4),  # one warp a row: no barrier
+    RowTile(2048, warps=4, rows=4),
+    RowTile(4096, warps=8, rows=4),
+    RowTile(8192, warps=16, rows=4),
+    RowTile(16384, warps=32, rows=4),
 )
+# Two rows a step share the barriers of their sums, and with the next two fetched meanwhile 27 KiB a multiprocessor are
+# always in flight at D=768, where 18 hide the latency. Wider rows' second stage is past sm_86's shared memory. Not yet
+# measured.
 LAYER_NORM_BACKWARD = (
-    RowTile(256, num_warps=1, rows=4, programs=8),
-    RowTile(512, num_warps=2, rows=2, programs=8),
-    RowTile(1024, num_warps=4, rows=2, programs=4),
-    RowTile(2048, num_warps=8, rows=1, programs=2),
-    RowTile(4096, num_warps=16, rows=1, programs=1),
-    RowTile(8192, num_warps=32, rows=1, programs=1),
-    RowTile(16384, num_warps=32, rows=1, programs=1),
+    RowTile(256, warps=1, rows=2, stages=2, programs=16),
+    RowTile(512, warps=2, rows=2, stages=2, programs=6),
+    RowTile(1024, warps=4, rows=2, stages=2, programs=3),
+    RowTile(2048, warps=8, rows=1, stages=2, programs=3),
+    RowTile(4096, warps=16, rows=1, stages=2, programs=1),
+    RowTile(8192, warps=16, rows=1, programs=1),
+    RowTile(16384, warps=32, rows=1, programs=1, spills=1024),
 )
-WIDEST_ROW = 16384
+# With the gradients of `scale` or `row_scale`: the branch is read too, and one more vector summed. Not yet measured.
+LAYER_NORM_BACKWARD_SCALED = (
+    RowTile(256, warps=1, rows=2, stages=2, programs=12),
+    RowTile(512, warps=2, rows=2, stages=2, programs=6),
+    RowTile(1024, warps=4, rows=2, stages=2, programs=3),
+    RowTile(2048, warps=8, rows=1, stages=2, programs=2),
+    RowTile(4096, warps=16, rows=1, programs=1),
+    RowTile(8192, warps=16, rows=1, programs=1, spills=256),
+    RowTile(16384, warps=32, rows=1, programs=1, spills=2048),
+)
 
 
 def pick_row_tile(table: tuple[RowTile, ...], width: int) -> RowTile:
@@ -77,6 +96,7 @@ class AttentionLong:
     forward: AttentionTile
     dkdv: AttentionTile
     dq: AttentionTile
+    delta: AttentionTile = AttentionTile(64, 0, 4, 1)
 
 
 # widest padded head: tiles
@@ -92,6 +112,49 @@ def attention_widths(width: int) -> tuple[int, ...]:
     """Pieces of powers of two, 16 or more, that cover a head's width: 72 is (64, 16), 104 is (64, 32, 16)."""
     rest = -(-width // 16)
     return tuple(16 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1)
+
+
+def attention_keys(keys: int) -> tuple[int, ...]:
+    """One or two powers of two, 16 or more, that cover the keys: the second where it spares 3/8 of the work or more."""
+    whole = max(16, 1 << (keys - 1).bit_length())
+    half = whole // 2
+    rest = max(16, 1 << (keys - half - 1).bit_length())
+    return (half, rest) if rest <= half // 4 else (whole,)
+
+
+@dataclass(frozen=True)
+class AttentionShort:
+    """A row for up to so many keys in heads up to so wide; the forward's tile spans all keys, in `attention_keys`."""
+
+    keys: int
+    width: int
+    tile: AttentionTile
+
+
+_SHORT_FORWARD = (
+    AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
+    AttentionShort(256, 64, AttentionTile(64, 0, 4, 1, maxnreg=168)),  # 3 programs a multiprocessor; 186 without
+    AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),  # wider heads or more keys spill
+)
+# dk and dv of all keys stay in registers: 255 of them at 256 keys of 64, which no other row may add to
+_SHORT_BACKWARD = (
+    AttentionShort(64, 128, AttentionTile(32, 64, 4)),
+    AttentionShort(128, 128, AttentionTile(32, 128, 8)),
+    AttentionShort(256, 64, AttentionTile(32, 256, 8)),
+)
+
+
+def attention_short_forward(keys: int, width: int, float32: bool, capability: Capability) -> AttentionTile | None:
+    """The row for few keys, or None where the long kernels serve."""
+    return None if float32 else _first(_SHORT_FORWARD, keys, width)
+
+
+def attention_short_backward(keys: int, width: int, float32: bool, capability: Capability) -> AttentionTile | None:
+    return None if float32 else _first(_SHORT_BACKWARD, keys, width)
+
+
+def _first(rows: tuple[AttentionShort, ...], keys: int, width: int) -> AttentionTile | None:
+    return next((row.tile for row in rows if keys <= row.keys and width <= row.width), None)
 
 
 def attention_long(width: int, float32: bool, capability: Capability) -> AttentionLong:
