@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels.kernels import attention_long, capability, configs
+from vitkernels.kernels import attention_long, attention_short, capability, configs
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention import _heads_last, _unpack
 
@@ -115,13 +115,24 @@ def _forward(
         out.zero_()
         return lse.fill_(torch.inf)
     align = _align(q, k, v, out)
+    sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
+    strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
+    plain = mask is None and scale > 0
+    key = (width, q.dtype == torch.float32, capability(q.device))
+    short = configs.attention_short_forward(keys, *key) if plain and not is_causal else None
+    if short is not None:
+        attention_short.forward_kernel[(batch * heads,)](
+            q, k, v, out, lse, *strides, *_strides(out, align)[:3], heads, queries, scale * LOG2E,
+            NK=keys, **sizes, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
+        )  # fmt: skip
+        return lse
+    tile = configs.attention_long(*key).forward
     values, mask_strides, mask_constants = _mask_arguments(mask)
-    tile = configs.attention_long(width, q.dtype == torch.float32, capability(q.device)).forward
     attention_long.forward_kernel[(batch * heads * -(-queries // tile.queries),)](
-        q, k, v, values, out, lse, *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides,
-        *_strides(out, align)[:3], heads, queries, keys, scale * LOG2E,
-        K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants, CAUSAL=is_causal,
-        PLAIN=mask is None and scale > 0, BM=tile.queries, BN=tile.keys, **_launch_options(tile),
+        q, k, v, values, out, lse, *strides, *mask_strides, *_strides(out, align)[:3],
+        heads, queries, keys, scale * LOG2E,
+        **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=plain, BM=tile.queries, BN=tile.keys,
+        **_launch_options(tile),
     )  # fmt: skip
     return lse
 
@@ -140,29 +151,40 @@ def _backward(
             grad.zero_()
         return mask.new_zeros(mask.shape) if mask is not None and needs_mask else nothing(q)
     lse = lse.contiguous()  # as every backend's forward leaves it
-    delta = torch.empty_like(lse)
     align = _align(*tensors, out, dout, *grads)
-    widths = configs.attention_widths(width)
-    row = configs.attention_long(width, q.dtype == torch.float32, capability(q.device))
+    sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
+    strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
+    strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
+    key = (width, q.dtype == torch.float32, capability(q.device))
+    short = configs.attention_short_backward(keys, *key) if mask is None and not is_causal else None
+    if short is not None:
+        attention_short.backward_kernel[(batch * heads,)](
+            q, k, v, dout, lse, dq, dk, dv, *strides, *_strides(dout, align), *strides_dq, *strides_dk, *strides_dv,
+            heads, queries, scale, scale * LOG2E,
+            NK=keys, **sizes, BM=short.queries, BN=short.keys, **_launch_options(short),
+        )  # fmt: skip
+        return nothing(q)
+    row = configs.attention_long(*key)
     values, mask_strides, mask_constants = _mask_arguments(mask)
-    sizes = {"K": width, "ALIGN": align, "WIDTHS": widths}
-    attention_long.delta_kernel[(batch * heads * -(-queries // 64),)](
-        out, dout, delta, *_strides(out, align), *_strides(dout, align), heads, queries, **sizes, BM=64, num_warps=4
-    )
-    strides = (
-        *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides, *_strides(dout, align)
-    )  # fmt: skip
-    constants = sizes | mask_constants | {"CAUSAL": is_causal}
-    attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
-        q, k, v, values, dout, lse, delta, dk, dv, *strides, *_strides(dk, align)[:3], *_strides(dv, align)[:3],
-        heads, queries, keys, scale, scale * LOG2E,
-        **constants, BM=row.dkdv.queries, BN=row.dkdv.keys, **_launch_options(row.dkdv),
-    )  # fmt: skip
+    strides = *strides, *mask_strides, *_strides(dout, align)
+    delta = torch.empty_like(lse)
+    if not needs_mask:  # else dq's kernel leaves it
+        attention_long.delta_kernel[(batch * heads * -(-queries // row.delta.queries),)](
+            out, dout, delta, *_strides(out, align), *_strides(dout, align), heads, queries,
+            **sizes, BM=row.delta.queries, **_launch_options(row.delta),
+        )  # fmt: skip
     ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
     attention_long.dq_kernel[(batch * heads * -(-queries // row.dq.queries),)](
-        q, k, v, values, dout, lse, delta, dq, ds, *strides, *_strides(dq, align)[:3],
+        q, k, v, values, dout, lse, delta, dq, ds, *strides, *strides_dq,
         heads, queries, keys, scale, scale * LOG2E,
-        **constants, STORE_DS=needs_mask, BM=row.dq.queries, BN=row.dq.keys, **_launch_options(row.dq),
+        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=row.dq.queries, BN=row.dq.keys,
+        **_launch_options(row.dq),
+    )  # fmt: skip
+    attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
+        q, k, v, values, dout, lse, delta, dk, dv, *strides, *strides_dk, *strides_dv,
+        heads, queries, keys, scale, scale * LOG2E,
+        **sizes, **mask_constants, CAUSAL=is_causal, BM=row.dkdv.queries, BN=row.dkdv.keys,
+        **_launch_options(row.dkdv),
     )  # fmt: skip
     if mask is None or ds is None:
         return nothing(q)

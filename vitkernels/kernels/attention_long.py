@@ -1,7 +1,7 @@
-"""Attention over any number of keys: a looped forward, and a backward in three kernels (delta; dK and dV; dQ).
+"""Attention over any number of keys: a looped forward, and a backward in three kernels (delta; dQ; dK and dV).
 
 The forward walks over tiles of keys with a running maximum and sum (Dao et al. 2022). Backward recomputes the weights
-from the log-sum-exp of each row, once by keys and once by queries, so no two programs add into the same place: no
+from the log-sum-exp of each row, once by queries and once by keys, so no two programs add into the same place: no
 atomics, and the same bits every time. Tiles that need no bounds or causal mask run in loops of their own, without it.
 """
 
@@ -71,9 +71,7 @@ def forward_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < NQ
-    q = load(
-        head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN), o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS
-    )
+    q = load(head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN), o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
     p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
     if MASK != "none":
@@ -213,7 +211,7 @@ def _dq_step(
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of keys into dq."""
+    """Take one tile of keys into dq; without a `b_delta`, return its part of delta in its place."""
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < NK if EDGE else None
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
@@ -223,11 +221,16 @@ def _dq_step(
     if EDGE:
         s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
     p = tl.exp2(s - b_lse[:, None])
-    ds = p * (across(dout, v, WIDTHS) - b_delta[:, None])
-    if STORE_DS:
-        o_ds = tl.cast(o_m, tl.int64)[:, None] * NK + o_n[None, :]
-        tl.store(p_ds + o_ds, ds, mask=(o_m < NQ)[:, None] & (o_n < NK)[None, :])
-    return along(ds.to(k[0].dtype), k, dq, WIDTHS)
+    dp = across(dout, v, WIDTHS)
+    if b_delta is None:
+        result = tl.sum(p * dp, 1)
+    else:
+        ds = p * (dp - b_delta[:, None])
+        if STORE_DS:
+            o_ds = tl.cast(o_m, tl.int64)[:, None] * NK + o_n[None, :]
+            tl.store(p_ds + o_ds, ds, mask=(o_m < NQ)[:, None] & (o_n < NK)[None, :])
+        result = along(ds.to(k[0].dtype), k, dq, WIDTHS)
+    return result
 
 
 @triton.jit
@@ -239,7 +242,7 @@ def dq_kernel(
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of BM queries; `STORE_DS` also writes the gradient of the scores, [B, H, NQ, NK]."""
+    """One program a tile of BM queries; `STORE_DS` also writes delta and the gradient of the scores, [B, H, NQ, NK]."""
     n_tiles = tl.cdiv(NQ, BM)
     i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
@@ -255,10 +258,21 @@ def dq_kernel(
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
     o_lse = tl.cast(i_bh, tl.int64) * NQ + o_m
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INF) * LOG2E
-    b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
-    if STORE_DS:
-        p_ds += tl.cast(i_bh, tl.int64) * NQ * NK
     dq = zeros(BM, WIDTHS)
+    if STORE_DS:
+        # The mask's gradient sums these over keys, where all but rounding can cancel: delta is summed from the very
+        # weights, not from an out that was rounded. All tiles are bounded: speed matters less here.
+        p_ds += tl.cast(i_bh, tl.int64) * NQ * NK
+        b_delta = tl.zeros([BM], tl.float32)
+        for i_n in tl.range(0, NK, BN, num_stages=1):
+            b_delta += _dq_step(
+                None, q, dout, b_lse, None, p_k, p_v, p_mask, None, o_m, i_n,
+                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+                K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, False, BN, True,
+            )  # fmt: skip
+        tl.store(p_delta + o_lse, b_delta, mask=m_m)
+    else:
+        b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
     n_seen = NK
     n_plain = NK // BN * BN
     if CAUSAL:

@@ -110,21 +110,22 @@ def masked(s, p_mask, o_m, o_n, stride_mm, stride_mn, NQ, NK, MASK: tl.constexpr
     `o_m` and `o_n` are the queries' and the keys' indices, shaped to broadcast to `s`. `MASK` is "none", "bool" or
     "add"; without `MASK_ROWS` all queries share one row of it.
     """
-    if MASK == "none":
-        return s
-    if MASK_ROWS:
-        p_at = p_mask + tl.cast(o_m, tl.int64) * stride_mm + tl.cast(o_n, tl.int64) * stride_mn
-        values = tl.load(p_at, mask=(o_m < NQ) & (o_n < NK), other=0)
-    else:
-        values = tl.load(p_mask + tl.cast(o_n, tl.int64) * stride_mn, mask=o_n < NK, other=0)
-    if MASK == "bool":
-        return tl.where(values != 0, s, -INF)
-    return s + values.to(tl.float32) * LOG2E
+    if MASK != "none":
+        if MASK_ROWS:
+            p_at = p_mask + tl.cast(o_m, tl.int64) * stride_mm + tl.cast(o_n, tl.int64) * stride_mn
+            values = tl.load(p_at, mask=(o_m < NQ) & (o_n < NK), other=0)
+        else:
+            values = tl.load(p_mask + tl.cast(o_n, tl.int64) * stride_mn, mask=o_n < NK, other=0)
+        if MASK == "bool":
+            s += tl.where(values != 0, 0.0, -INF)
+        else:
+            s += values.to(tl.float32) * LOG2E
+    return s
 
 
 @triton.jit
 def hidden(s, o_m, o_n, NK, CAUSAL: tl.constexpr):
     """-inf for keys that are not there, or that come after the query."""
     if CAUSAL:
-        return tl.where((o_n < NK) & (o_n <= o_m), s, -INF)
+        s = tl.where(o_n <= o_m, s, -INF)
     return tl.where(o_n < NK, s, -INF)
