@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from case import DTYPES, Case, T
-from torch import Tensor
+from draws import drop_path, drop_rows, indices, keep_some, late_keys, minus_infinity, pixels
 
 from vitkernels.ops.mlp import ACTIVATIONS
 
@@ -40,21 +40,6 @@ LINEAR = [
 ]
 
 # -------------------------------------------------------------------------------------- patch_embed
-
-
-def _pixels(values: Tensor) -> Tensor:
-    return (values * 64 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def _indices(count: int) -> Callable[[Tensor], Tensor]:
-    """Patch numbers below `count`; the first one of each image comes twice."""
-
-    def convert(values: Tensor) -> Tensor:
-        index = (values.abs() * 1000).long() % count
-        index[:, -1] = index[:, 0]
-        return index
-
-    return convert
 
 
 def patch_embed(
@@ -87,13 +72,13 @@ def patch_embed(
     if pos_embed is not None:
         tensors["pos_embed"] = T((pos_embed, width), dtype=table)
     if keep is not None:
-        tensors["keep"] = T((batch, keep), convert=_indices(grid[0] * grid[1]))
+        tensors["keep"] = T((batch, keep), convert=indices(grid[0] * grid[1]))
     options = {name: value for name, value in (("mean", mean), ("std", std)) if value is not None}
     return Case("patch_embed", name, tensors, options, **more)
 
 
 IMAGENET: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-UINT8: dict[str, Any] = {"convert": _pixels}
+UINT8: dict[str, Any] = {"convert": pixels}
 
 PATCH_EMBED = [
     *(patch_embed(f"patch {size}", size) for size in (1, 2, 4, 7, 14, 16, 32)),
@@ -128,24 +113,6 @@ PATCH_EMBED = [
 ]
 
 # -------------------------------------------------------------------------------------- attention
-
-
-def _keep_some(values: Tensor) -> Tensor:
-    """Mask with about 70 % of the keys, the first of them always."""
-    mask = values > -0.5
-    mask[..., 0] = True
-    return mask
-
-
-def _drop_rows(values: Tensor) -> Tensor:
-    """As above, but every third query sees nothing."""
-    mask = _keep_some(values)
-    mask[..., ::3, :] = False
-    return mask
-
-
-def _minus_infinity(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda values: values.masked_fill(~convert(values), -torch.inf)
 
 
 def attention(
@@ -201,7 +168,11 @@ ATTENTION = [
     attention("no keys", keys=0),
     attention("no queries", queries=0, keys=5),
     attention("long", 1, 1, 577, width=64, dtypes=(F32, BF16)),
+    attention("long, causal", 1, 1, 577, options=CAUSAL, dtypes=(F32, BF16)),
     attention("cross, more keys", queries=5, keys=33),
+    attention("many keys, large logits", queries=5, keys=1100, logits=50.0),
+    attention("many keys, the first ones masked", queries=5, keys=577, mask=T((2, 1, 1, 577), convert=late_keys)),
+    attention("many keys, mask gradient", queries=5, keys=577, mask=T((2, 1, 5, 577))),
     attention("cross, more queries", queries=67, keys=3),
     attention("large logits", queries=33, logits=50.0),
     attention("large mean", queries=9, mean=30.0),
@@ -210,17 +181,19 @@ ATTENTION = [
     attention("causal", queries=33, options=CAUSAL),
     attention("causal, more keys", queries=5, keys=9, options=CAUSAL),
     attention("causal, more queries", queries=9, keys=5, options=CAUSAL),
-    attention("bool mask", mask=T((2, 2, 7, 7), convert=_keep_some)),
-    attention("bool mask for all", queries=65, mask=T((65, 65), convert=_keep_some)),
-    attention("bool mask a head", mask=T((1, 2, 7, 7), convert=_keep_some)),
-    attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=_keep_some)),
-    attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=_keep_some)),
-    attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=_drop_rows)),
+    attention("bool mask", mask=T((2, 2, 7, 7), convert=keep_some)),
+    attention("bool mask for all", queries=65, mask=T((65, 65), convert=keep_some)),
+    attention("bool mask a head", mask=T((1, 2, 7, 7), convert=keep_some)),
+    attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
+    attention("bool mask, transposed", mask=T((2, 1, 7, 7), layout="transposed", convert=keep_some)),
+    attention("bool mask, expanded", mask=T((2, 1, 7, 7), layout="expanded rows", convert=keep_some)),
     attention("all masked", mask=T((2, 1, 1, 7), convert=lambda values: values > torch.inf)),
     attention("additive mask", mask=T((2, 2, 7, 7), grad=False)),
     attention("float32 mask", mask=T((7, 7), grad=False, dtype=F32), dtypes=REDUCED),
-    attention("-inf mask", queries=33, mask=T((33, 33), grad=False, convert=_minus_infinity(_keep_some))),
-    attention("-inf rows", queries=33, mask=T((2, 1, 33, 33), convert=_minus_infinity(_drop_rows))),
+    attention("-inf mask", queries=33, mask=T((33, 33), grad=False, convert=minus_infinity(keep_some))),
+    attention("-inf rows", queries=33, mask=T((2, 1, 33, 33), convert=minus_infinity(drop_rows))),
     attention("relative position bias", 3, 2, 17, mask=T((1, 2, 17, 17))),
     attention("float32 mask gradient", 3, 2, 9, mask=T((2, 9, 9), dtype=F32), dtypes=REDUCED),
     attention("mask gradient, a scalar", mask=T(())),
@@ -246,10 +219,10 @@ ATTENTION_QKV = [
     attention_qkv("causal", tokens=65, causal=True),
     attention_qkv("causal, head width 72", tokens=9, width=72, causal=True),
     attention_qkv("scale", options={"scale": 0.7}),
-    attention_qkv("bool mask", mask=T((2, 2, 7, 7), convert=_keep_some)),
-    attention_qkv("key padding", tokens=33, mask=T((2, 1, 1, 33), convert=_keep_some)),
-    attention_qkv("rows fully masked", tokens=33, mask=T((2, 1, 33, 33), convert=_drop_rows)),
-    attention_qkv("-inf rows", tokens=33, mask=T((2, 1, 33, 33), convert=_minus_infinity(_drop_rows))),
+    attention_qkv("bool mask", mask=T((2, 2, 7, 7), convert=keep_some)),
+    attention_qkv("key padding", tokens=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    attention_qkv("rows fully masked", tokens=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
+    attention_qkv("-inf rows", tokens=33, mask=T((2, 1, 33, 33), convert=minus_infinity(drop_rows))),
     attention_qkv("relative position bias", 3, 2, 17, 16, mask=T((1, 2, 17, 17))),
     attention_qkv("mask gradient, key bias", tokens=33, mask=T((2, 1, 1, 33))),
 ]
@@ -257,13 +230,6 @@ ATTENTION_QKV = [
 # -------------------------------------------------------------------------------------- add_layer_norm
 
 VECTORS = ("bias", "branch_bias", "scale", "row_scale")
-
-
-def _drop_path(values: Tensor) -> Tensor:
-    """0 for the second sample of each three, 1 / 0.9 for the rest."""
-    factors = torch.full_like(values, 1 / 0.9)
-    factors[1::3] = 0
-    return factors
 
 
 def add_layer_norm(
@@ -282,7 +248,7 @@ def add_layer_norm(
         "bias": T(width, dtype=parameters),
         "branch_bias": T(width, dtype=parameters),
         "scale": T(width, dtype=parameters),
-        "row_scale": T(shape[:1], convert=_drop_path),
+        "row_scale": T(shape[:1], dtype=parameters, convert=drop_path),
     }
     tensors = {
         "x": T(shape, mean=mean, dtype=x),
@@ -382,7 +348,7 @@ _LARGE = [  # where GEMMs take another path
     linear("strides, blocked gemm", (3, 100), 96, 288),
     mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
 ]
-_MATRIX = ("transposed", "sliced", "every second row", "expanded", "offset", "columns")
+_MATRIX = ("transposed", "sliced", "every second row", "expanded", "expanded rows", "offset", "columns")
 _VECTOR = ("sliced", "expanded", "offset")
 _ARRIVING = ("transposed", "sliced", "expanded everywhere", "offset", "columns", "rows")
 

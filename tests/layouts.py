@@ -57,6 +57,11 @@ def _expanded(tensor: Tensor) -> Tensor:
     return tensor[:1].expand_as(tensor) if tensor.dim() else tensor
 
 
+def _expanded_rows(tensor: Tensor) -> Tensor:
+    """Stride 0 along the second last axis: a mask of keys shown to every query."""
+    return tensor[..., :1, :].expand_as(tensor) if tensor.dim() > 1 else tensor
+
+
 def _expanded_everywhere(tensor: Tensor) -> Tensor:
     """One number for all: the gradient of a sum."""
     return tensor.flatten()[:1].squeeze().expand_as(tensor) if tensor.numel() else tensor
@@ -85,6 +90,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": _rows,
     "offset": _offset,
     "expanded": _expanded,
+    "expanded rows": _expanded_rows,
     "expanded everywhere": _expanded_everywhere,
     "grey": _grey,
     "channels_last": _channels_last,

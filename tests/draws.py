@@ -1,0 +1,53 @@
+"""What a case makes of the normal numbers it draws: pixels, indices, masks, factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def pixels(values: Tensor) -> Tensor:
+    return (values * 64 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def indices(count: int) -> Callable[[Tensor], Tensor]:
+    """Patch numbers below `count`; the first one of each image comes twice."""
+
+    def convert(values: Tensor) -> Tensor:
+        index = (values.abs() * 1000).long() % count
+        index[:, -1] = index[:, 0]
+        return index
+
+    return convert
+
+
+def keep_some(values: Tensor) -> Tensor:
+    """Mask with about 70 % of the keys, the first of them always."""
+    mask = values > -0.5
+    mask[..., 0] = True
+    return mask
+
+
+def drop_rows(values: Tensor) -> Tensor:
+    """As above, but every third query sees nothing."""
+    mask = keep_some(values)
+    mask[..., ::3, :] = False
+    return mask
+
+
+def late_keys(values: Tensor) -> Tensor:
+    """No key below 520 takes part: where keys come in blocks, a first one with nothing in it."""
+    return torch.arange(values.shape[-1]).expand(values.shape) >= 520
+
+
+def minus_infinity(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda values: values.masked_fill(~convert(values), -torch.inf)
+
+
+def drop_path(values: Tensor) -> Tensor:
+    """0 for the second sample of each three, 1 / 0.9 for the rest."""
+    factors = torch.full_like(values, 1 / 0.9)
+    factors[1::3] = 0
+    return factors
