@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help demo test lint clean
+.PHONY: help install demo readme bench-ops audit audit-short gpu lint test clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,27 @@ install: .venv/.built ## .venv with everything, the extension built (demo and te
 
 demo: .venv/.built ## train a ViT on scikit-learn's digit scans, naive and fused, and compare (under 4 minutes)
 	$(PY) -m vitkernels demo
+
+readme: .venv/.built ## make the README's figures anew from bench/results
+	$(PY) -m bench.readme
+
+bench-ops: .venv/.built ## each op against its peers on this machine, interleaved
+	$(PY) -m bench.ops
+
+# TRITON=3.6.0 audits with that triton, installed beside the environment's own
+TRITON_PATH := $(if $(TRITON),.venv/triton-$(TRITON))
+
+.venv/triton-%: .venv/.packages
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
+
+audit: .venv/.built $(TRITON_PATH) ## compile every Triton kernel for sm_80, sm_90, sm_100 without a GPU and judge it
+	PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit
+
+audit-short: .venv/.built $(TRITON_PATH) ## one row of each kernel, sm_90 only
+	PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
+
+gpu: ## on a machine with an NVIDIA GPU, no network needed: install, tests on real kernels, benches
+	python3 -m bench.gpu
 
 lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff check .
