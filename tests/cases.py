@@ -108,6 +108,8 @@ PATCH_EMBED = [
         "keep, prefix, positions of patches", 4, (3, 3), keep=5, prefix=2, pos_embed=9, image=UINT8, **IMAGENET
     ),
     patch_embed("keep, prefix, positions of all", 7, (3, 3), keep=3, prefix=1, pos_embed=10, **IMAGENET),
+    patch_embed("many tokens", 1, (33, 33), batch=3, channels=2, width=8, prefix=1, pos_embed=1090),
+    patch_embed("many tokens kept", 1, (40, 40), batch=3, channels=2, width=8, keep=1100, pos_embed=1600),
     patch_embed("large mean", 4, image={"mean": 30.0}),
     patch_embed("blocked gemm", 16, (5, 7), width=96, prefix=1, pos_embed=36),
 ]
@@ -331,6 +333,7 @@ MLP = [
     mlp("no leading axis", ()),
     mlp("empty batch", (0, 5)),
     mlp("four axes", (2, 2, 3)),
+    mlp("wide hidden layer", (2, 5), (16, 1030, 16)),
     mlp("large input", (3, 7), (33, 65, 33), gain=30.0),
 ]
 
