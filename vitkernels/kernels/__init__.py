@@ -25,6 +25,7 @@ PAGES: dict[str, tuple[str, str]] = {
     "attention_qkv": ("attention", "_qkv"),
     "add_layer_norm": ("add_layer_norm", ""),
     "linear": ("linear", ""),
+    "mlp": ("mlp", ""),
     "patch_embed": ("patch_embed", ""),
 }
 OLDEST, NEWEST = (3, 6), (3, 9)

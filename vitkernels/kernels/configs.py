@@ -131,29 +131,62 @@ class AttentionShort:
     tile: AttentionTile
 
 
-_SHORT_FORWARD = (
-    AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
-    AttentionShort(256, 64, AttentionTile(64, 0, 4, 1, maxnreg=168)),  # 3 programs a multiprocessor; 186 without
-    AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),  # wider heads or more keys spill
-)
-# dk and dv of all keys stay in registers: 255 of them at 256 keys of 64, which no other row may add to
-_SHORT_BACKWARD = (
-    AttentionShort(64, 128, AttentionTile(32, 64, 4)),
-    AttentionShort(128, 128, AttentionTile(32, 128, 8)),
-    AttentionShort(256, 64, AttentionTile(32, 256, 8)),
-)
+_SHORT_FORWARD = {
+    80: (
+        AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(256, 80, AttentionTile(64, 0, 4, 1)),  # 257 keys spill, and so do wider heads
+    ),
+    90: (
+        AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(256, 48, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168)),  # 3 programs a multiprocessor; 186 without
+        AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),  # more keys spill, and so do wider heads
+    ),
+    100: (
+        AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),
+    ),
+}
+# dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Tiles of 16 queries where 32 spill.
+_SHORT_BACKWARD = {
+    80: (
+        AttentionShort(64, 80, AttentionTile(32, 64, 4)),
+        AttentionShort(128, 64, AttentionTile(32, 128, 8)),
+        AttentionShort(128, 128, AttentionTile(16, 128, 8)),
+        AttentionShort(256, 64, AttentionTile(16, 256, 8)),
+    ),
+    # as above, within 99 KiB of shared memory
+    86: (AttentionShort(64, 80, AttentionTile(32, 64, 4)), AttentionShort(128, 64, AttentionTile(32, 128, 8))),
+    90: (
+        AttentionShort(64, 96, AttentionTile(32, 64, 4)),
+        AttentionShort(64, 128, AttentionTile(16, 64, 4)),
+        AttentionShort(128, 128, AttentionTile(32, 128, 8)),
+        AttentionShort(256, 64, AttentionTile(32, 256, 8)),
+    ),
+    100: (
+        AttentionShort(64, 128, AttentionTile(32, 64, 4)),
+        AttentionShort(128, 96, AttentionTile(32, 128, 8)),
+        AttentionShort(128, 128, AttentionTile(16, 128, 8)),
+        AttentionShort(256, 64, AttentionTile(16, 256, 8)),
+    ),
+}
 
 
 def attention_short_forward(keys: int, width: int, float32: bool, capability: Capability) -> AttentionTile | None:
     """The row for few keys, or None where the long kernels serve."""
-    return None if float32 else _first(_SHORT_FORWARD, keys, width)
+    return None if float32 else _first(_SHORT_FORWARD, keys, width, capability)
 
 
 def attention_short_backward(keys: int, width: int, float32: bool, capability: Capability) -> AttentionTile | None:
-    return None if float32 else _first(_SHORT_BACKWARD, keys, width)
+    """As above, for backward."""
+    return None if float32 else _first(_SHORT_BACKWARD, keys, width, capability)
 
 
-def _first(rows: tuple[AttentionShort, ...], keys: int, width: int) -> AttentionTile | None:
+def _first(
+    table: dict[int, tuple[AttentionShort, ...]], keys: int, width: int, capability: Capability
+) -> AttentionTile | None:
+    number = capability[0] * 10 + capability[1]
+    rows = table[max(each for each in table if each <= number)]
     return next((row.tile for row in rows if keys <= row.keys and width <= row.width), None)
 
 
@@ -165,6 +198,54 @@ def attention_long(width: int, float32: bool, capability: Capability) -> Attenti
 
 
 # ---------------------------------------------------------------------------------------------------------------- mlp
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """A tile of a product and how it is launched.
+
+    Args:
+        rows, columns, inner: of the tile, and of a step along the axis that is summed.
+        warps, stages, maxnreg: launch options.
+        pieces: 1, 2 or 4, left to right: the epilogue works on one at a time.
+        programs: that stay on a multiprocessor for the whole call.
+        tma: whether operands that suit it come by the copy engine, as tensor descriptors.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    pieces: int = 1
+    programs: int = 1
+    tma: bool = False
+    maxnreg: int | None = None
+
+
+MLP_GROUP = 8  # rows of tiles that are walked together
+MLP_FORWARD = {
+    (8, 0): ProductTile(128, 128, 32, warps=8, stages=4, programs=2),
+    (8, 6): ProductTile(128, 128, 32, warps=8, stages=3, programs=2),
+    (9, 0): ProductTile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True),
+    (10, 0): ProductTile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True),
+}
+MLP_BACKWARD = {
+    (8, 0): ProductTile(128, 128, 32, warps=8, stages=4, programs=2),
+    (8, 6): ProductTile(128, 128, 32, warps=8, stages=3, programs=2),
+    (9, 0): ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
+    (10, 0): ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
+}
+# fewer tiles than multiprocessors
+MLP_SMALL = ProductTile(64, 64, 64, warps=4, stages=3)
+# float32: the product is there, and its elements pass once
+MLP_ELEMENTWISE = ProductTile(64, 64, 0, warps=4, stages=1, programs=4)
+
+
+def pick_product_tile(table: dict[Capability, ProductTile], capability: Capability) -> ProductTile:
+    """The row of the capability, or of the last one before it."""
+    return table[max(known for known in table if known <= capability)]
+
 
 # -------------------------------------------------------------------------------------------------------- patch_embed
 
@@ -182,19 +263,37 @@ class PatchEmbedTile:
 
 PATCH_EMBED_DEPTH = 64  # what a patch is padded to: 128 bytes of bf16, the widest row that wgmma reads in one piece
 
-_PATCH_EMBED_16_BIT = {
+# Registers and programs per SM as compiled; times not yet measured.
+_PATCH_EMBED_HOPPER = {
+    # two programs an SM, so that one gathers while the other multiplies
     "embed": PatchEmbedTile(128, 128, 64, 8, 3),
-    "weight_gradient": PatchEmbedTile(128, 128, 64, 8, 3),
+    "weight_gradient": PatchEmbedTile(128, 128, 64, 8, 2),  # three stages of float32 pixels leave room for one only
     "image_gradient": PatchEmbedTile(128, 128, 64, 8, 3),
 }
-_PATCH_EMBED_FLOAT32 = {
-    "embed": PatchEmbedTile(64, 64, 32, 8, 2),
-    "weight_gradient": PatchEmbedTile(64, 64, 32, 8, 2),
-    "image_gradient": PatchEmbedTile(64, 64, 32, 8, 2),
-}
+# half as many reads of the image; one program an SM, 222 to 252 registers. Patches of odd sizes spill 200 bytes with it.
+_PATCH_EMBED_WIDE = PatchEmbedTile(128, 256, 64, 8, 3)
+# shared memory of 99 KiB on (8, 6) and (8, 9) holds no deeper steps
+_PATCH_EMBED_AMPERE = PatchEmbedTile(128, 128, 32, 8, 3)
+# exact products run on the ordinary cores; steps of 32 spill 8 bytes on sm_90
+_PATCH_EMBED_FLOAT32 = PatchEmbedTile(64, 64, 16, 8, 2)
+# 8 KiB in flight a program, nine programs an SM
 PATCH_EMBED_SUM = PatchEmbedTile(16, 256, 0, 4, 1)
 
 
-def patch_embed(kernel: str, float32: bool, capability: Capability) -> PatchEmbedTile:
-    """The row for one of the kernels that multiply."""
-    return (_PATCH_EMBED_FLOAT32 if float32 else _PATCH_EMBED_16_BIT)[kernel]
+def patch_embed(kernel: str, width: int, columns: int, float32: bool, capability: Capability) -> PatchEmbedTile:
+    """The row for one of the kernels that multiply.
+
+    Args:
+        kernel: its name.
+        width: D.
+        columns: pixels in a row of a patch.
+        float32: whether weight is float32.
+        capability: of the device.
+    """
+    if float32:
+        return _PATCH_EMBED_FLOAT32
+    if capability < (9, 0):
+        return _PATCH_EMBED_AMPERE
+    if kernel == "embed" and width % 256 == 0 and columns % 16 == 0:
+        return _PATCH_EMBED_WIDE
+    return _PATCH_EMBED_HOPPER[kernel]
