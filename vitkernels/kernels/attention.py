@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from vitkernels.kernels import attention_long, attention_short, capability, configs
+from vitkernels.kernels.attention_variants import variants
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention import _heads_last, _unpack
+
+__all__ = ["backward", "backward_qkv", "forward", "forward_qkv", "variants", "why_not", "why_not_qkv"]
 
 LOG2E = 1.4426950408889634
 WIDEST = 128
@@ -55,7 +58,8 @@ def forward_qkv(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, packed = qkv.shape
     out = qkv.new_empty(batch, tokens, packed // 3)
-    return out, _forward(*_unpack(qkv, num_heads), _split(out, num_heads), mask, is_causal, scale)
+    q, k, v = _unpack(qkv, num_heads)
+    return out, _forward(q, k, v, _split(out, num_heads), mask, is_causal, scale)
 
 
 def backward_qkv(
@@ -100,6 +104,11 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
     return values, strides, {"MASK": kind, "MASK_ROWS": mask.shape[2] > 1}
 
 
+def _exponent(scale: float, q: Tensor) -> float:
+    """The scale on the scores in the units of the long kernels' exponential, e^x for float32 and 2^x for the rest."""
+    return scale if q.dtype == torch.float32 else scale * LOG2E
+
+
 def _launch_options(tile: configs.AttentionTile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
     return options | ({"maxnreg": tile.maxnreg} if tile.maxnreg else {})
@@ -130,7 +139,7 @@ def _forward(
     values, mask_strides, mask_constants = _mask_arguments(mask)
     attention_long.forward_kernel[(batch * heads * -(-queries // tile.queries),)](
         q, k, v, values, out, lse, *strides, *mask_strides, *_strides(out, align)[:3],
-        heads, queries, keys, scale * LOG2E,
+        heads, queries, keys, _exponent(scale, q),
         **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=plain, BM=tile.queries, BN=tile.keys,
         **_launch_options(tile),
     )  # fmt: skip
@@ -166,7 +175,7 @@ def _backward(
         return nothing(q)
     row = configs.attention_long(*key)
     values, mask_strides, mask_constants = _mask_arguments(mask)
-    strides = *strides, *mask_strides, *_strides(dout, align)
+    all_strides = *strides, *mask_strides, *_strides(dout, align)
     delta = torch.empty_like(lse)
     if not needs_mask:  # else dq's kernel leaves it
         attention_long.delta_kernel[(batch * heads * -(-queries // row.delta.queries),)](
@@ -175,14 +184,14 @@ def _backward(
         )  # fmt: skip
     ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
     attention_long.dq_kernel[(batch * heads * -(-queries // row.dq.queries),)](
-        q, k, v, values, dout, lse, delta, dq, ds, *strides, *strides_dq,
-        heads, queries, keys, scale, scale * LOG2E,
+        q, k, v, values, dout, lse, delta, dq, ds, *all_strides, *strides_dq,
+        heads, queries, keys, scale, _exponent(scale, q),
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=row.dq.queries, BN=row.dq.keys,
         **_launch_options(row.dq),
     )  # fmt: skip
     attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
-        q, k, v, values, dout, lse, delta, dk, dv, *strides, *strides_dk, *strides_dv,
-        heads, queries, keys, scale, scale * LOG2E,
+        q, k, v, values, dout, lse, delta, dk, dv, *all_strides, *strides_dk, *strides_dv,
+        heads, queries, keys, scale, _exponent(scale, q),
         **sizes, **mask_constants, CAUSAL=is_causal, BM=row.dkdv.queries, BN=row.dkdv.keys,
         **_launch_options(row.dkdv),
     )  # fmt: skip

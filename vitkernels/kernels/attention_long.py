@@ -20,6 +20,7 @@ from vitkernels.kernels.attention_tiles import (
     hidden,
     load,
     masked,
+    power,
     row_dot,
     scaled,
     store,
@@ -30,27 +31,30 @@ from vitkernels.kernels.attention_tiles import (
 @triton.jit
 def _keys_step(
     state, q, p_k, p_v, p_mask, o_m, i_n,
-    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into (maximum, sum, weighted values)."""
+    NATURAL: tl.constexpr = q[0].dtype == tl.float32
     b_max, b_sum, acc = state
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < NK if EDGE else None
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     s = across(q, k, WIDTHS)
     if not PLAIN:
-        s = masked(s * scale_log2, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+        s = masked(
+            s * scale_exp, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS, NATURAL
+        )
     if EDGE:
         s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
     # where all is as it mostly is, the scale rides on the exponential's own multiply-add
-    unit = scale_log2 if PLAIN else 1.0
+    unit = scale_exp if PLAIN else 1.0
     b_max_new = tl.maximum(b_max, tl.max(s, 1))
     # a row that has seen nothing yet keeps its weights at exp2(-inf - 0) = 0
     b_zero = b_max_new if MASK == "none" else tl.where(b_max_new == -INF, 0.0, b_max_new)
-    p = tl.exp2(s * unit - (b_zero * unit)[:, None])
-    shrink = tl.exp2((b_max - b_zero) * unit)
+    p = power(s * unit - (b_zero * unit)[:, None], NATURAL)
+    shrink = power((b_max - b_zero) * unit, NATURAL)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
     acc = along(p.to(v[0].dtype), v, scaled(acc, shrink, WIDTHS), WIDTHS)
     return b_max_new, b_sum * shrink + tl.sum(p, 1), acc
@@ -61,7 +65,7 @@ def forward_kernel(
     p_q, p_k, p_v, p_mask, p_out, p_lse,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_ob, stride_oh, stride_on, H, NQ, NK, scale_log2,
+    stride_ob, stride_oh, stride_on, H, NQ, NK, scale_exp,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -85,19 +89,19 @@ def forward_kernel(
     for i_n in tl.range(0, n_plain, BN):
         state = _keys_step(
             state, q, p_k, p_v, p_mask, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, False,
         )  # fmt: skip
     for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
         state = _keys_step(
             state, q, p_k, p_v, p_mask, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, True,
         )  # fmt: skip
     b_max, b_sum, acc = state
     if PLAIN:
-        b_max = b_max * scale_log2
-    b_lse = (b_max + tl.log2(b_sum)) * LN2
+        b_max = b_max * scale_exp
+    b_lse = b_max + tl.log(b_sum) if q[0].dtype == tl.float32 else (b_max + tl.log2(b_sum)) * LN2
     if MASK != "none":  # a row with nothing to attend to: zeros, and weights of 0 in backward
         b_lse = tl.where(b_sum == 0, INF, b_lse)
         b_sum = tl.where(b_sum == 0, 1.0, b_sum)
@@ -128,24 +132,25 @@ def delta_kernel(
 @triton.jit
 def _queries_step(
     grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
-    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_log2,
+    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_exp,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of queries into (dk, dv). Scores are transposed, [keys, queries]."""
+    NATURAL: tl.constexpr = k[0].dtype == tl.float32
     dk, dv = grads
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < NQ
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
     # +inf makes the weights of queries that are not there 0
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=INF) * LOG2E
+    b_lse = tl.load(p_lse + o_m, mask=m_m, other=INF) * (1.0 if NATURAL else LOG2E)
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-    s = across(k, q, WIDTHS) * scale_log2
-    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+    s = across(k, q, WIDTHS) * scale_exp
+    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS, NATURAL)
     if EDGE:
         s = hidden(s, o_m[None, :], o_n[:, None], NK, CAUSAL)
-    p = tl.exp2(s - b_lse[None, :])
+    p = power(s - b_lse[None, :], NATURAL)
     dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
     ds = p * (across(v, dout, WIDTHS) - b_delta[None, :])
     dk = along(ds.to(q[0].dtype), q, dk, WIDTHS)
@@ -158,7 +163,7 @@ def dkdv_kernel(
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, scale, scale_log2,
+    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, scale, scale_exp,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +191,7 @@ def dkdv_kernel(
         for i_m in tl.range(begin, n_edge, BM, num_stages=1):
             grads = _queries_step(
                 grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
-                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_log2,
+                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_exp,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, True,
             )  # fmt: skip
         begin = n_edge
@@ -194,7 +199,7 @@ def dkdv_kernel(
     for i_m in tl.range(begin, NQ, BM):
         grads = _queries_step(
             grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
-            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_exp,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, False,
         )  # fmt: skip
     dk, dv = grads
@@ -207,20 +212,21 @@ def dkdv_kernel(
 @triton.jit
 def _dq_step(
     dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into dq; without a `b_delta`, return its part of delta in its place."""
+    NATURAL: tl.constexpr = q[0].dtype == tl.float32
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < NK if EDGE else None
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
-    s = across(q, k, WIDTHS) * scale_log2
-    s = masked(s, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+    s = across(q, k, WIDTHS) * scale_exp
+    s = masked(s, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS, NATURAL)
     if EDGE:
         s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
-    p = tl.exp2(s - b_lse[:, None])
+    p = power(s - b_lse[:, None], NATURAL)
     dp = across(dout, v, WIDTHS)
     if b_delta is None:
         result = tl.sum(p * dp, 1)
@@ -238,7 +244,7 @@ def dq_kernel(
     p_q, p_k, p_v, p_mask, p_dout, p_lse, p_delta, p_dq, p_ds,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, scale, scale_log2,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, scale, scale_exp,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +263,7 @@ def dq_kernel(
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
     o_lse = tl.cast(i_bh, tl.int64) * NQ + o_m
-    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INF) * LOG2E
+    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INF) * (1.0 if q[0].dtype == tl.float32 else LOG2E)
     dq = zeros(BM, WIDTHS)
     if STORE_DS:
         # The mask's gradient sums these over keys, where all but rounding can cancel: delta is summed from the very
@@ -267,7 +273,7 @@ def dq_kernel(
         for i_n in tl.range(0, NK, BN, num_stages=1):
             b_delta += _dq_step(
                 None, q, dout, b_lse, None, p_k, p_v, p_mask, None, o_m, i_n,
-                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, False, BN, True,
             )  # fmt: skip
         tl.store(p_delta + o_lse, b_delta, mask=m_m)
@@ -281,13 +287,13 @@ def dq_kernel(
     for i_n in tl.range(0, n_plain, BN):
         dq = _dq_step(
             dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, False,
         )  # fmt: skip
     for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
         dq = _dq_step(
             dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_log2,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, True,
         )  # fmt: skip
     p_dq = head_of(p_dq, i_b, i_h, stride_dqb, stride_dqh, ALIGN)

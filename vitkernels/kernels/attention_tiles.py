@@ -1,11 +1,13 @@
 """`triton.jit` helpers of the attention kernels: tiles in pieces of a head's width, masks, weights.
 
 A head's width is covered by pieces of powers of two (72 is 64 + 16), so a tile is a tuple of blocks, one a piece.
-Scores are in log2 units wherever an exponential follows. Strides of batch, head and row come divided by `ALIGN`, the
-largest power of two up to 8 that divides them all: the compiler then knows it, and loads 16 bytes at a time at any width.
+Scores are scaled to what `power` takes before an exponential. Strides of batch, head and row come divided by `ALIGN`,
+the largest power of two up to 8 that divides them all: so the compiler knows, and loads 16 bytes at a time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def head_of(p, i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
 @triton.jit
 def load(p, o_row, m_row, stride_n, stride_k, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr):
     """Rows of a head [rows, K]; zeros past K and, where `m_row` is given, in rows outside of it."""
-    tile = ()
+    tile: Any = ()
     p_row = p + (tl.cast(o_row, tl.int64) * stride_n * ALIGN)[:, None]
     for i in tl.static_range(len(WIDTHS)):
         o_k = begin_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
@@ -58,7 +60,7 @@ def store(p, tile, factor, o_row, m_row, stride_n, K: tl.constexpr, ALIGN: tl.co
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
-    tile = ()
+    tile: Any = ()
     for i in tl.static_range(len(WIDTHS)):
         tile = tile + (tl.full([ROWS, WIDTHS[i]], 0.0, tl.float32),)  # noqa: RUF005
     return tile
@@ -76,9 +78,9 @@ def across(a, b, WIDTHS: tl.constexpr):
 @triton.jit
 def along(weights, rows, total, WIDTHS: tl.constexpr):
     """total + weights rows, for each piece of the width; no total is a total of zeros."""
-    tile = ()
+    tile: Any = ()
     for i in tl.static_range(len(WIDTHS)):
-        if total is None:
+        if total is None:  # noqa: SIM108  (decided when compiled)
             tile = tile + (dot(weights, rows[i], None),)  # noqa: RUF005
         else:
             tile = tile + (dot(weights, rows[i], total[i]),)  # noqa: RUF005
@@ -88,7 +90,7 @@ def along(weights, rows, total, WIDTHS: tl.constexpr):
 @triton.jit
 def scaled(tile, factor, WIDTHS: tl.constexpr):
     """Each row times its factor [rows]."""
-    result = ()
+    result: Any = ()
     for i in tl.static_range(len(WIDTHS)):
         result = result + (tile[i] * factor[:, None],)  # noqa: RUF005
     return result
@@ -104,8 +106,26 @@ def row_dot(a, b, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def masked(s, p_mask, o_m, o_n, stride_mm, stride_mn, NQ, NK, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Scores in log2 units with the mask on them.
+def power(x, NATURAL: tl.constexpr):
+    """e^x for float32, where rounding large scores to another unit would show; else 2^x, one instruction less."""
+    return tl.exp(x) if NATURAL else tl.exp2(x)
+
+
+@triton.jit
+def masked(
+    s,
+    p_mask,
+    o_m,
+    o_n,
+    stride_mm,
+    stride_mn,
+    NQ,
+    NK,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    NATURAL: tl.constexpr,
+):
+    """Scores, in the units that `power` takes, with the mask on them.
 
     `o_m` and `o_n` are the queries' and the keys' indices, shaped to broadcast to `s`. `MASK` is "none", "bool" or
     "add"; without `MASK_ROWS` all queries share one row of it.
@@ -119,7 +139,7 @@ def masked(s, p_mask, o_m, o_n, stride_mm, stride_mn, NQ, NK, MASK: tl.constexpr
         if MASK == "bool":
             s += tl.where(values != 0, 0.0, -INF)
         else:
-            s += values.to(tl.float32) * LOG2E
+            s += values.to(tl.float32) * (1.0 if NATURAL else LOG2E)
     return s
 
 

@@ -270,7 +270,8 @@ _PATCH_EMBED_HOPPER = {
     "weight_gradient": PatchEmbedTile(128, 128, 64, 8, 2),  # three stages of float32 pixels leave room for one only
     "image_gradient": PatchEmbedTile(128, 128, 64, 8, 3),
 }
-# half as many reads of the image; one program an SM, 222 to 252 registers. Patches of odd sizes spill 200 bytes with it.
+# half as many reads of the image, one program an SM, 222 to 252 registers; patches of odd sizes would spill 200 bytes,
+# and sm_100 280
 _PATCH_EMBED_WIDE = PatchEmbedTile(128, 256, 64, 8, 3)
 # shared memory of 99 KiB on (8, 6) and (8, 9) holds no deeper steps
 _PATCH_EMBED_AMPERE = PatchEmbedTile(128, 128, 32, 8, 3)
@@ -294,6 +295,6 @@ def patch_embed(kernel: str, width: int, columns: int, float32: bool, capability
         return _PATCH_EMBED_FLOAT32
     if capability < (9, 0):
         return _PATCH_EMBED_AMPERE
-    if kernel == "embed" and width % 256 == 0 and columns % 16 == 0:
+    if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and columns % 16 == 0:
         return _PATCH_EMBED_WIDE
     return _PATCH_EMBED_HOPPER[kernel]

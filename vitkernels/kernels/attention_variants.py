@@ -1,0 +1,106 @@
+"""What `make audit` compiles of the attention kernels: the shapes of common ViTs, every row, mask and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vitkernels.kernels import attention_long, attention_short, configs
+from vitkernels.kernels.configs import AttentionTile, Capability
+from vitkernels.kernels.variants import Variant
+
+# tokens, head width
+_SHAPES = (
+    *((49, 32), (49, 64), (64, 80), (64, 104), (64, 128), (77, 64), (128, 104), (128, 128)),
+    *((197, 32), (197, 48), (197, 64), (197, 80), (256, 64), (256, 72), (257, 64), (257, 80), (257, 88), (257, 96)),
+    *((577, 64), (577, 72), (577, 80), (577, 88), (577, 96), (577, 104), (577, 128), (1370, 64)),
+)
+_MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"CAUSAL": True},
+    "key padding": {"MASK": "bool", "PLAIN": False},
+    "bool": {"MASK": "bool", "MASK_ROWS": True, "PLAIN": False},
+    "additive": {"MASK": "add", "MASK_ROWS": True, "PLAIN": False},
+    "additive, gradient": {"MASK": "add", "MASK_ROWS": True, "PLAIN": False, "STORE_DS": True},
+}
+_UNMASKED: dict[str, Any] = {"MASK": "none", "MASK_ROWS": False, "CAUSAL": False, "PLAIN": True, "STORE_DS": False}
+
+
+def variants(capability: Capability) -> list[Variant]:
+    """Every kernel at every row of a capability: B=256 H=12 up to 288 tokens, B=32 H=16 above."""
+    found = [variant for tokens, width in _SHAPES for variant in _Shape(tokens, width, "bf16", capability).variants()]
+    for mask in _MASKS:
+        found += _Shape(577, 64, "bf16", capability, mask).variants()
+    return found + list(_Shape(577, 64, "fp32", capability).variants())
+
+
+@dataclass(frozen=True)
+class _Shape:
+    tokens: int
+    width: int
+    dtype: str
+    capability: Capability
+    mask: str = ""
+
+    @property
+    def heads(self) -> int:
+        return 256 * 12 if self.tokens <= 288 else 32 * 16
+
+    def variants(self) -> Iterator[Variant]:
+        key = (self.width, self.dtype == "fp32", self.capability)
+        row = configs.attention_long(*key)
+        short = None if self.mask else configs.attention_short_forward(self.tokens, *key)
+        if short is not None:
+            pieces = configs.attention_keys(self.tokens)
+            constants = {"KEYS": pieces, "NK": self.tokens}
+            yield self._variant(attention_short.forward_kernel, short, 4, 4, sum(pieces), constants)
+        else:
+            yield self._variant(attention_long.forward_kernel, row.forward, 4, 4)
+        short = None if self.mask else configs.attention_short_backward(self.tokens, *key)
+        if short is not None:
+            yield self._variant(attention_short.backward_kernel, short, 7, 10, short.keys, {"NK": self.tokens})
+        else:
+            yield self._variant(attention_long.delta_kernel, row.delta, 2, 0)
+            yield self._variant(attention_long.dq_kernel, row.dq, 5, 6)
+            yield self._variant(attention_long.dkdv_kernel, row.dkdv, 6, 8)
+
+    def _variant(
+        self, kernel: Any, tile: AttentionTile, tensors: int, flops: int, keys: int = 0,
+        constants: dict[str, Any] | None = None,
+    ) -> Variant:  # fmt: skip
+        """A kernel that reads and writes so many [B, H, N, K], and takes so many operations a score and column."""
+        size = 4 if self.dtype == "fp32" else 2
+        widths = configs.attention_widths(self.width)
+        keys = keys or -(-self.tokens // max(tile.keys, 1)) * tile.keys
+        known = _UNMASKED | _MASKS.get(self.mask, {})
+        known |= {"K": self.width, "ALIGN": 8, "WIDTHS": widths, "BM": tile.queries, "BN": tile.keys}
+        known |= constants or {}
+        known |= {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name[-1] == "k"}
+        known |= {"p_mask": None} if known["MASK"] == "none" else {}
+        known |= {} if known["STORE_DS"] else {"p_ds": None}
+        known = {name: value for name, value in known.items() if name in kernel.arg_names}
+        queries = -(-self.tokens // tile.queries) * tile.queries
+        page = kernel.__module__.rpartition(".")[2].replace("_", " ")
+        mask = f" {self.mask}" if self.mask else ""
+        return Variant(
+            name=f"{page} {kernel.__name__} N={self.tokens} K={self.width} {self.dtype}{mask}",
+            kernel=kernel,
+            signature={name: self._type(name) for name in kernel.arg_names if name not in known},
+            constants=known,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=tile.maxnreg,
+            matrix=flops > 0 and self.dtype != "fp32",
+            moved=tensors * self.heads * self.tokens * self.width * size,
+            flops=flops * self.heads * queries * keys * sum(widths),
+            useful=flops * self.heads * self.tokens**2 * self.width,
+        )
+
+    def _type(self, argument: str) -> str:
+        if argument in ("p_lse", "p_delta", "p_ds"):
+            return "*fp32"
+        if argument == "p_mask":
+            return "*u8" if _MASKS[self.mask]["MASK"] == "bool" else f"*{self.dtype}"
+        if argument.startswith("p_"):
+            return f"*{self.dtype}"
+        return "fp32" if argument.startswith("scale") else "i32"
