@@ -7,9 +7,9 @@ masks and exponentials of columns past it are deleted. Calls without a mask only
 long kernels serve it.
 """
 
+# mypy: disable-error-code="assignment"
+# tuples of blocks grow from empty ones; the compiler takes no annotation that says so
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -35,7 +35,7 @@ def _load_keys(
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """All rows of k or v: a tile for each piece of the keys."""
-    tiles: Any = ()
+    tiles = ()
     for j in tl.static_range(len(KEYS)):
         o_n = begin_of(KEYS, j) + tl.arange(0, KEYS[j])
         m_n = o_n < NK if begin_of(KEYS, j + 1) > NK else None
@@ -65,7 +65,7 @@ def forward_kernel(
         o_m = i_m + tl.arange(0, BM)
         m_m = o_m < NQ
         q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
-        scores: Any = ()
+        scores = ()
         b_max = tl.full([BM], -INF, tl.float32)
         for j in tl.static_range(len(KEYS)):
             o_n = begin_of(KEYS, j) + tl.arange(0, KEYS[j])
@@ -123,7 +123,7 @@ def backward_kernel(
         ds = p * (dp - tl.sum(p * dp, 0)[None, :])
         ds = ds.to(q[0].dtype)
         dk = along(ds, q, dk, WIDTHS)
-        dq: Any = ()
+        dq = ()
         for i in tl.static_range(len(WIDTHS)):  # transposed: its 64 rows and more are what a warp group multiplies
             block = dot(tl.trans(k[i]), ds, None) * scale
             dq = dq + (tl.trans(block.to(p_dq.dtype.element_ty)),)  # noqa: RUF005

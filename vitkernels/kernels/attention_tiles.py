@@ -5,9 +5,9 @@ Scores are scaled to what `power` takes before an exponential. Strides of batch,
 the largest power of two up to 8 that divides them all: so the compiler knows, and loads 16 bytes at a time.
 """
 
+# mypy: disable-error-code="assignment"
+# tuples of blocks grow from empty ones; the compiler takes no annotation that says so
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -34,7 +34,7 @@ def head_of(p, i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
 @triton.jit
 def load(p, o_row, m_row, stride_n, stride_k, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr):
     """Rows of a head [rows, K]; zeros past K and, where `m_row` is given, in rows outside of it."""
-    tile: Any = ()
+    tile = ()
     p_row = p + (tl.cast(o_row, tl.int64) * stride_n * ALIGN)[:, None]
     for i in tl.static_range(len(WIDTHS)):
         o_k = begin_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
@@ -60,7 +60,7 @@ def store(p, tile, factor, o_row, m_row, stride_n, K: tl.constexpr, ALIGN: tl.co
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
-    tile: Any = ()
+    tile = ()
     for i in tl.static_range(len(WIDTHS)):
         tile = tile + (tl.full([ROWS, WIDTHS[i]], 0.0, tl.float32),)  # noqa: RUF005
     return tile
@@ -78,7 +78,7 @@ def across(a, b, WIDTHS: tl.constexpr):
 @triton.jit
 def along(weights, rows, total, WIDTHS: tl.constexpr):
     """total + weights rows, for each piece of the width; no total is a total of zeros."""
-    tile: Any = ()
+    tile = ()
     for i in tl.static_range(len(WIDTHS)):
         if total is None:  # noqa: SIM108  (decided when compiled)
             tile = tile + (dot(weights, rows[i], None),)  # noqa: RUF005
@@ -90,7 +90,7 @@ def along(weights, rows, total, WIDTHS: tl.constexpr):
 @triton.jit
 def scaled(tile, factor, WIDTHS: tl.constexpr):
     """Each row times its factor [rows]."""
-    result: Any = ()
+    result = ()
     for i in tl.static_range(len(WIDTHS)):
         result = result + (tile[i] * factor[:, None],)  # noqa: RUF005
     return result

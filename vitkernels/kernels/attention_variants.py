@@ -12,7 +12,7 @@ from vitkernels.kernels.variants import Variant
 
 # tokens, head width
 _SHAPES = (
-    *((49, 32), (49, 64), (64, 80), (64, 104), (64, 128), (77, 64), (128, 104), (128, 128)),
+    *((49, 32), (49, 64), (64, 80), (64, 104), (64, 128), (77, 64), (128, 104), (128, 128), (196, 64)),
     *((197, 32), (197, 48), (197, 64), (197, 80), (256, 64), (256, 72), (257, 64), (257, 80), (257, 88), (257, 96)),
     *((577, 64), (577, 72), (577, 80), (577, 88), (577, 96), (577, 104), (577, 128), (1370, 64)),
 )
@@ -90,6 +90,7 @@ class _Shape:
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.maxnreg,
+            spills=tile.spills,
             matrix=flops > 0 and self.dtype != "fp32",
             moved=tensors * self.heads * self.tokens * self.width * size,
             flops=flops * self.heads * queries * keys * sum(widths),

@@ -80,13 +80,14 @@ def pick_row_tile(table: tuple[RowTile, ...], width: int) -> RowTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """A tile of scores, queries x keys, and how it is launched."""
+    """A tile of scores, queries x keys, how it is launched, and the bytes of spilled registers that it admits."""
 
     queries: int
     keys: int
     warps: int
     stages: int = 2
     maxnreg: int | None = None
+    spills: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ _SHORT_FORWARD = {
     90: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
         AttentionShort(256, 48, AttentionTile(64, 0, 4, 1)),
-        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168)),  # 3 programs a multiprocessor; 186 without
+        # 3 programs a multiprocessor; 186 registers without. 197 keys spill nothing, 196 keys 24 bytes
+        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168, spills=24)),
         AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),  # more keys spill, and so do wider heads
     ),
     100: (
@@ -161,7 +163,7 @@ _SHORT_BACKWARD = {
         AttentionShort(64, 96, AttentionTile(32, 64, 4)),
         AttentionShort(64, 128, AttentionTile(16, 64, 4)),
         AttentionShort(128, 128, AttentionTile(32, 128, 8)),
-        AttentionShort(256, 64, AttentionTile(32, 256, 8)),
+        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=8)),  # 0 at 196, 197 and 201 keys
     ),
     100: (
         AttentionShort(64, 128, AttentionTile(32, 64, 4)),
@@ -224,22 +226,29 @@ class ProductTile:
 
 
 MLP_GROUP = 8  # rows of tiles that are walked together
-MLP_FORWARD = {
-    (8, 0): ProductTile(128, 128, 32, warps=8, stages=4, programs=2),
-    (8, 6): ProductTile(128, 128, 32, warps=8, stages=3, programs=2),
-    (9, 0): ProductTile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True),
-    (10, 0): ProductTile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True),
-}
+# Forward stores two numbers an element, backward loads one and stores two: pieces keep what the epilogue holds small,
+# and where two programs share a multiprocessor one multiplies while the other one stores. Not yet measured.
+_MLP_SM_80 = ProductTile(128, 128, 32, warps=8, stages=4, pieces=4, programs=2, maxnreg=128)
+_MLP_SM_86 = ProductTile(128, 128, 32, warps=8, stages=3, pieces=4, programs=2, maxnreg=128)  # 100 KiB a multiprocessor
+# 85 operations for each byte out of L2, where 128 x 128 has 64; that one runs two programs, with 105 registers. One
+# launch fills the chip 36 times at ViT-B's size, so the last tiles' waste is small.
+_MLP_SM_90 = ProductTile(128, 256, 64, warps=8, stages=4, pieces=4, tma=True)
+# The heavier epilogue wants two programs: 128 x 256 takes 254 registers, and the tensor cores would wait for it.
+_MLP_SM_90_BACKWARD = ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True, maxnreg=128)
+_MLP_SM_100 = ProductTile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True)  # sums live in tensor memory
+# sm_120 has sm_86's shared memory
+MLP_FORWARD = {(8, 0): _MLP_SM_80, (8, 6): _MLP_SM_86, (9, 0): _MLP_SM_90, (10, 0): _MLP_SM_100, (12, 0): _MLP_SM_86}
 MLP_BACKWARD = {
-    (8, 0): ProductTile(128, 128, 32, warps=8, stages=4, programs=2),
-    (8, 6): ProductTile(128, 128, 32, warps=8, stages=3, programs=2),
-    (9, 0): ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
-    (10, 0): ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
+    (8, 0): ProductTile(128, 128, 32, warps=8, stages=3, pieces=4, programs=2, maxnreg=128),
+    (8, 6): _MLP_SM_86,
+    (9, 0): _MLP_SM_90_BACKWARD,
+    (10, 0): _MLP_SM_90_BACKWARD,
+    (12, 0): _MLP_SM_86,
 }
-# fewer tiles than multiprocessors
+# fewer tiles than multiprocessors: smaller ones, for more of them
 MLP_SMALL = ProductTile(64, 64, 64, warps=4, stages=3)
 # float32: the product is there, and its elements pass once
-MLP_ELEMENTWISE = ProductTile(64, 64, 0, warps=4, stages=1, programs=4)
+MLP_ELEMENTWISE = ProductTile(64, 64, 0, warps=4, stages=1, programs=3)
 
 
 def pick_product_tile(table: dict[Capability, ProductTile], capability: Capability) -> ProductTile:
