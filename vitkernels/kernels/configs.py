@@ -25,6 +25,7 @@ class RowTile:
         stages: backward, 2 where the next rows are fetched while these are worked on.
         programs: backward, how many stay on a multiprocessor: as many as registers let reside, for one more would
             run alone when all others are done.
+        maxnreg: backward, registers a thread, where the compiler would rather spill than take more.
         spills: bytes that the widest rows spill.
     """
 
@@ -33,6 +34,7 @@ class RowTile:
     rows: int
     stages: int = 1
     programs: int = 0
+    maxnreg: int | None = None
     spills: int = 0
 
 
@@ -50,22 +52,22 @@ LAYER_NORM_FORWARD = (
 # always in flight at D=768, where 18 hide the latency. Wider rows' second stage is past sm_86's shared memory. Not yet
 # measured.
 LAYER_NORM_BACKWARD = (
-    RowTile(256, warps=1, rows=2, stages=2, programs=16),
+    RowTile(256, warps=1, rows=2, stages=2, programs=12),
     RowTile(512, warps=2, rows=2, stages=2, programs=6),
     RowTile(1024, warps=4, rows=2, stages=2, programs=3),
-    RowTile(2048, warps=8, rows=1, stages=2, programs=3),
+    RowTile(2048, warps=8, rows=1, stages=2, programs=2, maxnreg=128),
     RowTile(4096, warps=16, rows=1, stages=2, programs=1),
-    RowTile(8192, warps=16, rows=1, programs=1),
+    RowTile(8192, warps=16, rows=1, programs=1, spills=64),
     RowTile(16384, warps=32, rows=1, programs=1, spills=1024),
 )
 # With the gradients of `scale` or `row_scale`: the branch is read too, and one more vector summed. Not yet measured.
 LAYER_NORM_BACKWARD_SCALED = (
-    RowTile(256, warps=1, rows=2, stages=2, programs=12),
+    RowTile(256, warps=1, rows=2, stages=2, programs=8),
     RowTile(512, warps=2, rows=2, stages=2, programs=6),
     RowTile(1024, warps=4, rows=2, stages=2, programs=3),
-    RowTile(2048, warps=8, rows=1, stages=2, programs=2),
+    RowTile(2048, warps=8, rows=1, stages=2, programs=2, maxnreg=128),
     RowTile(4096, warps=16, rows=1, programs=1),
-    RowTile(8192, warps=16, rows=1, programs=1, spills=256),
+    RowTile(8192, warps=16, rows=1, programs=1, spills=320),
     RowTile(16384, warps=32, rows=1, programs=1, spills=2048),
 )
 
@@ -279,8 +281,8 @@ _PATCH_EMBED_HOPPER = {
     "weight_gradient": PatchEmbedTile(128, 128, 64, 8, 2),  # three stages of float32 pixels leave room for one only
     "image_gradient": PatchEmbedTile(128, 128, 64, 8, 3),
 }
-# half as many reads of the image, one program an SM, 222 to 252 registers; patches of odd sizes would spill 200 bytes,
-# and sm_100 280
+# half as many reads of the image, one program an SM, 222 to 252 registers; where patches are not whole 200 bytes
+# would spill, and on sm_100 280
 _PATCH_EMBED_WIDE = PatchEmbedTile(128, 256, 64, 8, 3)
 # shared memory of 99 KiB on (8, 6) and (8, 9) holds no deeper steps
 _PATCH_EMBED_AMPERE = PatchEmbedTile(128, 128, 32, 8, 3)
@@ -290,13 +292,13 @@ _PATCH_EMBED_FLOAT32 = PatchEmbedTile(64, 64, 16, 8, 2)
 PATCH_EMBED_SUM = PatchEmbedTile(16, 256, 0, 4, 1)
 
 
-def patch_embed(kernel: str, width: int, columns: int, float32: bool, capability: Capability) -> PatchEmbedTile:
+def patch_embed(kernel: str, width: int, whole: bool, float32: bool, capability: Capability) -> PatchEmbedTile:
     """The row for one of the kernels that multiply.
 
     Args:
         kernel: its name.
         width: D.
-        columns: pixels in a row of a patch.
+        whole: whether rows of a patch are contiguous, and multiples of 16 pixels.
         float32: whether weight is float32.
         capability: of the device.
     """
@@ -304,6 +306,6 @@ def patch_embed(kernel: str, width: int, columns: int, float32: bool, capability
         return _PATCH_EMBED_FLOAT32
     if capability < (9, 0):
         return _PATCH_EMBED_AMPERE
-    if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and columns % 16 == 0:
+    if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and whole:
         return _PATCH_EMBED_WIDE
     return _PATCH_EMBED_HOPPER[kernel]
