@@ -85,7 +85,7 @@ def _compile(variant: Variant, capability: int) -> Any:
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(names)
-            if types[name][0][0] == "*" or name in variant.divisible
+            if types[name] != "constexpr" and (types[name][0][0] == "*" or name in variant.divisible)
         },
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
