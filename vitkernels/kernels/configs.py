@@ -107,6 +107,10 @@ _LONG_16_BIT = {
     64: AttentionLong(AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4)),
     128: AttentionLong(AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4, 1)),
 }
+# before sm_90 operands take registers too: heads wider than 96 spill 352 bytes in the tiles above
+_LONG_WIDE_80 = AttentionLong(
+    AttentionTile(128, 64, 8, spills=8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1)
+)
 # exact products run on the ordinary cores: small tiles, so that operands fit into registers
 _LONG_FLOAT32 = AttentionLong(AttentionTile(32, 32, 4, 1), AttentionTile(32, 32, 4, 1), AttentionTile(32, 32, 4, 1))
 
@@ -198,6 +202,8 @@ def attention_long(width: int, float32: bool, capability: Capability) -> Attenti
     """The row for heads of a width up to 128."""
     if float32:
         return _LONG_FLOAT32
+    if width > 96 and capability < (9, 0):
+        return _LONG_WIDE_80
     return next(row for widest, row in _LONG_16_BIT.items() if sum(attention_widths(width)) <= widest)
 
 
@@ -244,7 +250,7 @@ MLP_BACKWARD = {
     (8, 0): ProductTile(128, 128, 32, warps=8, stages=3, pieces=4, programs=2, maxnreg=128),
     (8, 6): _MLP_SM_86,
     (9, 0): _MLP_SM_90_BACKWARD,
-    (10, 0): _MLP_SM_90_BACKWARD,
+    (10, 0): ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
     (12, 0): _MLP_SM_86,
 }
 # fewer tiles than multiprocessors: smaller ones, for more of them
