@@ -287,8 +287,8 @@ _PATCH_EMBED_HOPPER = {
     "weight_gradient": PatchEmbedTile(128, 128, 64, 8, 2),  # three stages of float32 pixels leave room for one only
     "image_gradient": PatchEmbedTile(128, 128, 64, 8, 3),
 }
-# half as many reads of the image, one program an SM, 222 to 252 registers; where patches are not whole 200 bytes
-# would spill, and on sm_100 280
+# half as many reads of the image, one program an SM, 222 to 252 registers; irregular patches would spill 48 to 200
+# bytes with it, and sm_100 280
 _PATCH_EMBED_WIDE = PatchEmbedTile(128, 256, 64, 8, 3)
 # shared memory of 99 KiB on (8, 6) and (8, 9) holds no deeper steps
 _PATCH_EMBED_AMPERE = PatchEmbedTile(128, 128, 32, 8, 3)
@@ -298,13 +298,13 @@ _PATCH_EMBED_FLOAT32 = PatchEmbedTile(64, 64, 16, 8, 2)
 PATCH_EMBED_SUM = PatchEmbedTile(16, 256, 0, 4, 1)
 
 
-def patch_embed(kernel: str, width: int, whole: bool, float32: bool, capability: Capability) -> PatchEmbedTile:
+def patch_embed(kernel: str, width: int, regular: bool, float32: bool, capability: Capability) -> PatchEmbedTile:
     """The row for one of the kernels that multiply.
 
     Args:
         kernel: its name.
         width: D.
-        whole: whether rows of a patch are contiguous, and multiples of 16 pixels.
+        regular: whether all patches are read, and their rows are contiguous and multiples of 16 pixels.
         float32: whether weight is float32.
         capability: of the device.
     """
@@ -312,6 +312,6 @@ def patch_embed(kernel: str, width: int, whole: bool, float32: bool, capability:
         return _PATCH_EMBED_FLOAT32
     if capability < (9, 0):
         return _PATCH_EMBED_AMPERE
-    if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and whole:
+    if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and regular:
         return _PATCH_EMBED_WIDE
     return _PATCH_EMBED_HOPPER[kernel]
