@@ -92,10 +92,11 @@ def _shape(width: int, channels: int, rows: int, columns: int) -> dict[str, int]
     return {"WIDTH": width, "CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "PITCH": pitch, "SIZE": size}
 
 
-def _tile(kernel: str, image: Tensor, weight: Tensor) -> configs.PatchEmbedTile:
-    whole = image.stride(3) == 1 and weight.shape[3] % 16 == 0
+def _tile(kernel: str, patches: Patches) -> configs.PatchEmbedTile:
+    weight = patches.weight
+    regular = patches.keep is None and patches.image.stride(3) == 1 and weight.shape[3] % 16 == 0
     float32 = weight.dtype == torch.float32
-    return configs.patch_embed(kernel, weight.shape[0], whole, float32, capability(weight.device))
+    return configs.patch_embed(kernel, weight.shape[0], regular, float32, capability(weight.device))
 
 
 def _launch_options(tile: configs.PatchEmbedTile) -> dict[str, int]:
@@ -139,7 +140,7 @@ def forward(
     )
     if out.numel() == 0:
         return out
-    tile = _tile("embed", image, weight)
+    tile = _tile("embed", patches)
     embed[(triton.cdiv(weight.shape[0], tile.columns) * triton.cdiv(patches.rows, tile.rows),)](
         image,
         patches.padded_weight(),
@@ -196,7 +197,7 @@ def _weight_gradient(dout: Tensor, patches: Patches) -> Tensor:
     weight, image, shape = patches.weight, patches.image, patches.shape()
     if dout.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    tile = _tile("weight_gradient", image, weight)
+    tile = _tile("weight_gradient", patches)
     grid = triton.cdiv(shape["SIZE"], tile.columns), triton.cdiv(shape["WIDTH"], tile.rows)
     blocks = triton.cdiv(patches.rows, tile.depth)
     steps = triton.cdiv(blocks, max(1, 2 * processors(image.device) // (grid[0] * grid[1])))
@@ -237,7 +238,7 @@ def _image_gradient(dout: Tensor, patches: Patches) -> Tensor:
         groups = _groups(patches.keep, patches.count, of_image=True)
         dpatches = dout.new_empty(image.shape[0], patches.count, weight.shape[0], dtype=weight.dtype)
         _sum(dout, dpatches, patches, groups)
-    tile = _tile("image_gradient", image, weight)
+    tile = _tile("image_gradient", patches)
     shape, rows = patches.shape(), image.shape[0] * patches.count
     image_gradient[(triton.cdiv(shape["SIZE"], tile.columns) * triton.cdiv(rows, tile.rows),)](
         dpatches,
@@ -344,8 +345,8 @@ def _products(
         constants["stride_x"] = 1
 
     def product(kernel: Any, m: int, n: int, k: int) -> Variant:
-        whole = patch % 16 == 0 and special != "channels_last"
-        tile = configs.patch_embed(kernel.__name__, width, whole, dtype == "fp32", capability)
+        regular = patch % 16 == 0 and not special
+        tile = configs.patch_embed(kernel.__name__, width, regular, dtype == "fp32", capability)
         given = constants | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
         flops = 2.0
         for extent, block in ((m, tile.rows), (n, tile.columns), (k, tile.depth)):
