@@ -155,9 +155,11 @@ def run_truth(case: Case, tensors: Mapping[str, Tensor | None], gradients: Mappi
     return run(case, in_float64(tensors), wide, forward="reference", **overrides)
 
 
-def check_case(case: Case, dtype: torch.dtype, forward: str, backward: str | None = None) -> dict[str, Tensor]:
+def check_case(
+    case: Case, dtype: torch.dtype, forward: str, backward: str | None = None, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Run a case on a backend and hold it to the rule; returns what it computed."""
-    tensors = case.build(dtype)
+    tensors = case.build(dtype, device)
     reference = run(case, tensors, forward="reference")
     gradients = case.build_gradients({name: reference[name] for name in case.results})
     got = run(case, tensors, gradients, forward=forward, backward=backward)

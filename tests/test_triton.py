@@ -1,7 +1,7 @@
-"""The Triton kernels under the interpreter, on the CPU: the case list of every other backend.
+"""The Triton kernels on the case list of every other backend: on a GPU where there is one, else interpreted on the CPU.
 
-float32 and float16 only: the interpreter's bf16 products are silently wrong (the offline compile of `make audit` and
-the GPU's own run cover bf16).
+Interpreted, float32 and float16 only: the interpreter's bf16 products are silently wrong (the offline compile of
+`make audit` and a GPU's own run cover bf16).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from cases import CASES
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when vitkernels.kernels first imports triton
 
-from vitkernels import dispatch, kernels  # noqa: E402
+from vitkernels import dispatch, kernels
 
-DTYPES = (torch.float32, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_accuracy(case: Case, dtype: torch.dtype) -> None:
     reason = dispatch.why_not("triton")
     if reason is not None:
         pytest.skip(f"triton: {reason}")
-    check_case(case, dtype, "triton")
+    check_case(case, dtype, "triton", device=DEVICE)

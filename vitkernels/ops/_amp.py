@@ -20,7 +20,9 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if dtype is None:
         return list(tensors)
     return [
-        tensor if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.to(dtype)
+        tensor
+        if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point()
+        else tensor.to(dtype)
         for tensor in tensors
     ]
 

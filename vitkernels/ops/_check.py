@@ -46,9 +46,7 @@ def has_rank(op: str, name: str, tensor: Tensor, layout: str, *, at_least: bool 
 
 def has_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int], because: str) -> None:
     if tensor is not None and tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"{op}: argument '{name}' has shape {list(tensor.shape)}; needs {list(expected)} ({because})"
-        )
+        raise ValueError(f"{op}: argument '{name}' has shape {list(tensor.shape)}; needs {list(expected)} ({because})")
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:

@@ -73,7 +73,9 @@ def add_layer_norm(
         raise ValueError(f"{name}: argument 'x' has shape {list(x.shape)}; needs a last axis of 1 or more")
     for factor_name, factor in (("branch_bias", branch_bias), ("scale", scale), ("row_scale", row_scale)):
         if branch is None and factor is not None:
-            raise ValueError(f"{name}: argument '{factor_name}' is given while 'branch' is None; needs a branch to act on")
+            raise ValueError(
+                f"{name}: argument '{factor_name}' is given while 'branch' is None; needs a branch to act on"
+            )
     if branch is not None:
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
@@ -81,7 +83,7 @@ def add_layer_norm(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, branch, weight, bias, _, branch_bias, scale, row_scale, _ = inputs
+    x, branch, weight, _, _, branch_bias, scale, row_scale, _ = inputs
     total, _, mean, rstd = output
     needs_branch = any(factor is not None and factor.requires_grad for factor in (scale, row_scale))
     ctx.save_for_backward(
@@ -196,7 +198,7 @@ def _reference_backward(
     def total_over(value: Tensor, dtype: torch.dtype) -> Tensor:
         return (value.sum(rows) if rows else value.clone()).to(dtype)
 
-    biased = None if branch is None else _scaled(branch, branch_bias, None, None)
+    biased = total if branch is None else _scaled(branch, branch_bias, None, None)  # without a branch, not needed
     return (
         g.to(total.dtype).contiguous() if needs[0] else nothing(total),
         (g * factor).to(branch_dtype).contiguous() if needs[1] else nothing(total),

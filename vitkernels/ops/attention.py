@@ -47,7 +47,11 @@ def attention(
     name = "attention"
     _check.is_tensor(name, q=q, k=k, v=v, optional={"attn_mask": attn_mask})
     _check.is_floating(name, q=q, k=k, v=v)
-    for tensor_name, tensor, layout in (("q", q, "[B, H, Nq, K]"), ("k", k, "[B, H, Nk, K]"), ("v", v, "[B, H, Nk, K]")):
+    for tensor_name, tensor, layout in (
+        ("q", q, "[B, H, Nq, K]"),
+        ("k", k, "[B, H, Nk, K]"),
+        ("v", v, "[B, H, Nk, K]"),
+    ):
         _check.has_rank(name, tensor_name, tensor, layout)
     batch, heads, queries, width = q.shape
     _check.has_shape(name, "k", k, (batch, heads, k.shape[2], width), "q's batch, heads and width")
@@ -102,7 +106,9 @@ def attention_qkv(
 
 def _check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
     if width == 0:
-        raise ValueError(f"{op_name}: argument '{name}' has shape {list(tensor.shape)}; needs a head width of 1 or more")
+        raise ValueError(
+            f"{op_name}: argument '{name}' has shape {list(tensor.shape)}; needs a head width of 1 or more"
+        )
 
 
 def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[int, ...]) -> Tensor | None:
@@ -234,11 +240,9 @@ def _fake_backward_qkv(dout, qkv, out, lse, num_heads, mask, is_causal, scale, n
     return qkv.new_empty(qkv.shape), mask.new_empty(mask.shape) if needs_mask else nothing(qkv)
 
 
-def _unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+def _unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, 3 * D] -> q, k and v, each [B, H, N, K]; views."""
-    batch, tokens, packed = qkv.shape
-    width = packed // (3 * num_heads)
-    return qkv.unflatten(-1, (3, num_heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
+    return qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _reference_qkv(qkv, num_heads, mask, is_causal, scale):

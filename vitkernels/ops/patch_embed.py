@@ -70,7 +70,9 @@ def patch_embed(
         if size < side:
             raise ValueError(f"{NAME}: argument 'image' has a {axis} of {size}; needs at least one patch of {side}")
         if size % side != 0:
-            raise ValueError(f"{NAME}: argument 'image' has a {axis} of {size}; needs a multiple of the patch size {side}")
+            raise ValueError(
+                f"{NAME}: argument 'image' has a {axis} of {size}; needs a multiple of the patch size {side}"
+            )
     patches = (image.shape[2] // patch[0]) * (image.shape[3] // patch[1])
     prefixes = 0
     if prefix is not None:
@@ -111,9 +113,13 @@ def _check_pixels(name: str, values: Sequence[float] | None, channels: int) -> l
 def _check_values(pos_embed: Tensor | None, keep: Tensor | None, patches: int) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    if type(pos_embed) in (Tensor, torch.nn.Parameter) and pos_embed.device.type == "cpu" and pos_embed.isnan().any():
+    # plain tensors alone: a fake or a sharded one has no values to look at
+    if type(pos_embed) in (Tensor, torch.nn.Parameter) and pos_embed is not None and pos_embed.device.type == "cpu":
         rows = pos_embed.isnan().any(-1).nonzero().flatten().tolist()
-        raise ValueError(f"{NAME}: argument 'pos_embed' holds NaN in {len(rows)} rows, the first {rows[0]}; needs numbers")
+        if rows:
+            raise ValueError(
+                f"{NAME}: argument 'pos_embed' holds NaN in {len(rows)} rows, the first {rows[0]}; needs numbers"
+            )
     if type(keep) is Tensor and keep.device.type == "cpu" and keep.numel():
         low, high = (bound.item() for bound in keep.aminmax())
         if low < 0 or high >= patches:
