@@ -360,7 +360,7 @@ def test_ctrl_c_leaves_the_last_checkpoint(
 def test_a_real_ctrl_c(here: Path) -> None:
     """`python -m vitkernels` as a process of its own, with workers, interrupted by the signal that a terminal sends."""
     words = tiny_words("images", "run", "--epochs", "500", "--workers", "1")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "vitkernels", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
     )

@@ -133,6 +133,14 @@ def test_only_matrices_decay() -> None:
     assert decayed | others == set(names.values())
 
 
+def test_positions_start_as_large_as_asked(folder: Path, tmp_path: Path) -> None:
+    config = tiny(folder, tmp_path, position_std=3.0, compare="naive")
+    lanes = Trainer(config, World(0, 1, torch.device("cpu")), open_source(config), tmp_path, silent()).lanes
+    tables = [lane.model.pos_embed for lane in lanes.values()]
+    assert tables[0].std().item() == pytest.approx(3.0, rel=0.3)
+    assert torch.equal(*tables)
+
+
 def test_bf16_trains_in_bf16(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     step = Lane.step

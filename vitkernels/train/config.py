@@ -67,6 +67,11 @@ class TrainConfig:
     )
     label_smoothing: float = _option(0.0, "share of the target spread over all classes", bound=SHARE)
     drop_path: float = _option(0.0, "stochastic depth at the last block, growing linearly", bound=SHARE)
+    position_std: float | None = _option(
+        None,
+        "deviation that positions start with; a small data set wants more than the usual 0.02",
+        bound=AT_LEAST_0,
+    )
     amp: str | None = _option(None, "autocast's type; float32 throughout if not given", choices=("bf16",))
     backend: str | None = _option(
         None, f"backends to ask, in order, as in ext,reference: {', '.join(BACKENDS)}", free=True

@@ -6,15 +6,17 @@ from typing import Any
 
 from vitkernels.train.config import TrainConfig
 
-# 64 patches of 4 x 4 pixels and a class token, width 192
+# 64 patches of 4 x 4 pixels and a class token, width 192. A patch is one pixel of the scan: nearly all that it tells is
+# where it stands, so positions start large.
 SETTINGS: dict[str, Any] = {
     "data": "digits",
     "val_split": 0.2,
     "model": "vit_tiny_patch16",
-    "model_args": {"patch_size": 4, "depth": 4},
+    "model_args": {"patch_size": 4, "depth": 2, "global_pool": "avg"},
     "image_size": 32,
-    "epochs": 12,
-    "batch_size": 64,
+    "position_std": 0.5,
+    "epochs": 14,
+    "batch_size": 32,
     "lr": 1e-3,
     "warmup_epochs": 1.0,
     "compare": "naive",

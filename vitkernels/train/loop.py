@@ -45,7 +45,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.spec = ModelSpec.of(config, source)
-        models = build_all(self.spec, config.compare)
+        models = build_all(self.spec, config.position_std, config.compare)
         self.lanes = {name: Lane(model, config, world, self.steps_per_epoch) for name, model in models.items()}
         torch.manual_seed(config.seed + world.rank)  # processes draw different DropPath masks
         self.step = 0
@@ -85,7 +85,8 @@ class Trainer:
         # whoever goes second finds the batch in the cache: they take turns
         lanes = list(self.lanes.items())[:: -1 if self.step % 2 else 1]
         row: dict[str, Any] = {"step": self.step + 1, "epoch": epoch + 1, "lr": lanes[0][1].lr}
-        with dispatch.record() as calls:
+        with contextlib.ExitStack() as stack:
+            calls = stack.enter_context(dispatch.record()) if record_ops else []
             taken = {name: lane.step(images, labels) for name, lane in lanes}
         figures = self._figures({name: sums for name, (_, sums) in taken.items()})
         self.step += 1
@@ -99,7 +100,7 @@ class Trainer:
         skipped = self._skipped(batch.errors, figures, self.config.batch_size)
         if skipped:
             row["skipped"] = skipped
-        if record_ops:
+        if calls:
             row["ops"] = _summary(calls)
         self._log(row)
         self.bar.step(row, list(self.lanes))

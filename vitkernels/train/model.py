@@ -88,13 +88,21 @@ class ModelSpec:
         return model if self.name in PRESETS else Normalised(model, self.mean, self.std)
 
 
-def build_all(spec: ModelSpec, compare: str | None) -> dict[str, nn.Module]:
+def build_all(spec: ModelSpec, position_std: float | None, compare: str | None) -> dict[str, nn.Module]:
     """The run's models by name, with the same weights; the last is the one that is kept.
 
     Raises:
-        ValueError: as `ModelSpec.build`, or a model that has no naive counterpart.
+        ValueError: as `ModelSpec.build`, or a model without a position table or without a naive counterpart.
     """
     model = spec.build()
+    if position_std is not None:
+        table = getattr(core(model), "pos_embed", None)
+        if not isinstance(table, nn.Parameter):
+            raise ValueError(
+                f"train: argument 'position_std' got {position_std} with model {spec.name!r}; "
+                "needs a model with a position table, pos_embed"
+            )
+        nn.init.normal_(table, std=position_std)
     if compare is None:
         return {"fused" if spec.name in PRESETS else "timm": model}
     if not isinstance(model, VisionTransformer):
