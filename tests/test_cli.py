@@ -289,6 +289,11 @@ def test_types_are_checked(name: str, value: object, needs: str) -> None:
         TrainConfig(**{"data": "images", name: value})
 
 
+def test_a_run_to_resume_is_named() -> None:
+    with pytest.raises(ValueError, match="argument 'resume' is set without 'out'; needs the folder of the run"):
+        TrainConfig(data="images", resume=True)
+
+
 def test_debug_shows_where_an_error_came_from(here: Path) -> None:
     with pytest.raises(FileNotFoundError):
         main(["train", "--data", "nowhere", "--debug"])

@@ -58,7 +58,7 @@ class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
 
     def __init__(
         self,
-        images: Sequence[Path | Image.Image],
+        images: Sequence[str | Image.Image],
         labels: Sequence[int],
         view: View,
         *,
@@ -76,7 +76,7 @@ class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
         epoch, index = key
         image = self.images[index]
         try:
-            if isinstance(image, Path):
+            if isinstance(image, str):
                 with Image.open(image) as file:
                     image = augment.upright(file)
             view = self.view(image, Random(f"{self.seed} {epoch} {index}"))
@@ -97,9 +97,9 @@ class EpochBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         self.sampler.set_epoch(self.epoch)
-        keys = [(self.epoch, index) for index in self.sampler]
+        indices = list(self.sampler)
         for number in range(self.start, self.start + len(self)):
-            yield keys[number * self.batch : (number + 1) * self.batch]
+            yield [(self.epoch, index) for index in indices[number * self.batch : (number + 1) * self.batch]]
 
 
 def open_source(config: TrainConfig) -> Source:
@@ -156,10 +156,12 @@ def _collate(samples: list[tuple[Tensor, int, str | None]]) -> Batch:
 
 def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
     """Indices to train on and to test on: `share` of every class with two images or more, and at least one of each."""
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
     train: list[int] = []
     test: list[int] = []
-    for label in sorted(set(labels)):
-        members = [index for index, each in enumerate(labels) if each == label]
+    for label, members in of_class.items():
         Random(f"{SPLIT_SEED} {label}").shuffle(members)
         count = min(max(1, round(share * len(members))), len(members) - 1) if share else 0
         test += members[:count]
@@ -167,8 +169,8 @@ def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
     return sorted(train), sorted(test)
 
 
-def scan(folder: str | Path, argument: str) -> tuple[list[str], list[Path], list[int]]:
-    """The classes of a folder (its subfolders, sorted), its images and their labels.
+def scan(folder: str | Path, argument: str) -> tuple[list[str], list[str], list[int]]:
+    """The classes of a folder (its subfolders, sorted), the paths of its images and their labels.
 
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
@@ -182,7 +184,7 @@ def scan(folder: str | Path, argument: str) -> tuple[list[str], list[Path], list
             f"train: argument '{argument}' got {str(folder)!r}, which holds {len(classes)} class folders; "
             "needs two or more, each with the images of one class"
         )
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         found = sorted(
@@ -193,7 +195,7 @@ def scan(folder: str | Path, argument: str) -> tuple[list[str], list[Path], list
                 f"train: argument '{argument}' got {str(folder)!r}, whose class folder {name!r} holds no image; "
                 f"needs {', '.join(sorted(SUFFIXES))} files"
             )
-        paths += found
+        paths += map(str, found)
         labels += [label] * len(found)
     return classes, paths, labels
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,8 @@ def _run(config: TrainConfig, here: World, console: Console) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"train: argument 'out': cannot make the folder {folder}: {error.strerror}") from error
-        saved = {"model": trainer.spec, "classes": source.classes, "training": config}
-        checkpoint.write_json(folder / CONFIG_FILE, {name: _plain(value) for name, value in saved.items()})
+        settings = {"model": asdict(trainer.spec), "classes": source.classes, "training": asdict(config)}
+        checkpoint.write_json(folder / CONFIG_FILE, settings)
         console.print(f"writing to {folder}", markup=False, highlight=False, soft_wrap=True)
     try:
         trainer.run()
@@ -97,7 +97,3 @@ def _find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
             f"train: argument 'out' got {config.out!r}, which holds a run; needs 'resume', or another folder"
         )
     return None
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
