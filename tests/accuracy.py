@@ -119,7 +119,7 @@ def run(
     *,
     forward: str,
     backward: str | None = None,
-    **overrides: Any,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Results and gradients of a case by name, having seen that the wanted backend, and no other, ran each way.
 
@@ -132,7 +132,7 @@ def run(
     """
     with vk.record() as calls:
         with vk.use(forward):
-            outputs = case.call(dict(tensors), **overrides)
+            outputs = case.call(tensors, **(overrides or {}))
         if gradients is None:
             gradients = case.build_gradients(outputs)
         leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
@@ -152,7 +152,7 @@ def run_truth(case: Case, tensors: Mapping[str, Tensor | None], gradients: Mappi
     """The reference in float64 on the same numbers."""
     wide = {name: gradient.double() for name, gradient in gradients.items()}
     overrides = {name: torch.float64 for name in case.options if name == "out_dtype"}
-    return run(case, in_float64(tensors), wide, forward="reference", **overrides)
+    return run(case, in_float64(tensors), wide, forward="reference", overrides=overrides)
 
 
 def check_case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +53,8 @@ class Case:
 
     op: str
     name: str
-    tensors: dict[str, T | None]
-    options: dict[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, T | None]
+    options: Mapping[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = DTYPES
     used: tuple[str, ...] = ()
     grad_layout: str = "contiguous"
@@ -69,7 +69,7 @@ class Case:
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(str(self).encode()) + seed)
 
-    def build(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | None]:
+    def build(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         """The tensor arguments; those that take a gradient are leaves that require it."""
         generator = self._generator(seed)
         tensors: dict[str, Tensor | None] = {}
@@ -90,7 +90,7 @@ class Case:
             if name in (self.used or self.results)
         }
 
-    def call(self, tensors: dict[str, Tensor | None], **overrides: Any) -> dict[str, Tensor]:
+    def call(self, tensors: Mapping[str, Any], **overrides: Any) -> dict[str, Tensor]:
         """The op's results by name."""
         outputs = getattr(vk.ops, self.op)(**tensors, **{**self.options, **overrides})
         return dict(zip(self.results, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
@@ -111,12 +111,12 @@ class Loss:
         return self.case.call(self.fixed | dict(zip(self.names, scaled, strict=True)))
 
     def __call__(self, *values: Tensor) -> Tensor:
-        return sum(output.float().sin().sum() for output in self.outputs(values).values())
+        return torch.stack([output.float().sin().sum() for output in self.outputs(values).values()]).sum()
 
     def leaves(self) -> list[Tensor]:
         return [value.clone().requires_grad_() for value in self.values]
 
-    def gradients(self, function: Callable[..., Tensor] | None = None) -> list[Tensor]:
+    def gradients(self, function: Callable[..., Tensor] | None = None) -> list[Any]:
         leaves = self.leaves()
         (function or self)(*leaves).backward()
         return [leaf.grad for leaf in leaves]

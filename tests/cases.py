@@ -360,13 +360,13 @@ def _strided(base: Case) -> Iterator[Case]:
     """The base case with one tensor at a time, then one gradient, in each layout that torch can hand over."""
     for name, spec in base.tensors.items():
         assert spec is not None
-        layouts = _VECTOR if len(spec.shape) == 1 else _MATRIX
+        layouts: tuple[str, ...] = _VECTOR if len(spec.shape) == 1 else _MATRIX
         if len(spec.shape) == 4:
             layouts += ("channels_last", "heads last")
         if name == "image":
             layouts += ("grey",)
         for layout in layouts:
-            tensors = base.tensors | {name: dataclasses.replace(spec, layout=layout)}
+            tensors = {**base.tensors, name: dataclasses.replace(spec, layout=layout)}
             yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=(F32,))
     for layout in _ARRIVING:
         yield dataclasses.replace(base, name=f"{base.name}, gradient {layout}", grad_layout=layout, dtypes=(F32,))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _place(tensor: Tensor, buffer: Sequence[int], cut: tuple[slice, ...]) -> Tensor:
+def _place(tensor: Tensor, buffer: Sequence[int], cut: tuple[Any, ...]) -> Tensor:
     """The tensor's numbers in a cut of a larger buffer."""
     view = tensor.new_full(buffer, math.nan if tensor.is_floating_point() else 0)[cut]
     return view.copy_(tensor)

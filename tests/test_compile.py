@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -66,7 +66,7 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
 def test_dynamic_shapes(op: str) -> None:
     """One graph serves every batch and number of tokens."""
 
-    def function(options: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    def function(options: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
         outputs = getattr(vk.ops, op)(**options, **tensors)
         return sum(output.sin().sum() for output in (outputs if isinstance(outputs, tuple) else [outputs]))
 

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ after = state()
 """
 
 
-def _imported(question: str) -> object:
+def _imported(question: str) -> Any:
     done = _python(f"{_STATE}print(json.dumps({question}))")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -256,7 +257,7 @@ def _imported(question: str) -> object:
 
 
 @pytest.fixture(scope="module")
-def after_import() -> dict[str, object]:
+def after_import() -> dict[str, Any]:
     return _imported(
         "{'changed': [name for name in before if before[name] != after[name]],"
         " 'cuda': torch.cuda.is_initialized(), 'modules': sorted(sys.modules)}"
@@ -264,7 +265,7 @@ def after_import() -> dict[str, object]:
 
 
 OPTIONAL = {"triton", "timm", "torchvision", "matplotlib", "PIL", "rich", "sklearn", "safetensors"}
-INERT: dict[str, Callable[[dict[str, object]], object]] = {
+INERT: dict[str, Callable[[dict[str, Any]], object]] = {
     "changes no flag of torch, patches nothing": lambda found: not found["changed"],
     "initialises no device": lambda found: not found["cuda"],
     "loads no extension": lambda found: "vitkernels._C" not in found["modules"],
@@ -274,5 +275,5 @@ INERT: dict[str, Callable[[dict[str, object]], object]] = {
 
 
 @pytest.mark.parametrize("promise", INERT)
-def test_importing(promise: str, after_import: dict[str, object]) -> None:
+def test_importing(promise: str, after_import: dict[str, Any]) -> None:
     assert INERT[promise](after_import), after_import

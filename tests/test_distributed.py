@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,14 +69,14 @@ def _loss(model: nn.Module, image: Tensor) -> Tensor:
     return model(image).float().square().mean()
 
 
-def _sharded(model: nn.Module, **options: object) -> nn.Module:
+def _sharded(model: Any, **options: Any) -> nn.Module:
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "DDP": DistributedDataParallel,
     "DDP, static graph": lambda model: DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True),
     "DDP, compiled": lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
@@ -86,7 +87,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def _full(gradient: Tensor) -> Tensor:
+def _full(gradient: Any) -> Tensor:
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_accuracy_with_threads(case: Case) -> None:
     check_case(case, case.dtypes[0], "ext")
 
 
-@pytest.mark.parametrize(("forward", "backward"), itertools.permutations(BACKENDS, 2))
+@pytest.mark.parametrize(("forward", "backward"), list(itertools.permutations(BACKENDS, 2)))
 @pytest.mark.parametrize(("case", "dtype"), _product(PLAIN, (torch.float32, torch.bfloat16)), ids=_name)
 def test_backward_after_another_backends_forward(case: Case, dtype: torch.dtype, forward: str, backward: str) -> None:
     skip_without(forward)
@@ -80,12 +82,13 @@ def test_each_gradient_alone(case: Case, backend: str) -> None:
         check(got, {name: reference[name] for name in names}, {name: truth[name] for name in names}, floor_of(tensors))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_without_gradients(case: Case, backend: str) -> None:
-    """Under no_grad the results are the same and need nothing."""
+def test_without_gradients(case: Case, mode: Callable[[], AbstractContextManager[None]], backend: str) -> None:
+    """The results are the same and need nothing."""
     tensors = case.build(torch.float32)
     with_gradients = run(case, tensors, forward=backend)
-    with torch.no_grad(), vk.use(backend), vk.record() as calls:
+    with mode(), vk.use(backend), vk.record() as calls:
         outputs = case.call(tensors)
     assert [(call.direction, call.backend) for call in calls] == [("forward", backend)]
     for name, output in outputs.items():

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.utils.checkpoint as checkpoint
-from case import Loss
+from case import Case, Loss
+from cases import SMALL, add_layer_norm
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -196,7 +197,12 @@ def test_saved_tensor_hooks(loss: Loss) -> None:
         offloaded = loss.gradients()
     torch.testing.assert_close(offloaded, loss.gradients(), rtol=0, atol=0)
     packed: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor) or tensor, lambda saved: saved):
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         loss(*loss.leaves())
     assert packed
 
@@ -208,6 +214,21 @@ def test_backward_twice(loss: Loss) -> None:
     torch.testing.assert_close(torch.autograd.grad(value, leaves), first, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(value, leaves)
+
+
+@pytest.mark.parametrize("case", [*SMALL, add_layer_norm("bare", vectors=())], ids=str)
+def test_gradients_accumulate(case: Case, backend: str) -> None:
+    """Two steps add up in every leaf, and no two leaves share one gradient's memory."""
+    tensors = case.build(torch.float32)
+    leaves: list[Any] = [tensor for tensor in tensors.values() if tensor is not None and tensor.requires_grad]
+    steps = []
+    for _ in range(2):
+        with vk.use(backend):
+            outputs = case.call(tensors)
+            torch.autograd.backward(list(outputs.values()), list(case.build_gradients(outputs).values()))
+        steps.append([leaf.grad.clone() for leaf in leaves])
+    assert len({leaf.grad.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves)
+    torch.testing.assert_close(steps[1], [2 * gradient for gradient in steps[0]])
 
 
 def test_an_argument_changed_before_backward_is_noticed() -> None:
