@@ -107,6 +107,8 @@ _LONG_16_BIT = {
     64: AttentionLong(AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4)),
     128: AttentionLong(AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4, 1)),
 }
+# a mask's gradient wants one more tile in dq's registers: 120 bytes spilled with 4 warps
+_LONG_100 = AttentionLong(AttentionTile(128, 64, 8, spills=8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 8))
 # before sm_90 operands take registers too: heads wider than 96 spill 352 bytes in the tiles above
 _LONG_WIDE_80 = AttentionLong(
     AttentionTile(128, 64, 8, spills=8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1)
@@ -204,6 +206,8 @@ def attention_long(width: int, float32: bool, capability: Capability) -> Attenti
         return _LONG_FLOAT32
     if width > 96 and capability < (9, 0):
         return _LONG_WIDE_80
+    if width <= 64 and capability >= (10, 0):
+        return _LONG_100
     return next(row for widest, row in _LONG_16_BIT.items() if sum(attention_widths(width)) <= widest)
 
 
