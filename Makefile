@@ -35,14 +35,14 @@ bench-ops: .venv/.built ## each op against its peers on this machine, interleave
 # TRITON=3.6.0 audits with that triton, installed beside the environment's own
 TRITON_PATH := $(if $(TRITON),.venv/triton-$(TRITON))
 
-.venv/triton-%: .venv/.packages
+.venv/triton-%: | .venv/.packages
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 
 audit: .venv/.built $(TRITON_PATH) ## compile every Triton kernel for sm_80, sm_90, sm_100 without a GPU and judge it
-	PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit
+	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit
 
 audit-short: .venv/.built $(TRITON_PATH) ## one row of each kernel, sm_90 only
-	PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
+	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
 
 gpu: ## on a machine with an NVIDIA GPU, no network needed: install, tests on real kernels, benches
 	python3 -m bench.gpu
@@ -52,8 +52,9 @@ lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: .venv/.built lint ## ruff, mypy and all tests (under 15 minutes on 2 cores)
+test: .venv/.built lint audit-short ## ruff, mypy, the short audit and all tests (under 15 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 
 clean: ## remove .venv and every build product
 	rm -rf .venv build vitkernels.egg-info vitkernels/*.so
