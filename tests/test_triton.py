@@ -1,8 +1,8 @@
 """The Triton kernels on the case list of every other backend: on a GPU where there is one, else interpreted on the CPU.
 
-Interpreted (TRITON_INTERPRET=1, in a process of their own), float32 and float16 only: the interpreter's bf16 products are
-silently wrong (the offline compile of `make audit` and a GPU's own run cover bf16). Cases of many tokens take most of a
-minute there and run in float32 alone: what they look for, block borders, does not depend on the dtype.
+Interpreted (TRITON_INTERPRET=1, in a process of their own), float32 and float16 only: the interpreter's bf16 products
+are silently wrong (the offline compile of `make audit` and a GPU's own run cover bf16). Cases of many tokens take most
+of a minute there and run in float32 alone: what they look for, block borders, does not depend on the dtype.
 """
 
 from __future__ import annotations
