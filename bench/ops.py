@@ -1,8 +1,8 @@
 """Each op against its peers, forward and backward, interleaved in one run: `python -m bench.ops`.
 
 Inputs are random and rotate among several sets, so that nothing is timed out of the cache of the round before. Before
-a case is timed, its results and gradients are compared with the first peer's; a case that is wrong is reported so and
-gets no figure. A peer that fails is a row with its reason.
+a case is timed, its results and gradients are compared with the reference in float64; where ours are wrong the case
+gets no figure, where a peer's are that is said beside its figure. A peer that fails is a row with its reason.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ Run = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass
 class Case:
-    """One shape of an op. `peers` come first to last; the first is what results are compared with."""
+    """One shape of an op, ours and its peers."""
 
     op: str
     shape: str
@@ -149,9 +150,9 @@ def _step(run: Run, tensors: list[Tensor], backward: bool) -> list[Tensor]:
 def _wrong(got: list[Tensor], expected: list[Tensor]) -> str | None:
     """A sentence where results are further apart than rounding in their dtype can put them."""
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        scale = b.float().abs().max().item()
-        error = (a.float() - b.float()).abs().max().item()
-        allowed = (1e-3 if b.dtype == torch.float32 else 4e-2) * scale
+        scale = b.abs().max().item()
+        error = (a.double() - b).abs().max().item()
+        allowed = (1e-3 if a.dtype == torch.float32 else 4e-2) * scale
         if not error <= allowed:
             return f"tensor {i} is off by {error:.2g}, allowed {allowed:.2g}"
     return None
@@ -178,19 +179,23 @@ def measure(case: Case, device: torch.device, backward: bool, rounds: int, sets:
     row = {"op": case.op, "shape": case.shape, "direction": "forward + backward" if backward else "forward"}
     rows: list[dict[str, Any]] = []
     runs: dict[str, Run] = {}
-    expected: list[Tensor] | None = None
+    notes: dict[str, str] = {}
+    with vk.use("reference"):
+        expected = _step(
+            case.ours, [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs[0]], backward
+        )
     for name, run in [*case.peers.items(), (OURS, case.ours)]:
         try:
-            got = _step(run, inputs[0], backward)
+            wrong = _wrong(_step(run, inputs[0], backward), expected)
         except Exception as error:  # a peer may fail in any way of its own
             rows.append({**row, "name": name, "failed": " ".join(str(error).split())[:200]})
             continue
-        expected = expected or got
-        wrong = _wrong(got, expected)
-        if wrong is not None:
+        if wrong is not None and name == OURS:
             rows.append({**row, "name": name, "failed": f"not timed, wrong: {wrong}"})
-        else:
-            runs[name] = run
+            continue
+        runs[name] = run
+        if wrong is not None:
+            notes[name] = wrong
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds):
         tensors = inputs[i % sets]
@@ -199,7 +204,7 @@ def measure(case: Case, device: torch.device, backward: bool, rounds: int, sets:
             seconds[name].append(_seconds(step, device, repeats=5 if device.type == "cuda" else 1))
     for name, taken in seconds.items():
         low, middle, high = statistics.quantiles(taken, n=4)
-        rows.append({**row, "name": name, "seconds": middle, "spread": (high - low) / middle})
+        rows.append({**row, "name": name, "seconds": middle, "spread": (high - low) / middle, "wrong": notes.get(name)})
     return rows
 
 
@@ -214,9 +219,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         ours = of_case.pop(OURS)
         own = f"{ours['seconds'] * 1e3:.3f} ms" if "seconds" in ours else ours["failed"]
         peers = "; ".join(
-            f"{name} {row['seconds'] / ours['seconds']:.2f}"
-            if "seconds" in row and "seconds" in ours
-            else f"{name}: failed"
+            f"{name}: {row['failed']}"
+            if "failed" in row
+            else f"{name} {row['seconds'] / ours['seconds']:.2f}" + (" (inexact)" if row["wrong"] else "")
+            if "seconds" in ours
+            else name
             for name, row in of_case.items()
         )
         lines.append(f"| {' | '.join(key)} | {own} | {peers} |")
@@ -245,7 +252,7 @@ def main() -> None:
     if arguments.quick:
         shapes = [(torch.float32, 2, 192, 3, 65)]
     name = machine.device_name(device)
-    out = arguments.out or RESULTS / f"ops-{name.lower().replace(' ', '-')}.json"
+    out = arguments.out or RESULTS / f"ops-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     rows: list[dict[str, Any]] = []
     for dtype, *sizes in shapes:
         for case in cases(device, dtype, *sizes):

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import ops
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
@@ -19,7 +21,17 @@ BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", r
 
 
 def table(result: dict[str, Any]) -> str:
-    """The demo's result.json as Markdown."""
+    """A result file as Markdown: the demo's result.json, or what `bench.ops` wrote."""
+    if "rows" not in result:
+        return _demo_table(result)
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["dtype"] == dtype]
+        parts.append(f"{result['device']}, torch {result['torch']}, {dtype}:\n\n{ops.table(rows)}\n")
+    return "\n".join(parts)
+
+
+def _demo_table(result: dict[str, Any]) -> str:
     names = list(result["images_per_second"])
 
     def row(title: str, figures: list[str]) -> str:
