@@ -5,10 +5,24 @@ Importing this package touches no device, patches nothing and sets no global.
 
 from vitkernels import ext, kernels, nn, ops
 from vitkernels.dispatch import BackendError, Call, backends, record, use
+from vitkernels.fuse import Explanation, explain, fuse, unfuse
 
 ext.register()
 kernels.register()
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "Call", "__version__", "backends", "nn", "ops", "record", "use"]
+__all__ = [
+    "BackendError",
+    "Call",
+    "Explanation",
+    "__version__",
+    "backends",
+    "explain",
+    "fuse",
+    "nn",
+    "ops",
+    "record",
+    "unfuse",
+    "use",
+]

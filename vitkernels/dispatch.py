@@ -12,6 +12,7 @@ follows `use()` without recompiling, and any backend's backward can follow any o
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import inspect
 import os
 import warnings
@@ -60,7 +61,7 @@ _warned: set[str] = set()
 # ---------------------------------------------------------------------------------------------------- which backend
 
 
-def _parse_order(names: Sequence[str], source: str) -> tuple[str, ...]:
+def parse_order(names: Sequence[str], source: str) -> tuple[str, ...]:
     for name in names:
         if name not in BACKENDS:
             raise ValueError(f"{source}: unknown backend {name!r}; needs one of {', '.join(map(repr, BACKENDS))}")
@@ -71,7 +72,7 @@ def _parse_order(names: Sequence[str], source: str) -> tuple[str, ...]:
 
 _order: tuple[str, ...] | None = None  # None: the default order of the device
 if os.environ.get("VITKERNELS_BACKEND"):
-    _order = _parse_order(
+    _order = parse_order(
         [name.strip() for name in os.environ["VITKERNELS_BACKEND"].split(",")],
         "environment variable VITKERNELS_BACKEND",
     )
@@ -93,7 +94,7 @@ class use:
     def __init__(self, *backends: str) -> None:
         global _order
         _outside_compiled_code("use")
-        order = _parse_order(backends, "use")
+        order = parse_order(backends, "use")
         self._previous, _order = _order, order
 
     def __enter__(self) -> use:
@@ -104,9 +105,23 @@ class use:
         _order = self._previous
 
 
+# The order of one module's calls, ahead of the process's: their backward passes, on autograd's threads, keep it.
+_scope: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("vitkernels_backends", default=None)
+
+
+@contextlib.contextmanager
+def scope(backends: tuple[str, ...]) -> Iterator[None]:
+    """Set the order for the calls made inside the block by this thread, and for their backward passes."""
+    token = _scope.set(backends)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
 def order(device_type: str) -> tuple[str, ...]:
     """The backends that a call on this type of device asks, first to last."""
-    return _order or _DEFAULT_ORDER.get(device_type, ("reference",))
+    return _scope.get() or _order or _DEFAULT_ORDER.get(device_type, ("reference",))
 
 
 @contextlib.contextmanager
@@ -248,7 +263,7 @@ class Op:
             if reason is not None:
                 declined.append((backend, reason))
                 continue
-            if _order is None and backend == "reference" and declined:
+            if _order is None and _scope.get() is None and backend == "reference" and declined:
                 _warn_once(self.name, declined)
             for calls in _records:
                 calls.append(Call(self.name, direction, backend, tuple(declined)))
@@ -271,12 +286,22 @@ def _function(name: str, op: Any, setup_context: Callable[..., None], gradients:
     def forward(*args: Any) -> Any:
         return op(*args)
 
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backends = _scope.get()
+        setup_context(ctx, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.backends is None:
+            return gradients(ctx, *grads)
+        with scope(ctx.backends):
+            return gradients(ctx, *grads)
+
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # cached: read at every apply
     members = {
         "generate_vmap_rule": True,
         "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(gradients),
+        "setup_context": staticmethod(save),
+        "backward": staticmethod(backward),
         "jvp": staticmethod(_refusal(name, "forward-mode differentiation (jvp, dual numbers)")),
     }
     return type(name, (torch.autograd.Function,), members)

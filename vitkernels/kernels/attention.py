@@ -183,11 +183,12 @@ def _backward(
             **sizes, BM=row.delta.queries, **_launch_options(row.delta),
         )  # fmt: skip
     ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
-    attention_long.dq_kernel[(batch * heads * -(-queries // row.dq.queries),)](
+    dq_tile = row.ds if needs_mask else row.dq
+    attention_long.dq_kernel[(batch * heads * -(-queries // dq_tile.queries),)](
         q, k, v, values, dout, lse, delta, dq, ds, *all_strides, *strides_dq,
         heads, queries, keys, scale, _exponent(scale, q),
-        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=row.dq.queries, BN=row.dq.keys,
-        **_launch_options(row.dq),
+        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=dq_tile.queries, BN=dq_tile.keys,
+        **_launch_options(dq_tile),
     )  # fmt: skip
     attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
         q, k, v, values, dout, lse, delta, dk, dv, *all_strides, *strides_dk, *strides_dv,

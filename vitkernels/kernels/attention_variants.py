@@ -61,7 +61,7 @@ class _Shape:
             yield self._variant(attention_short.backward_kernel, short, 7, 10, short.keys, {"NK": self.tokens})
         else:
             yield self._variant(attention_long.delta_kernel, row.delta, 2, 0)
-            yield self._variant(attention_long.dq_kernel, row.dq, 5, 6)
+            yield self._variant(attention_long.dq_kernel, row.ds if "gradient" in self.mask else row.dq, 5, 6)
             yield self._variant(attention_long.dkdv_kernel, row.dkdv, 6, 8)
 
     def _variant(
@@ -76,6 +76,7 @@ class _Shape:
         known |= {"K": self.width, "ALIGN": 8, "WIDTHS": widths, "BM": tile.queries, "BN": tile.keys}
         known |= constants or {}
         known |= {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name[-1] == "k"}
+        known |= {"stride_mn": 1} if known["MASK"] != "none" else {}
         known |= {"p_mask": None} if known["MASK"] == "none" else {}
         known |= {} if known["STORE_DS"] else {"p_ds": None}
         known = {name: value for name, value in known.items() if name in kernel.arg_names}

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 Capability = tuple[int, int]
 
+
+def _chip(capability: Capability) -> int:
+    """Whose rows serve: 80, 86, 90 or 100; 8.9 and 12.x have the shared memory of 8.6, and no tensor memory."""
+    number = capability[0] * 10 + capability[1]
+    return 86 if number >= 120 else max(chip for chip in (80, 86, 90, 100) if chip <= number)
+
+
 # ---------------------------------------------------------------------------------------------------- add_layer_norm
 
 
@@ -94,27 +101,48 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class AttentionLong:
-    """Tiles for any number of keys."""
+    """Tiles for any number of keys; `ds` is dq's where the gradient of the scores is stored, for a mask's."""
 
     forward: AttentionTile
     dkdv: AttentionTile
     dq: AttentionTile
+    ds: AttentionTile
     delta: AttentionTile = AttentionTile(64, 0, 4, 1)
 
 
 # widest padded head: tiles
-_LONG_16_BIT = {
-    64: AttentionLong(AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4)),
-    128: AttentionLong(AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4, 1)),
+_LONG_SM_90 = {
+    64: AttentionLong(
+        AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4), AttentionTile(64, 32, 4)
+    ),
+    96: AttentionLong(
+        AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4, 1), AttentionTile(64, 32, 4)
+    ),
+    128: AttentionLong(
+        AttentionTile(128, 64, 8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 4, 1), AttentionTile(32, 32, 4)
+    ),
 }
-# a mask's gradient wants one more tile in dq's registers: 120 bytes spilled with 4 warps
-_LONG_100 = AttentionLong(AttentionTile(128, 64, 8, spills=8), AttentionTile(32, 64, 4), AttentionTile(64, 64, 8))
-# before sm_90 operands take registers too: heads wider than 96 spill 352 bytes in the tiles above
-_LONG_WIDE_80 = AttentionLong(
-    AttentionTile(128, 64, 8, spills=8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1)
-)
+# before sm_90 operands take registers too, and a mask more of them: smaller tiles, or fetched without a second stage
+_LONG_SM_80 = {
+    96: AttentionLong(
+        AttentionTile(128, 64, 8), AttentionTile(32, 64, 4, 1), AttentionTile(64, 32, 4), AttentionTile(32, 32, 4)
+    ),
+    128: AttentionLong(
+        AttentionTile(128, 32, 8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1), AttentionTile(32, 32, 4)
+    ),
+}
+_LONG = {80: _LONG_SM_80, 86: _LONG_SM_80, 90: _LONG_SM_90, 100: _LONG_SM_90}
 # exact products run on the ordinary cores: small tiles, so that operands fit into registers
-_LONG_FLOAT32 = AttentionLong(AttentionTile(32, 32, 4, 1), AttentionTile(32, 32, 4, 1), AttentionTile(32, 32, 4, 1))
+_LONG_FLOAT32 = {
+    64: AttentionLong(
+        AttentionTile(32, 32, 4, 1), AttentionTile(16, 32, 4, 1), AttentionTile(32, 32, 4, 1),
+        AttentionTile(16, 32, 4, 1),
+    ),
+    128: AttentionLong(
+        AttentionTile(16, 32, 4, 1), AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1),
+        AttentionTile(16, 16, 8, 1),
+    ),
+}  # fmt: skip
 
 
 def attention_widths(width: int) -> tuple[int, ...]:
@@ -140,42 +168,54 @@ class AttentionShort:
     tile: AttentionTile
 
 
+_SHORT_FORWARD_SM_80 = (
+    AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
+    AttentionShort(208, 64, AttentionTile(64, 0, 4, 1)),
+    AttentionShort(208, 80, AttentionTile(64, 0, 8, 1)),
+    AttentionShort(256, 64, AttentionTile(32, 0, 4, 1)),  # 257 keys spill, and so do wider heads
+)
 _SHORT_FORWARD = {
-    80: (
-        AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
-        AttentionShort(256, 80, AttentionTile(64, 0, 4, 1)),  # 257 keys spill, and so do wider heads
-    ),
+    80: _SHORT_FORWARD_SM_80,
+    86: _SHORT_FORWARD_SM_80,
     90: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
         AttentionShort(256, 48, AttentionTile(64, 0, 4, 1)),
-        # 3 programs a multiprocessor; 186 registers without. 197 keys spill nothing, 196 keys 24 bytes
+        # 3 programs a multiprocessor; 186 registers without. By triton 3.7 197 keys spill nothing, 196 keys 24 bytes
         AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168, spills=24)),
         AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),  # more keys spill, and so do wider heads
     ),
     100: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
-        AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(256, 48, AttentionTile(64, 0, 8, 1)),
+        AttentionShort(272, 64, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(272, 96, AttentionTile(64, 0, 8, 1)),
     ),
 }
-# dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Tiles of 16 queries where 32 spill.
+# dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Where tiles of 32 queries spill, tiles of 16,
+# or one stage: the next queries are fetched later, and their addresses need no registers meanwhile.
 _SHORT_BACKWARD = {
     80: (
-        AttentionShort(64, 80, AttentionTile(32, 64, 4)),
+        AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
+        AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
         AttentionShort(128, 64, AttentionTile(32, 128, 8)),
-        AttentionShort(128, 128, AttentionTile(16, 128, 8)),
-        AttentionShort(256, 64, AttentionTile(16, 256, 8)),
+        AttentionShort(128, 128, AttentionTile(16, 128, 8, 1)),
+        AttentionShort(256, 64, AttentionTile(16, 256, 8, 1)),
     ),
     # as above, within 99 KiB of shared memory
-    86: (AttentionShort(64, 80, AttentionTile(32, 64, 4)), AttentionShort(128, 64, AttentionTile(32, 128, 8))),
+    86: (
+        AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
+        AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
+        AttentionShort(128, 64, AttentionTile(32, 128, 8)),
+    ),
     90: (
         AttentionShort(64, 96, AttentionTile(32, 64, 4)),
-        AttentionShort(64, 128, AttentionTile(16, 64, 4)),
+        AttentionShort(64, 128, AttentionTile(32, 64, 4, 1)),
         AttentionShort(128, 128, AttentionTile(32, 128, 8)),
-        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=8)),  # 0 at 196, 197 and 201 keys
+        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=8)),  # 0 by triton 3.7 at 196, 197 and 201 keys
     ),
     100: (
         AttentionShort(64, 128, AttentionTile(32, 64, 4)),
-        AttentionShort(128, 96, AttentionTile(32, 128, 8)),
+        AttentionShort(128, 96, AttentionTile(32, 128, 8, 1)),
         AttentionShort(128, 128, AttentionTile(16, 128, 8)),
         AttentionShort(256, 64, AttentionTile(16, 256, 8)),
     ),
@@ -195,20 +235,14 @@ def attention_short_backward(keys: int, width: int, float32: bool, capability: C
 def _first(
     table: dict[int, tuple[AttentionShort, ...]], keys: int, width: int, capability: Capability
 ) -> AttentionTile | None:
-    number = capability[0] * 10 + capability[1]
-    rows = table[max(each for each in table if each <= number)]
+    rows = table[_chip(capability)]
     return next((row.tile for row in rows if keys <= row.keys and width <= row.width), None)
 
 
 def attention_long(width: int, float32: bool, capability: Capability) -> AttentionLong:
     """The row for heads of a width up to 128."""
-    if float32:
-        return _LONG_FLOAT32
-    if width > 96 and capability < (9, 0):
-        return _LONG_WIDE_80
-    if width <= 64 and capability >= (10, 0):
-        return _LONG_100
-    return next(row for widest, row in _LONG_16_BIT.items() if sum(attention_widths(width)) <= widest)
+    table = _LONG_FLOAT32 if float32 else _LONG[_chip(capability)]
+    return next(row for widest, row in table.items() if sum(attention_widths(width)) <= widest)
 
 
 # ---------------------------------------------------------------------------------------------------------------- mlp

@@ -14,20 +14,27 @@ from vitkernels.ops._amp import autocast_dtype
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def added(module: nn.Module) -> str | None:
+    """What somebody hung on a module, so that calling it does more than its class says; None for nothing."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    if "forward" in module.__dict__:
+        return "another forward"
+    if torch_module._has_any_global_hook():
+        return "a global hook"
+    for weight in module._parameters.values():
+        if hasattr(type(weight), "__tensor_flatten__"):
+            return f"a {type(weight).__name__} weight"
+    return None
+
+
 def is_stock(module: nn.Module, *kinds: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Whether calling the module does just what one of these classes does with plain weights.
 
     A subclass, a wrapper (LoRA, parametrization, FSDP), a hook, a replaced `forward` or a weight that is a tensor
     subclass (sharded, quantized) does more: such a module is called, never read around.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return (
-        type(module) in kinds
-        and not hooked
-        and "forward" not in module.__dict__
-        and not torch_module._has_any_global_hook()
-        and not any(hasattr(type(weight), "__tensor_flatten__") for weight in module._parameters.values())
-    )
+    return type(module) in kinds and added(module) is None
 
 
 def is_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:

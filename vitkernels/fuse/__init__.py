@@ -1,0 +1,6 @@
+"""One call swaps fused kernels into a model that somebody has, explains itself, and can be undone."""
+
+from vitkernels.fuse.explain import Explanation, explain
+from vitkernels.fuse.walk import fuse, unfuse
+
+__all__ = ["Explanation", "explain", "fuse", "unfuse"]

@@ -1,0 +1,144 @@
+"""explain: which modules of a model run fused, on which backend, and why each other one does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitkernels import dispatch
+from vitkernels.fuse import parts
+from vitkernels.fuse.swap import Fused
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One part of one module.
+
+    Attributes:
+        module: its name in the model.
+        part: the part of it ("attn", "mlp residual"); "" for the module itself.
+        ops: the ops that serve it, "" for none.
+        backend: the backend that is asked first and there.
+        why_not: what is not fused, or None.
+    """
+
+    module: str
+    part: str
+    ops: str
+    backend: str
+    why_not: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it, or read it with `to_dict`."""
+
+    rows: list[Row]
+    blocks: dict[str, str | None]  # name of each Transformer block: what of it is not fused, or None
+    fallbacks: dict[str, dict[str, int]] = field(default_factory=dict)  # calls that ran a module's own code, and why
+
+    @property
+    def unfused(self) -> dict[str, str]:
+        """The blocks that are not fused whole, and why."""
+        return {name: reason for name, reason in self.blocks.items() if reason is not None}
+
+    @property
+    def summary(self) -> str:
+        """The last line: "11 of 12 blocks fused; block 7: LoRA on qkv"."""
+        fused = len(self.blocks) - len(self.unfused)
+        reasons = [f"block {_index(name)}: {reason}" for name, reason in self.unfused.items()]
+        return "; ".join([f"{fused} of {len(self.blocks)} blocks fused", *reasons])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for programs: `blocks`, `fused`, `rows`, `unfused`, `fallbacks`, `summary`; plain Python values."""
+        return {
+            "blocks": len(self.blocks),
+            "fused": len(self.blocks) - len(self.unfused),
+            "unfused": self.unfused,
+            "rows": [
+                {"module": row.module, "part": row.part, "ops": row.ops, "backend": row.backend, "why_not": row.why_not}
+                for row in self.rows
+            ],
+            "fallbacks": self.fallbacks,
+            "summary": self.summary,
+        }
+
+    def __str__(self) -> str:
+        table = [("module", "part", "fused ops", "backend", "why not")]
+        table += [
+            (row.module, row.part, row.ops, row.backend if row.ops else "", row.why_not or "") for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        for name, counts in self.fallbacks.items():
+            lines += [f"{name}: {count} calls ran its own code: {reason}" for reason, count in counts.items()]
+        return "\n".join([*lines, self.summary])
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say of every module that a rule knows what runs fused, on which backend, and what keeps the rest from it.
+
+    Args:
+        model: fused or not; it is only looked at.
+
+    Returns:
+        An `Explanation`: printed, a table that ends in a line like "11 of 12 blocks fused; block 7: LoRA on qkv".
+
+    Raises:
+        TypeError: model is no Module.
+    """
+    from vitkernels.fuse.walk import candidates
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
+    rows: list[Row] = []
+    blocks: dict[str, str | None] = {}
+    fallbacks: dict[str, dict[str, int]] = {}
+    known = {each.name: each for each in candidates(model)}
+    inside: tuple[str, ...] = ()  # blocks: what is in them is told by their own rows
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, Fused):
+            found = [Row(name, part.name, part.ops, _backend(module), part.why_not) for part in module.parts()]
+            is_block = module.is_block
+            if module._vitkernels.fallbacks:
+                fallbacks[name] = dict(module._vitkernels.fallbacks)
+        elif name in known:
+            found = [Row(name, "", "", "", known[name].declined or "not fused")]
+            is_block = known[name].match.rule.mixin.is_block
+        elif _looks_like_block(module):
+            found = [Row(name, "", "", "", f"no rule for {parts.owner_name(module)}")]
+            is_block = True
+        else:
+            continue
+        rows += found
+        if is_block:
+            blocks[name] = next((row.why_not for row in found if row.why_not is not None), None)
+            inside = (*inside, f"{name}.")
+    return Explanation(rows, blocks, fallbacks)
+
+
+def _backend(module: Fused) -> str:
+    """The first backend in the module's order that is there."""
+    weight = next(module.parameters(), torch.empty(0))
+    order = module._vitkernels.backends or dispatch.order(weight.device.type)
+    return next((backend for backend in order if dispatch.why_not(backend) is None), "none")
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    """Whether a module that no rule knows is a Transformer block by the names of its children."""
+    names = {name.lower() for name, _ in module.named_children()}
+    return any("att" in name for name in names) and any(
+        word in name for name in names for word in ("mlp", "ffn", "feed", "intermediate", "fc1", "linear1")
+    )
+
+
+def _index(name: str) -> str:
+    """The block's number, the last one in its name; the name where there is none."""
+    return next((part for part in reversed(name.split(".")) if part.isdigit()), name)

@@ -1,0 +1,181 @@
+"""Residual streams: each sub-layer's add, LayerScale and DropPath run together with the LayerNorm that comes next.
+
+A pre-norm block computes x + drop_path(scale(branch(norm(x)))) twice. The add at its end and the first norm of the
+block after it are two modules, and one op: the block that ends hands the normed tokens over on the very tensor that
+it returns, and the block that begins takes them only if that tensor arrives, unchanged, under the same conditions. A
+hook that changed it, a checkpoint that detached it or a block in between means that the norm is computed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.fuse import parts
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A row of `explain`: a part of a module, the ops that serve it, and what of it is not fused.
+
+    Attributes:
+        name: the part, as its module calls it; "" for the module itself.
+        ops: the ops, "attention_qkv, linear"; "" where none runs.
+        why_not: what is not fused, or None.
+    """
+
+    name: str
+    ops: str
+    why_not: str | None = None
+
+
+@dataclass(slots=True)
+class Branch:
+    """How a sub-layer's branch is computed.
+
+    Attributes:
+        run: (normed tokens [B, N, D], split) -> (branch, bias): with `split` the last Linear's bias comes apart, for
+            an op that adds it on its way; None where it is in the branch, or where there is none.
+        ops: the ops that `run` calls, for `explain`.
+        first: the Linear that reads the normed tokens; None where a module gets them whole.
+        why_not: what of the branch is not fused.
+    """
+
+    run: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+    ops: str
+    first: nn.Module | None = None
+    why_not: str | None = None
+
+
+@dataclass(slots=True)
+class Sublayer:
+    """One residual step of a block, by its parts; `name` is what `explain` calls it ("attn")."""
+
+    name: str
+    norm: nn.Module
+    branch: Branch
+    scale: nn.Module | Tensor | None = None
+    drop_path: nn.Module | None = None
+
+    def parts(self) -> list[Part]:
+        """The rows of `explain`: the branch, and the residual add with its norm."""
+        reasons = (
+            parts.not_layer_norm(f"the norm of {self.name}", self.norm),
+            parts.not_scale(f"the scale of {self.name}", self.scale),
+            parts.not_drop_path(f"the drop path of {self.name}", self.drop_path),
+        )
+        why_not = next((reason for reason in reasons if reason is not None), None)
+        residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
+        return [Part(self.name, self.branch.ops, self.branch.why_not), residual]
+
+
+@dataclass(slots=True)
+class Border:
+    """What follows a block: the norm that its last add may run with, and the Linear that reads its result."""
+
+    norm: nn.Module
+    first: nn.Module | None = None
+
+
+def pre_norm(
+    x: Tensor, sublayers: Sequence[Sublayer], border: Border | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x = x + drop_path(scale(branch(norm(x)))) for each sub-layer, [B, N, D] to the same.
+
+    Args:
+        x: the residual stream.
+        sublayers: the block's steps, in order.
+        border: what follows the block, where that is known.
+        dtype: of the residual stream; None leaves it as the modules one by one would have it.
+    """
+    if dtype is not None:
+        x = x.to(dtype)
+    first = sublayers[0]
+    normed: Tensor | None = normalise(x, first.norm, first.branch.first)
+    following = [Border(each.norm, each.branch.first) for each in sublayers[1:]]
+    for sublayer, after in zip(sublayers, [*following, border], strict=True):
+        x, normed = _step(x, sublayer, normed, after, widen=dtype is None)
+    return x if border is None or normed is None else _hand_over(x, border.norm, normed)
+
+
+def post_norm(x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+    """x = norm(x + drop_path(scale(branch(x)))) for each sub-layer, [B, N, D] to the same."""
+    for sublayer in sublayers:
+        total, normed = _step(x, sublayer, x, Border(sublayer.norm))
+        x = parts.layer_norm(sublayer.norm, total) if normed is None else normed
+    return x
+
+
+def normalise(x: Tensor, norm: nn.Module, first: nn.Module | None = None) -> Tensor:
+    """norm(x) for the Linear `first`: taken over from the block that made x, or computed."""
+    dtype = parts.operand_dtype(first, x)
+    taken = take(x, norm, dtype)
+    return parts.layer_norm(norm, x, dtype) if taken is None else taken
+
+
+def _step(
+    x: Tensor, sublayer: Sublayer, normed: Tensor | None, after: Border | None, widen: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The sum after a sub-layer, and the next norm of it; None in its place where the two cannot run together."""
+    if normed is None:
+        normed = normalise(x, sublayer.norm, sublayer.branch.first)
+    scale, drop_path = sublayer.scale, sublayer.drop_path
+    readable = parts.not_scale("", scale) is None and parts.not_drop_path("", drop_path) is None
+    if not readable or after is None or parts.not_layer_norm("", after.norm) is not None:
+        branch, _ = sublayer.branch.run(normed, False)
+        return x + _scaled(branch, scale, drop_path), None
+    branch, bias = sublayer.branch.run(normed, True)
+    gamma = parts.scale_parameter(scale)
+    # the dtype that the scaled branch has where the modules run one by one: DropPath draws in it, the sum is in it
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+    if widen:
+        x = x.to(torch.promote_types(x.dtype, dtype))
+    norm = after.norm
+    return ops.add_layer_norm(
+        x,
+        branch,
+        norm.weight,  # type: ignore[arg-type]
+        norm.bias,  # type: ignore[arg-type]
+        norm.eps,  # type: ignore[arg-type]
+        branch_bias=bias,
+        scale=gamma,
+        row_scale=parts.drop_path_factor(drop_path, branch, dtype),
+        out_dtype=parts.operand_dtype(after.first, x),
+    )
+
+
+def _scaled(branch: Tensor, scale: nn.Module | Tensor | None, drop_path: nn.Module | None) -> Tensor:
+    if scale is not None:
+        branch = branch * scale if isinstance(scale, Tensor) else scale(branch)
+    return branch if drop_path is None else drop_path(branch)
+
+
+# ------------------------------------------------------------------------------------------- from module to module
+
+
+def _hand_over(total: Tensor, norm: nn.Module, normed: Tensor) -> Tensor:
+    version = total._version if not torch.compiler.is_compiling() else None  # traced tensors have none
+    if torch.compiler.is_compiling():
+        total = total.view_as(total)  # Dynamo keeps attributes of an op's only result, not of one of several
+    total._vitkernels_normed = (norm, normed, torch.is_grad_enabled(), version)  # type: ignore[attr-defined]
+    return total
+
+
+def take(x: Tensor, norm: nn.Module, out_dtype: torch.dtype | None) -> Tensor | None:
+    """norm(x) as the block that made x handed it over; None where it did not, or where that is not the same now."""
+    handed = getattr(x, "_vitkernels_normed", None)
+    if handed is None:
+        return None
+    x._vitkernels_normed = None  # type: ignore[attr-defined]  # once: it must not outlive its use
+    of, normed, grad_enabled, version = handed
+    same = (
+        of is norm
+        and normed.dtype == (out_dtype or x.dtype)
+        and grad_enabled == torch.is_grad_enabled()
+        and (version is None or version == x._version)
+    )
+    return normed if same else None

@@ -1,0 +1,112 @@
+"""One file of rules for each ecosystem: which of its modules are served, by what mixin, and in what they may differ.
+
+To add an ecosystem, add a file here: it defines `RULES`, and `TAILS` where a norm follows its blocks. No file imports
+the ecosystem: modules are known by the class that defines their `forward`, and by their structure.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitkernels.fuse import parts
+from vitkernels.fuse.swap import Fused
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of module is served.
+
+    Attributes:
+        mixin: what is swapped in.
+        owners: the classes whose `forward` it stands for, as "package.module.Class".
+        contract: (module) -> in what the module differs from what the mixin knows, or None: a newer version, say.
+        structure: (module) -> whether a class that `owners` does not hold has the same structure; None to look at no
+            other. Such a module is run both ways on random tokens before it is swapped.
+    """
+
+    mixin: type[Fused]
+    owners: frozenset[str]
+    contract: Callable[[nn.Module], str | None]
+    structure: Callable[[nn.Module], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rule that knows a module, and why the module cannot be served all the same."""
+
+    rule: Rule
+    declined: str | None
+    certain: bool  # by its owner; else by its structure
+
+
+@functools.cache
+def _ecosystems() -> tuple[tuple[Rule, ...], tuple[tuple[str, str], ...]]:
+    rules: list[Rule] = []
+    tails: list[tuple[str, str]] = []
+    for found in pkgutil.iter_modules(__path__):
+        page = importlib.import_module(f"{__name__}.{found.name}")
+        rules += page.RULES
+        tails += getattr(page, "TAILS", ())
+    return tuple(rules), tuple(dict.fromkeys(tails))
+
+
+def all_rules() -> tuple[Rule, ...]:
+    """The rules of every ecosystem."""
+    return _ecosystems()[0]
+
+
+def tails() -> tuple[tuple[str, str], ...]:
+    """Pairs of paths in a model: of its blocks, and of the norm that their last one feeds."""
+    return _ecosystems()[1]
+
+
+def match(module: nn.Module) -> Match | None:
+    """The rule for a module; None where there is none."""
+    name = parts.owner_name(module)
+    for rule in all_rules():
+        if name in rule.owners:
+            return Match(rule, rule.contract(module), True)
+    for rule in all_rules():
+        if rule.structure is not None and rule.structure(module) and rule.contract(module) is None:
+            return Match(rule, None, False)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- for contracts
+
+
+def differs(
+    module: nn.Module,
+    arguments: Collection[str],
+    children: Collection[str],
+    optional: Collection[str] = (),
+    parameters: Collection[str] = (),
+) -> str | None:
+    """In what a module differs from the one that a mixin was written for, in a sentence; None in nothing.
+
+    Args:
+        module: to look at.
+        arguments: of its `forward`, in order.
+        children: what it must have.
+        optional: what it may have beside them.
+        parameters: its own parameters that the mixin knows.
+    """
+    found = list(inspect.signature(parts.owner(module).forward).parameters)[1:]
+    if found != list(arguments):
+        return f"forward takes ({', '.join(found)}), not ({', '.join(arguments)})"
+    names = {name for name, child in module._modules.items() if child is not None}
+    if missing := sorted(set(children) - names):
+        return f"it has no {', '.join(missing)}"
+    if unknown := sorted(names - set(children) - set(optional)):
+        return f"it has {', '.join(unknown)}, of which nothing is known"
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if unknown := sorted(own - set(parameters)):
+        return f"it has the parameters {', '.join(unknown)}, of which nothing is known"
+    return None

@@ -1,0 +1,58 @@
+"""What every ecosystem has: the convolution that cuts an image into patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.fuse.residual import Part
+from vitkernels.fuse.rules import Rule
+from vitkernels.fuse.swap import Fused
+
+
+class FusedPatchConv(Fused):
+    """A Conv2d whose patches do not overlap, on `ops.patch_embed`.
+
+    It returns what the convolution returns, [B, D, H / P, W / P], as a view of the tokens [B, N, D]: flattened and
+    transposed, as every ViT does next, they are contiguous again without a copy.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv: Any = self
+        if self.declines(input, lambda: _not_patches(conv) or _not_image(conv, input)):
+            return super().forward(input)
+        height, width = conv.kernel_size
+        with self.backend():
+            tokens = ops.patch_embed(input, conv.weight, conv.bias)
+        return tokens.transpose(1, 2).unflatten(2, (input.shape[2] // height, input.shape[3] // width))
+
+    def parts(self) -> list[Part]:
+        return [Part("", "patch_embed", _not_patches(self))]
+
+
+def _not_patches(conv: Any) -> str | None:
+    """In what a Conv2d is more than a projection of patches side by side; None when it is one."""
+    if conv.kernel_size != conv.stride or conv.padding not in ((0, 0), "valid"):
+        return "its patches overlap or are padded"
+    if conv.groups != 1 or conv.dilation != (1, 1):
+        return "it is grouped or dilated"
+    return None
+
+
+def _not_image(conv: Any, image: Tensor) -> str | None:
+    """Why these images go to the convolution itself, or None when they do not."""
+    if image.dim() != 4 or image.shape[1] != conv.in_channels:
+        return f"called with shape {list(image.shape)}"  # the convolution's own error is the one to see
+    if any(size % side for size, side in zip(image.shape[2:], conv.kernel_size, strict=True)):
+        return "called with an image that is no multiple of the patch"
+    return None
+
+
+def _is_patch_conv(conv: Any) -> str | None:
+    # a ConvNet's stem has small patches, and wants its output in the convolution's layout
+    return _not_patches(conv) or (None if min(conv.kernel_size) >= 7 else "its patches are smaller than 7")
+
+
+RULES = (Rule(FusedPatchConv, frozenset({f"{nn.Conv2d.__module__}.Conv2d"}), _is_patch_conv),)

@@ -1,0 +1,181 @@
+"""Swapping a module's class for a fused subclass of it, and back.
+
+The module stays the object it is: its parameters, buffers, children, hooks and name are untouched, and only its class
+changes, to one made of a mixin (which has the fused `forward`) and the module's own class. `isinstance` holds, and the
+new class wears the old one's name, since wrapping policies and device maps go by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import dispatch
+from vitkernels.fuse import parts
+from vitkernels.fuse.residual import Border, Part
+
+
+@dataclass
+class State:
+    """What a fused module remembers beside its own attributes.
+
+    Attributes:
+        residual_dtype: dtype of the residual stream; None for the stock model's.
+        backends: the order of backends that its calls ask; None for the process's.
+        border: what follows the module, where that is known.
+        fallbacks: why calls went to the stock `forward`, and how many.
+    """
+
+    residual_dtype: torch.dtype | None = None
+    backends: tuple[str, ...] | None = None
+    border: Border | None = None
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+class Fused(nn.Module):
+    """What all mixins share. A mixin defines `forward` with the stock one's signature, and begins it so:
+
+    if self.declines(x, lambda: why_not(self, x)):
+        return super().forward(x)
+    """
+
+    stock: ClassVar[type[nn.Module]]
+    is_block: ClassVar[bool] = False  # whether it counts as a Transformer block
+    _vitkernels: State
+
+    def parts(self) -> list[Part]:
+        """The rows of `explain`: what would run fused if the module were called now."""
+        raise NotImplementedError
+
+    def entry(self) -> Border | None:
+        """The norm that the module begins with, for the block before it; None where it begins with something else."""
+        return None
+
+    def declines(self, x: Any, why_not: Callable[[], str | None] = lambda: None) -> bool:
+        """Whether this call belongs to the stock `forward`; the reason is kept for `explain`.
+
+        Args:
+            x: the call's first argument.
+            why_not: the caller's own reason, or None; asked only of real tensors.
+        """
+        reason = _why_not_call(x) or why_not()
+        if reason is None:
+            return False
+        if not torch.compiler.is_compiling():
+            counts = self._vitkernels.fallbacks
+            counts[reason] = counts.get(reason, 0) + 1
+        return True
+
+    def backend(self) -> contextlib.AbstractContextManager[object]:
+        """The order of backends that `fuse` was given, around a call."""
+        order = self._vitkernels.backends
+        if order is None or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        return dispatch.scope(order)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: a copy or a pickle says of what it was made
+        return _make, (_mixin(type(self)), self.stock), self.__dict__.copy()
+
+
+def _why_not_call(x: Any) -> str | None:
+    if isinstance(x, torch.fx.Proxy):
+        return "traced by torch.fx"
+    if not isinstance(x, Tensor):
+        return f"called with a {type(x).__name__}, not a tensor"
+    if torch.jit.is_tracing():
+        return "traced by torch.jit"
+    if not x.is_floating_point():
+        return f"called with {x.dtype}"
+    return None
+
+
+def unread(name: str, child: nn.Module, mixin: type[Fused]) -> str | None:
+    """Why a fused block must call its sub-layer, not run the parts of it itself; None when it may run them."""
+    if not isinstance(child, mixin):
+        return f"{name} is {type(child).__name__}, which is not fused"
+    return parts.obstacle(name, child)
+
+
+_classes: dict[tuple[type, type], type[Fused]] = {}
+
+
+def fused_class(mixin: type[Fused], stock: type[nn.Module]) -> type[Fused]:
+    """The class of modules that are `stock` with `mixin` swapped in; one for each pair."""
+    if (mixin, stock) not in _classes:
+        _classes[mixin, stock] = _join(mixin, stock)
+    return _classes[mixin, stock]
+
+
+def _join(mixin: type[Fused], stock: type[nn.Module]) -> type[Fused]:
+    names = {key: stock.__dict__.get(key, getattr(stock, key)) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(stock.__name__, (mixin, stock), {**names, "stock": stock})
+
+
+def _mixin(cls: type) -> type[Fused]:
+    return cls.__bases__[0]
+
+
+def _make(mixin: type[Fused], stock: type[nn.Module]) -> Fused:
+    cls = fused_class(mixin, stock)
+    return cls.__new__(cls)
+
+
+def swap(module: nn.Module, mixin: type[Fused]) -> Fused:
+    """Swap the mixin in, in place."""
+    module.__class__ = fused_class(mixin, type(module))
+    module.__dict__["_vitkernels"] = State()
+    assert isinstance(module, Fused)
+    return module
+
+
+def restore(module: nn.Module) -> None:
+    """Give the module its own class back, in place; one that is not fused stays as it is."""
+    if isinstance(module, Fused):
+        module.__class__ = module.stock  # type: ignore[assignment]
+    for name in ("_vitkernels", "__prepare_scriptable__"):
+        module.__dict__.pop(name, None)
+
+
+def keep_scriptable(model: nn.Module) -> None:
+    """Have torch.jit.script compile a stock copy of every module that is fused or has fused ones in it.
+
+    It asks each module for `__prepare_scriptable__`, and writes the answer into the module's parent: only a copy of
+    the whole tree leaves the model itself alone.
+    """
+    for module in model.modules():
+        if any(isinstance(inner, Fused) for inner in module.modules()):
+            module.__dict__["__prepare_scriptable__"] = functools.partial(stock_copy, module)
+
+
+@contextlib.contextmanager
+def as_stock(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with every fused module as it was, inside the block."""
+    swapped = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
+    for module, _ in swapped:
+        module.__class__ = module.stock  # type: ignore[assignment]
+    try:
+        yield model
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
+
+
+def stock_copy(module: nn.Module) -> nn.Module:
+    """The tree of modules once more, of stock classes, over the same parameters and buffers."""
+    twin = {
+        name: value for name, value in module.__dict__.items() if name not in ("_vitkernels", "__prepare_scriptable__")
+    }
+    for table in ("_parameters", "_buffers"):
+        twin[table] = dict(twin[table])
+    twin["_modules"] = {name: child and stock_copy(child) for name, child in module._modules.items()}
+    cls = module.stock if isinstance(module, Fused) else type(module)
+    other = cls.__new__(cls)
+    other.__dict__.update(twin)
+    return other

@@ -1,0 +1,210 @@
+"""fuse and unfuse: which modules of a model are swapped, and how they are joined."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vitkernels import dispatch
+from vitkernels.fuse import parts, rules
+from vitkernels.fuse.norm import FusedLayerNorm
+from vitkernels.fuse.probe import difference
+from vitkernels.fuse.swap import Fused, keep_scriptable, restore, swap
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A module that a rule knows: fused already, about to be, or declined with a reason."""
+
+    name: str
+    module: nn.Module
+    match: rules.Match
+    declined: str | None
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    residual_dtype: torch.dtype | None = None,
+    backend: str | Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Swap fused kernels into a model, in place; nothing else of it changes.
+
+    Parameters, buffers, state_dict keys, hooks, `isinstance` and results stay what they are; `unfuse` is the way back.
+    Modules are known by the class that defines their `forward`, or by their structure. A call that a kernel cannot
+    serve (a hook on an inner module, an attention dropout in training) runs the module's own code: `explain` says so.
+    Fusing a model again changes its options.
+
+    Args:
+        model: with blocks of timm, transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch in it;
+            on any device, before or after it is wrapped, compiled or loaded.
+        residual_dtype: torch.bfloat16 keeps the tokens between sub-layers in bfloat16 (less memory traffic, other
+            numbers); None keeps what the model has.
+        backend: the backend that serves it, or several in order; None leaves it to `use`. Compiled code follows `use`.
+        only: a pattern, or several, of module names ("blocks.[0-5]*"); modules that match none stay as they are.
+        skip: the same for modules that stay as they are.
+        strict: raise, changing nothing, if any Transformer block would not be fused, or not all of it.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is no Module, or residual_dtype no floating-point dtype.
+        ValueError: nothing in the model can be fused, a pattern fits no module, or an unknown backend.
+        RuntimeError: inside a function that is being compiled; with `strict`, naming each block and its reason.
+    """
+    _check(model, residual_dtype)
+    order = (
+        None if backend is None else dispatch.parse_order([backend] if isinstance(backend, str) else backend, "fuse")
+    )
+    found = [each for each in candidates(model) if _chosen(each.name, only, skip)]
+    _check_patterns(model, only=only, skip=skip)
+    fusable = [each for each in found if each.declined is None]
+    if not fusable:
+        raise ValueError(_nothing(model, found))
+    before = [each.module for each in fusable if not isinstance(each.module, Fused)]
+    for each in fusable:
+        if not isinstance(each.module, Fused):
+            swap(each.module, each.match.rule.mixin)
+    before += _join(model)
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module._vitkernels.residual_dtype, module._vitkernels.backends = residual_dtype, order
+    if strict:
+        _require_all(model, before)
+    keep_scriptable(model)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every module the class that it had before `fuse`, in place.
+
+    Args:
+        model: fused, wholly or in part, or not at all.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is no Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
+    for module in model.modules():
+        restore(module)
+    return model
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Every module of the model that a rule knows, fused or not."""
+    for name, module in model.named_modules():
+        match = rules.match(module)
+        if match is None:
+            continue
+        declined = match.declined
+        if declined is None and not match.certain and not isinstance(module, Fused):
+            declined = difference(module, match.rule.mixin)
+        yield Candidate(name, module, match, declined)
+
+
+def _check(model: nn.Module, residual_dtype: torch.dtype | None) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("fuse: called inside a function that is being compiled; needs to be called outside of it")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
+    known = residual_dtype is None or (isinstance(residual_dtype, torch.dtype) and residual_dtype.is_floating_point)
+    if not known:
+        raise TypeError(f"fuse: argument 'residual_dtype' is {residual_dtype!r}; needs a floating-point torch.dtype")
+
+
+# --------------------------------------------------------------------------------------------------------- names
+
+
+def _listed(given: str | Sequence[str] | None) -> list[str]:
+    return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether the pattern is the name's, or that of a module around it."""
+    names = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(names[: count + 1]), pattern) for count in range(len(names)))
+
+
+def _chosen(name: str, only: str | Sequence[str] | None, skip: str | Sequence[str] | None) -> bool:
+    wanted = only is None or any(_fits(name, pattern) for pattern in _listed(only))
+    return wanted and not any(_fits(name, pattern) for pattern in _listed(skip))
+
+
+def _check_patterns(model: nn.Module, **given: str | Sequence[str] | None) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for argument, value in given.items():
+        for pattern in _listed(value):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"fuse: argument '{argument}' has the pattern {pattern!r}, which fits no module of the model; "
+                    f"needs one like {names[len(names) // 2]!r}"
+                )
+
+
+def _nothing(model: nn.Module, found: list[Candidate]) -> str:
+    reasons = "; ".join(f"{each.name}: {each.declined}" for each in found[:3])
+    return (
+        f"fuse: nothing to fuse in this {type(model).__name__}; needs attention, feed-forward or whole blocks of timm, "
+        "transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch"
+        + (f" ({reasons})" if reasons else "")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- borders
+
+
+def _join(model: nn.Module) -> list[nn.Module]:
+    """Tell each block what follows it, and swap the norms that follow last ones; returns those."""
+    swapped: list[nn.Module] = []
+    for parent in list(model.modules()):
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            children = list(parent)
+            for block, following in itertools.pairwise(children):
+                if isinstance(block, Fused) and isinstance(following, Fused):
+                    block._vitkernels.border = following.entry()
+        for blocks_path, norm_path in rules.tails():
+            last, norm = _last(_resolve(parent, blocks_path)), _resolve(parent, norm_path)
+            if not isinstance(last, Fused) or not isinstance(norm, nn.Module):
+                continue
+            if not isinstance(norm, Fused) and parts.not_layer_norm("norm", norm) is None:
+                swapped.append(swap(norm, FusedLayerNorm))
+            if isinstance(norm, Fused):
+                last._vitkernels.border = norm.entry()
+    return swapped
+
+
+def _resolve(module: nn.Module, path: str) -> object:
+    try:
+        return operator.attrgetter(path)(module)
+    except AttributeError:
+        return None
+
+
+def _last(blocks: object) -> object:
+    return blocks[-1] if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) else None
+
+
+def _require_all(model: nn.Module, before: list[nn.Module]) -> None:
+    """Raise, and take the swaps back, if a block is not fused whole."""
+    from vitkernels.fuse.explain import explain
+
+    missing = explain(model).unfused
+    if missing:
+        for module in before:
+            restore(module)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise RuntimeError(f"fuse: strict=True, and not every block would be fused: {reasons}")
