@@ -2,11 +2,12 @@
 
 `pick` functions choose a row by shape, dtype and compute capability; no autotuning, which fails under the interpreter
 and collapses under torch.compile. Rows are for one H100 unless they say otherwise; figures are "not yet measured" until
-a GPU has measured them. The capability is (8, 0), (8, 6), (8, 9), (9, 0) or (10, 0); later ones take the last row.
+a GPU has measured them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 Capability = tuple[int, int]
@@ -233,7 +234,7 @@ def attention_short_backward(keys: int, width: int, float32: bool, capability: C
 
 
 def _first(
-    table: dict[int, tuple[AttentionShort, ...]], keys: int, width: int, capability: Capability
+    table: Mapping[int, tuple[AttentionShort, ...]], keys: int, width: int, capability: Capability
 ) -> AttentionTile | None:
     rows = table[_chip(capability)]
     return next((row.tile for row in rows if keys <= row.keys and width <= row.width), None)
@@ -282,14 +283,12 @@ _MLP_SM_90 = ProductTile(128, 256, 64, warps=8, stages=4, pieces=4, tma=True)
 # The heavier epilogue wants two programs: 128 x 256 takes 254 registers, and the tensor cores would wait for it.
 _MLP_SM_90_BACKWARD = ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True, maxnreg=128)
 _MLP_SM_100 = ProductTile(128, 256, 64, warps=8, stages=3, pieces=4, tma=True)  # sums live in tensor memory
-# sm_120 has sm_86's shared memory
-MLP_FORWARD = {(8, 0): _MLP_SM_80, (8, 6): _MLP_SM_86, (9, 0): _MLP_SM_90, (10, 0): _MLP_SM_100, (12, 0): _MLP_SM_86}
+MLP_FORWARD = {80: _MLP_SM_80, 86: _MLP_SM_86, 90: _MLP_SM_90, 100: _MLP_SM_100}
 MLP_BACKWARD = {
-    (8, 0): ProductTile(128, 128, 32, warps=8, stages=3, pieces=4, programs=2, maxnreg=128),
-    (8, 6): _MLP_SM_86,
-    (9, 0): _MLP_SM_90_BACKWARD,
-    (10, 0): ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
-    (12, 0): _MLP_SM_86,
+    80: ProductTile(128, 128, 32, warps=8, stages=3, pieces=4, programs=2, maxnreg=128),
+    86: _MLP_SM_86,
+    90: _MLP_SM_90_BACKWARD,
+    100: ProductTile(128, 128, 64, warps=8, stages=3, pieces=4, programs=2, tma=True),
 }
 # fewer tiles than multiprocessors: smaller ones, for more of them
 MLP_SMALL = ProductTile(64, 64, 64, warps=4, stages=3)
@@ -297,9 +296,9 @@ MLP_SMALL = ProductTile(64, 64, 64, warps=4, stages=3)
 MLP_ELEMENTWISE = ProductTile(64, 64, 0, warps=4, stages=1, programs=3)
 
 
-def pick_product_tile(table: dict[Capability, ProductTile], capability: Capability) -> ProductTile:
-    """The row of the capability, or of the last one before it."""
-    return table[max(known for known in table if known <= capability)]
+def pick_product_tile(table: dict[int, ProductTile], capability: Capability) -> ProductTile:
+    """The row of the capability's chip."""
+    return table[_chip(capability)]
 
 
 # -------------------------------------------------------------------------------------------------------- patch_embed
@@ -328,7 +327,7 @@ _PATCH_EMBED_HOPPER = {
 # half as many reads of the image, one program an SM, 222 to 252 registers; irregular patches would spill 48 to 200
 # bytes with it, and sm_100 280
 _PATCH_EMBED_WIDE = PatchEmbedTile(128, 256, 64, 8, 3)
-# shared memory of 99 KiB on (8, 6) and (8, 9) holds no deeper steps
+# shared memory of 99 KiB holds no deeper steps
 _PATCH_EMBED_AMPERE = PatchEmbedTile(128, 128, 32, 8, 3)
 # exact products run on the ordinary cores; steps of 32 spill 8 bytes on sm_90
 _PATCH_EMBED_FLOAT32 = PatchEmbedTile(64, 64, 16, 8, 2)
@@ -348,7 +347,7 @@ def patch_embed(kernel: str, width: int, regular: bool, float32: bool, capabilit
     """
     if float32:
         return _PATCH_EMBED_FLOAT32
-    if capability < (9, 0):
+    if _chip(capability) < 90:
         return _PATCH_EMBED_AMPERE
     if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and regular:
         return _PATCH_EMBED_WIDE

@@ -55,7 +55,7 @@ def _suits_tma(matrix: Tensor) -> bool:
     return matrix.numel() > 0 and stride_c == 1 and stride_r * size % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def _tile(table: dict[Capability, ProductTile], rows: int, columns: int, like: Tensor) -> ProductTile:
+def _tile(table: dict[int, ProductTile], rows: int, columns: int, like: Tensor) -> ProductTile:
     if like.dtype == torch.float32:
         return configs.MLP_ELEMENTWISE
     tile = configs.pick_product_tile(table, capability(like.device))
