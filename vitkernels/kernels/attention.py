@@ -104,6 +104,13 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
     return values, strides, {"MASK": kind, "MASK_ROWS": mask.shape[2] > 1}
 
 
+def _short(direction: str, keys: int, mask: Tensor | None, is_causal: bool, *key: Any) -> configs.AttentionTile | None:
+    """The row of the short kernels where they serve: they take masks that hide keys from all queries alike."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1):
+        return None
+    return configs.attention_short(direction, keys, mask is not None or is_causal, *key)
+
+
 def _exponent(scale: float, q: Tensor) -> float:
     """The scale on the scores in the units of the long kernels' exponential, e^x for float32 and 2^x for the rest."""
     return scale if q.dtype == torch.float32 else scale * LOG2E
@@ -126,21 +133,22 @@ def _forward(
     align = _align(q, k, v, out)
     sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
     strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
-    plain = mask is None and scale > 0
     key = (width, q.dtype == torch.float32, capability(q.device))
-    short = configs.attention_short_forward(keys, *key) if plain and not is_causal else None
+    values, mask_strides, mask_constants = _mask_arguments(mask)
+    short = _short("forward", keys, mask, is_causal, *key) if scale > 0 else None
     if short is not None:
+        mask_b, mask_h, _, mask_n = mask_strides
         attention_short.forward_kernel[(batch * heads,)](
-            q, k, v, out, lse, *strides, *_strides(out, align)[:3], heads, queries, scale * LOG2E,
-            NK=keys, **sizes, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
+            q, k, v, values, out, lse, *strides, mask_b, mask_h, mask_n, *_strides(out, align)[:3],
+            heads, queries, scale * LOG2E, NK=keys, **sizes, MASK="none" if mask is None else "keys",
+            CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
         )  # fmt: skip
         return lse
     tile = configs.attention_long(*key).forward
-    values, mask_strides, mask_constants = _mask_arguments(mask)
     attention_long.forward_kernel[(batch * heads * -(-queries // tile.queries),)](
         q, k, v, values, out, lse, *strides, *mask_strides, *_strides(out, align)[:3],
         heads, queries, keys, _exponent(scale, q),
-        **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=plain, BM=tile.queries, BN=tile.keys,
+        **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=mask is None and scale > 0, BM=tile.queries, BN=tile.keys,
         **_launch_options(tile),
     )  # fmt: skip
     return lse
@@ -165,16 +173,18 @@ def _backward(
     strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
     strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
     key = (width, q.dtype == torch.float32, capability(q.device))
-    short = configs.attention_short_backward(keys, *key) if mask is None and not is_causal else None
+    values, mask_strides, mask_constants = _mask_arguments(mask)
+    short = _short("backward", keys, mask, is_causal, *key)
     if short is not None:
+        mask_b, mask_h, _, mask_n = mask_strides
         attention_short.backward_kernel[(batch * heads,)](
-            q, k, v, dout, lse, dq, dk, dv, *strides, *_strides(dout, align), *strides_dq, *strides_dk, *strides_dv,
-            heads, queries, scale, scale * LOG2E,
-            NK=keys, **sizes, BM=short.queries, BN=short.keys, **_launch_options(short),
+            q, k, v, values, dout, lse, dq, dk, dv, *strides, mask_b, mask_h, mask_n, *_strides(dout, align),
+            *strides_dq, *strides_dk, *strides_dv, heads, queries, scale, scale * LOG2E, NK=keys, **sizes,
+            MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
+            **_launch_options(short),
         )  # fmt: skip
         return nothing(q)
     row = configs.attention_long(*key)
-    values, mask_strides, mask_constants = _mask_arguments(mask)
     all_strides = *strides, *mask_strides, *_strides(dout, align)
     delta = torch.empty_like(lse)
     if not needs_mask:  # else dq's kernel leaves it

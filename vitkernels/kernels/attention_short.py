@@ -3,8 +3,8 @@
 Forward takes all scores of a tile of queries at once: one maximum, one sum, no running rescale. Backward also holds dk
 and dv of all keys, so one walk over the queries gives every gradient: weights are computed once, delta is a sum over
 weights at hand (out is not read), and nothing is added from two places. The number of keys is known when compiled:
-masks and exponentials of columns past it are deleted. Calls without a mask only: one spills registers here, and the
-long kernels serve it.
+masks and exponentials of columns past it are deleted. Of masks they take those that need few registers: causal, and
+one that is the same for all queries (`MASK` "keys", which keys may be seen); the long kernels serve the others.
 """
 
 # mypy: disable-error-code="assignment"
@@ -44,12 +44,22 @@ def _load_keys(
 
 
 @triton.jit
+def _seen(p_mask, stride_mn, o_n, NK: tl.constexpr, MASK: tl.constexpr):
+    """Whether a key is there and no mask hides it."""
+    m_n = o_n < NK
+    if MASK == "keys":
+        m_n = tl.load(p_mask + tl.cast(o_n, tl.int64) * stride_mn, mask=m_n, other=0) != 0
+    return m_n
+
+
+@triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse,
+    p_q, p_k, p_v, p_mask, p_out, p_lse,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
-    stride_vb, stride_vh, stride_vn, stride_vk,
+    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mn,
     stride_ob, stride_oh, stride_on, H, NQ, scale_log2, NK: tl.constexpr,
-    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr, KEYS: tl.constexpr,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    BM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program a head. `KEYS` are the pieces of powers of two that cover NK; the scale is positive."""
     i_bh = tl.program_id(0)
@@ -58,6 +68,8 @@ def forward_kernel(
     p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
     p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
     p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
+    if MASK == "keys":
+        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
     p_lse += tl.cast(i_bh, tl.int64) * NQ
     k = _load_keys(p_k, stride_kn, stride_kk, NK, K, ALIGN, WIDTHS, KEYS)
     v = _load_keys(p_v, stride_vn, stride_vk, NK, K, ALIGN, WIDTHS, KEYS)
@@ -70,29 +82,38 @@ def forward_kernel(
         for j in tl.static_range(len(KEYS)):
             o_n = begin_of(KEYS, j) + tl.arange(0, KEYS[j])
             s = across(q, k[j], WIDTHS)
-            if begin_of(KEYS, j + 1) > NK:
-                s = tl.where((o_n < NK)[None, :], s, -INF)
+            if MASK == "keys" or begin_of(KEYS, j + 1) > NK:
+                s = tl.where(_seen(p_mask, stride_mn, o_n, NK, MASK)[None, :], s, -INF)
+            if CAUSAL:
+                s = tl.where(o_n[None, :] <= o_m[:, None], s, -INF)
             b_max = tl.maximum(b_max, tl.max(s, 1))
             scores = scores + (s,)  # noqa: RUF005
         b_max = b_max * scale_log2
+        if MASK == "keys":  # a row that sees nothing has weights of exp2(-inf - 0) = 0
+            b_max = tl.where(b_max == -INF, 0.0, b_max)
         b_sum = tl.zeros([BM], tl.float32)
         acc = None
         for j in tl.static_range(len(KEYS)):
             p = tl.exp2(scores[j] * scale_log2 - b_max[:, None])
             b_sum += tl.sum(p, 1)
             acc = along(p.to(q[0].dtype), v[j], acc, WIDTHS)
-        tl.store(p_lse + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=m_m)
+        b_lse = (b_max + tl.log2(b_sum)) * LN2
+        if MASK == "keys":  # zeros, and weights of 0 in backward
+            b_lse = tl.where(b_sum == 0, INF, b_lse)
+            b_sum = tl.where(b_sum == 0, 1.0, b_sum)
+        tl.store(p_lse + o_m, b_lse, mask=m_m)
         store(p_out, acc, (1.0 / b_sum)[:, None], o_m, m_m, stride_on, K, ALIGN, WIDTHS)
 
 
 @triton.jit
 def backward_kernel(
-    p_q, p_k, p_v, p_dout, p_lse, p_dq, p_dk, p_dv,
+    p_q, p_k, p_v, p_mask, p_dout, p_lse, p_dq, p_dk, p_dv,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
-    stride_vb, stride_vh, stride_vn, stride_vk,
+    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mn,
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, H, NQ, scale, scale_log2,
-    NK: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NK: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a head; BN >= NK. Scores are transposed, [keys, queries]."""
     i_bh = tl.program_id(0)
@@ -107,6 +128,9 @@ def backward_kernel(
     m_n = o_n < NK
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
+    if MASK == "keys":
+        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+    m_seen = _seen(p_mask, stride_mn, o_n, NK, MASK)
     dk, dv = zeros(BN, WIDTHS), zeros(BN, WIDTHS)
     for i_m in tl.range(0, NQ, BM):
         o_m = i_m + tl.arange(0, BM)
@@ -116,8 +140,10 @@ def backward_kernel(
         # +inf makes the weights of queries that are not there 0
         b_lse = tl.load(p_lse + o_m, mask=m_m, other=INF) * LOG2E
         p = tl.exp2(across(k, q, WIDTHS) * scale_log2 - b_lse[None, :])
-        if NK < BN:
-            p = tl.where(m_n[:, None], p, 0.0)
+        if MASK == "keys" or NK < BN:
+            p = tl.where(m_seen[:, None], p, 0.0)
+        if CAUSAL:
+            p = tl.where(o_n[:, None] <= o_m[None, :], p, 0.0)
         dp = across(v, dout, WIDTHS)
         dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
         ds = p * (dp - tl.sum(p * dp, 0)[None, :])

@@ -31,6 +31,9 @@ def variants(capability: Capability) -> list[Variant]:
     found = [variant for tokens, width in _SHAPES for variant in _Shape(tokens, width, "bf16", capability).variants()]
     for mask in _MASKS:
         found += _Shape(577, 64, "bf16", capability, mask).variants()
+    for mask in ("causal", "key padding"):
+        for tokens, width in ((77, 64), (128, 128), (197, 32), (197, 64), (256, 80)):
+            found += _Shape(tokens, width, "bf16", capability, mask).variants()
     return found + list(_Shape(577, 64, "fp32", capability).variants())
 
 
@@ -49,20 +52,25 @@ class _Shape:
     def variants(self) -> Iterator[Variant]:
         key = (self.width, self.dtype == "fp32", self.capability)
         row = configs.attention_long(*key)
-        short = None if self.mask else configs.attention_short_forward(self.tokens, *key)
+        short = self._short("forward", *key)
         if short is not None:
             pieces = configs.attention_keys(self.tokens)
             constants = {"KEYS": pieces, "NK": self.tokens}
             yield self._variant(attention_short.forward_kernel, short, 4, 4, sum(pieces), constants)
         else:
             yield self._variant(attention_long.forward_kernel, row.forward, 4, 4)
-        short = None if self.mask else configs.attention_short_backward(self.tokens, *key)
+        short = self._short("backward", *key)
         if short is not None:
             yield self._variant(attention_short.backward_kernel, short, 7, 10, short.keys, {"NK": self.tokens})
         else:
             yield self._variant(attention_long.delta_kernel, row.delta, 2, 0)
             yield self._variant(attention_long.dq_kernel, row.ds if "gradient" in self.mask else row.dq, 5, 6)
             yield self._variant(attention_long.dkdv_kernel, row.dkdv, 6, 8)
+
+    def _short(self, direction: str, *key: Any) -> AttentionTile | None:
+        if self.mask not in ("", "causal", "key padding"):
+            return None
+        return configs.attention_short(direction, self.tokens, self.mask != "", *key)
 
     def _variant(
         self, kernel: Any, tile: AttentionTile, tensors: int, flops: int, keys: int = 0,
@@ -74,7 +82,8 @@ class _Shape:
         keys = keys or -(-self.tokens // max(tile.keys, 1)) * tile.keys
         known = _UNMASKED | _MASKS.get(self.mask, {})
         known |= {"K": self.width, "ALIGN": 8, "WIDTHS": widths, "BM": tile.queries, "BN": tile.keys}
-        known |= constants or {}
+        if constants:  # the short kernels
+            known |= constants | {"MASK": "keys" if self.mask == "key padding" else "none"}
         known |= {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name[-1] == "k"}
         known |= {"stride_mn": 1} if known["MASK"] != "none" else {}
         known |= {"p_mask": None} if known["MASK"] == "none" else {}

@@ -162,11 +162,15 @@ def attention_keys(keys: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class AttentionShort:
-    """A row for up to so many keys in heads up to so wide; the forward's tile spans all keys, in `attention_keys`."""
+    """A row for up to so many keys in heads up to so wide; the forward's tile spans all keys, in `attention_keys`.
+
+    `masked` says whether it also serves calls that are causal or hide keys, which take more registers.
+    """
 
     keys: int
     width: int
     tile: AttentionTile
+    masked: bool = True
 
 
 _SHORT_FORWARD_SM_80 = (
@@ -175,15 +179,16 @@ _SHORT_FORWARD_SM_80 = (
     AttentionShort(208, 80, AttentionTile(64, 0, 8, 1)),
     AttentionShort(256, 64, AttentionTile(32, 0, 4, 1)),  # 257 keys spill, and so do wider heads
 )
-_SHORT_FORWARD = {
+_SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     80: _SHORT_FORWARD_SM_80,
     86: _SHORT_FORWARD_SM_80,
     90: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
         AttentionShort(256, 48, AttentionTile(64, 0, 4, 1)),
         # 3 programs a multiprocessor; 186 registers without. By triton 3.7 197 keys spill nothing, 196 keys 24 bytes
-        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168, spills=24)),
-        AttentionShort(272, 96, AttentionTile(64, 0, 4, 1)),  # more keys spill, and so do wider heads
+        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168, spills=24), masked=False),
+        AttentionShort(256, 80, AttentionTile(64, 0, 4, 1)),
+        AttentionShort(272, 96, AttentionTile(64, 0, 4, 1), masked=False),  # more keys spill, and so do wider heads
     ),
     100: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
@@ -194,7 +199,7 @@ _SHORT_FORWARD = {
 }
 # dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Where tiles of 32 queries spill, tiles of 16,
 # or one stage: the next queries are fetched later, and their addresses need no registers meanwhile.
-_SHORT_BACKWARD = {
+_SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     80: (
         AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
         AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
@@ -223,21 +228,16 @@ _SHORT_BACKWARD = {
 }
 
 
-def attention_short_forward(keys: int, width: int, float32: bool, capability: Capability) -> AttentionTile | None:
-    """The row for few keys, or None where the long kernels serve."""
-    return None if float32 else _first(_SHORT_FORWARD, keys, width, capability)
-
-
-def attention_short_backward(keys: int, width: int, float32: bool, capability: Capability) -> AttentionTile | None:
-    """As above, for backward."""
-    return None if float32 else _first(_SHORT_BACKWARD, keys, width, capability)
-
-
-def _first(
-    table: Mapping[int, tuple[AttentionShort, ...]], keys: int, width: int, capability: Capability
+def attention_short(
+    direction: str, keys: int, masked: bool, width: int, float32: bool, capability: Capability
 ) -> AttentionTile | None:
-    rows = table[_chip(capability)]
-    return next((row.tile for row in rows if keys <= row.keys and width <= row.width), None)
+    """The row for few keys, "forward" or "backward", or None where the long kernels serve."""
+    if float32:
+        return None
+    for row in {"forward": _SHORT_FORWARD, "backward": _SHORT_BACKWARD}[direction][_chip(capability)]:
+        if keys <= row.keys and width <= row.width and (row.masked or not masked):
+            return row.tile
+    return None
 
 
 def attention_long(width: int, float32: bool, capability: Capability) -> AttentionLong:
