@@ -95,3 +95,22 @@ def split_heads(packed: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]
 def join_heads(heads: Tensor) -> Tensor:
     """[B, H, N, K] to [B, N, H * K]."""
     return heads.transpose(1, 2).flatten(2)
+
+
+def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
+    """Rotary positions (Su et al. 2021) on q or k, [B, H, N, K] to the same; the first `prefix` tokens have none.
+
+    Args:
+        x: q or k.
+        sin, cos: [N - prefix, K], or with more axes in front; products are in the wider dtype and rounded once.
+        prefix: class token and registers.
+        half: pairs are (x[i], x[i + K / 2]); else (x[2 i], x[2 i + 1]).
+    """
+    patches = x[:, :, prefix:]
+    if half:
+        first, second = patches.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], -1).reshape(patches.shape)
+    rotated = (patches * cos + turned * sin).to(x.dtype)
+    return torch.cat([x[:, :, :prefix], rotated], dim=2) if prefix else rotated

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vitkernels import dispatch
 from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Border, Part
+from vitkernels.fuse.residual import Border, Branch, Part
 
 
 @dataclass
@@ -52,6 +52,14 @@ class Fused(nn.Module):
     def parts(self) -> list[Part]:
         """The rows of `explain`: what would run fused if the module were called now."""
         raise NotImplementedError
+
+    def branch(self, **options: Any) -> Branch:
+        """The module as the branch of a residual step, for the block around it; the options are its `forward`'s."""
+        raise NotImplementedError
+
+    def why_not_now(self) -> str | None:
+        """Why the module must be called as a whole now, though it is fused; None where it need not be."""
+        return None
 
     def entry(self) -> Border | None:
         """The norm that the module begins with, for the block before it; None where it begins with something else."""
@@ -96,11 +104,22 @@ def _why_not_call(x: Any) -> str | None:
     return None
 
 
-def unread(name: str, child: nn.Module, mixin: type[Fused]) -> str | None:
-    """Why a fused block must call its sub-layer, not run the parts of it itself; None when it may run them."""
-    if not isinstance(child, mixin):
-        return f"{name} is {type(child).__name__}, which is not fused"
-    return parts.obstacle(name, child)
+def branch_of(name: str, child: nn.Module, **options: Any) -> Branch:
+    """A sub-layer as a branch: by its parts where it is fused and may be read around, else by calling it.
+
+    Args:
+        name: what its block calls it.
+        child: the sub-layer.
+        options: keywords of its `forward`.
+    """
+    why_not: str | None
+    if isinstance(child, Fused):
+        why_not = parts.obstacle(name, child) or child.why_not_now()
+        if why_not is None:
+            return child.branch(**options)
+    else:
+        why_not = f"{name} is {type(child).__name__}, which is not fused"
+    return Branch(lambda x, split: (child(x, **options), None), "", None, why_not)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}

@@ -52,7 +52,7 @@ def _ecosystems() -> tuple[tuple[Rule, ...], tuple[tuple[str, str], ...]]:
     tails: list[tuple[str, str]] = []
     for found in pkgutil.iter_modules(__path__):
         page = importlib.import_module(f"{__name__}.{found.name}")
-        rules += page.RULES
+        rules += getattr(page, "RULES", ())
         tails += getattr(page, "TAILS", ())
     return tuple(rules), tuple(dict.fromkeys(tails))
 

@@ -1,4 +1,7 @@
-"""timm: pre-norm blocks, attention and feed-forward of `vision_transformer` (read from timm 1.0.31)."""
+"""timm: the blocks of `vision_transformer`, and the attention and feed-forward layers that many models share.
+
+Read from timm 1.0.31. EVA's and BEiT's blocks, built on the same pieces, are in `timm_eva`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from vitkernels import ops
 from vitkernels.fuse import parts, sublayers
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, join_heads, not_mlp, split_heads
-from vitkernels.fuse.swap import Fused, unread
+from vitkernels.fuse.sublayers import called, join_heads, split_heads
+from vitkernels.fuse.swap import Fused, branch_of
 
 TAILS = (("blocks", "norm"), ("blocks", "fc_norm"))
 
@@ -30,128 +33,57 @@ parts.ACTIVATIONS["GELUTanh"] = lambda act: "gelu_tanh"
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-def _not_heads(attn: Any) -> str | None:
-    """Why the attention between its projections cannot run fused now, or None when it can."""
-    if parts.dropout_rate(attn.attn_drop) > 0:
-        return "attn_drop > 0 in training"
-    return None if parts.drops_nothing(attn.attn_drop) else parts.obstacle("attn_drop", attn.attn_drop)
+def two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
+    """Whether a call asks for what timm itself answers in two ways."""
+    return "called with attn_mask and is_causal" if attn_mask is not None and is_causal else None
 
 
-def _heads(attn: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """[B, N, D] to the heads' outputs side by side, [B, N, H * K]."""
-    gate = None if attn.gate is None else parts.linear(attn.gate, x).sigmoid()
-    qkv = parts.linear(attn.qkv, x)
-    if parts.is_identity(attn.q_norm) and parts.is_identity(attn.k_norm):
-        out = ops.attention_qkv(qkv, attn.num_heads, attn_mask=attn_mask, is_causal=is_causal)
-    else:
+class FusedAttention(Fused):
+    """timm.layers.attention.Attention on `ops.attention_qkv`; its relatives change how q, k and v are made."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.declines(x, lambda: self.why_not_now() or two_masks(attn_mask, is_causal)):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        with self.backend():
+            return self.output(x, self.heads(x, attn_mask=attn_mask, is_causal=is_causal), False)[0]
+
+    def why_not_now(self) -> str | None:
+        """Why the attention between its projections cannot run fused now, or None when it can."""
+        attn: Any = self
+        return None if parts.drops_nothing(attn.attn_drop) else "a dropout of attention's weights"
+
+    def heads(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, N, D] to the heads' outputs side by side, [B, N, H * K]."""
+        attn: Any = self
+        qkv = parts.linear(attn.qkv, x)
+        if parts.is_identity(attn.q_norm) and parts.is_identity(attn.k_norm):
+            return ops.attention_qkv(qkv, attn.num_heads, attn_mask=attn_mask, is_causal=is_causal)
         q, k, v = split_heads(qkv, attn.num_heads)
         q, k = parts.layer_norm(attn.q_norm, q).to(v.dtype), parts.layer_norm(attn.k_norm, k).to(v.dtype)
-        out = join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
-    out = out if parts.is_identity(attn.norm) else attn.norm(out)
-    return out if gate is None else out * gate
+        return join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
 
-
-def _attention(attn: Any, attn_mask: Tensor | None, is_causal: bool) -> Branch:
-    why_not = unread("attn", attn, FusedAttention) or _not_heads(attn)
-    if why_not is not None:
-        return Branch(lambda x, split: (attn(x, attn_mask=attn_mask, is_causal=is_causal), None), "", None, why_not)
-
-    def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-        heads = _heads(attn, x, attn_mask, is_causal)
+    def output(self, x: Tensor, heads: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        """What follows the heads: norm, gate, projection and dropout; as `parts.last_linear`."""
+        attn: Any = self
+        if not parts.is_identity(getattr(attn, "norm", None)):
+            heads = parts.layer_norm(attn.norm, heads)
+        if getattr(attn, "gate", None) is not None:
+            heads = heads * parts.linear(attn.gate, x).sigmoid()
         if parts.drops_nothing(attn.proj_drop):
             return parts.last_linear(attn.proj, heads, split)
         return attn.proj_drop(parts.linear(attn.proj, heads)), None
 
-    return Branch(run, "linear, attention, linear", attn.qkv, called(qkv=attn.qkv, proj=attn.proj))
-
-
-class FusedAttention(Fused):
-    """timm.layers.attention.Attention on `ops.attention_qkv`."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.declines(x, lambda: _not_heads(self) or _two_masks(attn_mask, is_causal)):
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        with self.backend():
-            return self.proj_drop(parts.linear(self.proj, _heads(self, x, attn_mask, is_causal)))  # type: ignore[operator,arg-type]
-
-    def parts(self) -> list[Part]:
+    def branch(self, **options: Any) -> Branch:
         attn: Any = self
-        return [Part("", "linear, attention, linear", _not_heads(self) or called(qkv=attn.qkv, proj=attn.proj))]
 
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            return self.output(x, self.heads(x, **options), split)
 
-def _two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
-    return "called with attn_mask and is_causal" if attn_mask is not None and is_causal else None
-
-
-# ---------------------------------------------------------------------------------------------------- feed-forward
-
-
-def _not_mlp(mlp: Any) -> str | None:
-    """Why the two projections cannot run with the activation inside now, or None when they can."""
-    if not parts.is_identity(mlp.norm):
-        return "a norm between fc1 and fc2"
-    return not_mlp(mlp.fc1, mlp.act, mlp.fc2, mlp.drop1)
-
-
-def _mlp_forward(mlp: Any, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-    split = split and parts.drops_nothing(mlp.drop2)
-    if parts.is_identity(mlp.norm):
-        out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1, split)
-    else:
-        hidden = mlp.norm(mlp.drop1(mlp.act(parts.linear(mlp.fc1, x))))
-        out, bias = parts.last_linear(mlp.fc2, hidden, split)
-    return (out, bias) if split else (mlp.drop2(out), None)
-
-
-def _mlp(mlp: Any) -> Branch:
-    why_not = unread("mlp", mlp, FusedMlp)
-    if why_not is not None:
-        return Branch(lambda x, split: (mlp(x), None), "", None, why_not)
-    inside = _not_mlp(mlp)
-    return Branch(lambda x, split: _mlp_forward(mlp, x, split), "mlp" if inside is None else "linear", mlp.fc1, inside)
-
-
-class FusedMlp(Fused):
-    """timm.layers.mlp.Mlp on `ops.mlp`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.declines(x, lambda: _not_mlp(self)):
-            return super().forward(x)
-        with self.backend():
-            return _mlp_forward(self, x, False)[0]
+        return Branch(run, "linear, attention, linear", attn.qkv, called(proj=attn.proj))
 
     def parts(self) -> list[Part]:
-        return [Part("", "mlp", _not_mlp(self))]
-
-
-# ----------------------------------------------------------------------------------------------------------- block
-
-
-class FusedBlock(Fused):
-    """timm.models.vision_transformer.Block, its adds run with the norms that follow them."""
-
-    is_block = True
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.declines(x, lambda: _two_masks(attn_mask, is_causal)):
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        with self.backend():
-            state = self._vitkernels
-            return pre_norm(x, self._sublayers(attn_mask, is_causal), state.border, state.residual_dtype)
-
-    def _sublayers(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> list[Sublayer]:
-        block: Any = self
-        attention = _attention(block.attn, attn_mask, is_causal)
-        return [
-            Sublayer("attn", block.norm1, attention, block.ls1, block.drop_path1),
-            Sublayer("mlp", block.norm2, _mlp(block.mlp), block.ls2, block.drop_path2),
-        ]
-
-    def entry(self) -> Border:
-        return Border(self.norm1, getattr(self.attn, "qkv", None))  # type: ignore[arg-type]
-
-    def parts(self) -> list[Part]:
-        return [part for sublayer in self._sublayers() for part in sublayer.parts()]
+        branch = self.branch()
+        return [Part("", branch.ops, self.why_not_now() or branch.why_not)]
 
 
 ATTENTION = Rule(
@@ -164,11 +96,130 @@ ATTENTION = Rule(
         ("gate",),
     ),
 )
-MLP = Rule(
-    FusedMlp,
-    frozenset({"timm.layers.mlp.Mlp"}),
-    lambda mlp: differs(mlp, ("x",), ("fc1", "act", "drop1", "norm", "fc2", "drop2")),
+
+
+# ---------------------------------------------------------------------------------------------------- feed-forward
+
+
+class FusedMlp(Fused):
+    """timm.layers.mlp.Mlp on `ops.mlp`; its gated relatives change what happens between the products."""
+
+    ops = "mlp"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.declines(x):
+            return super().forward(x)
+        with self.backend():
+            return self.output(x, False)[0]
+
+    def inside(self) -> str | None:
+        """Why the activation cannot run inside the products now, or None when it can."""
+        mlp: Any = self
+        if not parts.is_identity(mlp.norm):
+            return "a norm between fc1 and fc2"
+        return sublayers.not_mlp(mlp.fc1, mlp.act, mlp.fc2, mlp.drop1)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """fc1 and the activation, where they run one by one."""
+        mlp: Any = self
+        return mlp.act(parts.linear(mlp.fc1, x))
+
+    def output(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        """The feed-forward; as `parts.last_linear`."""
+        mlp: Any = self
+        split = split and parts.drops_nothing(mlp.drop2)
+        if self.inside() is None:
+            out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1, split)
+        else:
+            hidden = mlp.norm(mlp.drop1(self.hidden(x)))
+            out, bias = parts.last_linear(mlp.fc2, hidden, split)
+        return (out, bias) if split else (mlp.drop2(out), None)
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+        inside = self.inside()
+        return Branch(self.output, self.ops if inside is None else "linear, linear", mlp.fc1, inside)
+
+    def parts(self) -> list[Part]:
+        branch = self.branch()
+        return [Part("", branch.ops, branch.why_not)]
+
+
+class FusedGluMlp(FusedMlp):
+    """timm.layers.mlp.GluMlp: the products are ours, the gate between them is torch's."""
+
+    def inside(self) -> str | None:
+        return "gated: no kernel runs the gate inside the products"
+
+    def hidden(self, x: Tensor) -> Tensor:
+        mlp: Any = self
+        first, second = parts.linear(mlp.fc1, x).chunk(2, dim=-1)
+        return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+        return Branch(self.output, "linear, gate of torch, linear", mlp.fc1, called(fc1=mlp.fc1, fc2=mlp.fc2))
+
+
+class FusedSwiGLU(FusedGluMlp):
+    """timm.layers.mlp.SwiGLU: as GluMlp, with the gate's projection apart."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        mlp: Any = self
+        return mlp.act(parts.linear(mlp.fc1_g, x)) * parts.linear(mlp.fc1_x, x)
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+        why_not = called(fc1_g=mlp.fc1_g, fc1_x=mlp.fc1_x, fc2=mlp.fc2)
+        return Branch(self.output, "linear, gate of torch, linear", mlp.fc1_x, why_not)
+
+
+_MLP = ("act", "drop1", "norm", "fc2", "drop2")
+MLP = Rule(FusedMlp, frozenset({"timm.layers.mlp.Mlp"}), lambda mlp: differs(mlp, ("x",), ("fc1", *_MLP)))
+GLU_MLP = Rule(
+    FusedGluMlp,
+    frozenset({"timm.layers.mlp.GluMlp"}),
+    lambda mlp: differs(mlp, ("x",), ("fc1", *_MLP)) or (None if mlp.chunk_dim == -1 else "it is made of convolutions"),
 )
+SWIGLU = Rule(
+    FusedSwiGLU,
+    frozenset({"timm.layers.mlp.SwiGLU"}),
+    lambda mlp: differs(mlp, ("x",), ("fc1_g", "fc1_x", *_MLP)),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- block
+
+
+class FusedBlock(Fused):
+    """timm.models.vision_transformer.Block, its adds run with the norms that follow them."""
+
+    is_block = True
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.declines(x, lambda: two_masks(attn_mask, is_causal)):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        with self.backend():
+            state = self._vitkernels
+            sublayers = self.sublayers(attn_mask=attn_mask, is_causal=is_causal)
+            return pre_norm(x, sublayers, state.border, state.residual_dtype)
+
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        """The residual steps; the options are the attention's."""
+        block: Any = self
+        return [
+            Sublayer("attn", block.norm1, branch_of("attn", block.attn, **options), block.ls1, block.drop_path1),
+            Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.ls2, block.drop_path2),
+        ]
+
+    def entry(self) -> Border:
+        first = self.sublayers()[0]
+        return Border(first.norm, first.branch.first)
+
+    def parts(self) -> list[Part]:
+        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
+
+
 BLOCK = Rule(
     FusedBlock,
     frozenset({"timm.models.vision_transformer.Block"}),
@@ -178,4 +229,4 @@ BLOCK = Rule(
         ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"),
     ),
 )
-RULES = (BLOCK, ATTENTION, MLP)
+RULES = (BLOCK, ATTENTION, MLP, GLU_MLP, SWIGLU)

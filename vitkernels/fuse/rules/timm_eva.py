@@ -1,0 +1,160 @@
+"""timm: blocks with rotary positions (EVA, DINOv3, PE) and with a learned bias on the scores (BEiT).
+
+Read from timm 1.0.31, `models/eva.py`, `models/beit.py` and `layers/attention.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels import ops
+from vitkernels.fuse import parts
+from vitkernels.fuse.residual import Branch, Sublayer, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, two_masks
+from vitkernels.fuse.sublayers import called, join_heads, packed_projection, rotary, split_heads
+from vitkernels.fuse.swap import branch_of
+
+
+class FusedRopeAttention(FusedAttention):
+    """timm's AttentionRope and EvaAttention: one projection or three, norms, rotary positions, then the heads."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if self.declines(x, lambda: self.why_not_now() or two_masks(attn_mask, is_causal)):
+            return super(FusedAttention, self).forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        with self.backend():
+            heads = self.heads(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            return self.output(x, heads, False)[0]
+
+    def why_not_now(self) -> str | None:
+        attn: Any = self
+        if getattr(attn, "q_bias", None) is not None:  # timm reads qkv's weight, past anything hung on the module
+            return super().why_not_now() or called(qkv=attn.qkv)
+        return super().why_not_now()
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each [B, H, N, K]."""
+        attn: Any = self
+        if attn.qkv is None:
+            if getattr(attn, "num_kv_groups", 1) > 1:
+                return self._grouped(x)
+            return split_heads(packed_projection(x, attn.q_proj, attn.k_proj, attn.v_proj), attn.num_heads)
+        if getattr(attn, "q_bias", None) is None:
+            return split_heads(parts.linear(attn.qkv, x), attn.num_heads)
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        return split_heads(ops.linear(x, attn.qkv.weight, bias), attn.num_heads)
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Grouped-query attention (Ainslie et al. 2023): several heads of q share one of k and v."""
+        attn: Any = self
+        q, k, v = (
+            parts.linear(linear, x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+            for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        return q, k, v
+
+    def heads(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        attn: Any = self
+        q, k, v = self.project(x)
+        q, k = parts.layer_norm(attn.q_norm, q), parts.layer_norm(attn.k_norm, k)
+        if rope is not None:
+            half, prefix = getattr(attn, "rotate_half", False), attn.num_prefix_tokens
+            q, k = (rotary(each, *rope.chunk(2, -1), prefix=prefix, half=half) for each in (q, k))
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
+
+    def branch(self, **options: Any) -> Branch:
+        attn: Any = self
+        branch = super().branch(**options)
+        branch.first = attn.q_proj if attn.qkv is None else attn.qkv
+        return branch
+
+
+class FusedBeitAttention(FusedRopeAttention):
+    """timm.models.beit.Attention: a learned bias of relative positions on the scores, with its gradient."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if self.declines(x, self.why_not_now):
+            return super(FusedAttention, self).forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        with self.backend():
+            return self.output(x, self.heads(x, shared_rel_pos_bias=shared_rel_pos_bias), False)[0]
+
+    def heads(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        attn: Any = self
+        bias = None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()
+        if shared_rel_pos_bias is not None:
+            bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+        return join_heads(ops.attention(*self.project(x), attn_mask=bias))
+
+
+class FusedEvaBlock(FusedBlock):
+    """timm.models.eva.EvaBlock: as `Block`, with LayerScale as parameters of its own, and rotary positions."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if self.declines(x, lambda: two_masks(attn_mask, is_causal)):
+            return super(FusedBlock, self).forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        with self.backend():
+            state = self._vitkernels
+            sublayers = self.sublayers(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+            return pre_norm(x, sublayers, state.border, state.residual_dtype)
+
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        block: Any = self
+        return [
+            Sublayer("attn", block.norm1, branch_of("attn", block.attn, **options), block.gamma_1, block.drop_path1),
+            Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.gamma_2, block.drop_path2),
+        ]
+
+
+class FusedBeitBlock(FusedEvaBlock):
+    """timm.models.beit.Block."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if self.declines(x):
+            return super(FusedBlock, self).forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        with self.backend():
+            state = self._vitkernels
+            sublayers = self.sublayers(shared_rel_pos_bias=shared_rel_pos_bias)
+            return pre_norm(x, sublayers, state.border, state.residual_dtype)
+
+
+_ROPE = ("x", "rope", "attn_mask", "is_causal")
+_ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "gate")
+_BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+_GAMMAS = ("gamma_1", "gamma_2")
+_BEIT = ("q_bias", "v_bias", "relative_position_bias_table")
+RULES = (
+    Rule(
+        FusedRopeAttention,
+        frozenset({"timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention"}),
+        lambda attn: differs(attn, _ROPE, _ATTENTION, _PROJECTIONS, ("q_bias", "v_bias")),
+    ),
+    Rule(
+        FusedBeitAttention,
+        frozenset({"timm.models.beit.Attention"}),
+        lambda attn: differs(attn, ("x", "shared_rel_pos_bias"), ("qkv", "attn_drop", "proj", "proj_drop"), (), _BEIT),
+    ),
+    Rule(
+        FusedEvaBlock,
+        frozenset({"timm.models.eva.EvaBlock"}),
+        lambda block: differs(block, _ROPE, _BLOCK, (), _GAMMAS),
+    ),
+    Rule(
+        FusedBeitBlock,
+        frozenset({"timm.models.beit.Block"}),
+        lambda block: differs(block, ("x", "shared_rel_pos_bias"), _BLOCK, (), _GAMMAS),
+    ),
+)
