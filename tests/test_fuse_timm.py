@@ -8,26 +8,169 @@ import fused
 import peers
 import pytest
 import torch
+from torch import nn
+
+import vitkernels as vk
 
 timm = peers.import_timm()
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
 OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-QK_NORM = OPS - {"attention_qkv"} | {"attention"}
-MODELS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "plain": ({}, OPS),
-    "registers": ({"reg_tokens": 3}, OPS),
-    "layer scale": ({"init_values": 0.5}, OPS),
-    "qk_norm": ({"qk_norm": True}, QK_NORM),
-    "average pooling": ({"global_pool": "avg"}, OPS),
-    "map pooling": ({"global_pool": "map", "class_token": False}, OPS),
+APART = OPS - {"attention_qkv"} | {"attention"}
+WHOLE = "2 of 2 blocks fused"
+
+
+def vit(**options: Any) -> nn.Module:
+    return timm.models.VisionTransformer(**{**SMALL, **options})
+
+
+def named(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, **{**SMALL, **options})
+
+
+MODELS: dict[str, tuple[Any, set[str]]] = {
+    "plain": (lambda: vit(), OPS),
+    "registers": (lambda: vit(reg_tokens=3), OPS),
+    "layer scale": (lambda: vit(init_values=0.5), OPS),
+    "registers, no_embed_class": (lambda: vit(reg_tokens=2, no_embed_class=True), OPS),
+    "qk_norm": (lambda: vit(qk_norm=True), APART),
+    "qk_norm, scale_attn_norm": (lambda: vit(qk_norm=True, scale_attn_norm=True), APART),
+    "no class token": (lambda: vit(class_token=False, global_pool="avg"), OPS),
+    "average pooling": (lambda: vit(global_pool="avg"), OPS),
+    "map pooling": (lambda: vit(global_pool="map", class_token=False), OPS),
+    "every token": (lambda: vit(global_pool="", num_classes=0), OPS),
+    "no qkv bias": (lambda: vit(qkv_bias=False), OPS),
+    "no biases": (lambda: vit(qkv_bias=False, proj_bias=False), OPS),
+    "tanh GELU": (lambda: vit(act_layer="gelu_tanh"), OPS),
+    "quick GELU": (lambda: vit(act_layer="quick_gelu"), OPS),
+    "SiLU": (lambda: vit(act_layer="silu"), OPS),
+    "ReLU": (lambda: vit(act_layer="relu"), OPS),
+    "SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLU), OPS - {"mlp"}),
+    "packed SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLUPacked), OPS - {"mlp"}),
+    "head width 72": (lambda: vit(embed_dim=144, num_heads=2), OPS),
+    "head width 80": (lambda: vit(embed_dim=160, num_heads=2), OPS),
+    "head width 88": (lambda: vit(embed_dim=176, num_heads=2), OPS),
+    "dynamic_img_size": (lambda: vit(img_size=24, dynamic_img_size=True), OPS),
+    "dynamic_img_pad": (lambda: vit(img_size=30, dynamic_img_size=True, dynamic_img_pad=True, patch_size=8), OPS),
+    "pre_norm": (lambda: vit(pre_norm=True), OPS),
+    "fc_norm": (lambda: vit(fc_norm=True, global_pool="avg"), OPS),
+    "eps 1e-5": (lambda: vit(norm_layer=lambda *args, **keywords: nn.LayerNorm(*args, eps=1e-5, **keywords)), OPS),
+    "deit": (lambda: named("deit_tiny_patch16_224"), OPS),
+    "deit, distilled": (lambda: named("deit_tiny_distilled_patch16_224"), OPS),
+    "deit3": (lambda: named("deit3_small_patch16_224"), OPS),
+    "clip": (lambda: named("vit_base_patch32_clip_224", pre_norm=True), OPS),
+    "clip, quick GELU": (lambda: named("vit_base_patch32_clip_quickgelu_224"), OPS),
+    "siglip": (lambda: named("vit_base_patch16_siglip_224"), OPS),
+    "dinov2": (lambda: named("vit_small_patch14_dinov2"), OPS),
+    "dinov2, registers": (lambda: named("vit_small_patch14_reg4_dinov2"), OPS),
+    "dinov3": (lambda: named("vit_small_patch16_dinov3"), APART),
+    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), APART - {"mlp"}),
+    "rope, mixed": (lambda: named("vit_small_patch16_rope_mixed_224"), APART),
+    "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), APART),
+    "beit": (lambda: named("beit_base_patch16_224"), APART),
+    "beitv2": (lambda: named("beitv2_base_patch16_224"), APART),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_every_gradient(name: str) -> None:
-    options, ops = MODELS[name]
-    model = timm.models.VisionTransformer(**{**SMALL, **options})
+    build, ops = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
     fused.stir(model)
     explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=ops)
-    assert explanation.summary == "2 of 2 blocks fused"
+    assert explanation.summary == WHOLE
+
+
+@pytest.mark.parametrize("name", ["plain", "layer scale", "qk_norm", "average pooling", "dinov3", "beit", "SwiGLU"])
+def test_bf16_autocast_errs_no_more_than_twice_as_much(name: str) -> None:
+    build, ops = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
+    fused.stir(model)
+    # the gradient of a bias on k is 0: what comes out is rounding alone, beside other gradients of about 1
+    fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=ops, autocast=True, absolute=2e-3)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["vit", "layer scale", "eva", "beit"])
+def test_the_same_seed_drops_the_same_paths(name: str, autocast: bool) -> None:
+    rate = {"drop_path_rate": 0.5}
+    build = {
+        "vit": lambda: vit(depth=3, **rate),
+        "layer scale": lambda: vit(depth=3, init_values=0.5, **rate),
+        "eva": lambda: named("eva02_tiny_patch14_224", depth=3, mlp_ratio=4 * 2 / 3, **rate),
+        "beit": lambda: named("beit_base_patch16_224", depth=3, **rate),
+    }[name]
+    model, images = build(), torch.randn(6, 3, 32, 32)
+    fused.stir(model)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append((fused.output_and_gradients(model, (images,), autocast=autocast), torch.get_rng_state()))
+        vk.fuse(model)
+    (own, state), (got, after) = runs
+    assert torch.equal(state, after)
+    for key, tensor in own.items():
+        assert (got[key] - tensor).norm() <= (0.03 if autocast else 1e-5) * tensor.norm() + 1e-5, key
+    torch.manual_seed(4)
+    other = fused.output_and_gradients(model, (images,), autocast=autocast)
+    assert (other["output 0"] - own["output 0"]).norm() > 0.1 * own["output 0"].norm()
+
+
+@pytest.mark.parametrize(
+    ("rates", "reason", "ran"),
+    [
+        ({"attn_drop_rate": 0.2}, "a dropout of attention's weights", {"patch_embed", "add_layer_norm", "mlp"}),
+        ({"proj_drop_rate": 0.2}, "a dropout after the activation", OPS - {"mlp"}),
+    ],
+    ids=["attention", "projections"],
+)
+def test_dropout_in_training_is_the_modules_own(rates: dict[str, float], reason: str, ran: set[str]) -> None:
+    model, images = vit(**rates), (torch.randn(4, 3, 32, 32),)
+    fused.stir(model)
+    torch.manual_seed(1)
+    own = fused.output_and_gradients(model, images)
+    vk.fuse(model)
+    torch.manual_seed(1)
+    with vk.record() as calls:
+        got = fused.output_and_gradients(model, images)
+    assert {call.op for call in calls} == ran
+    for key, tensor in own.items():
+        assert (got[key] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, key
+    assert vk.explain(model).summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
+    assert vk.explain(model.eval()).summary == WHOLE
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
+def test_masks(kind: str) -> None:
+    model = vit(class_token=False, global_pool="avg")
+    fused.stir(model)
+    mask = torch.rand(2, 1, 16, 16) > 0.3 if kind == "bool" else torch.randn(2, 3, 16, 16)
+    keywords = {"is_causal": True} if kind == "causal" else {"attn_mask": mask | mask.mT if kind == "bool" else mask}
+    fused.check_parity(model, (torch.randn(2, 3, 32, 32),), keywords, ops=OPS)
+
+
+def test_the_residual_add_runs_with_the_next_norm_from_block_to_block() -> None:
+    model, images = vit(depth=3), torch.randn(2, 3, 32, 32)
+    vk.fuse(model)
+    with vk.record() as calls:
+        model(images)
+    # the first norm alone, then one for each of the six residual adds: the last one makes the final norm
+    assert [call.op for call in calls].count("add_layer_norm") == 7
+
+
+def test_blocks_that_no_rule_knows_are_named() -> None:
+    model = timm.models.VisionTransformer(**SMALL, block_fn=timm.models.vision_transformer.ResPostBlock)
+    explanation = vk.explain(vk.fuse(model))
+    reason = "no rule for timm.models.vision_transformer.ResPostBlock"
+    assert explanation.summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
+    served = {row.module for row in explanation.rows if row.ops}
+    assert {"blocks.0.attn", "blocks.0.mlp", "patch_embed.proj"} <= served
+
+
+def test_a_rms_norm_is_said_and_runs_as_it_is() -> None:
+    model = vit(norm_layer=timm.layers.RmsNorm)
+    fused.stir(model)
+    explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=OPS - {"add_layer_norm"})
+    assert explanation.unfused["blocks.1"] == "the norm of attn is RmsNorm, not LayerNorm"

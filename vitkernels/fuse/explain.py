@@ -120,6 +120,7 @@ def explain(model: nn.Module) -> Explanation:
         rows += found
         if is_block:
             blocks[name] = next((row.why_not for row in found if row.why_not is not None), None)
+        if isinstance(module, Fused) and is_block:
             inside = (*inside, f"{name}.")
     return Explanation(rows, blocks, fallbacks)
 
