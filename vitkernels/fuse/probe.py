@@ -1,42 +1,67 @@
-"""Trying a fused module against its own class on random tokens, where only its structure says what it computes."""
+"""Trying a fused module against its own class on random numbers, where only its structure says what it computes."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, restore, swap
 
+Keywords = Callable[[nn.Module, Tensor], dict[str, Any]]
 
-def difference(module: nn.Module, mixin: type[Fused]) -> str | None:
-    """In what a module, run fused, differs from itself on random tokens in eval; None in nothing.
 
-    Weights that are not there yet (on the meta device) cannot be tried: None. The module is left as it was.
+def difference(module: nn.Module, mixin: type[Fused], keywords: Keywords = lambda module, tokens: {}) -> str | None:
+    """In what a module, run fused, differs from itself in eval; None in nothing.
+
+    A float32 copy runs both ways, without hooks. Its weights are random too: with those that a module starts with, a
+    LayerScale of 1e-5 would hide whatever the branch computes, and on the meta device there are none.
+
+    Args:
+        module: to try; it is left alone.
+        mixin: to swap in.
+        keywords: (module, tokens) -> what its `forward` is given beside the tokens [2, 5, D].
     """
-    weight = next(module.parameters(), None)
-    if weight is None or weight.is_meta:
-        return None
-    width = _width(module)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(2, 5, width, generator=generator).to(weight)
-    modes = [(each, each.training) for each in module.modules()]
     try:
-        module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            expected = module(tokens)
-            swap(module, mixin)
-            try:
-                got = module(tokens)
-            finally:
-                restore(module)
-        tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+        twin = _random_copy(module, generator)
+        device = next(twin.parameters(), torch.empty(0)).device
+        tokens = torch.randn(2, 5, _width(twin), generator=generator).to(device)
+        arguments = keywords(twin, tokens)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
+            expected = twin(tokens, **arguments)
+            got = swap(twin, mixin)(tokens, **arguments)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     except Exception as error:
-        return f"its structure is known, but not what it computes: {str(error).splitlines()[0]}"
-    finally:
-        for each, training in modes:
-            each.training = training
+        return f"its structure is known, but not what it computes: {(str(error) or repr(error)).splitlines()[0]}"
     return None
+
+
+def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    twin = copy.deepcopy(module)
+    if any(each.is_meta for each in twin.parameters()):
+        twin = twin.to_empty(device="cpu")
+    twin = twin.float().eval()
+    for each in twin.modules():
+        restore(each)
+        for hooks in (each._forward_hooks, each._forward_pre_hooks):
+            hooks.clear()
+        each.__dict__.pop("forward", None)
+    with torch.no_grad():
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(_random(tensor.shape, generator))
+    return twin
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Weights that keep numbers at about 1; vectors, which may be factors, are positive."""
+    if len(shape) < 2:
+        return torch.rand(shape, generator=generator) + 0.5
+    return torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
 
 
 def _width(module: nn.Module) -> int:

@@ -112,7 +112,7 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
             continue
         declined = match.declined
         if declined is None and not match.certain and not isinstance(module, Fused):
-            declined = difference(module, match.rule.mixin)
+            declined = difference(module, match.rule.mixin, match.rule.keywords)
         yield Candidate(name, module, match, declined)
 
 

@@ -12,8 +12,9 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vitkernels.fuse import parts
 from vitkernels.fuse.swap import Fused
@@ -29,12 +30,14 @@ class Rule:
         contract: (module) -> in what the module differs from what the mixin knows, or None: a newer version, say.
         structure: (module) -> whether a class that `owners` does not hold has the same structure; None to look at no
             other. Such a module is run both ways on random tokens before it is swapped.
+        keywords: (module, tokens) -> what such a run passes beside the tokens [B, N, D].
     """
 
     mixin: type[Fused]
     owners: frozenset[str]
     contract: Callable[[nn.Module], str | None]
     structure: Callable[[nn.Module], bool] | None = None
+    keywords: Callable[[nn.Module, Tensor], dict[str, Any]] = lambda module, tokens: {}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,19 @@ def match(module: nn.Module) -> Match | None:
     for rule in all_rules():
         if rule.structure is not None and rule.structure(module) and rule.contract(module) is None:
             return Match(rule, None, False)
+    return _relative(module)
+
+
+def _relative(module: nn.Module) -> Match | None:
+    """A block that no rule serves, but whose base class or structure one knows: in what it differs."""
+    bases = {f"{base.__module__}.{base.__qualname__}" for base in parts.stock_type(module).__mro__}
+    for rule in all_rules():
+        if not rule.mixin.is_block:
+            continue
+        if bases & rule.owners:
+            return Match(rule, rule.contract(module) or f"forward is {parts.owner_name(module)}'s own", True)
+        if rule.structure is not None and rule.structure(module):
+            return Match(rule, rule.contract(module), False)
     return None
 
 
