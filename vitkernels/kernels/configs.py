@@ -125,8 +125,11 @@ _LONG_SM_90 = {
 }
 # before sm_90 operands take registers too, and a mask more of them: smaller tiles, or fetched without a second stage
 _LONG_SM_80 = {
-    96: AttentionLong(
+    80: AttentionLong(
         AttentionTile(128, 64, 8), AttentionTile(32, 64, 4, 1), AttentionTile(64, 32, 4), AttentionTile(32, 32, 4)
+    ),
+    96: AttentionLong(
+        AttentionTile(128, 64, 8), AttentionTile(16, 64, 4), AttentionTile(64, 32, 4), AttentionTile(32, 32, 4)
     ),
     128: AttentionLong(
         AttentionTile(128, 32, 8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1), AttentionTile(32, 32, 4)
@@ -174,9 +177,10 @@ class AttentionShort:
 
 
 _SHORT_FORWARD_SM_80 = (
-    AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
-    AttentionShort(208, 64, AttentionTile(64, 0, 4, 1)),
-    AttentionShort(208, 80, AttentionTile(64, 0, 8, 1)),
+    AttentionShort(128, 96, AttentionTile(64, 0, 4, 1)),
+    AttentionShort(128, 128, AttentionTile(64, 0, 4, 1), masked=False),
+    AttentionShort(208, 64, AttentionTile(64, 0, 4, 1), masked=False),
+    AttentionShort(208, 80, AttentionTile(64, 0, 8, 1), masked=False),
     AttentionShort(256, 64, AttentionTile(32, 0, 4, 1)),  # 257 keys spill, and so do wider heads
 )
 _SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
@@ -202,6 +206,7 @@ _SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
 _SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     80: (
         AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
+        AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
         AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
         AttentionShort(128, 64, AttentionTile(32, 128, 8)),
         AttentionShort(128, 128, AttentionTile(16, 128, 8, 1)),
@@ -210,6 +215,7 @@ _SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     # as above, within 99 KiB of shared memory
     86: (
         AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
+        AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
         AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
         AttentionShort(128, 64, AttentionTile(32, 128, 8)),
     ),
