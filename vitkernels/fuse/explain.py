@@ -105,24 +105,32 @@ def explain(model: nn.Module) -> Explanation:
         if inside and name.startswith(inside):
             continue
         if isinstance(module, Fused):
-            found = [Row(name, part.name, part.ops, _backend(module), part.why_not) for part in module.parts()]
-            is_block = module.is_block
+            backend = _backend(module)
+            found = [
+                Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in module.parts()
+            ]
+            inner = module.block_names(module)
             if module._vitkernels.fallbacks:
                 fallbacks[name] = dict(module._vitkernels.fallbacks)
         elif name in known:
-            found = [Row(name, "", "", "", known[name].declined or "not fused")]
-            is_block = known[name].match.rule.mixin.is_block
+            inner = known[name].match.rule.mixin.block_names(module)
+            reason = known[name].declined or "not fused"
+            found = [Row(_join(name, block), "", "", "", reason) for block in inner or [""]]
         elif _looks_like_block(module):
             found = [Row(name, "", "", "", f"no rule for {parts.owner_name(module)}")]
-            is_block = True
+            inner = [""]
         else:
             continue
         rows += found
-        if is_block:
-            blocks[name] = next((row.why_not for row in found if row.why_not is not None), None)
-        if isinstance(module, Fused) and is_block:
+        for block in (_join(name, each) for each in inner):
+            blocks[block] = next((row.why_not for row in found if row.module == block and row.why_not), None)
+        if isinstance(module, Fused) and inner:
             inside = (*inside, f"{name}.")
     return Explanation(rows, blocks, fallbacks)
+
+
+def _join(name: str, inner: str) -> str:
+    return ".".join(filter(None, (name, inner)))
 
 
 def _backend(module: Fused) -> str:

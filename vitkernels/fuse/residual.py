@@ -26,11 +26,13 @@ class Part:
         name: the part, as its module calls it; "" for the module itself.
         ops: the ops, "attention_qkv, linear"; "" where none runs.
         why_not: what is not fused, or None.
+        module: the block within the module that the part belongs to ("layers.0"); "" for the module itself.
     """
 
     name: str
     ops: str
     why_not: str | None = None
+    module: str = ""
 
 
 @dataclass(slots=True)

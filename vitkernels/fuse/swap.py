@@ -61,6 +61,15 @@ class Fused(nn.Module):
         """Why the module must be called as a whole now, though it is fused; None where it need not be."""
         return None
 
+    @classmethod
+    def block_names(cls, module: nn.Module) -> list[str]:
+        """The Transformer blocks that the module's own forward runs, by their names in it; "" for the module itself.
+
+        Args:
+            module: fused with this mixin, or one that might be.
+        """
+        return [""] if cls.is_block else []
+
     def entry(self) -> Border | None:
         """The norm that the module begins with, for the block before it; None where it begins with something else."""
         return None
@@ -97,20 +106,25 @@ def _why_not_call(x: Any) -> str | None:
         return "traced by torch.fx"
     if not isinstance(x, Tensor):
         return f"called with a {type(x).__name__}, not a tensor"
+    if x.is_nested:
+        return "called with a nested tensor"
     if torch.jit.is_tracing():
         return "traced by torch.jit"
+    if x.is_nested:
+        return "called with a nested tensor"
     if not x.is_floating_point():
         return f"called with {x.dtype}"
     return None
 
 
-def branch_of(name: str, child: nn.Module, **options: Any) -> Branch:
+def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Branch:
     """A sub-layer as a branch: by its parts where it is fused and may be read around, else by calling it.
 
     Args:
         name: what its block calls it.
         child: the sub-layer.
-        options: keywords of its `forward`.
+        call: how its block calls it; with x and the options where none is given.
+        options: keywords of its `branch`.
     """
     why_not: str | None
     if isinstance(child, Fused):
@@ -119,7 +133,7 @@ def branch_of(name: str, child: nn.Module, **options: Any) -> Branch:
             return child.branch(**options)
     else:
         why_not = f"{name} is {type(child).__name__}, which is not fused"
-    return Branch(lambda x, split: (child(x, **options), None), "", None, why_not)
+    return Branch(lambda x, split: (child(x, **options) if call is None else call(x), None), "", None, why_not)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}
