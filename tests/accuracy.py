@@ -1,15 +1,12 @@
-"""The one tolerance rule.
+"""Holds what a backend computes to the one tolerance rule, `vitkernels.accuracy`.
 
-Truth is the reference backend in float64 on the same numbers. In the dtype under test, a backend may err twice as much
-as the reference errs in it (the reference computes in float32 or float64 and rounds once), plus a small floor. Errors
-are measured twice: the worst one, against truth's largest magnitude, and their root mean square, against truth's own,
-which sees what the worst one hides. The rule holds for results and for every gradient alike.
+Truth is the reference backend in float64 on the same numbers; plain torch is the reference in the dtype under test
+(it computes in float32 or float64 and rounds once). The rule holds for results and for every gradient alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,48 +14,9 @@ from case import Case
 from torch import Tensor
 
 import vitkernels as vk
+from vitkernels.accuracy import FLOORS, KINDS, Floor, Size, allowed, size_of
 
-FACTOR = 2.0
-
-
-@dataclass(frozen=True)
-class Floor:
-    """Errors that are always allowed: `worst` and `rms` relative to truth's, `absolute` beside both.
-
-    Cases draw numbers of about 1, so `absolute` is what is left where terms of about 1 cancel: the gradient of the
-    scores of a query that sees one key is 0, and comes out as the rounding of the sums it is the difference of.
-    """
-
-    worst: float
-    rms: float
-    absolute: float
-
-
-_ULP = torch.finfo(torch.float32).eps
-FLOORS = {
-    # the reference is the truth here, and its own rounding counts too; a step kept in float32 would show as 1e-8
-    torch.float64: Floor(worst=1e-11, rms=1e-11, absolute=1e-11),
-    # sums of thousands of terms in another order, and exp or erf by a polynomial that is some ulp off
-    torch.float32: Floor(worst=8 * _ULP, rms=8 * _ULP, absolute=16 * _ULP),
-    # one intermediate (attention's weights, the activation) rounded to the dtype before it is multiplied: the unit
-    # roundoff at the worst, half of it over many elements
-    torch.bfloat16: Floor(worst=2**-8, rms=2**-9, absolute=16 * _ULP),
-    torch.float16: Floor(worst=2**-11, rms=2**-12, absolute=16 * _ULP),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the elements of a tensor are."""
-
-    worst: float
-    rms: float
-
-
-def size_of(tensor: Tensor) -> Size:
-    if tensor.numel() == 0:
-        return Size(0.0, 0.0)
-    return Size(tensor.abs().max().item(), tensor.square().mean().sqrt().item())
+__all__ = ["FLOORS", "Floor", "Size", "check", "check_case", "floor_of", "in_float64", "run", "run_truth", "size_of"]
 
 
 def floor_of(tensors: Mapping[str, Tensor | None]) -> Floor:
@@ -82,20 +40,20 @@ def check(
         AssertionError: names each tensor that broke the rule, its error and what was allowed.
     """
     assert got.keys() == truth.keys(), f"got {sorted(got)}; needs {sorted(truth)}"
-    broken = []
+    broken: list[str] = []
     for name, exact in truth.items():
         tensor = got[name]
         assert tensor.shape == exact.shape, f"{name} has shape {list(tensor.shape)}; needs {list(exact.shape)}"
         assert tensor.dtype == reference[name].dtype, f"{name} is {tensor.dtype}; needs {reference[name].dtype}"
         size = size_of(exact)
         error, own = size_of(tensor.double() - exact), size_of(reference[name].double() - exact)
-        for kind in ("worst", "rms"):
-            allowed = FACTOR * getattr(own, kind) + getattr(floor, kind) * getattr(size, kind) + floor.absolute
-            if not getattr(error, kind) <= allowed:  # also where the error is NaN
-                broken.append(
-                    f"{name}: {kind} error {getattr(error, kind):.3g}, allowed {allowed:.3g}, "
-                    f"truth's own is {getattr(size, kind):.3g}"
-                )
+        limit = allowed(own, size, floor)
+        broken += [
+            f"{name}: {kind} error {getattr(error, kind):.3g}, allowed {getattr(limit, kind):.3g}, "
+            f"truth's own is {getattr(size, kind):.3g}"
+            for kind in KINDS
+            if not getattr(error, kind) <= getattr(limit, kind)  # also where the error is NaN
+        ]
     assert not broken, "\n".join(broken)
 
 
