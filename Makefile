@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo readme bench-ops audit audit-short gpu lint test clean
+.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo compare report audit audit-short gpu lint test clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,11 +26,33 @@ install: .venv/.built ## .venv with everything, the extension built (demo and te
 demo: .venv/.built ## train a ViT on scikit-learn's digit scans, naive and fused, and compare (under 4 minutes)
 	$(PY) -m vitkernels demo
 
-readme: .venv/.built ## make the README's figures anew from bench/results
-	$(PY) -m bench.readme
+bench: .venv/.built ## time ops, models and scaling against every peer that is installed, then report
+	$(PY) -m bench.run
+	$(PY) -m bench.report
 
-bench-ops: .venv/.built ## each op against its peers on this machine, interleaved
-	$(PY) -m bench.ops
+bench-quick: .venv/.built ## each op, a block and a small model, in two minutes
+	$(PY) -m bench.run --quick
+	$(PY) -m bench.report
+
+bench-cpu: .venv/.built ## whole models on this machine against every library's
+	$(PY) -m bench.run --suite models
+	$(PY) -m bench.report
+
+bench-scaling: .venv/.built ## how cost grows with tokens, batch, width and depth
+	$(PY) -m bench.run --suite scaling
+	$(PY) -m bench.report
+
+bench-demo: .venv/.built ## the demo with timm beside it, and the seconds to 97 % accuracy
+	$(PY) -m bench.training
+	$(PY) -m bench.report
+
+compare: .venv/.built ## time quickly and list what is slower than in BASE=<results.json>; exit code 1
+	@test -f "$(BASE)" || { echo "make compare: needs BASE=<results.json>, a file of bench/results"; exit 2; }
+	$(PY) -m bench.run --quick --out build/compare.json
+	$(PY) -m bench.compare $(BASE) build/compare.json
+
+report: .venv/.built ## make every figure anew from bench/results: README, docs, REPORT.md and its pictures
+	$(PY) -m bench.report
 
 # TRITON=3.6.0 audits with that triton, installed beside the environment's own
 TRITON_PATH := $(if $(TRITON),.venv/triton-$(TRITON))

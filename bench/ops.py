@@ -1,270 +1,173 @@
-"""Each op against its peers, forward and backward, interleaved in one run: `python -m bench.ops`.
-
-Inputs are random and rotate among several sets, so that nothing is timed out of the cache of the round before. Before
-a case is timed, its results and gradients are compared with the reference in float64; where ours are wrong the case
-gets no figure, where a peer's are that is said beside its figure. A peer that fails is a row with its reason.
-"""
+"""An op as a case to time: the tests' case at a size that people train at, ours and its peers."""
 
 from __future__ import annotations
 
-import argparse
-import functools
-import json
-import re
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import accuracy
+import cases
 import torch
-import torch.nn.functional as F
+from case import Case, T
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vitkernels as vk
-from vitkernels.train import machine
-
-RESULTS = Path(__file__).parent / "results"
-OURS = "vitkernels"
-Run = Callable[..., Tensor | tuple[Tensor, ...]]
+from bench import peers
+from bench.measure import OURS, Key, Lane, Truth
 
 
-@dataclass
-class Case:
-    """One shape of an op, ours and its peers."""
+@dataclass(frozen=True)
+class Size:
+    """The sizes of a Vision Transformer that its ops see."""
 
-    op: str
-    shape: str
-    tensors: Callable[[], list[Tensor]]
-    ours: Run
-    peers: dict[str, Run] = field(default_factory=dict)
+    batch: int
+    tokens: int
+    width: int
+    heads: int
+    hidden: int = 0  # of the feed-forward; 4 times the width where 0
+    patch: int = 16
 
-
-def _drawn(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    def draw(*shape: int, gain: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, device=device) * gain).to(dtype).requires_grad_()
-
-    return draw
+    def __str__(self) -> str:
+        return f"B={self.batch} N={self.tokens} D={self.width} H={self.heads}"
 
 
-def cases(device: torch.device, dtype: torch.dtype, batch: int, width: int, heads: int, tokens: int) -> Iterator[Case]:
-    """The ops of one ViT at one image size."""
-    draw = _drawn(device, dtype)
-    shape = f"B={batch} N={tokens} D={width} H={heads}"
-
-    def split(qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def sdpa(backend: SDPBackend | None) -> Run:
-        def run(qkv: Tensor) -> Tensor:
-            if backend is None:
-                out = F.scaled_dot_product_attention(*split(qkv))
-            else:
-                with sdpa_kernel(backend):
-                    out = F.scaled_dot_product_attention(*split(qkv))
-            return out.transpose(1, 2).reshape(batch, tokens, width)
-
-        return run
-
-    backends = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
-    if device.type == "cuda":
-        backends |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    yield Case(
-        "attention_qkv",
-        shape,
-        lambda: [draw(batch, tokens, 3 * width)],
-        lambda qkv: vk.ops.attention_qkv(qkv, heads),
-        {"sdpa": sdpa(None), **{f"sdpa {name}": sdpa(backend) for name, backend in backends.items()}},
+def of_size(size: Size) -> Iterator[Case]:
+    """The tests' cases at this size; the tokens include one that stands for no patch where they are no square."""
+    rows, width = (size.batch, size.tokens), size.width
+    side = math.isqrt(size.tokens)
+    yield cases.patch_embed(
+        f"{size.batch} images of {side * size.patch} px, P={size.patch} D={width}",
+        size.patch,
+        (side, side),
+        batch=size.batch,
+        width=width,
+        image={"grad": False},
     )
-
-    def add_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + branch
-        return total, F.layer_norm(total, (width,), weight, bias, 1e-6)
-
-    yield Case(
-        "add_layer_norm",
-        shape,
-        lambda: [draw(batch, tokens, width), draw(batch, tokens, width), draw(width), draw(width)],
-        lambda x, branch, weight, bias: vk.ops.add_layer_norm(x, branch, weight, bias),
-        {"eager": add_norm, "compile": torch.compile(add_norm)},
-    )
-
-    def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-
-    yield Case(
-        "mlp",
-        shape,
-        lambda: [
-            draw(batch, tokens, width),
-            draw(4 * width, width, gain=0.02),
-            draw(4 * width),
-            draw(width, 4 * width, gain=0.02),
-            draw(width),
-        ],
-        vk.ops.mlp,
-        {"eager": feed_forward, "compile": torch.compile(feed_forward)},
-    )
-    yield Case(
-        "linear",
-        f"{shape}, qkv",
-        lambda: [draw(batch, tokens, width), draw(3 * width, width, gain=0.02), draw(3 * width)],
-        vk.ops.linear,
-        {"eager": F.linear},
-    )
-
-    side = int((tokens - 1) ** 0.5) * 16
-
-    def unfold(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(F.unfold(image, 16, stride=16).transpose(1, 2), weight.flatten(1), bias)
-
-    yield Case(
-        "patch_embed",
-        f"B={batch} {side} px, D={width}",
-        lambda: [draw(batch, 3, side, side).requires_grad_(False), draw(width, 3, 16, 16, gain=0.02), draw(width)],
-        lambda image, weight, bias: vk.ops.patch_embed(image, weight, bias),
-        {
-            "conv2d": lambda image, weight, bias: F.conv2d(image, weight, bias, stride=16).flatten(2).transpose(1, 2),
-            "unfold": unfold,
-        },
-    )
+    yield cases.attention_qkv(f"{size}", size.batch, size.heads, size.tokens, width // size.heads)
+    yield cases.add_layer_norm(f"{size}", (*rows, width), vectors=("bias",))
+    hidden = size.hidden or 4 * width
+    yield cases.mlp(f"{size}", rows, (width, hidden, width))
+    yield cases.linear(f"{size}, qkv", rows, width, 3 * width)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
+class Inputs(NamedTuple):
+    """The arguments of an op by name, and the gradients that arrive at its results."""
+
+    tensors: dict[str, Tensor | None]
+    gradients: dict[str, Tensor]
 
 
-def _step(run: Run, tensors: list[Tensor], backward: bool) -> list[Tensor]:
-    """Results; with `backward`, gradients of all that take one, of a fixed sum of the results."""
-    if not backward:
-        with torch.no_grad():
-            out = run(*tensors)
-        return list(out) if isinstance(out, tuple) else [out]
-    out = run(*tensors)
-    outputs = out if isinstance(out, tuple) else (out,)
-    leaves = [tensor for tensor in tensors if tensor.requires_grad]
-    return list(torch.autograd.grad(outputs, leaves, [output.detach() for output in outputs]))
+class OpBench:
+    """One op at one size, forward alone or with its backward."""
 
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, backward: bool, **sweep: Any) -> None:
+        self.case, self.dtype, self.device, self.backward = case, dtype, device, backward
+        direction = "forward + backward" if backward else "forward"
+        self.key = Key("op", case.op, case.name, str(dtype).removeprefix("torch."), direction, **sweep)
 
-def _wrong(got: list[Tensor], expected: list[Tensor]) -> str | None:
-    """A sentence where results are further apart than rounding in their dtype can put them."""
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        scale = b.abs().max().item()
-        error = (a.double() - b).abs().max().item()
-        allowed = (1e-3 if a.dtype == torch.float32 else 4e-2) * scale
-        if not error <= allowed:
-            return f"tensor {i} is off by {error:.2g}, allowed {allowed:.2g}"
-    return None
+    def inputs(self, index: int) -> Inputs:
+        generator = torch.Generator(self.device).manual_seed(index)
 
+        def draw(spec: T) -> Tensor:
+            values = torch.randn(spec.shape, generator=generator, device=self.device) * spec.gain + spec.mean
+            return values.to(spec.dtype or self.dtype).requires_grad_(spec.grad)
 
-def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    began = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - began) / repeats
+        tensors = {name: None if spec is None else draw(spec) for name, spec in self.case.tensors.items()}
+        gradients = {name: draw(T(tuple(out.shape), dtype=out.dtype, grad=False)) for name, out in self._shapes.items()}
+        return Inputs(tensors, gradients)
 
+    def truth(self, inputs: Inputs) -> Truth:
+        reference = accuracy.run(self.case, *inputs, forward="reference")
+        exact = accuracy.run_truth(self.case, *inputs)
+        wanted = [name for name in exact if self.backward or name in self.case.results]
+        floor = accuracy.floor_of(inputs.tensors)
+        return Truth({name: reference[name] for name in wanted}, {name: exact[name] for name in wanted}, floor)
 
-def measure(case: Case, device: torch.device, backward: bool, rounds: int, sets: int = 3) -> list[dict[str, Any]]:
-    """Rows {op, shape, direction, name, seconds, spread} or {..., failed}; medians over interleaved rounds."""
-    inputs = [case.tensors() for _ in range(sets)]
-    row = {"op": case.op, "shape": case.shape, "direction": "forward + backward" if backward else "forward"}
-    rows: list[dict[str, Any]] = []
-    runs: dict[str, Run] = {}
-    notes: dict[str, str] = {}
-    with vk.use("reference"):
-        expected = _step(
-            case.ours, [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs[0]], backward
+    def lanes(self) -> Mapping[str, Callable[[], Lane]]:
+        ours = {OURS: lambda: OpLane(self, lambda **tensors: tuple(self.case.call(tensors).values()))}
+        theirs = {
+            name: lambda build=build: OpLane(self, _with_options(build(), self.case.options))
+            for name, build in peers.builders(self.case.op, self.device).items()
+        }
+        return {**ours, **theirs}
+
+    @cached_property
+    def _shapes(self) -> dict[str, Tensor]:
+        """The results without their numbers."""
+        specs = self.case.tensors.items()
+        return self.case.call(
+            {
+                name: None if spec is None else torch.empty(spec.shape, dtype=spec.dtype or self.dtype, device="meta")
+                for name, spec in specs
+            }
         )
-    for name, run in [*case.peers.items(), (OURS, case.ours)]:
-        try:
-            wrong = _wrong(_step(run, inputs[0], backward), expected)
-        except Exception as error:  # a peer may fail in any way of its own
-            rows.append({**row, "name": name, "failed": " ".join(str(error).split())[:200]})
-            continue
-        if wrong is not None and name == OURS:
-            rows.append({**row, "name": name, "failed": f"not timed, wrong: {wrong}"})
-            continue
-        runs[name] = run
-        if wrong is not None:
-            notes[name] = wrong
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds):
-        tensors = inputs[i % sets]
-        for name, run in runs.items():
-            step = functools.partial(_step, run, tensors, backward)
-            seconds[name].append(_seconds(step, device, repeats=5 if device.type == "cuda" else 1))
-    for name, taken in seconds.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
-        rows.append({**row, "name": name, "seconds": middle, "spread": (high - low) / middle, "wrong": notes.get(name)})
-    return rows
+
+    @cached_property
+    def flops(self) -> float:
+        """Of the matrix products, two backward for each one forward; of add_layer_norm, about 8 an element each way.
+
+        What a kernel computes anew to save memory is not counted.
+        """
+        shapes = {name: spec.shape for name, spec in self.case.tensors.items() if spec is not None}
+        backward = 2 * self.backward
+        if self.case.op == "linear":
+            return 2.0 * math.prod(shapes["x"]) * shapes["weight"][0] * (1 + backward)
+        if self.case.op == "mlp":
+            products = math.prod(shapes["x"]) * shapes["w1"][0] * 2
+            return 2.0 * products * (1 + backward)
+        if self.case.op == "patch_embed":
+            rows = math.prod(self._shapes["out"].shape[:2])
+            return 2.0 * rows * math.prod(shapes["weight"]) * (1 + self.backward)  # no gradient of the image
+        if self.case.op == "attention_qkv":
+            batch, tokens, packed = shapes["qkv"]
+            return 4.0 * batch * tokens**2 * packed / 3 * (1 + backward)
+        return 8.0 * math.prod(shapes["x"]) * (1 + self.backward)
+
+    @cached_property
+    def bytes(self) -> float:
+        """Every argument, result and gradient once each way: what no kernel can do without."""
+        arguments = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
+        read = sum(math.prod(spec.shape) for spec in arguments.values()) * self.dtype.itemsize
+        written = sum(out.numel() * out.dtype.itemsize for out in self._shapes.values())
+        if not self.backward:
+            return float(read + written)
+        gradients = sum(math.prod(spec.shape) for spec in arguments.values() if spec.grad) * self.dtype.itemsize
+        return float(2 * (read + written) + gradients)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each case, a column for each peer's time and for how much longer it takes."""
-    lines = [
-        "| op | shape | direction | vitkernels | peers (how many times as long) |",
-        "| --- | --- | --- | ---: | --- |",
-    ]
-    for key in dict.fromkeys((row["op"], row["shape"], row["direction"]) for row in rows):
-        of_case = {row["name"]: row for row in rows if (row["op"], row["shape"], row["direction"]) == key}
-        ours = of_case.pop(OURS)
-        own = f"{ours['seconds'] * 1e3:.3f} ms" if "seconds" in ours else ours["failed"]
-        peers = "; ".join(
-            f"{name}: {row['failed']}"
-            if "failed" in row
-            else f"{name} {row['seconds'] / ours['seconds']:.2f}" + (" (inexact)" if row["wrong"] else "")
-            if "seconds" in ours
-            else name
-            for name, row in of_case.items()
-        )
-        lines.append(f"| {' | '.join(key)} | {own} | {peers} |")
-    return "\n".join(lines)
+def _with_options(call: peers.Call, options: Mapping[str, Any]) -> peers.Call:
+    return lambda **tensors: call(**tensors, **options)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/ops-<device>.json)")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--quick", action="store_true", help="one small shape")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # (dtype, batch, width, heads, tokens)
-    shapes: list[tuple[torch.dtype, int, int, int, int]] = [
-        (torch.float32, 8, 384, 6, 197),
-        (torch.bfloat16, 8, 384, 6, 197),
-    ]
-    if device.type == "cuda":
-        shapes = [
-            (torch.bfloat16, 256, width, heads, tokens)
-            for width, heads in ((384, 6), (768, 12), (1024, 16))
-            for tokens in (197, 257)
-        ]
-        shapes += [(torch.bfloat16, 64, 768, 12, 577), (torch.bfloat16, 32, 1024, 16, 1370)]
-    if arguments.quick:
-        shapes = [(torch.float32, 2, 192, 3, 65)]
-    name = machine.device_name(device)
-    out = arguments.out or RESULTS / f"ops-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    rows: list[dict[str, Any]] = []
-    for dtype, *sizes in shapes:
-        for case in cases(device, dtype, *sizes):
-            for backward in (False, True):
-                measured = measure(case, device, backward, arguments.rounds)
-                rows += [{**row, "dtype": str(dtype).removeprefix("torch.")} for row in measured]
-            # after every case: a run that is stopped keeps what it has
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        print(f"\n{name}, {dtype}\n\n{table([row for row in rows if row['dtype'] == dtype])}")
+@dataclass(frozen=True)
+class OpLane:
+    """One way to compute an op."""
 
+    bench: OpBench
+    call: peers.Call
 
-if __name__ == "__main__":
-    main()
+    def step(self, inputs: Inputs) -> Any:
+        if not self.bench.backward:
+            with torch.no_grad():
+                return self.call(**inputs.tensors)
+        outputs = self._outputs(inputs)
+        return torch.autograd.grad(list(outputs.values()), self._leaves(inputs), list(inputs.gradients.values()))
+
+    def results(self, inputs: Inputs) -> dict[str, Tensor]:
+        if not self.bench.backward:
+            with torch.no_grad():
+                return self._outputs(inputs)
+        outputs = self._outputs(inputs)
+        leaves = [name for name, tensor in inputs.tensors.items() if tensor is not None and tensor.requires_grad]
+        gradients = torch.autograd.grad(list(outputs.values()), self._leaves(inputs), list(inputs.gradients.values()))
+        named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        return {name: output.detach() for name, output in outputs.items()} | named
+
+    def _outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        out = self.call(**inputs.tensors)
+        return dict(zip(self.bench.case.results, out if isinstance(out, tuple) else (out,), strict=True))
+
+    def _leaves(self, inputs: Inputs) -> list[Tensor]:
+        return [tensor for tensor in inputs.tensors.values() if tensor is not None and tensor.requires_grad]

@@ -1,0 +1,136 @@
+"""What the machine says: a clock that synchronises, peak memory, the cache, and the two ceilings of a roofline."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vitkernels as vk
+from vitkernels.train import machine as host
+
+PACKAGES = ("torchvision", "transformers", "pytest-benchmark")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def device() -> torch.device:
+    """The GPU where there is one, the CPU otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def slug(device: torch.device) -> str:
+    """The device's name, threads and all, as a file is named."""
+    return re.sub("[^a-z0-9]+", "-", host.device_name(device).lower()).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The head of a results file: what was measured, with what."""
+    versions = host.versions()
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "device": host.device_name(device),
+        "kind": device.type,
+        "backends": dict(vk.backends()),
+        "versions": versions,
+    }
+
+
+def clock(device: torch.device) -> float:
+    """Seconds; all that was launched has run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def device_seconds(step: Callable[[Any], Any], sets: Sequence[Any], calls: int = 10, repeats: int = 5) -> float:
+    """Seconds that one call keeps the GPU busy, between CUDA events.
+
+    A spinning kernel holds the GPU back until all calls are in its queue: what launching them takes is not counted.
+    """
+    taken = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(40_000_000)  # clock ticks, about 20 ms
+        start.record()
+        for index in range(calls):
+            step(sets[index % len(sets)])
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(taken)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 * 2**20)
+
+
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a step takes at its peak on top of what is there before it; None where that cannot be told.
+
+    On a GPU, of torch's allocator. On a CPU, resident memory of the process, whose high-water mark Linux resets on
+    request: it sees what libraries allocate behind torch's back, which a profile of torch's allocator would not.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would be taken again unseen
+        _CLEAR.write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError, LookupError):
+        return None
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------ ceilings
+
+
+def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of several."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _best(lambda: a @ b, device)
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy much larger than the cache, the best of several."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _best(lambda: target.copy_(source), device)
+
+
+def _best(call: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
+    call()
+    taken = []
+    for _ in range(rounds):
+        start = clock(device)
+        call()
+        taken.append(clock(device) - start)
+    return min(taken)

@@ -1,0 +1,201 @@
+"""Times one case on all its lanes, ours and the peers', in turn: A B C, then C B A from another start, and so on.
+
+A machine is faster now and slower then, so figures that will be divided by one another are taken side by side. Before
+that, on the same inputs, each lane is held to float64 by the tests' own rule: a lane that is wrong is not timed. Inputs
+are random and rotate among sets that together are larger than the cache. A lane that fails is a row with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import accuracy
+import torch
+from torch import Tensor
+
+import vitkernels as vk
+from bench import machine
+
+OURS = "vitkernels"
+MAX_SETS = 64
+# A peer may round what we keep in float32: that is said beside its figure. Past this share of the truth's root mean
+# square it computes something else, and gets no figure.
+LOOSE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is timed, but for the lane."""
+
+    kind: str  # "op", "block" or "model"
+    name: str
+    shape: str
+    dtype: str
+    direction: str  # "forward", "forward + backward" or "training step"
+    sweep: str = ""  # in a scaling run, the size that grows, and where it stands
+    at: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.sweep}{': ' if self.sweep else ''}{self.name}, {self.shape}, {self.dtype}, {self.direction}"
+
+
+class Truth(NamedTuple):
+    """What a lane is judged by: the reference in the dtype, the reference in float64, and what is always allowed."""
+
+    reference: Mapping[str, Tensor]
+    exact: Mapping[str, Tensor]
+    floor: accuracy.Floor
+
+
+class Lane(Protocol):
+    """One way to compute a case."""
+
+    def step(self, inputs: Any) -> Any:
+        """What is timed."""
+
+    def results(self, inputs: Any) -> dict[str, Tensor]:
+        """What the step computes, under the names that `Truth` has."""
+
+
+class Bench(Protocol):
+    """A case: its inputs, its lanes, what is right, and how much work it is."""
+
+    key: Key
+    device: torch.device
+    flops: float
+    bytes: float
+
+    def inputs(self, index: int) -> Any:
+        """The set of inputs of that number."""
+
+    def truth(self, inputs: Any) -> Truth:
+        """What a lane must compute from a set."""
+
+    def lanes(self) -> Mapping[str, Callable[[], Lane]]:
+        """How each lane is made, by name."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Rounds for one case: as many as fit into `seconds`, within bounds."""
+
+    seconds: float = 8.0
+    least: int = 5
+    most: int = 31
+
+    def rounds(self, one_round: float) -> int:
+        return max(self.least, min(self.most, int(self.seconds / max(one_round, 1e-9))))
+
+
+@dataclass
+class Timed:
+    """A lane's figures, and how many seconds each round took; none where the row says "failed"."""
+
+    row: Row
+    samples: list[float] = field(default_factory=list)
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Nothing that a lane raises stops the run; its row says what it was."""
+        if "failed" in self.row:
+            return None
+        try:
+            return work()
+        except Exception as error:
+            self.row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.samples = []
+            return None
+
+
+def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
+    """Every lane of a case: checked, warmed up, timed in turn."""
+    torch.compiler.reset()  # past 8 models compiled in one process dynamo would run the next ones uncompiled
+    work = {**asdict(bench.key), "flops": bench.flops, "bytes": bench.bytes}
+    timed = {name: Timed({**work, "lane": name}) for name in bench.lanes()}
+    sets = [bench.inputs(index) for index in range(_sets(bench))]
+    lanes = _checked(bench, timed, sets[0])
+    one_round = 0.0
+    for name, lane in lanes.items():
+        each = timed[name]
+        each.attempt(functools.partial(lane.step, sets[-1]))
+        each.row["memory"] = each.attempt(
+            lambda lane=lane: machine.peak_memory(lambda: lane.step(sets[0]), bench.device)
+        )
+        one_round += each.attempt(functools.partial(_seconds, lane, sets[-1], bench.device)) or 0.0
+    for index in range(effort.rounds(one_round)):
+        for name in _turn(list(lanes), index):
+            seconds = timed[name].attempt(
+                functools.partial(_seconds, lanes[name], sets[index % len(sets)], bench.device)
+            )
+            if seconds is not None:
+                timed[name].samples.append(seconds)
+    if bench.device.type == "cuda" and bench.key.kind == "op":
+        for name, lane in lanes.items():
+            calls = functools.partial(machine.device_seconds, lane.step, sets)
+            timed[name].row["device_seconds"] = timed[name].attempt(calls)
+    return timed
+
+
+def _checked(bench: Bench, timed: dict[str, Timed], inputs: Any) -> dict[str, Lane]:
+    """The lanes that compute the right thing."""
+    truth = bench.truth(inputs)
+    lanes: dict[str, Lane] = {}
+    for name, build in bench.lanes().items():
+        each = timed[name]
+        lane = each.attempt(build)
+        with vk.record() as calls:
+            got = each.attempt(functools.partial(lane.results, inputs)) if lane is not None else None
+        if lane is None or got is None:
+            continue
+        if calls:
+            each.row["backends"] = sorted({call.backend for call in calls})
+        each.row |= judge(got, truth, bench.key.dtype, ours=name.startswith(OURS))
+        if "failed" not in each.row:
+            lanes[name] = lane
+    return lanes
+
+
+def judge(got: Mapping[str, Tensor], truth: Truth, dtype: str, ours: bool) -> Row:
+    """{}; or {"failed": ...}, wrong; or {"inexact": ...}, a peer that rounds more than the rule allows."""
+    try:
+        accuracy.check(got, truth.reference, truth.exact, truth.floor)
+    except AssertionError as broken:
+        sentence = str(broken).splitlines()[0]
+        if ours or not _close(got, truth, LOOSE[dtype]):
+            return {"failed": f"not timed, wrong: {sentence}"}
+        return {"inexact": sentence}
+    return {}
+
+
+def _close(got: Mapping[str, Tensor], truth: Truth, share: float) -> bool:
+    for name, exact in truth.exact.items():
+        if got[name].shape != exact.shape:
+            return False
+        error = accuracy.size_of(got[name].double() - exact).rms
+        if not error <= share * accuracy.size_of(exact).rms + truth.floor.absolute:
+            return False
+    return True
+
+
+def _sets(bench: Bench) -> int:
+    """So many sets that what one call touches is out of the cache when its turn comes again."""
+    return max(3, min(MAX_SETS, math.ceil(2 * machine.cache_bytes(bench.device) / bench.bytes)))
+
+
+def _turn(names: list[str], index: int) -> list[str]:
+    """Each round begins with another lane, and every second one runs backwards: nobody always follows the same one."""
+    start = index % max(len(names), 1)
+    turned = names[start:] + names[:start]
+    return turned[::-1] if index % 2 else turned
+
+
+def _seconds(lane: Lane, inputs: Any, device: torch.device) -> float:
+    start = machine.clock(device)
+    lane.step(inputs)
+    return machine.clock(device) - start

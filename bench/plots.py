@@ -1,0 +1,156 @@
+"""Results as pictures: speed-up bars, a roofline, time against tokens, memory bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.measure import OURS, Key, Row
+from bench.scaling import curves, exponent
+from bench.store import seconds
+from bench.tables import Content, of_kind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN = 10  # models in one picture
+
+
+def draw(content: Content, folder: Path, name: str) -> dict[str, Path]:
+    """Write the pictures that a results file has figures for: {what it shows: file}."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    written = {}
+    for title, (kind, make) in PICTURES.items():
+        figure = make(content)
+        if figure is not None:
+            path = folder / f"{name}-{kind}.png"
+            FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+            written[title] = path
+    return written
+
+
+def _figure(content: Content, title: str, height: float = 4.5) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"{title}\n{content['device']}")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _colour(lane: str) -> str:
+    """The same colour for a lane in every picture."""
+    known = (OURS, "naive", "timm", "timm, compiled", "transformers", "torchvision", "vk.fuse(timm)", "naive, conv2d")
+    return f"C{known.index(lane)}" if lane in known else f"C{8 + sum(map(ord, lane)) % 2}"
+
+
+def _bars(content: Content, title: str, label: str, figure_of: Callable[[Row, Row], float | None]) -> Figure | None:
+    """A group of bars for each model, a bar for each peer."""
+    cases = {
+        key: lanes for key, lanes in of_kind(content, "model", "block").items() if "seconds" in lanes.get(OURS, {})
+    }
+    cases = dict(list(cases.items())[:SHOWN])
+    bars: dict[str, dict[int, float]] = {}
+    for index, lanes in enumerate(cases.values()):
+        for lane, row in lanes.items():
+            value = figure_of(row, lanes[OURS]) if "seconds" in row else None
+            if value is not None:
+                bars.setdefault(lane, {})[index] = value
+    if not bars:
+        return None
+    figure, axes = _figure(content, title, 2 + 0.25 * sum(map(len, bars.values())))
+    height = 0.8 / len(bars)
+    for place, (lane, values) in enumerate(bars.items()):
+        at = [index + (place - (len(bars) - 1) / 2) * height for index in values]
+        drawn = axes.barh(at, list(values.values()), height, label=lane, color=_colour(lane))
+        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+    axes.set(xlabel=label, yticks=range(len(cases)), yticklabels=[_lines(key) for key in cases])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def _lines(key: Key) -> str:
+    return f"{key.name}, {key.dtype}\n{key.shape}"
+
+
+def _speed(content: Content) -> Figure | None:
+    def ratio(row: Row, ours: Row) -> float | None:
+        return seconds(row) / seconds(ours) if row is not ours else None
+
+    return _bars(content, f"Speed-up of {OURS}: how many times as long a peer takes", "times as long", ratio)
+
+
+def _memory(content: Content) -> Figure | None:
+    def ratio(row: Row, ours: Row) -> float | None:
+        known = row.get("memory") and ours.get("memory") and row is not ours
+        return row["memory"] / ours["memory"] if known else None
+
+    return _bars(content, f"Memory of a step, over that of {OURS}", "times as much", ratio)
+
+
+def _roofline(content: Content) -> Figure | None:
+    rows = [
+        (key, lane, row)
+        for key, lanes in of_kind(content, "op").items()
+        for lane, row in lanes.items()
+        if "seconds" in row and "gemm" in row
+    ]
+    if not rows:
+        return None
+    figure, axes = _figure(content, "Roofline: the ops, and the two ceilings of the same run", 6)
+    places = [row["flops"] / row["bytes"] for _, _, row in rows]
+    span = [min(places) / 2, max(places) * 2]
+    for index, dtype in enumerate(dict.fromkeys(key.dtype for key, _, _ in rows)):
+        (gemm, copy) = next((row["gemm"], row["copy"]) for key, _, row in rows if key.dtype == dtype)
+        xs = sorted({*span, min(max(gemm / copy, span[0]), span[1])})
+        axes.plot(xs, [min(gemm, copy * x) / 1e9 for x in xs], color=f"C{index}", label=f"ceilings, {dtype}")
+        for ours in (True, False):
+            chosen = [row for key, lane, row in rows if key.dtype == dtype and (lane == OURS) is ours]
+            axes.scatter(
+                [row["flops"] / row["bytes"] for row in chosen],
+                [row["flops"] / seconds(row) / 1e9 for row in chosen],
+                color=f"C{index}",
+                marker="o" if ours else "x",
+                s=40 if ours else 18,
+                alpha=1 if ours else 0.5,
+                label=f"{OURS if ours else 'peers'}, {dtype}",
+            )
+    best: dict[str, Row] = {}
+    for key, lane, row in rows:
+        if lane == OURS and key.direction != "forward":
+            best.setdefault(key.name, row)
+    for name, row in best.items():
+        axes.annotate(name, (row["flops"] / row["bytes"], row["flops"] / seconds(row) / 1e9), fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _tokens(content: Content) -> Figure | None:
+    swept = {name: lanes for (sweep, name), lanes in curves(content).items() if sweep == "tokens"}
+    if not swept:
+        return None
+    figure, axes = _figure(content, "Time against tokens, and the exponent", 5)
+    for line, (name, lanes) in zip(("-", "--", ":"), swept.items(), strict=False):
+        for lane, points in lanes.items():
+            times = {size: seconds(row) * 1e3 for size, row in sorted(points.items()) if "seconds" in row}
+            if len(times) > 1:
+                label = f"{name}, {lane}: {exponent(times):.2f}"
+                axes.plot(list(times), list(times.values()), line, marker=".", color=_colour(lane), label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds, forward + backward")
+    axes.legend(fontsize=8)
+    return figure
+
+
+PICTURES: dict[str, tuple[str, Callable[[Content], Figure | None]]] = {
+    "Speed-up": ("speedup", _speed),
+    "Roofline": ("roofline", _roofline),
+    "Time against tokens": ("tokens", _tokens),
+    "Memory": ("memory", _memory),
+}

@@ -1,0 +1,140 @@
+"""Writes every figure that this repository shows, from bench/results/: `python -m bench.report`; nobody types them.
+
+Between `<!-- figures: NAME -->` and `<!-- end -->`, in the README and in docs/scaling.md, stands what `BLOCKS[NAME]`
+makes of the results files. bench/results/REPORT.md is made as a whole, with its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import plots, scaling, tables
+from bench.store import RESULTS
+from bench.tables import NOT_MEASURED, Content
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md")
+REPORT = "REPORT.md"
+BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass
+class Results:
+    """Everything in a folder of results: one file for each device, and the demo's."""
+
+    devices: dict[str, Content] = field(default_factory=dict)
+    demo: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """The files there; those that other programs wrote are left alone."""
+        found = cls()
+        for path in sorted(folder.glob("*.json")):
+            content = json.loads(path.read_text())
+            if path.stem == "demo":
+                found.demo = content
+            elif isinstance(content, dict) and {"device", "kind", "versions", "rows"} <= content.keys():
+                found.devices[path.stem] = content
+        return found
+
+    @property
+    def has_gpu(self) -> bool:
+        return any(content["kind"] == "cuda" for content in self.devices.values())
+
+
+def _for_each(table: Callable[[Content], str]) -> Callable[[Results], str]:
+    """A block with a part for each device, and a word where none is a GPU."""
+
+    def block(results: Results) -> str:
+        parts = [part for content in results.devices.values() if (part := table(content))]
+        if not results.has_gpu:
+            parts.append(f"{NOT_MEASURED}\n")
+        return "\n".join(parts)
+
+    return block
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "models": _for_each(tables.models),
+    "ops": _for_each(tables.ops),
+    "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
+    "scaling": lambda results: scaling.page(list(results.devices.values())),
+}
+
+
+def render(text: str, results: Results) -> str:
+    """A page's text with every block of figures made anew.
+
+    Raises:
+        ValueError: a block of a name that is not in `BLOCKS`.
+    """
+
+    def fill(block: re.Match[str]) -> str:
+        if block["name"] not in BLOCKS:
+            raise ValueError(f"report: no figures {block['name']!r}; needs one of {', '.join(BLOCKS)}")
+        return f"{block[1]}{BLOCKS[block['name']](results)}{block[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def report(results: Results) -> str:
+    """REPORT.md: for each device what it can do, every table, what has no figure and why, and the pictures."""
+    parts = ["# Results\n\nMade by `python -m bench.report`. Bold: a peer that takes less time than ours.\n"]
+    for name, content in results.devices.items():
+        versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+        parts.append(
+            f"## {content['device']}\n\n"
+            f"{versions}.\nPeers that are not installed here: {', '.join(content.get('absent', [])) or 'none'}.\n"
+            f"Ceilings of the same run: {tables.ceilings(content)}.\n"
+        )
+        sections = {
+            "Blocks and models": tables.models(content),
+            "Ops": tables.ops(content),
+            "How cost grows": scaling.growth(content),
+            "Every lane of every model": f"{tables.lanes(content)}\n",
+            "No figure, or an inexact peer": f"{tables.wrong(content)}\n",
+        }
+        parts += [f"### {title}\n\n{text or 'Not yet measured.' + chr(10)}" for title, text in sections.items()]
+        parts += [f"![{title}]({name}-{kind}.png)\n" for title, (kind, make) in plots.PICTURES.items() if make(content)]
+    if not results.has_gpu:
+        parts.append(f"## GPU\n\n{NOT_MEASURED}\n")
+    parts.append(f"## Training: the demo\n\n{BLOCKS['demo'](results)}")
+    return "\n".join(parts)
+
+
+def stale(results: Results, folder: Path, pages: tuple[Path, ...] = PAGES) -> list[Path]:
+    """The files whose figures are not those of the results."""
+    made = {page: render(page.read_text(), results) for page in pages} | {folder / REPORT: report(results)}
+    return [path for path, text in made.items() if not path.exists() or path.read_text() != text]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 where a file and the results differ"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results, where the report goes too")
+    known = parser.parse_args(arguments)
+    results = Results.read(known.results)
+    if known.check:
+        old = stale(results, known.results)
+        print("\n".join(f"{path}: differs from the results; run python -m bench.report" for path in old))
+        return int(bool(old))
+    (known.results / REPORT).write_text(report(results))
+    for name, content in results.devices.items():
+        plots.draw(content, known.results, name)
+    if known.results == RESULTS:
+        for page in PAGES:
+            page.write_text(render(page.read_text(), results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

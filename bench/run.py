@@ -1,0 +1,36 @@
+"""Times this machine: `python -m bench.run`, the benches under pytest, into bench/results/<device>.json.
+
+Further options are pytest's: `-k attention`, `--benchmark-json=FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.suites import NAMES
+
+QUICK_SECONDS = 100.0  # after so many no further case begins: two minutes in all
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a suite; 0, or 1 where one of our own lanes is wrong or fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", choices=NAMES, default="full", help="what to time")
+    parser.add_argument("--quick", action="store_true", help="the suite that ends within two minutes")
+    parser.add_argument("--out", type=Path, help="results file")
+    known, others = parser.parse_known_args(arguments)
+    options = [f"--suite={'quick' if known.quick else known.suite}"]
+    if known.quick:
+        options.append(f"--limit={QUICK_SECONDS}")
+    if known.out is not None:
+        options.append(f"--out={known.out}")
+    columns = "--benchmark-columns=median,iqr,rounds"
+    return int(pytest.main([str(Path(__file__).with_name("test_bench.py")), columns, *options, *others]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Results as Markdown. Every case is in its table, the slow ones too; nobody types a figure.
+
+Ratios say how many times as long a peer takes; bold where it takes less time than ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bench.measure import OURS, Key, Row
+from bench.store import by_case, seconds
+
+Content = dict[str, Any]
+NOT_MEASURED = "GPU: not yet measured."
+
+
+def grid(header: Iterable[str], rows: Iterable[Iterable[str]], numbers: int = 0) -> str:
+    """A Markdown table; its last `numbers` columns are aligned right."""
+    header = list(header)
+    rule = ["---"] * (len(header) - numbers) + ["---:"] * numbers
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def duration(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def amount(value: float | None) -> str:
+    return "" if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def of_kind(content: Content, *kinds: str, sweep: bool = False) -> dict[Key, dict[str, Row]]:
+    """The cases of a results file: ops, blocks, models; those of a scaling run alone, or the others."""
+    return {
+        key: lanes for key, lanes in by_case(content["rows"]).items() if key.kind in kinds and bool(key.sweep) == sweep
+    }
+
+
+def title(content: Content) -> str:
+    return f"{content['device']}, torch {content['versions']['torch']}"
+
+
+def peers(lanes: dict[str, Row], figure: str = "seconds") -> str:
+    """Each peer of a case, over ours: of its time, or of its memory."""
+    ours = lanes.get(OURS, {})
+    words = []
+    for name, row in lanes.items():
+        if name == OURS:
+            continue
+        if "failed" in row:
+            words.append(f"{name}: {row['failed']}")
+        elif "seconds" not in ours:
+            words.append(f"{name} {duration(seconds(row))}")
+        elif figure == "memory":
+            if ours.get("memory") and row.get("memory"):
+                words.append(f"{name} {row['memory'] / ours['memory']:.2f}")
+        else:
+            ratio = seconds(row) / seconds(ours)
+            text = f"{name} {ratio:.2f}"
+            words.append((f"**{text}**" if ratio < 1 else text) + (" (inexact)" if row.get("inexact") else ""))
+    return "; ".join(words).replace("|", "/")
+
+
+def _own(lanes: dict[str, Row]) -> str:
+    row = lanes.get(OURS, {"failed": "not measured"})
+    return duration(seconds(row)) if "seconds" in row else row["failed"].replace("|", "/")
+
+
+def ops(content: Content) -> str:
+    """A table for each dtype: a line for each op, size and direction."""
+    return "\n".join(_by_dtype(content, of_kind(content, "op"), _op_table))
+
+
+def models(content: Content) -> str:
+    """A table for each dtype: a line for each block and model."""
+    return "\n".join(_by_dtype(content, of_kind(content, "model", "block"), _model_table))
+
+
+def _by_dtype(content: Content, cases: dict[Key, dict[str, Row]], table: Any) -> Iterator[str]:
+    for dtype in dict.fromkeys(key.dtype for key in cases):
+        yield f"{title(content)}, {dtype}:\n\n{table({k: v for k, v in cases.items() if k.dtype == dtype})}\n"
+
+
+def _op_table(cases: dict[Key, dict[str, Row]]) -> str:
+    return grid(
+        ("op", "shape", "direction", "peers (how many times as long)", "share of the limit", OURS),
+        (
+            (key.name, key.shape, key.direction, peers(lanes), share(lanes.get(OURS, {}).get("share")), _own(lanes))
+            for key, lanes in cases.items()
+        ),
+        numbers=2,
+    )
+
+
+def _model_table(cases: dict[Key, dict[str, Row]]) -> str:
+    return grid(
+        ("", "shape", "", "peers (how many times as long)", "peers' memory over ours", "MFU", "memory", OURS),
+        (
+            (
+                key.name,
+                key.shape,
+                key.direction,
+                peers(lanes),
+                peers(lanes, "memory"),
+                share(lanes.get(OURS, {}).get("mfu")),
+                amount(lanes.get(OURS, {}).get("memory")),
+                _own(lanes),
+            )
+            for key, lanes in cases.items()
+        ),
+        numbers=3,
+    )
+
+
+def lanes(content: Content) -> str:
+    """Every lane of every model by itself: time and spread, rate, memory."""
+    return grid(
+        ("case", "lane", "median", "spread", "rounds", "share of the limit", "memory"),
+        (
+            (str(key), name, row["failed"].replace("|", "/"), "", "", "", "")
+            if "failed" in row
+            else (
+                str(key),
+                name,
+                duration(seconds(row)),
+                share(row["spread"]),
+                str(row["rounds"]),
+                share(row.get("share")),
+                amount(row.get("memory")),
+            )
+            for key, rows in of_kind(content, "model", "block").items()
+            for name, row in rows.items()
+        ),
+        numbers=5,
+    )
+
+
+def wrong(content: Content) -> str:
+    """What has no figure, and why; which peers round more than the rule allows."""
+    lines = [
+        f"- {key}: {name}: {row.get('failed') or 'inexact, ' + row['inexact']}"
+        for key, rows in by_case(content["rows"]).items()
+        for name, row in rows.items()
+        if row.get("failed") or row.get("inexact")
+    ]
+    return "\n".join(lines) or "None."
+
+
+def ceilings(content: Content) -> str:
+    """What the machine can do, as measured in the same run."""
+    gemm = {row["dtype"]: row["gemm"] for row in content["rows"] if "gemm" in row}
+    copy = [row["copy"] for row in content["rows"] if "copy" in row]
+    rates = [f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in gemm.items()]
+    if copy:
+        rates.append(f"{copy[-1] / 1e9:,.1f} GB/s copied, read and written")
+    return "; ".join(rates) or "not measured"
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+
+def demo(result: dict[str, Any]) -> str:
+    """A run of the demo: every model's accuracy, speed and, where it was kept, time to 97 % on the test images."""
+    names = list(result["images_per_second"])
+
+    def row(name: str, form: str, figures: dict[str, Any]) -> tuple[str, ...]:
+        return (name, *("not reached" if figures[each] is None else form.format(figures[each]) for each in names))
+
+    slowest = result["images_per_second"]["naive"]
+    rows = [
+        row("test accuracy", "{:.2%}", result["test_accuracy"]),
+        row("step, median", "{:.3f} s", result["step_seconds"]),
+        row("images per second", "{:,.0f}", result["images_per_second"]),
+        row("ratio", "{:.2f}", {name: rate / slowest for name, rate in result["images_per_second"].items()}),
+    ]
+    if "seconds_to_97" in result:
+        rows.append(row("seconds of training to 97 %", "{:.1f} s", result["seconds_to_97"]))
+    table = grid(
+        (f"{result['model']}, {result['steps']} steps of {result['batch_size']} images", *names), rows, len(names)
+    )
+    backends = sorted({op["backend"] for op in result["ops"]})
+    return (
+        f"{table}\n\nOn {result['device']}, torch {result['torch']}; every op of the fused model ran on: "
+        f"{', '.join(backends)}. Losses of naive and fused differ by {result['largest_loss_difference']:.1e} at most.\n"
+    )

@@ -1,0 +1,278 @@
+"""The benches measure what they say: the work, the order, the memory, and nothing that is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import pytest
+import torch
+from conftest import skip_without
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitkernels import dispatch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench import machine, peers, zoo
+from bench.measure import LOOSE, OURS, Effort, Key, Lane, Truth, judge, measure
+from bench.models import ModelBench
+from bench.ops import OpBench, Size, of_size
+from bench.suites import NAMES, PARTS, plans
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+EFFORT = Effort(0.0, 3, 3)
+TINY = Size(2, 16, 32, 2)
+ARGUMENTS = {"embed_dim": 32, "num_heads": 2, "depth": 2, "img_size": 32, "patch_size": 16, "num_classes": 10}
+
+
+def _op(name: str, dtype: torch.dtype = torch.float32, backward: bool = True) -> OpBench:
+    return OpBench(next(case for case in of_size(TINY) if case.op == name), dtype, CPU, backward)
+
+
+def _model(*lanes: str, **more: Any) -> ModelBench:
+    return ModelBench("vit", ARGUMENTS, 2, torch.float32, CPU, lanes, **more)
+
+
+OPS = [case.op for case in of_size(TINY)]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_and_its_peers_are_measured(op: str, backward: bool) -> None:
+    skip_without("ext")
+    bench = _op(op, backward=backward)
+    uncompiled = {name: build for name, build in bench.lanes().items() if "compiled" not in name}
+    assert len(uncompiled) > 1
+    bench.lanes = lambda: uncompiled  # type: ignore[method-assign]
+    timed = measure(bench, EFFORT)
+    assert timed.keys() == uncompiled.keys()
+    for name, each in timed.items():
+        assert "failed" not in each.row, (name, each.row)
+        assert len(each.samples) == 3
+        assert min(each.samples) > 0
+    assert timed[OURS].row["backends"] == ["ext"]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "add_layer_norm"])
+def test_flops_of_an_op_are_those_of_its_products(op: str, backward: bool) -> None:
+    bench = _op(op, backward=backward)
+    name = {"attention_qkv": "sdpa", "patch_embed": "unfold"}.get(op, "eager")
+    lane = bench.lanes()[name]()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        lane.step(bench.inputs(0))
+    assert counter.get_total_flops() == bench.flops
+
+
+def test_flops_of_a_model_are_those_of_its_products() -> None:
+    bench = _model("naive")
+    lane = bench.lanes()["naive"]()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        lane.step(bench.inputs(0))
+    assert counter.get_total_flops() == bench.flops
+
+
+def test_flops_of_a_block_are_thrice_those_of_its_forward() -> None:
+    bench = _model("naive", block=True, tokens=7)
+    lane = bench.lanes()["naive"]()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        lane.call(bench.inputs(0)[0])  # the counter cannot follow a gradient of the tokens
+    assert 3 * counter.get_total_flops() == bench.flops
+
+
+def test_bytes_are_arguments_results_and_gradients() -> None:
+    rows, width = TINY.batch * TINY.tokens, TINY.width
+    x, weight, bias, out = rows * width, 3 * width * width, 3 * width, rows * 3 * width
+    assert _op("linear", backward=False).bytes == 4 * (x + weight + bias + out)
+    assert _op("linear").bytes == 4 * (2 * (x + weight + bias + out) + x + weight + bias)
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["model", "block"])
+@pytest.mark.parametrize("lane", [name for name in zoo.MAKERS if name != OURS])
+def test_models_of_the_libraries_have_our_weights(lane: str, block: bool) -> None:
+    if not zoo.available(lane):
+        pytest.skip(f"{lane}: its package is not installed")
+    (each,) = measure(_model(lane, block=block, tokens=5), EFFORT).values()
+    assert "failed" not in each.row, each.row
+    assert "inexact" not in each.row, each.row
+
+
+@pytest.mark.parametrize("update", [False, True], ids=["backward", "step"])
+def test_a_step_leaves_the_weights_as_they_were_judged(update: bool) -> None:
+    bench = _model(OURS, update=update)
+    before = {name: weight.clone() for name, weight in bench._vit.named_parameters()}
+    measure(bench, EFFORT)
+    assert all(torch.equal(before[name], weight) for name, weight in bench._vit.named_parameters())
+
+
+def test_a_wrong_gradient_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without("ext")
+    good = dispatch.OPS["linear"].implementations["ext"]
+
+    def wrong(*args: Any) -> tuple[Tensor, ...]:
+        dx, dweight, *rest = good.backward(*args)
+        return (dx, dweight * 1.01, *rest)
+
+    bad = dispatch.Implementation(good.forward, wrong, good.why_not)
+    monkeypatch.setitem(dispatch.OPS["linear"].implementations, "ext", bad)
+    for bench in (_op("linear"), _model(OURS, "naive")):
+        timed = measure(bench, EFFORT)
+        assert timed[OURS].row["failed"].startswith("not timed, wrong: gradient of ")
+        assert "weight: worst error" in timed[OURS].row["failed"]
+        assert timed[OURS].samples == []
+        peer = timed["eager" if "eager" in timed else "naive"]
+        assert peer.samples, "the others are timed all the same"
+
+
+def test_peers_that_round_more_are_named_and_others_not_timed() -> None:
+    exact = {"out": torch.linspace(1, 2, 64, dtype=torch.float64)}
+    truth = Truth({"out": exact["out"].bfloat16()}, exact, accuracy.FLOORS[torch.bfloat16])
+    got = {"out": exact["out"].bfloat16()}
+    assert judge(got, truth, "bfloat16", ours=False) == {}
+    rough = {"out": (exact["out"] * (1 + LOOSE["bfloat16"] / 2)).bfloat16()}
+    assert "out: " in judge(rough, truth, "bfloat16", ours=False)["inexact"]
+    assert "not timed, wrong: out: " in judge(rough, truth, "bfloat16", ours=True)["failed"]
+    other = {"out": (exact["out"] * (1 + LOOSE["bfloat16"] * 2)).bfloat16()}
+    assert "not timed, wrong: out: " in judge(other, truth, "bfloat16", ours=False)["failed"]
+
+
+@dataclass
+class Logged:
+    """A case that computes nothing and says who was called with what."""
+
+    names: tuple[str, ...]
+    key: Key = Key("op", "nothing", "", "float32", "forward")  # noqa: RUF009  # frozen
+    device: torch.device = CPU
+    flops: float = 1.0
+    bytes: float = 1e12
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    def inputs(self, index: int) -> int:
+        return index
+
+    def truth(self, inputs: int) -> Truth:
+        return Truth({}, {}, accuracy.FLOORS[torch.float32])
+
+    def lanes(self) -> Mapping[str, Callable[[], Lane]]:
+        return {name: lambda name=name: LoggedLane(name, self.calls) for name in self.names}
+
+
+@dataclass
+class LoggedLane:
+    name: str
+    calls: list[tuple[str, int]]
+
+    def step(self, inputs: int) -> None:
+        if self.name == "broken" and len(self.calls) > 12:
+            raise RuntimeError("no more\nof this")
+        self.calls.append((self.name, inputs))
+
+    def results(self, inputs: int) -> dict[str, Tensor]:
+        return {}
+
+
+def test_lanes_take_turns_and_inputs_rotate() -> None:
+    bench = Logged(("a", "b", "c"))
+    measure(bench, Effort(0.0, 6, 6))
+    rounds = [bench.calls[-18:][start : start + 3] for start in range(0, 18, 3)]
+    for each in rounds:
+        assert {name for name, _ in each} == {"a", "b", "c"}
+        assert len({index for _, index in each}) == 1, "the lanes of a round see the same inputs"
+    assert all(a[0][1] != b[0][1] for a, b in itertools.pairwise(rounds)), "the next round sees others"
+    assert {each[0][0] for each in rounds} == {"a", "b", "c"}
+    followed = {pair for each in rounds for pair in itertools.pairwise(name for name, _ in each)}
+    assert followed == set(itertools.permutations("abc", 2))
+
+
+def test_a_lane_that_fails_is_a_row_with_its_reason() -> None:
+    timed = measure(Logged(("a", "broken")), EFFORT)
+    assert len(timed["a"].samples) == 3
+    timed = measure(Logged(("a", "broken", "b")), Effort(0.0, 9, 9))
+    assert timed["broken"].row["failed"] == "RuntimeError: no more of this"
+    assert timed["broken"].samples == []
+    assert len(timed["a"].samples) == len(timed["b"].samples) == 9
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_random_and_of_several_sets(op: str) -> None:
+    bench = _op(op, torch.bfloat16)
+    first, second = bench.inputs(0), bench.inputs(1)
+    for name, tensor in first.tensors.items():
+        other = second.tensors[name]
+        assert tensor is not None
+        assert other is not None
+        assert (tensor == 0).float().mean() < 0.05
+        assert not torch.equal(tensor, other)
+
+
+def test_peak_memory_is_what_a_step_takes() -> None:
+    size = 64 * 2**20
+
+    def step() -> None:
+        first = torch.ones(size, dtype=torch.uint8)
+        second = first + 1
+        del first
+        assert second[-1] == 2
+
+    taken = machine.peak_memory(step, CPU)
+    if taken is None:
+        pytest.skip("this system does not reset a process's high-water mark")
+    assert 1.9 * size <= taken < 2.5 * size
+
+
+def test_ceilings_are_rates() -> None:
+    assert machine.gemm_ceiling(CPU, torch.float32) > 1e9
+    assert machine.copy_ceiling(CPU) > 1e8
+    assert machine.cache_bytes(CPU) >= 2**20
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", NAMES)
+def test_every_suite_has_cases_of_its_own_for_each_device(suite: str, device: str) -> None:
+    keys = [plan.make().key for plan in plans(suite, torch.device(device))]
+    assert len(keys) == len(set(keys))
+    assert len(keys) >= 4
+    if device == "cuda" and suite in PARTS:
+        assert {key.dtype for key in keys} == {"float32", "bfloat16", "float16"}
+        assert {"vit_large_patch14", "vit_so400m_patch14", "vit_giant_patch14"} <= {key.name for key in keys}
+
+
+def test_absent_packages_are_listed() -> None:
+    assert set(peers.absent()) <= {
+        "apex",
+        "flash_attn",
+        "liger_kernel",
+        "quack",
+        "timm",
+        "torchvision",
+        "transformer_engine",
+        "transformers",
+        "xformers",
+    }
+
+
+def test_pytest_benchmark_replays_what_was_measured(tmp_path: Path) -> None:
+    skip_without("ext")
+    out, statistics = tmp_path / "results.json", tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "bench.run", "--suite=smoke", f"--out={out}", f"--benchmark-json={statistics}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    rows = content["rows"]
+    assert {row["kind"] for row in rows} == {"op", "block", "model"}
+    assert {row["direction"] for row in rows} == {"forward", "forward + backward", "training step"}
+    assert content["versions"]["torch"] == torch.__version__
+    needed = {"seconds", "spread", "rounds", "flops", "bytes", "gemm", "copy", "share", "mfu", "memory"}
+    assert all(needed <= row.keys() for row in rows)
+    medians = [each["stats"]["median"] for each in json.loads(statistics.read_text())["benchmarks"]]
+    assert medians == [row["seconds"] for row in rows]
