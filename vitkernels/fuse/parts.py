@@ -127,15 +127,16 @@ def last_linear(module: nn.Module, x: Tensor, split: bool) -> tuple[Tensor, Tens
 
 
 def operand_dtype(first: nn.Module | None, x: Tensor) -> torch.dtype | None:
-    """The dtype in which a norm hands x's normalised values to the Linear `first`; None leaves them in x's.
+    """The dtype in which a norm hands x's normalised values to `first`; None leaves them in x's.
 
-    Under autocast the Linear would round them anyway, so they are written rounded. Any other module gets them as the
-    norm itself would hand them over: on CUDA, autocast has it answer in float32.
+    Under autocast a Linear (or the products of an nn.MultiheadAttention) would round them anyway, so they are written
+    rounded. Any other module gets them as the norm itself would hand them over: on CUDA, autocast has it answer in
+    float32.
     """
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
         return None
-    if first is not None and obstacle("", first, nn.Linear) is None:
+    if first is not None and owner(first) in (nn.Linear, nn.MultiheadAttention) and obstacle("", first) is None:
         return dtype
     return torch.float32 if x.is_cuda else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -9,12 +10,20 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse import parts
+from vitkernels.fuse.residual import Branch
 
 
 def called(**linears: nn.Module) -> str | None:
     """Which of these projections must be called as it is, and why; None when all are Linears that may be read."""
     reasons = (parts.obstacle(name, module, nn.Linear) for name, module in linears.items())
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def dropped(branch: Branch, dropout: nn.Module | None) -> Branch:
+    """The branch with a Dropout after it, which is torch's own and draws as ever."""
+    if dropout is None or parts.drops_nothing(dropout):
+        return branch
+    return dataclasses.replace(branch, run=lambda x, split: (dropout(branch.run(x, False)[0]), None))
 
 
 # ---------------------------------------------------------------------------------------------------- feed-forward
@@ -58,6 +67,18 @@ def mlp(
         activation=kind,
     )
     return out, bias if split else None
+
+
+def mlp_branch(
+    fc1: nn.Module, act: nn.Module | Callable[..., Tensor], fc2: nn.Module, dropout: nn.Module | None = None
+) -> Branch:
+    """`mlp` as the branch of a residual step."""
+    inside = not_mlp(fc1, act, fc2, dropout)
+
+    def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        return mlp(x, fc1, act, fc2, dropout, split)
+
+    return Branch(run, "mlp" if inside is None else "linear, linear", fc1, inside)
 
 
 # ------------------------------------------------------------------------------------------------------- attention

@@ -106,8 +106,6 @@ def _why_not_call(x: Any) -> str | None:
         return "traced by torch.fx"
     if not isinstance(x, Tensor):
         return f"called with a {type(x).__name__}, not a tensor"
-    if x.is_nested:
-        return "called with a nested tensor"
     if torch.jit.is_tracing():
         return "traced by torch.jit"
     if x.is_nested:

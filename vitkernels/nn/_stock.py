@@ -22,6 +22,11 @@ def added(module: nn.Module) -> str | None:
         return "another forward"
     if torch_module._has_any_global_hook():
         return "a global hook"
+    return odd_weight(module)
+
+
+def odd_weight(module: nn.Module) -> str | None:
+    """Which of the module's own parameters is a tensor subclass (sharded, quantized); None for none."""
     for weight in module._parameters.values():
         if hasattr(type(weight), "__tensor_flatten__"):
             return f"a {type(weight).__name__} weight"

@@ -1,0 +1,184 @@
+"""torch.nn: the layers of nn.Transformer, pre-norm and post-norm, and nn.MultiheadAttention (read from torch 2.13).
+
+nn.TransformerEncoder and its relatives stay as they are: their layers are joined, and the norm behind them. Where the
+encoder makes a nested tensor of a padded batch (inference), its layers run torch's own code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkernels.fuse.multihead import NO_MASKS, FusedMultiheadAttention, Masks, attention_branch, not_call
+from vitkernels.fuse.parts import owner, stock_type
+from vitkernels.fuse.residual import Border, Part, Sublayer, post_norm, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.sublayers import dropped, mlp_branch
+from vitkernels.fuse.swap import Fused
+
+TAILS = (("layers", "norm"),)
+
+
+class FusedLayer(Fused):
+    """What the layers of encoder and decoder share."""
+
+    is_block = True
+
+    def sublayers(self, masks: Masks = NO_MASKS, *rest: Any) -> list[Sublayer]:
+        """The layer's residual steps, in order; the arguments are those of its attentions."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, sublayers: list[Sublayer]) -> Tensor:
+        state = self._vitkernels
+        with self.backend():
+            if self.norm_first:
+                return pre_norm(x, sublayers, state.border, state.residual_dtype)
+            return post_norm(x, sublayers)
+
+    def self_attention(self, masks: Masks) -> Sublayer:
+        layer: Any = self
+        branch = attention_branch("self_attn", layer.self_attn, masks)
+        return Sublayer("self_attn", layer.norm1, dropped(branch, layer.dropout1))
+
+    def feed_forward(self, norm: nn.Module, dropout: nn.Module) -> Sublayer:
+        layer: Any = self
+        branch = mlp_branch(layer.linear1, layer.activation, layer.linear2, layer.dropout)
+        return Sublayer("feed_forward", norm, dropped(branch, dropout))
+
+    def entry(self) -> Border | None:
+        layer: Any = self
+        return Border(layer.norm1, layer.self_attn) if layer.norm_first else None
+
+    def parts(self) -> list[Part]:
+        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
+
+
+class FusedEncoderLayer(FusedLayer):
+    """torch.nn.TransformerEncoderLayer, its adds run with the norms that follow them."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        masks = Masks(src_mask, src_key_padding_mask, is_causal)
+        if self.declines(src, lambda: not_call(self.self_attn, src, src, masks)):
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        return self.run(src, self.sublayers(masks))
+
+    def sublayers(self, masks: Masks = NO_MASKS, *rest: Any) -> list[Sublayer]:
+        layer: Any = self
+        return [self.self_attention(masks), self.feed_forward(layer.norm2, layer.dropout2)]
+
+
+class FusedDecoderLayer(FusedLayer):
+    """torch.nn.TransformerDecoderLayer: attention to what came before, to the encoder's memory, and feed-forward."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        layer: Any = self
+        masks = Masks(tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        to_memory = Masks(memory_mask, memory_key_padding_mask, memory_is_causal)
+
+        def why_not() -> str | None:
+            of_self = not_call(layer.self_attn, tgt, tgt, masks)
+            return of_self or not_call(layer.multihead_attn, tgt, memory, to_memory)
+
+        if self.declines(tgt, why_not):
+            return super().forward(
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
+        return self.run(tgt, self.sublayers(masks, memory, to_memory))
+
+    def sublayers(
+        self, masks: Masks = NO_MASKS, memory: Tensor | None = None, to_memory: Masks = NO_MASKS, *rest: Any
+    ) -> list[Sublayer]:
+        layer: Any = self
+        cross = attention_branch("multihead_attn", layer.multihead_attn, to_memory, memory)
+        return [
+            self.self_attention(masks),
+            Sublayer("multihead_attn", layer.norm2, dropped(cross, layer.dropout2)),
+            self.feed_forward(layer.norm3, layer.dropout3),
+        ]
+
+
+def _steps_differ(layer: nn.Module, *steps: str) -> str | None:
+    """Which of the methods that the stock `forward` is made of the layer has its own version of; None for none."""
+    stock, own = owner(layer), stock_type(layer)
+    for step in steps:
+        if getattr(own, step) is not getattr(stock, step) or step in layer.__dict__:
+            return f"it has its own {step}"
+    return None
+
+
+_ATTENTION = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
+_LAYER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+
+ATTENTION = Rule(
+    FusedMultiheadAttention,
+    frozenset({"torch.nn.modules.activation.MultiheadAttention"}),
+    lambda attn: differs(
+        attn,
+        (*_ATTENTION, "is_causal"),
+        ("out_proj",),
+        parameters=(
+            "in_proj_weight",
+            "in_proj_bias",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "bias_k",
+            "bias_v",
+        ),
+    ),
+)
+ENCODER_LAYER = Rule(
+    FusedEncoderLayer,
+    frozenset({"torch.nn.modules.transformer.TransformerEncoderLayer"}),
+    lambda layer: (
+        differs(layer, ("src", "src_mask", "src_key_padding_mask", "is_causal"), _LAYER, ("activation",))
+        or _steps_differ(layer, "_sa_block", "_ff_block")
+    ),
+)
+DECODER_LAYER = Rule(
+    FusedDecoderLayer,
+    frozenset({"torch.nn.modules.transformer.TransformerDecoderLayer"}),
+    lambda layer: (
+        differs(
+            layer,
+            (
+                "tgt",
+                "memory",
+                "tgt_mask",
+                "memory_mask",
+                "tgt_key_padding_mask",
+                "memory_key_padding_mask",
+                "tgt_is_causal",
+                "memory_is_causal",
+            ),
+            (*_LAYER, "multihead_attn", "norm3", "dropout3"),
+            ("activation",),
+        )
+        or _steps_differ(layer, "_sa_block", "_mha_block", "_ff_block")
+    ),
+)
+RULES = (ENCODER_LAYER, DECODER_LAYER, ATTENTION)
