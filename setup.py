@@ -1,7 +1,8 @@
 """Builds the compiled extension; everything else stands in pyproject.toml.
 
 One binary serves torch 2.11 and later: it is built on LibTorch's stable ABI and on Python's limited API.
-`VITKERNELS_BUILD_EXT=0` installs the Python package alone (the reference and Triton backends still work).
+`VITKERNELS_BUILD_EXT=0` installs the Python package alone (the reference and Triton backends still work);
+`VITKERNELS_SANITIZE=address,undefined` builds the extension for `make test-asan`.
 """
 
 import os
@@ -23,6 +24,12 @@ cxx_flags = [
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
 ]
 
+link_flags = ["-s"]
+sanitizers = os.environ.get("VITKERNELS_SANITIZE")
+if sanitizers:
+    link_flags = [f"-fsanitize={sanitizers}"]
+    cxx_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+
 extensions = []
 if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
     extensions.append(
@@ -31,7 +38,7 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx_flags},
-            extra_link_args=["-s"],
+            extra_link_args=link_flags,
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.[hi]*")),
             py_limited_api=True,
         )

@@ -1,6 +1,6 @@
 """timm: the blocks of `vision_transformer`, and the attention and feed-forward layers that many models share.
 
-Read from timm 1.0.31. EVA's and BEiT's blocks, built on the same pieces, are in `timm_eva`.
+Read from timm 1.0.31. EVA's and BEiT's blocks, built on the same pieces, are in `timm_positions`.
 """
 
 from __future__ import annotations
@@ -174,6 +174,23 @@ class FusedSwiGLU(FusedGluMlp):
         return Branch(self.output, "linear, gate of torch, linear", mlp.fc1_x, why_not)
 
 
+class FusedGeGluMlp(FusedGluMlp):
+    """ViTamin's GeGluMlp: with a norm of its own in front."""
+
+    def output(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        mlp: Any = self
+        x = parts.layer_norm(mlp.norm, x)
+        hidden = mlp.drop1(mlp.act(parts.linear(mlp.w0, x)) * parts.linear(mlp.w1, x))
+        if parts.drops_nothing(mlp.drop2):
+            return parts.last_linear(mlp.w2, hidden, split)
+        return mlp.drop2(parts.linear(mlp.w2, hidden)), None
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+        why_not = called(w0=mlp.w0, w1=mlp.w1, w2=mlp.w2)
+        return Branch(self.output, "add_layer_norm, linear, gate of torch, linear", None, why_not)
+
+
 _MLP = ("act", "drop1", "norm", "fc2", "drop2")
 MLP = Rule(FusedMlp, frozenset({"timm.layers.mlp.Mlp"}), lambda mlp: differs(mlp, ("x",), ("fc1", *_MLP)))
 GLU_MLP = Rule(
@@ -185,6 +202,11 @@ SWIGLU = Rule(
     FusedSwiGLU,
     frozenset({"timm.layers.mlp.SwiGLU"}),
     lambda mlp: differs(mlp, ("x",), ("fc1_g", "fc1_x", *_MLP)),
+)
+GEGLU_MLP = Rule(
+    FusedGeGluMlp,
+    frozenset({"timm.models.vitamin.GeGluMlp"}),
+    lambda mlp: differs(mlp, ("x",), ("norm", "w0", "act", "w1", "drop1", "w2", "drop2")),
 )
 
 
@@ -229,4 +251,4 @@ BLOCK = Rule(
         ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"),
     ),
 )
-RULES = (BLOCK, ATTENTION, MLP, GLU_MLP, SWIGLU)
+RULES = (BLOCK, ATTENTION, MLP, GLU_MLP, SWIGLU, GEGLU_MLP)

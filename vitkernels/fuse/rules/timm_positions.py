@@ -1,6 +1,6 @@
-"""timm: blocks with rotary positions (EVA, DINOv3, PE) and with a learned bias on the scores (BEiT).
+"""timm: blocks with rotary positions (EVA, DINOv3, PE) and with a learned bias on the scores (BEiT, relpos).
 
-Read from timm 1.0.31, `models/eva.py`, `models/beit.py` and `layers/attention.py`.
+Read from timm 1.0.31: `models/eva.py`, `models/beit.py`, `models/vision_transformer_relpos.py`, `layers/attention.py`.
 """
 
 from __future__ import annotations
@@ -97,6 +97,31 @@ class FusedBeitAttention(FusedRopeAttention):
         return join_heads(ops.attention(*self.project(x), attn_mask=bias))
 
 
+class FusedRelPosAttention(FusedAttention):
+    """timm's RelPosAttention: the bias comes from a module of its own, or from the model."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if self.declines(x, self.why_not_now):
+            return super(FusedAttention, self).forward(x, shared_rel_pos=shared_rel_pos)
+        with self.backend():
+            return self.output(x, self.heads(x, shared_rel_pos=shared_rel_pos), False)[0]
+
+    def heads(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        attn: Any = self
+        return super().heads(x, shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias())
+
+
+class FusedRelPosBlock(FusedBlock):
+    """timm's RelPosBlock."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if self.declines(x):
+            return super(FusedBlock, self).forward(x, shared_rel_pos=shared_rel_pos)
+        with self.backend():
+            state = self._vitkernels
+            return pre_norm(x, self.sublayers(shared_rel_pos=shared_rel_pos), state.border, state.residual_dtype)
+
+
 class FusedEvaBlock(FusedBlock):
     """timm.models.eva.EvaBlock: as `Block`, with LayerScale as parameters of its own, and rotary positions."""
 
@@ -135,6 +160,7 @@ _ATTENTION = ("q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
 _PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "gate")
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 _GAMMAS = ("gamma_1", "gamma_2")
+_RELPOS = "timm.models.vision_transformer_relpos"
 _BEIT = ("q_bias", "v_bias", "relative_position_bias_table")
 RULES = (
     Rule(
@@ -156,5 +182,17 @@ RULES = (
         FusedBeitBlock,
         frozenset({"timm.models.beit.Block"}),
         lambda block: differs(block, ("x", "shared_rel_pos_bias"), _BLOCK, (), _GAMMAS),
+    ),
+    Rule(
+        FusedRelPosAttention,
+        frozenset({f"{_RELPOS}.RelPosAttention"}),
+        lambda attn: differs(
+            attn, ("x", "shared_rel_pos"), ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"), ("rel_pos",)
+        ),
+    ),
+    Rule(
+        FusedRelPosBlock,
+        frozenset({f"{_RELPOS}.RelPosBlock"}),
+        lambda block: differs(block, ("x", "shared_rel_pos"), (*_BLOCK, "ls1", "ls2")),
     ),
 )
