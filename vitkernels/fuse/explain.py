@@ -102,6 +102,8 @@ def explain(model: nn.Module) -> Explanation:
     known = {each.name: each for each in candidates(model)}
     inside: tuple[str, ...] = ()  # blocks: what is in them is told by their own rows
     for name, module in model.named_modules():
+        if isinstance(module, Fused) and module._vitkernels.fallbacks:
+            fallbacks[name] = dict(module._vitkernels.fallbacks)
         if inside and name.startswith(inside):
             continue
         if isinstance(module, Fused):
@@ -110,8 +112,6 @@ def explain(model: nn.Module) -> Explanation:
                 Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in module.parts()
             ]
             inner = module.block_names(module)
-            if module._vitkernels.fallbacks:
-                fallbacks[name] = dict(module._vitkernels.fallbacks)
         elif name in known:
             inner = known[name].match.rule.mixin.block_names(module)
             reason = known[name].declined or "not fused"

@@ -176,7 +176,9 @@ def _join(model: nn.Module) -> list[nn.Module]:
             for block, following in itertools.pairwise(children):
                 if isinstance(block, Fused) and isinstance(following, Fused):
                     block._vitkernels.border = following.entry()
-        for blocks_path, norm_path in rules.tails():
+        for blocks_path, norm_path, *owners in rules.tails():
+            if owners and parts.owner(parent).__name__ not in owners:
+                continue
             last, norm = _last(_resolve(parent, blocks_path)), _resolve(parent, norm_path)
             if not isinstance(last, Fused) or not isinstance(norm, nn.Module):
                 continue

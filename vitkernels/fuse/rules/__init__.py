@@ -50,9 +50,9 @@ class Match:
 
 
 @functools.cache
-def _ecosystems() -> tuple[tuple[Rule, ...], tuple[tuple[str, str], ...]]:
+def _ecosystems() -> tuple[tuple[Rule, ...], tuple[tuple[str, ...], ...]]:
     rules: list[Rule] = []
-    tails: list[tuple[str, str]] = []
+    tails: list[tuple[str, ...]] = []
     for found in pkgutil.iter_modules(__path__):
         page = importlib.import_module(f"{__name__}.{found.name}")
         rules += getattr(page, "RULES", ())
@@ -65,8 +65,8 @@ def all_rules() -> tuple[Rule, ...]:
     return _ecosystems()[0]
 
 
-def tails() -> tuple[tuple[str, str], ...]:
-    """Pairs of paths in a model: of its blocks, and of the norm that their last one feeds."""
+def tails() -> tuple[tuple[str, ...], ...]:
+    """Paths in a model: of its blocks, and of the norm that their last one feeds; then the models' classes, if few."""
     return _ecosystems()[1]
 
 

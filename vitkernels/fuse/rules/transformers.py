@@ -1,0 +1,169 @@
+"""Hugging Face transformers: the layers of ViT, DINOv2, DINOv3, CLIP and SigLIP (read from transformers 5.23).
+
+The library writes each model out in full, so that one text stands in many files: a mixin serves a text, and its rule
+lists the classes that hold it. The modules inside the layers are in `transformers_parts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.fuse import parts
+from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.rules.transformers_parts import (
+    CLIP,
+    DINOV2,
+    DINOV3,
+    SIGLIP,
+    VIT,
+    FusedAttention,
+    owners,
+    without_positions,
+)
+from vitkernels.fuse.swap import Fused, branch_of
+
+TAILS = (
+    ("layers", "layernorm"),
+    ("decoder_layers", "decoder_norm"),
+    ("encoder.layer", "layernorm"),
+    ("model.layer", "norm"),
+    ("encoder.layers", "final_layer_norm"),
+    ("encoder.layers", "post_layernorm", "SiglipVisionModel", "Siglip2VisionModel"),  # CLIP's reads one token alone
+)
+
+
+def _drop_path(module: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    keep = 1 - module.drop_prob  # type: ignore[operator]
+    return (torch.rand(tokens.shape[0], dtype=dtype, device=tokens.device) + keep).floor().div(keep)
+
+
+parts.DROP_PATHS.update({f"{name}DropPath": _drop_path for name in (*DINOV2.values(), "Dinov3ViT")})
+parts.LAYER_SCALES.update({f"{name}LayerScale": "lambda1" for name in (DINOV2 | DINOV3).values()})
+
+
+def _attention(
+    name: str, attn: nn.Module, mask: Tensor | None, options: Mapping[str, Any], call: Callable[[Tensor], Tensor]
+) -> Branch:
+    """The attention as a branch: by its parts where they serve this call, else by `call`, as the layer itself does."""
+    why_not = attn.why_not_call(mask, options) if isinstance(attn, FusedAttention) else None
+    if why_not is not None:
+        return Branch(lambda x, split: (call(x), None), "", None, why_not)
+    return branch_of(name, attn, call, attention_mask=mask, **options)
+
+
+def _dropped(branch: Branch, dropout: nn.Module) -> Branch:
+    """The branch with a Dropout after it."""
+    if parts.drops_nothing(dropout):
+        return branch
+    return dataclasses.replace(branch, run=lambda x, split: (dropout(branch.run(x, False)[0]), None))
+
+
+class FusedLayer(Fused):
+    """What the layers share: pre-norm, attention, feed-forward."""
+
+    is_block = True
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if self.declines(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        return self.run(hidden_states, attention_mask, kwargs)
+
+    def run(self, x: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
+        """The layer on [B, N, D]."""
+        with self.backend():
+            state = self._vitkernels
+            # a layer that is checkpointed ends on its own: what follows it lies outside
+            border = None if self.training and getattr(self, "gradient_checkpointing", False) else state.border
+            return pre_norm(x, self.sublayers(mask, options), border, state.residual_dtype)
+
+    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+        """The residual steps of a call with this mask and these keywords."""
+        raise NotImplementedError
+
+    def entry(self) -> Border:
+        first = self.sublayers(None, {})[0]
+        return Border(first.norm, first.branch.first)
+
+    def parts(self) -> list[Part]:
+        return [part for sublayer in self.sublayers(None, {}) for part in sublayer.parts()]
+
+
+class FusedViTLayer(FusedLayer):
+    """ViTLayer and its copies: a dropout after each sub-layer."""
+
+    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+        layer: Any = self
+        attention = _attention(
+            "attention", layer.attention, mask, options, lambda x: layer.attention(x, mask, **options)[0]
+        )
+        return [
+            Sublayer("attention", layer.layernorm_before, _dropped(attention, layer.dropout)),
+            Sublayer("mlp", layer.layernorm_after, _dropped(branch_of("mlp", layer.mlp), layer.dropout)),
+        ]
+
+
+class FusedDinoLayer(FusedLayer):
+    """Dinov2Layer and its copy: LayerScale, and one DropPath for both sub-layers."""
+
+    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+        layer: Any = self
+        attention = _attention(
+            "attention", layer.attention, mask, options, lambda x: layer.attention(x, attention_mask=mask, **options)[0]
+        )
+        return [
+            Sublayer("attention", layer.norm1, attention, layer.layer_scale1, layer.drop_path),
+            Sublayer("mlp", layer.norm2, branch_of("mlp", layer.mlp), layer.layer_scale2, layer.drop_path),
+        ]
+
+
+class FusedRopeLayer(FusedDinoLayer):
+    """DINOv3ViTLayer: DINOv2's, with rotary positions."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = {"position_embeddings": position_embeddings, **kwargs}
+        if self.declines(hidden_states, lambda: without_positions(position_embeddings)):
+            return super(FusedLayer, self).forward(hidden_states, attention_mask, **options)
+        return self.run(hidden_states, attention_mask, options)
+
+
+class FusedClipLayer(FusedLayer):
+    """CLIPEncoderLayer and its copies, of the image's tower and of the text's."""
+
+    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+        layer: Any = self
+        attention = _attention(
+            "self_attn",
+            layer.self_attn,
+            mask,
+            options,
+            lambda x: layer.self_attn(hidden_states=x, attention_mask=mask, **options)[0],
+        )
+        return [
+            Sublayer("self_attn", layer.layer_norm1, attention),
+            Sublayer("mlp", layer.layer_norm2, branch_of("mlp", layer.mlp)),
+        ]
+
+
+_ARGUMENTS = ("hidden_states", "attention_mask", "kwargs")
+_ROPE_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings", "kwargs")
+_VIT = ("attention", "layernorm_before", "layernorm_after", "mlp", "dropout")
+_DINO = ("norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2")
+_CLIP = ("self_attn", "layer_norm1", "mlp", "layer_norm2")
+RULES = (
+    Rule(FusedViTLayer, owners("Layer", VIT), lambda layer: differs(layer, _ARGUMENTS, _VIT)),
+    Rule(FusedDinoLayer, owners("Layer", DINOV2), lambda layer: differs(layer, _ARGUMENTS, _DINO)),
+    Rule(FusedRopeLayer, owners("Layer", DINOV3), lambda layer: differs(layer, _ROPE_ARGUMENTS, _DINO)),
+    Rule(FusedClipLayer, owners("EncoderLayer", CLIP | SIGLIP), lambda layer: differs(layer, _ARGUMENTS, _CLIP)),
+)

@@ -1,0 +1,301 @@
+"""Hugging Face transformers: the attention and feed-forward modules of its Vision Transformers.
+
+Read from transformers 5.23. Attention there is a function that a model's config names; the functions served here
+differ in speed alone, and in what they do with `is_causal`. The layers around these modules are in `transformers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.fuse import parts, sublayers
+from vitkernels.fuse.residual import Branch, Part
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.sublayers import called, join_heads, packed_projection, rotary, split_heads
+from vitkernels.fuse.swap import Fused
+
+
+def owners(suffix: str, families: Mapping[str, str]) -> frozenset[str]:
+    """The names of one class in many model files: package to prefix, and what follows the prefix."""
+    return frozenset(f"transformers.models.{name}.modeling_{name}.{each}{suffix}" for name, each in families.items())
+
+
+VIT = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "vit_mae": "ViTMAE",
+    "vit_msn": "ViTMSN",
+    "ijepa": "IJepa",
+    "audio_spectrogram_transformer": "AST",
+    "vivit": "Vivit",
+}
+DINOV2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
+DINOV3 = {"dinov3_vit": "DINOv3ViT"}
+CLIP = {"clip": "CLIP", "metaclip_2": "MetaClip2", "altclip": "AltCLIP", "clipseg": "CLIPSeg"}
+SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
+
+# activation modules, by the formula they compute
+parts.ACTIVATIONS.update(
+    {
+        "GELUActivation": lambda act: "gelu",
+        "GELUTanh": lambda act: "gelu_tanh",
+        "NewGELUActivation": lambda act: "gelu_tanh",
+        "FastGELUActivation": lambda act: "gelu_tanh",
+        "QuickGELUActivation": lambda act: "quick_gelu",
+        "SiLUActivation": lambda act: "silu",
+    }
+)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+# Names of attention functions that compute one thing; with a mask of four axes, or without one.
+_FUNCTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "vitkernels")
+# Keywords that reach attention on their way to others, and change nothing in it.
+_PASSING = frozenset(
+    {"is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What a template calls the parts of its attention."""
+
+    out: str = "o_proj"
+    heads: str = "num_attention_heads"
+    scale: str = "scaling"
+    dropout: str = "attention_dropout"
+
+
+class FusedAttention(Fused):
+    """ViTAttention and its copies: three projections as one product, then `ops.attention_qkv`.
+
+    Eager attention returns the weights beside the output. A block throws them away, so reading around the module
+    loses nothing; whoever calls the module itself gets its own code.
+    """
+
+    spelling: ClassVar[Spelling] = Spelling()
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.declines(hidden_states, lambda: self.why_not_alone() or self.why_not_call(attention_mask, kwargs)):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        with self.backend():
+            return self.run(hidden_states, False, attention_mask, kwargs)[0], None
+
+    def why_not_now(self) -> str | None:
+        attn: Any = self
+        if self.training and getattr(attn, self.spelling.dropout) > 0:
+            return "a dropout of attention's weights"
+        function = attn.config._attn_implementation
+        return None if function in _FUNCTIONS else f"attn_implementation is {function!r}"
+
+    def why_not_alone(self) -> str | None:
+        """`why_not_now`, where the module is called by somebody who may want its weights."""
+        attn: Any = self
+        eager = attn.config._attn_implementation in (None, "eager")
+        return "eager attention returns its weights" if eager else self.why_not_now()
+
+    def why_not_call(self, mask: Any, options: Mapping[str, Any]) -> str | None:
+        """Why a call with this mask and these keywords cannot run fused, or None when it can."""
+        for name in options:
+            if name not in _PASSING:
+                return f"called with {name}"
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            return f"called with a {type(mask).__name__} for a mask"
+        return None if mask.dim() == 4 else f"called with a mask of {mask.dim()} axes"
+
+    def is_causal_now(self, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+        """Whether the config's attention function would hide later tokens in this call."""
+        attn: Any = self
+        if mask is not None or attn.config._attn_implementation in (None, "eager"):
+            return False
+        asked = options.get("is_causal")
+        return bool(attn.is_causal if asked is None else asked)
+
+    def run(
+        self, x: Tensor, split: bool, mask: Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The module on [B, N, D]; as `parts.last_linear`."""
+        attn: Any = self
+        packed = packed_projection(x, attn.q_proj, attn.k_proj, attn.v_proj)
+        heads = self.attend(packed, mask, self.is_causal_now(mask, options), options)
+        return parts.last_linear(getattr(attn, self.spelling.out), heads, split)
+
+    def attend(self, packed: Tensor, mask: Tensor | None, is_causal: bool, options: Mapping[str, Any]) -> Tensor:
+        """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
+        heads, scale = getattr(self, self.spelling.heads), getattr(self, self.spelling.scale)
+        return ops.attention_qkv(packed, heads, attn_mask=mask, is_causal=is_causal, scale=scale)
+
+    def branch(self, attention_mask: Tensor | None = None, **options: Any) -> Branch:
+        attn: Any = self
+        projections = called(q_proj=attn.q_proj, k_proj=attn.k_proj, v_proj=attn.v_proj)
+        return Branch(
+            lambda x, split: self.run(x, split, attention_mask, options),
+            "linear, attention, linear",
+            attn.q_proj if projections is None else None,
+            projections or called(**{self.spelling.out: getattr(attn, self.spelling.out)}),
+        )
+
+    def parts(self) -> list[Part]:
+        branch = self.branch()
+        return [Part("", branch.ops, self.why_not_alone() or branch.why_not)]
+
+
+class FusedClipAttention(FusedAttention):
+    """CLIPAttention and its copies."""
+
+    spelling = Spelling("out_proj", "num_heads", "scale", "dropout")
+
+
+class FusedSiglipAttention(FusedClipAttention):
+    """SiglipAttention and its copy: deaf to keywords."""
+
+    def why_not_call(self, mask: Any, options: Mapping[str, Any]) -> str | None:
+        return super().why_not_call(mask, {})
+
+    def is_causal_now(self, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+        return super().is_causal_now(mask, {})
+
+
+def without_positions(position_embeddings: object) -> str | None:
+    """Whether a call lacks what it cannot do without; the module's own error is the one to see."""
+    return "called without position_embeddings" if position_embeddings is None else None
+
+
+class FusedRopeAttention(FusedAttention):
+    """DINOv3ViTAttention: rotary positions on the patches' q and k, none on the prefix tokens'."""
+
+    spelling = Spelling("o_proj", "num_heads", "scaling", "dropout")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = {"position_embeddings": position_embeddings, **kwargs}
+        if self.declines(
+            hidden_states,
+            lambda: (
+                without_positions(position_embeddings)
+                or self.why_not_alone()
+                or self.why_not_call(attention_mask, options)
+            ),
+        ):
+            return super(FusedAttention, self).forward(hidden_states, attention_mask, **options)
+        with self.backend():
+            return self.run(hidden_states, False, attention_mask, options)[0], None
+
+    def why_not_call(self, mask: Any, options: Mapping[str, Any]) -> str | None:
+        rest = {name: value for name, value in options.items() if name != "position_embeddings"}
+        return super().why_not_call(mask, rest)
+
+    def attend(self, packed: Tensor, mask: Tensor | None, is_causal: bool, options: Mapping[str, Any]) -> Tensor:
+        cos, sin = options["position_embeddings"]
+        q, k, v = split_heads(packed, getattr(self, self.spelling.heads))
+        q, k = (rotary(each, sin, cos, prefix=each.shape[2] - sin.shape[-2], half=True) for each in (q, k))
+        scale = getattr(self, self.spelling.scale)
+        return join_heads(ops.attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale))
+
+
+_ARGUMENTS = ("hidden_states", "attention_mask", "kwargs")
+_ROPE_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings", "kwargs")
+
+
+def _attention(
+    mixin: type[FusedAttention], families: Mapping[str, str], arguments: tuple[str, ...] = _ARGUMENTS
+) -> Rule:
+    children = ("q_proj", "k_proj", "v_proj", mixin.spelling.out)
+    return Rule(mixin, owners("Attention", families), lambda attn: differs(attn, arguments, children))
+
+
+# ---------------------------------------------------------------------------------------------------- feed-forward
+
+
+class FusedMlp(Fused):
+    """Two projections and an activation, on `ops.mlp`."""
+
+    names: ClassVar[tuple[str, str, str]] = ("fc1", "activation_fn", "fc2")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.declines(hidden_states):
+            return super().forward(hidden_states)
+        with self.backend():
+            return self.run(hidden_states, False)[0]
+
+    def run(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        """The module on [..., D]; as `parts.last_linear`."""
+        first, act, last = (getattr(self, name) for name in self.names)
+        return sublayers.mlp(x, first, act, last, split=split)
+
+    def branch(self, **options: Any) -> Branch:
+        first, act, last = (getattr(self, name) for name in self.names)
+        why_not = sublayers.not_mlp(first, act, last)
+        return Branch(self.run, "mlp" if why_not is None else "linear, linear", first, why_not)
+
+    def parts(self) -> list[Part]:
+        branch = self.branch()
+        return [Part("", branch.ops, branch.why_not)]
+
+
+class FusedUpDownMlp(FusedMlp):
+    """DINOv3ViTMLP: the same by other names."""
+
+    names = ("up_proj", "act_fn", "down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class FusedGatedMlp(FusedMlp):
+    """DINOv2's and DINOv3's SwiGLU (Shazeer 2020): the products are ours, the gate between them is torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+    def run(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        mlp: Any = self
+        hidden = mlp.act_fn(parts.linear(mlp.gate_proj, x)) * parts.linear(mlp.up_proj, x)
+        return parts.last_linear(mlp.down_proj, hidden, split)
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+        why_not = called(gate_proj=mlp.gate_proj, up_proj=mlp.up_proj, down_proj=mlp.down_proj)
+        first = mlp.gate_proj if why_not is None else None
+        return Branch(self.run, "linear, gate of torch, linear", first, why_not)
+
+
+def _has_mlp_parts(module: nn.Module) -> bool:
+    """Whether a module is made as `FusedMlp` expects: many models have a copy of it under another name."""
+    return set(module._modules) == set(FusedMlp.names) and isinstance(module._modules["fc1"], nn.Linear)
+
+
+RULES = (
+    _attention(FusedAttention, VIT | DINOV2),
+    _attention(FusedRopeAttention, DINOV3, _ROPE_ARGUMENTS),
+    _attention(FusedClipAttention, CLIP),
+    _attention(FusedSiglipAttention, SIGLIP),
+    Rule(
+        FusedMlp,
+        owners("MLP", VIT | DINOV2 | CLIP | SIGLIP),
+        lambda mlp: differs(mlp, ("hidden_states",), FusedMlp.names),
+        _has_mlp_parts,
+    ),
+    Rule(FusedUpDownMlp, owners("MLP", DINOV3), lambda mlp: differs(mlp, ("x",), FusedUpDownMlp.names)),
+    Rule(
+        FusedGatedMlp,
+        owners("SwiGLUFFN", DINOV2) | owners("GatedMLP", DINOV3),
+        lambda mlp: differs(mlp, ("x",), ("gate_proj", "up_proj", "down_proj", "act_fn")),
+    ),
+)
