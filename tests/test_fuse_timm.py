@@ -69,8 +69,11 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), APART),
     "beit": (lambda: named("beit_base_patch16_224"), APART),
     "beitv2": (lambda: named("beitv2_base_patch16_224"), APART),
-    "relpos": (lambda: named("vit_relpos_small_patch16_224"), OPS),
-    "relpos, qk_norm": (lambda: named("vit_relpos_small_patch16_224", qk_norm=True), APART),
+    "relpos": (lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", init_values=0.5), OPS),
+    "relpos, qk_norm": (
+        lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", qk_norm=True, init_values=None),
+        APART,
+    ),
     "GeGLU": (lambda: vit(mlp_layer=timm.models.vitamin.GeGluMlp), OPS - {"mlp"}),
 }
 
