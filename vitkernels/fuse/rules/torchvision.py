@@ -1,0 +1,87 @@
+"""torchvision: the blocks of `vision_transformer` (vit_b_16 ... vit_h_14), read from torchvision 0.28.
+
+Their attention is nn.MultiheadAttention, served by the rule in `torch_nn`; their patches are cut by a Conv2d, served by
+the one in `shared`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkernels.fuse import parts
+from vitkernels.fuse.multihead import attention_branch
+from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.sublayers import dropped, mlp_branch
+from vitkernels.fuse.swap import Fused, branch_of
+
+TAILS = (("layers", "ln"),)
+
+
+class FusedMLP(Fused):
+    """torchvision.ops.MLP of two Linears (MLPBlock), a Sequential of Linear, activation, Dropout, Linear, Dropout."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.declines(input):
+            return super().forward(input)
+        with self.backend():
+            return self.branch().run(input, False)[0]
+
+    def branch(self, **options: Any) -> Branch:
+        fc1, act, inner, fc2, outer = self.children()
+        return dropped(mlp_branch(fc1, act, fc2, inner), outer)
+
+    def parts(self) -> list[Part]:
+        branch = self.branch()
+        return [Part("", branch.ops, branch.why_not)]
+
+
+class FusedEncoderBlock(Fused):
+    """torchvision.models.vision_transformer.EncoderBlock, its adds run with the norms that follow them."""
+
+    is_block = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.declines(input, lambda: None if input.dim() == 3 else "called without a batch"):
+            return super().forward(input)
+        state = self._vitkernels
+        with self.backend():
+            return pre_norm(input, self.sublayers(), state.border, state.residual_dtype)
+
+    def sublayers(self) -> list[Sublayer]:
+        block: Any = self
+        attention = attention_branch("self_attention", block.self_attention)
+        return [
+            Sublayer("self_attention", block.ln_1, dropped(attention, block.dropout)),
+            Sublayer("mlp", block.ln_2, branch_of("mlp", block.mlp)),
+        ]
+
+    def entry(self) -> Border:
+        block: Any = self
+        return Border(block.ln_1, block.self_attention)
+
+    def parts(self) -> list[Part]:
+        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Whether a Sequential is torchvision's MLP: its class has no `forward` of its own to know it by."""
+    bases = {f"{base.__module__}.{base.__qualname__}" for base in parts.stock_type(module).__mro__}
+    return "torchvision.ops.misc.MLP" in bases and parts.owner(module) is nn.Sequential
+
+
+def _not_two_linears(mlp: nn.Module) -> str | None:
+    kinds = [parts.owner(child) for child in mlp.children()]
+    known = len(kinds) == 5 and kinds[0] is kinds[3] is nn.Linear and kinds[2] is kinds[4] is nn.Dropout
+    return None if known else "it is not Linear, activation, Dropout, Linear, Dropout"
+
+
+MLP = Rule(FusedMLP, frozenset(), _not_two_linears, _is_mlp)
+BLOCK = Rule(
+    FusedEncoderBlock,
+    frozenset({"torchvision.models.vision_transformer.EncoderBlock"}),
+    lambda block: differs(block, ("input",), ("ln_1", "self_attention", "dropout", "ln_2", "mlp")),
+)
+RULES = (BLOCK, MLP)
