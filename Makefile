@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo compare report audit audit-short gpu lint test clean
+.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo compare report audit audit-short gpu lint test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -77,6 +77,14 @@ lint: .venv/.packages ## ruff and mypy
 test: .venv/.built lint audit-short ## ruff, mypy, the short audit and all tests (under 15 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
+
+# another build of the extension, beside the installed one; PYTHONSAFEPATH keeps the checkout's out of the way
+ASAN_LIBS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
+test-asan: .venv/.packages ## the op cases on the C++ kernels under AddressSanitizer and UBSan
+	VITKERNELS_SANITIZE=address,undefined PATH="$(CURDIR)/.venv/bin:$$PATH" \
+		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	PYTHONSAFEPATH=1 PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(ASAN_LIBS)" \
+		$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_ops.py -k "test_accuracy and not reference"
 
 clean: ## remove .venv and every build product
 	rm -rf .venv build vitkernels.egg-info vitkernels/*.so
