@@ -159,11 +159,21 @@ def _scaled(branch: Tensor, scale: nn.Module | Tensor | None, drop_path: nn.Modu
 # ------------------------------------------------------------------------------------------- from module to module
 
 
+def _conditions() -> tuple[object, ...]:
+    """What must be the same where a norm is computed and where it is taken.
+
+    A checkpoint runs its region twice, and sees it by the hooks on saved tensors: a norm that came from outside is not
+    there the second time.
+    """
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), hooks
+
+
 def _hand_over(total: Tensor, norm: nn.Module, normed: Tensor) -> Tensor:
     version = total._version if not torch.compiler.is_compiling() else None  # traced tensors have none
     if torch.compiler.is_compiling():
         total = total.view_as(total)  # Dynamo keeps attributes of an op's only result, not of one of several
-    total._vitkernels_normed = (norm, normed, torch.is_grad_enabled(), version)  # type: ignore[attr-defined]
+    total._vitkernels_normed = (norm, normed, _conditions(), version)  # type: ignore[attr-defined]
     return total
 
 
@@ -173,11 +183,11 @@ def take(x: Tensor, norm: nn.Module, out_dtype: torch.dtype | None) -> Tensor | 
     if handed is None:
         return None
     x._vitkernels_normed = None  # type: ignore[attr-defined]  # once: it must not outlive its use
-    of, normed, grad_enabled, version = handed
+    of, normed, conditions, version = handed
     same = (
         of is norm
         and normed.dtype == (out_dtype or x.dtype)
-        and grad_enabled == torch.is_grad_enabled()
+        and conditions == _conditions()
         and (version is None or version == x._version)
     )
     return normed if same else None

@@ -125,7 +125,7 @@ class FusedDinoLayer(FusedLayer):
 class FusedRopeLayer(FusedDinoLayer):
     """DINOv3ViTLayer: DINOv2's, with rotary positions."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

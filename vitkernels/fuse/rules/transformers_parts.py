@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
@@ -177,7 +176,7 @@ class FusedRopeAttention(FusedAttention):
 
     spelling = Spelling("o_proj", "num_heads", "scaling", "dropout")
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -254,14 +253,14 @@ class FusedUpDownMlp(FusedMlp):
 
     names = ("up_proj", "act_fn", "down_proj")
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
 
 class FusedGatedMlp(FusedMlp):
     """DINOv2's and DINOv3's SwiGLU (Shazeer 2020): the products are ours, the gate between them is torch's."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
     def run(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
