@@ -69,8 +69,14 @@ class Bench(Protocol):
 
     key: Key
     device: torch.device
-    flops: float
-    bytes: float
+
+    @property
+    def flops(self) -> float:
+        """Of one call."""
+
+    @property
+    def bytes(self) -> float:
+        """That one call moves at least."""
 
     def inputs(self, index: int) -> Any:
         """The set of inputs of that number."""
@@ -108,9 +114,13 @@ class Timed:
         try:
             return work()
         except Exception as error:
-            self.row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.row["failed"] = _sentence(error)
             self.samples = []
             return None
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
@@ -124,9 +134,8 @@ def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
     for name, lane in lanes.items():
         each = timed[name]
         each.attempt(functools.partial(lane.step, sets[-1]))
-        each.row["memory"] = each.attempt(
-            lambda lane=lane: machine.peak_memory(lambda: lane.step(sets[0]), bench.device)
-        )
+        step = functools.partial(lane.step, sets[0])
+        each.row["memory"] = each.attempt(functools.partial(machine.peak_memory, step, bench.device))
         one_round += each.attempt(functools.partial(_seconds, lane, sets[-1], bench.device)) or 0.0
     for index in range(effort.rounds(one_round)):
         for name in _turn(list(lanes), index):
@@ -144,8 +153,13 @@ def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
 
 def _checked(bench: Bench, timed: dict[str, Timed], inputs: Any) -> dict[str, Lane]:
     """The lanes that compute the right thing."""
-    truth = bench.truth(inputs)
     lanes: dict[str, Lane] = {}
+    try:
+        truth = bench.truth(inputs)
+    except Exception as error:  # float64 may not fit where the case does
+        for each in timed.values():
+            each.row["failed"] = f"not timed, nothing to judge it by: {_sentence(error)}"
+        return lanes
     for name, build in bench.lanes().items():
         each = timed[name]
         lane = each.attempt(build)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import accuracy
@@ -86,10 +86,10 @@ class ModelBench:
         )
 
     def lanes(self) -> Mapping[str, Callable[[], Lane]]:
-        return {name: lambda name=name: self._lane(name) for name in self.names}
+        return {name: functools.partial(self._lane, name) for name in self.names}
 
     def _lane(self, name: str) -> ModelLane:
-        model = zoo.build(name, self._vit, self.arguments)
+        model = zoo.build(name, self.vit, self.arguments)
         if self.block:
             model = model.first_block()
         call: Callable[[Tensor], Any] = model.module
@@ -98,8 +98,8 @@ class ModelBench:
         return ModelLane(self, model, call)
 
     def truth(self, inputs: tuple[Tensor, Tensor]) -> Truth:
-        ours = zoo.build("vitkernels", self._vit, self.arguments)
-        wide = zoo.build("vitkernels", copy.deepcopy(self._vit).double(), self.arguments)
+        ours = zoo.build("vitkernels", self.vit, self.arguments)
+        wide = zoo.build("vitkernels", copy.deepcopy(self.vit).double(), self.arguments)
         if self.block:
             ours, wide = ours.first_block(), wide.first_block()
         with vk.use("reference"):
@@ -110,8 +110,9 @@ class ModelBench:
         floor = accuracy.FLOORS[torch.float32]
         return Truth(reference, exact, dataclasses.replace(floor, absolute=ROUNDING[self.dtype] * largest))
 
-    @cached_property
-    def _vit(self) -> VisionTransformer:
+    @functools.cached_property
+    def vit(self) -> VisionTransformer:
+        """The model whose weights all lanes have."""
         torch.manual_seed(0)
         vit = VisionTransformer(**self.arguments)
         with torch.no_grad():  # nothing is left at 0 or 1
@@ -124,11 +125,11 @@ class ModelBench:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    @cached_property
+    @functools.cached_property
     def flops(self) -> float:
         """Of the matrix products, two backward for each one forward; what is computed anew is not counted."""
         width, depth = self.arguments["embed_dim"], 1 if self.block else self.arguments["depth"]
-        hidden = int(width * self.arguments.get("mlp_ratio", 4))
+        hidden = zoo.hidden(self.arguments)
         rows = self.batch * self.tokens
         blocks = depth * (2 * rows * width * (4 * width + 2 * hidden) + 4 * rows * self.tokens * width)
         if self.block:
@@ -137,10 +138,10 @@ class ModelBench:
         head = 2 * self.batch * width * self.arguments["num_classes"]
         return 3.0 * (blocks + head) + 2.0 * embed  # no gradient of the image
 
-    @cached_property
+    @functools.cached_property
     def bytes(self) -> float:
         """Of what comes in, twice; of the weights, read forward and backward, and of their gradients, written."""
-        module: nn.Module = self._vit.blocks[0] if self.block else self._vit
+        module: nn.Module = self.vit.blocks[0] if self.block else self.vit
         weights = sum(weight.numel() * weight.itemsize for weight in module.parameters())
         size = self.tokens * self.arguments["embed_dim"] if self.block else 3 * self.arguments["img_size"] ** 2
         return 3.0 * weights + 2.0 * 4 * self.batch * size
@@ -196,5 +197,5 @@ class ModelLane:
         return results
 
     def _shape_of(self, name: str) -> torch.Size:
-        vit = self.bench._vit
+        vit = self.bench.vit
         return (vit.blocks[0] if self.bench.block else vit).get_parameter(name).shape

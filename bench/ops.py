@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import accuracy
@@ -86,14 +86,16 @@ class OpBench:
         return Truth({name: reference[name] for name in wanted}, {name: exact[name] for name in wanted}, floor)
 
     def lanes(self) -> Mapping[str, Callable[[], Lane]]:
-        ours = {OURS: lambda: OpLane(self, lambda **tensors: tuple(self.case.call(tensors).values()))}
-        theirs = {
-            name: lambda build=build: OpLane(self, _with_options(build(), self.case.options))
-            for name, build in peers.builders(self.case.op, self.device).items()
+        theirs = peers.builders(self.case.op, self.device)
+        return {
+            OURS: lambda: OpLane(self, lambda **tensors: tuple(self.case.call(tensors).values())),
+            **{name: functools.partial(self._peer, build) for name, build in theirs.items()},
         }
-        return {**ours, **theirs}
 
-    @cached_property
+    def _peer(self, build: Callable[[], peers.Call]) -> OpLane:
+        return OpLane(self, functools.partial(build(), **self.case.options))
+
+    @functools.cached_property
     def _shapes(self) -> dict[str, Tensor]:
         """The results without their numbers."""
         specs = self.case.tensors.items()
@@ -104,7 +106,7 @@ class OpBench:
             }
         )
 
-    @cached_property
+    @functools.cached_property
     def flops(self) -> float:
         """Of the matrix products, two backward for each one forward; of add_layer_norm, about 8 an element each way.
 
@@ -125,7 +127,7 @@ class OpBench:
             return 4.0 * batch * tokens**2 * packed / 3 * (1 + backward)
         return 8.0 * math.prod(shapes["x"]) * (1 + self.backward)
 
-    @cached_property
+    @functools.cached_property
     def bytes(self) -> float:
         """Every argument, result and gradient once each way: what no kernel can do without."""
         arguments = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
@@ -135,10 +137,6 @@ class OpBench:
             return float(read + written)
         gradients = sum(math.prod(spec.shape) for spec in arguments.values() if spec.grad) * self.dtype.itemsize
         return float(2 * (read + written) + gradients)
-
-
-def _with_options(call: peers.Call, options: Mapping[str, Any]) -> peers.Call:
-    return lambda **tensors: call(**tensors, **options)
 
 
 @dataclass(frozen=True)

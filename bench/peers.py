@@ -6,6 +6,7 @@ not installed are listed in the report and have no rows.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,12 +57,16 @@ def builders(op: str, device: torch.device) -> dict[str, Callable[[], Call]]:
     for each in PEERS:
         if each.op != op or each.package in missing or (each.cuda_only and device.type != "cuda"):
             continue
-        found[each.name] = lambda each=each: each.call
+        found[each.name] = functools.partial(_plain, each.call)
         if each.compiled:
-            found[f"{each.name}, compiled"] = lambda each=each: compile_it(each.call)
+            found[f"{each.name}, compiled"] = functools.partial(compile_it, each.call)
             if device.type == "cuda":
-                found[f"{each.name}, max-autotune"] = lambda each=each: compile_it(each.call, "max-autotune")
+                found[f"{each.name}, max-autotune"] = functools.partial(compile_it, each.call, "max-autotune")
     return found
+
+
+def _plain(call: Call) -> Call:
+    return call
 
 
 def compile_it(call: Any, mode: str | None = None) -> Any:

@@ -54,7 +54,8 @@ def _model(effort: Effort, *arguments: Any, **more: Any) -> Plan:
 def _block(
     effort: Effort, size: Size, dtype: torch.dtype, device: torch.device, lanes: tuple[str, ...], **sweep: Any
 ) -> Plan:
-    arguments = {"embed_dim": size.width, "num_heads": size.heads, "depth": 1, "img_size": 32, "patch_size": 16}
+    arguments: dict[str, Any] = {"embed_dim": size.width, "num_heads": size.heads, "depth": 1}
+    arguments |= {"img_size": 32, "patch_size": 16}  # a block sees neither
     if size.hidden:
         arguments["mlp_ratio"] = size.hidden / size.width
     return _model(effort, "block", arguments, size.batch, dtype, device, lanes, block=True, tokens=size.tokens, **sweep)

@@ -37,6 +37,7 @@ def test_bench(plan: Plan, key: Key, lane: str, session: Session, benchmark: Ben
     _tape = itertools.chain.from_iterable((0.0, seconds) for seconds in timed.samples)
     benchmark.group = str(key)
     benchmark.pedantic(lambda: None, rounds=len(timed.samples))
+    assert benchmark.stats is not None
     stats = benchmark.stats.stats
     row = timed.row | {"seconds": stats.median, "spread": stats.iqr / stats.median, "rounds": stats.rounds}
     session.keep(key, row)

@@ -80,6 +80,11 @@ def _fused_timm(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model:
     return model
 
 
+def hidden(arguments: Mapping[str, Any]) -> int:
+    """The width of the feed-forward."""
+    return int(arguments["embed_dim"] * arguments.get("mlp_ratio", 4.0))
+
+
 _TRANSFORMERS = {
     "norm1": ("layernorm_before",),
     "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
@@ -98,11 +103,11 @@ def _transformers(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model
         hidden_size=arguments["embed_dim"],
         num_hidden_layers=arguments["depth"],
         num_attention_heads=arguments["num_heads"],
-        intermediate_size=vit.blocks[0].mlp.fc1.out_features,  # type: ignore[union-attr, index]
+        intermediate_size=hidden(arguments),
         image_size=arguments["img_size"],
         patch_size=arguments["patch_size"],
         layer_norm_eps=1e-6,
-        num_labels=arguments["num_classes"],
+        num_labels=arguments["num_classes"],  # type: ignore[call-arg]  # of its base class
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
@@ -111,7 +116,6 @@ def _transformers(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model
         "cls_token": ("vit.embeddings.cls_token",),
         "pos_embed": ("vit.embeddings.position_embeddings",),
     } | _renamed(
-        vit,
         {
             "patch_embed.proj": ("vit.embeddings.patch_embeddings.projection",),
             "norm": ("vit.layernorm",),
@@ -143,11 +147,10 @@ def _torchvision(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model:
         num_layers=arguments["depth"],
         num_heads=arguments["num_heads"],
         hidden_dim=arguments["embed_dim"],
-        mlp_dim=vit.blocks[0].mlp.fc1.out_features,  # type: ignore[union-attr, index]
+        mlp_dim=hidden(arguments),
         num_classes=arguments["num_classes"],
     )
     names = {"cls_token": ("class_token",), "pos_embed": ("encoder.pos_embedding",)} | _renamed(
-        vit,
         {
             "patch_embed.proj": ("conv_proj",),
             "norm": ("encoder.ln",),
@@ -166,7 +169,7 @@ def _blocks(vit: VisionTransformer, path: str, names: Mapping[str, tuple[str, ..
     }
 
 
-def _renamed(vit: VisionTransformer, modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _renamed(modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Names of weights and biases, of names of modules; "in_proj_" has them without a dot."""
     return {
         f"{ours}.{kind}": tuple(f"{each}{'' if each.endswith('_') else '.'}{kind}" for each in theirs)

@@ -110,9 +110,9 @@ def test_models_of_the_libraries_have_our_weights(lane: str, block: bool) -> Non
 @pytest.mark.parametrize("update", [False, True], ids=["backward", "step"])
 def test_a_step_leaves_the_weights_as_they_were_judged(update: bool) -> None:
     bench = _model(OURS, update=update)
-    before = {name: weight.clone() for name, weight in bench._vit.named_parameters()}
+    before = {name: weight.clone() for name, weight in bench.vit.named_parameters()}
     measure(bench, EFFORT)
-    assert all(torch.equal(before[name], weight) for name, weight in bench._vit.named_parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in bench.vit.named_parameters())
 
 
 def test_a_wrong_gradient_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

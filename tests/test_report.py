@@ -1,0 +1,131 @@
+"""The report from a made-up results file: every figure in its place, failures and slow cases too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels.nn import PRESETS, VisionTransformer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench_results import MODEL, OP, case, content, failed, row, swept
+
+from bench import report, scaling, tables, training
+from bench.measure import OURS
+
+ROWS = [
+    *case(OP, 0.010, eager=0.008),
+    row(OP, "rough", 0.030, inexact="out: worst error 2, allowed 1"),
+    failed(OP, "sdpa flash", "RuntimeError: no kernel | for this"),
+    *case(MODEL, 2.0, timm=3.0),
+    row(MODEL, "naive", 4.0, memory=2**31),
+    *swept(1.5),
+]
+DEMO = {
+    "model": "vit_tiny",
+    "steps": 3,
+    "batch_size": 32,
+    "device": "Abacus (2 threads)",
+    "torch": "2.0",
+    "test_accuracy": {"naive": 0.98, "fused": 0.975},
+    "step_seconds": {"naive": 0.2, "fused": 0.1},
+    "images_per_second": {"naive": 160.0, "fused": 320.0},
+    "largest_loss_difference": 0.001,
+    "seconds_to_97": {"naive": None, "fused": 12.5},
+    "ops": [{"backend": "ext"}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "abacus.json").write_text(json.dumps(content(*ROWS)))
+    (tmp_path / "demo.json").write_text(json.dumps(DEMO))
+    (tmp_path / "gpu.json").write_text(json.dumps({"device": "other", "stages": {}}))
+    return tmp_path
+
+
+def test_the_report_and_its_pictures(folder: Path) -> None:
+    assert report.main(["--results", str(folder)]) == 0
+    text = (folder / report.REPORT).read_text()
+    assert "| mlp | B=8 N=197 D=384 H=6 | forward + backward | **eager 0.80**; rough 3.00 (inexact); " in text
+    assert "sdpa flash: RuntimeError: no kernel / for this | 10000% | 10 ms |" in text
+    assert "| timm 1.50; naive 2.00 | timm 1.00; naive 2.00 | 50% | 1,024 MiB | 2 s |" in text
+    assert "Peers that are not installed here: apex." in text
+    assert "100 GFLOP/s in float32; 10.0 GB/s copied" in text
+    assert "- mlp, B=8 N=197 D=384 H=6, float32, forward + backward: rough: inexact, out: worst error 2" in text
+    assert "GPU: not yet measured." in text
+    assert "| seconds of training to 97 % | not reached | 12.5 s |" in text
+    for picture in ("speedup", "roofline", "tokens", "memory"):
+        assert f"abacus-{picture}.png" in text
+        assert (folder / f"abacus-{picture}.png").read_bytes().startswith(b"\x89PNG")
+    results = report.Results.read(folder)
+    assert report.stale(results, folder, pages=()) == []
+    (folder / report.REPORT).write_text(text.replace("1.50", "1.60"))
+    assert report.stale(results, folder, pages=()) == [folder / report.REPORT]
+
+
+def test_a_wrong_case_has_no_figure_in_the_report() -> None:
+    rows = [failed(OP, OURS, "not timed, wrong: gradient of w1: worst error 2"), row(OP, "eager", 0.008)]
+    text = tables.ops(content(*rows))
+    assert "| eager 8 ms |  | not timed, wrong: gradient of w1: worst error 2 |" in text
+
+
+def test_a_gpu_in_the_results_takes_the_place_of_not_yet_measured() -> None:
+    cpu, gpu = content(*case(OP, 1.0, eager=2.0)), content(*case(OP, 0.5, eager=2.0), kind="cuda", device="Chip")
+    block = report.BLOCKS["ops"]
+    assert tables.NOT_MEASURED in block(report.Results({"cpu": cpu}))
+    both = block(report.Results({"cpu": cpu, "gpu": gpu}))
+    assert tables.NOT_MEASURED not in both
+    assert both.index("Abacus") < both.index("Chip, torch 2.0, float32")
+    assert "eager 4.00" in both
+
+
+def test_an_empty_folder_says_so(tmp_path: Path) -> None:
+    text = report.report(report.Results.read(tmp_path))
+    assert tables.NOT_MEASURED in text
+    assert "Not yet measured." in text
+
+
+def test_a_block_of_no_such_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="no figures 'speed'; needs one of"):
+        report.render("<!-- figures: speed -->\n<!-- end -->", report.Results())
+
+
+def test_exponents_are_fitted() -> None:
+    assert scaling.exponent({size: 3e-6 * size**1.5 for size in (64, 256, 4096)}) == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="needs 2 or more"):
+        scaling.exponent({64: 1.0})
+    text = scaling.growth(content(*swept(1.5)))
+    assert f"| {OURS} | 512 ms | 4.1 s | 32.8 s | 1.50 |" in text
+    assert "| timm | 1.02 s (2.00) | 8.19 s (2.00) | OutOfMemoryError: no more | 1.50 |" in text
+
+
+def test_where_a_step_becomes_bound_by_communication() -> None:
+    with torch.device("meta"):
+        weights = sum(each.numel() for each in VisionTransformer(**PRESETS[MODEL.name]).parameters())
+    assert scaling.parameters(MODEL.name) == weights
+    sent = scaling.traffic(weights, devices=8)
+    assert sent == 7 * weights
+    # 8 images in 2 s: two thirds of a step of b images take b / 6 s
+    batch = scaling.bound_batch(sent, 1.25e9, 2.0 / 8)
+    assert batch / 6 == pytest.approx(sent / 1.25e9)
+    text = scaling.many_devices(content(*case(MODEL, 2.0, timm=4.0)))
+    assert f"| vit_small_patch16, float32 | {OURS} | 22 M | 154 MB | 250 ms | {batch:.1f} | 0.1 |" in text
+    assert f"| vit_small_patch16, float32 | timm | 22 M | 154 MB | 500 ms | {batch / 2:.1f} | 0.0 |" in text
+
+
+def test_seconds_to_an_accuracy_count_steps_alone() -> None:
+    rows = [
+        {"fused": {"seconds": 2.0}},
+        {"fused": {"seconds": 3.0}},
+        {"test": {"fused": {"accuracy": 0.9}}},
+        {"fused": {"seconds": 4.0}},
+        {"test": {"fused": {"accuracy": 0.97}}},
+        {"fused": {"seconds": 5.0}},
+    ]
+    assert training.seconds_to(0.97, "fused", rows) == 9.0
+    assert training.seconds_to(0.98, "fused", rows) is None
