@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import plots, scaling, tables
+from bench import coverage, plots, scaling, tables
 from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
@@ -31,6 +31,7 @@ class Results:
 
     devices: dict[str, Content] = field(default_factory=dict)
     demo: dict[str, Any] | None = None
+    coverage: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -40,6 +41,8 @@ class Results:
             content = json.loads(path.read_text())
             if path.stem == "demo":
                 found.demo = content
+            elif path.stem == coverage.RESULTS.stem:
+                found.coverage = content
             elif isinstance(content, dict) and {"device", "kind", "versions", "rows"} <= content.keys():
                 found.devices[path.stem] = content
         return found
@@ -65,6 +68,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "models": _for_each(tables.models),
     "ops": _for_each(tables.ops),
     "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
+    "coverage": lambda results: coverage.table(results.coverage) if results.coverage else "Not yet measured.\n",
     "scaling": lambda results: scaling.page(list(results.devices.values())),
 }
 
