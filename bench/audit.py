@@ -14,7 +14,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -83,6 +83,10 @@ class Row:
             faults.append(f"spills {reading.spilled} bytes; its row admits {self.variant.spills}")
         if self.variant.matrix and self.capability == 90 and "HGMMA" not in reading.matrix:
             faults.append("multiplies matrices without HGMMA")
+        if self.variant.matrix and not reading.matrix and self.capability != 90:
+            faults.append("multiplies matrices without a matrix instruction")
+        if reading.scratch:
+            faults.append(f"wants {reading.scratch} bytes of scratch memory, which nobody allocates")
         if reading.shared > limit:
             faults.append(f"takes {reading.shared} bytes of shared memory; sm_{self.capability} gives {limit}")
         return faults
@@ -91,9 +95,14 @@ class Row:
 def _compile(work: tuple[str, int, int]) -> tuple[Reading | None, str]:
     """A variant by page, capability and index: kernels themselves do not travel between processes."""
     page, capability, index = work
+    return compiled(lambda: _variants(page, capability)[index], capability)
+
+
+def compiled(make: Callable[[], Variant], capability: int) -> tuple[Reading | None, str]:
+    """What the compiler made of a variant, or a sentence on why it made nothing."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # triton prints the whole of what ptxas refused
-            return read(_variants(page, capability)[index], capability), ""
+            return read(make(), capability), ""
     except Exception as error:  # whatever triton or ptxas raise is the row's fault, and the audit goes on
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         reason = next((line for line in lines if line.startswith("ptxas")), lines[-1])
@@ -121,17 +130,21 @@ def _select(pages: Sequence[str], capabilities: Sequence[int], only: str, short:
 # ------------------------------------------------------------------------------------------------------- the table
 
 
+def floor_time(variant: Variant) -> float:
+    """Microseconds that a variant takes at the least, the waste of its tiles included."""
+    return 1e6 * max(variant.moved / COPY, variant.flops / (MATRIX if variant.matrix else CORES))
+
+
 def _roofline(variant: Variant) -> tuple[str, str, str, str]:
     """Bytes, operations, estimated time, and the share of it that the floor (no waste) is."""
     if not variant.moved and not variant.flops:
         return "", "", "", ""
-    peak = MATRIX if variant.matrix else CORES
-    time = max(variant.moved / COPY, variant.flops / peak)
-    floor = max(variant.moved / COPY, variant.useful / peak)
+    time = floor_time(variant)
+    floor = 1e6 * max(variant.moved / COPY, variant.useful / (MATRIX if variant.matrix else CORES))
     return (
         f"{variant.moved / 1e6:.0f} MB",
         f"{variant.flops / 1e9:.0f} G" if variant.flops else "",
-        f"{time * 1e6:.0f} us",
+        f"{time:.0f} us",
         f"{floor / time:.0%}",
     )
 

@@ -37,6 +37,7 @@ class Reading:
         shared: bytes of shared memory of a program.
         matrix: number of matrix instructions by kind: HGMMA (sm_90), HMMA, UTCHMMA (sm_100).
         widest: bits of the widest load from global memory; 0 without one, -1 where the copy engine (TMA) loads.
+        scratch: bytes of global memory that a launch would have to bring.
         waits: waits for matrix instructions and for copies in an iteration of the main loop; None without a loop.
     """
 
@@ -46,6 +47,7 @@ class Reading:
     shared: int
     matrix: dict[str, int]
     widest: int
+    scratch: int
     waits: tuple[int, int] | None
 
 
@@ -68,6 +70,7 @@ def read(variant: Variant, capability: int) -> Reading:
         shared=compiled.metadata.shared,
         matrix=_count_matrix(instructions),
         widest=_widest_load(instructions),
+        scratch=compiled.metadata.global_scratch_size,
         waits=_waits(_main_loop(instructions, labels)),
     )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 Capability = tuple[int, int]
 
 
-def _chip(capability: Capability) -> int:
+def chip(capability: Capability) -> int:
     """Whose rows serve: 80, 86, 90 or 100; 8.9 and 12.x have the shared memory of 8.6, and no tensor memory."""
     number = capability[0] * 10 + capability[1]
     return 86 if number >= 120 else max(chip for chip in (80, 86, 90, 100) if chip <= number)
@@ -135,7 +135,7 @@ _LONG_SM_80 = {
         AttentionTile(128, 32, 8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1), AttentionTile(32, 32, 4)
     ),
 }
-_LONG = {80: _LONG_SM_80, 86: _LONG_SM_80, 90: _LONG_SM_90, 100: _LONG_SM_90}
+LONG = {80: _LONG_SM_80, 86: _LONG_SM_80, 90: _LONG_SM_90, 100: _LONG_SM_90}
 # exact products run on the ordinary cores: small tiles, so that operands fit into registers
 _LONG_FLOAT32 = {
     64: AttentionLong(
@@ -183,7 +183,7 @@ _SHORT_FORWARD_SM_80 = (
     AttentionShort(208, 80, AttentionTile(64, 0, 8, 1), masked=False),
     AttentionShort(256, 64, AttentionTile(32, 0, 4, 1)),  # 257 keys spill, and so do wider heads
 )
-_SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
+SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     80: _SHORT_FORWARD_SM_80,
     86: _SHORT_FORWARD_SM_80,
     90: (
@@ -203,7 +203,7 @@ _SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
 }
 # dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Where tiles of 32 queries spill, tiles of 16,
 # or one stage: the next queries are fetched later, and their addresses need no registers meanwhile.
-_SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
+SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     80: (
         AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
         AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
@@ -240,7 +240,7 @@ def attention_short(
     """The row for few keys, "forward" or "backward", or None where the long kernels serve."""
     if float32:
         return None
-    for row in {"forward": _SHORT_FORWARD, "backward": _SHORT_BACKWARD}[direction][_chip(capability)]:
+    for row in {"forward": SHORT_FORWARD, "backward": SHORT_BACKWARD}[direction][chip(capability)]:
         if keys <= row.keys and width <= row.width and (row.masked or not masked):
             return row.tile
     return None
@@ -248,7 +248,7 @@ def attention_short(
 
 def attention_long(width: int, float32: bool, capability: Capability) -> AttentionLong:
     """The row for heads of a width up to 128."""
-    table = _LONG_FLOAT32 if float32 else _LONG[_chip(capability)]
+    table = _LONG_FLOAT32 if float32 else LONG[chip(capability)]
     return next(row for widest, row in table.items() if sum(attention_widths(width)) <= widest)
 
 
@@ -304,7 +304,7 @@ MLP_ELEMENTWISE = ProductTile(64, 64, 0, warps=4, stages=1, programs=3)
 
 def pick_product_tile(table: dict[int, ProductTile], capability: Capability) -> ProductTile:
     """The row of the capability's chip."""
-    return table[_chip(capability)]
+    return table[chip(capability)]
 
 
 # -------------------------------------------------------------------------------------------------------- patch_embed
@@ -353,7 +353,7 @@ def patch_embed(kernel: str, width: int, regular: bool, float32: bool, capabilit
     """
     if float32:
         return _PATCH_EMBED_FLOAT32
-    if _chip(capability) < 90:
+    if chip(capability) < 90:
         return _PATCH_EMBED_AMPERE
     if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and regular:
         return _PATCH_EMBED_WIDE
