@@ -1,0 +1,218 @@
+"""vit-pytorch: Transformers that run attention and feed-forward, each with its norm inside, in a loop of their own.
+
+Read from vit-pytorch 1.26.11. The package repeats these classes in every file, with changes: beside `vit` and
+`simple_vit`, they are known by their structure, and tried on random tokens. The blocks are the pairs in `layers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.fuse import parts
+from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, normalise, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.sublayers import called, mlp, not_mlp
+from vitkernels.fuse.swap import Fused, branch_of
+
+_NO_NORM = nn.Identity()  # before a sub-layer that is called whole, its own norm inside
+
+
+class _NormedBranch(Fused):
+    """A sub-layer that begins with its norm."""
+
+    def norm_module(self) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.declines(x, lambda: self.why_not_now() or _not_tokens(x)):
+            return super().forward(x)
+        with self.backend():
+            branch = self.branch()
+            return branch.run(normalise(x, self.norm_module(), branch.first), False)[0]
+
+    def parts(self) -> list[Part]:
+        branch, why_not = self.branch(), self.why_not_now()
+        norm = parts.not_layer_norm("norm", self.norm_module())
+        return [Part("", "" if why_not else branch.ops, why_not or norm or branch.why_not)]
+
+
+def _not_tokens(x: Tensor) -> str | None:
+    return None if x.dim() == 3 else f"called with shape {list(x.shape)}"
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class FusedAttention(_NormedBranch):
+    """vit_pytorch.vit.Attention on `ops.attention_qkv`."""
+
+    def norm_module(self) -> nn.Module:
+        return self.norm  # type: ignore[return-value]
+
+    def why_not_now(self) -> str | None:
+        attn: Any = self
+        if not parts.drops_nothing(getattr(attn, "dropout", None)):
+            return "a dropout of attention's weights"
+        return parts.obstacle("attend", attn.attend, nn.Softmax)
+
+    def branch(self, **options: Any) -> Branch:
+        attn: Any = self
+
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            heads = ops.attention_qkv(parts.linear(attn.to_qkv, x), attn.heads, scale=attn.scale)
+            projection, dropout = _projection(attn.to_out)
+            if parts.drops_nothing(dropout):
+                return parts.last_linear(projection, heads, split)
+            return dropout(parts.linear(projection, heads)), None  # type: ignore[misc]
+
+        projection, _ = _projection(attn.to_out)
+        linears = {"to_qkv": attn.to_qkv} | ({} if parts.is_identity(projection) else {"to_out": projection})
+        return Branch(run, "linear, attention_qkv, linear", attn.to_qkv, called(**linears))
+
+
+def _projection(out: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """The projection of the heads, and the dropout after it: `to_out` is a Linear, both in a Sequential, or nothing."""
+    if parts.obstacle("to_out", out, nn.Sequential) is None:
+        return out[0], out[1]  # type: ignore[index]
+    return out, None
+
+
+def _attention_differs(attn: Any) -> str | None:
+    difference = differs(attn, ("x",), ("norm", "attend", "to_qkv", "to_out"), ("dropout",))
+    if difference is not None:
+        return difference
+    if parts.owner(attn.to_out) is nn.Sequential and len(attn.to_out) != 2:
+        return f"to_out has {len(attn.to_out)} parts, not 2"
+    return None if isinstance(getattr(attn, "scale", None), float) else "it has no scale that is a float"
+
+
+ATTENTION = Rule(
+    FusedAttention,
+    frozenset({"vit_pytorch.vit.Attention", "vit_pytorch.simple_vit.Attention"}),
+    _attention_differs,
+    lambda attn: hasattr(attn, "to_qkv") and hasattr(attn, "heads"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------- feed-forward
+
+
+class FusedFeedForward(_NormedBranch):
+    """vit_pytorch.vit.FeedForward on `ops.mlp`."""
+
+    def norm_module(self) -> nn.Module:
+        return self.net[0]  # type: ignore[index,return-value]
+
+    def why_not_now(self) -> str | None:
+        return parts.obstacle("net", self.net, nn.Sequential)  # type: ignore[arg-type]
+
+    def branch(self, **options: Any) -> Branch:
+        _, fc1, act, *rest = self.net  # type: ignore[misc]
+        drop1, fc2, drop2 = rest if len(rest) == 3 else (None, *rest, None)
+
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            split = split and parts.drops_nothing(drop2)
+            out, bias = mlp(x, fc1, act, fc2, drop1, split)
+            return (out, bias) if split or drop2 is None else (drop2(out), None)
+
+        why_not = not_mlp(fc1, act, fc2, drop1)
+        return Branch(run, "mlp" if why_not is None else "linear, linear", fc1, why_not)
+
+
+def _feed_forward_differs(feed_forward: Any) -> str | None:
+    difference = differs(feed_forward, ("x",), ("net",))
+    if difference is not None:
+        return difference
+    net = list(feed_forward.net) if isinstance(feed_forward.net, nn.Sequential) else []
+    if len(net) not in (4, 6) or not isinstance(net[0], nn.LayerNorm):
+        return "net is not a norm, two Linears, and what stands between and behind them"
+    return None
+
+
+FEED_FORWARD = Rule(
+    FusedFeedForward,
+    frozenset({"vit_pytorch.vit.FeedForward", "vit_pytorch.simple_vit.FeedForward"}),
+    _feed_forward_differs,
+    lambda feed_forward: list(feed_forward._modules) == ["net"],
+)
+
+
+# ----------------------------------------------------------------------------------------------------- Transformer
+
+
+class FusedTransformer(Fused):
+    """vit_pytorch.vit.Transformer: all its blocks, and the norm behind them, as one stream."""
+
+    is_block = True
+
+    @classmethod
+    def block_names(cls, module: nn.Module) -> list[str]:
+        return [f"layers.{index}" for index in range(len(module.layers))]  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.declines(x, lambda: _not_tokens(x)):
+            return super().forward(x)
+        with self.backend():
+            norm: Any = getattr(self, "norm", None)
+            sublayers = [sublayer for block in self._blocks() for sublayer in block]
+            x = pre_norm(x, sublayers, None if norm is None else Border(norm), self._vitkernels.residual_dtype)
+            return x if norm is None else normalise(x, norm)
+
+    def _blocks(self) -> list[tuple[Sublayer, Sublayer]]:
+        return [(_sublayer("attn", attn), _sublayer("ff", ff)) for attn, ff in self.layers]  # type: ignore[union-attr]
+
+    def parts(self) -> list[Part]:
+        rows = [
+            dataclasses.replace(part, module=name)
+            for name, layers, block in zip(self.block_names(self), self.layers, self._blocks(), strict=True)  # type: ignore[arg-type]
+            for module, sublayer in zip(layers, block, strict=True)
+            for part in _rows(module, sublayer)
+        ]
+        norm: Any = getattr(self, "norm", None)
+        return rows if norm is None else [*rows, Part("norm", "add_layer_norm", parts.not_layer_norm("norm", norm))]
+
+
+def _sublayer(name: str, module: nn.Module) -> Sublayer:
+    whole = not isinstance(module, _NormedBranch) or parts.obstacle(name, module) or module.why_not_now()
+    norm = _NO_NORM if whole else module.norm_module()  # type: ignore[operator]
+    return Sublayer(name, norm, branch_of(name, module))
+
+
+def _rows(module: nn.Module, sublayer: Sublayer) -> list[Part]:
+    if sublayer.norm is not _NO_NORM:
+        return sublayer.parts()
+    difference = (_attention_differs if sublayer.name == "attn" else _feed_forward_differs)(module)
+    why_not = sublayer.branch.why_not if difference is None else f"{sublayer.name}: {difference}"
+    return [Part(sublayer.name, "", why_not)]
+
+
+def _transformer_differs(transformer: Any) -> str | None:
+    difference = differs(transformer, ("x",), ("layers",), ("norm",))
+    if difference is not None:
+        return difference
+    if any(_attention_differs(attn) is None or _feed_forward_differs(ff) is None for attn, ff in transformer.layers):
+        return None
+    attn, ff = (parts.stock_type(each).__name__ for each in transformer.layers[0])
+    return f"its layers are {attn} and {ff}, of which nothing is known"
+
+
+def _has_pairs(module: nn.Module) -> bool:
+    layers = getattr(module, "layers", None)
+    return (
+        isinstance(layers, nn.ModuleList)
+        and len(layers) > 0
+        and all(isinstance(pair, nn.ModuleList) and len(pair) == 2 for pair in layers)
+    )
+
+
+TRANSFORMER = Rule(
+    FusedTransformer,
+    frozenset({"vit_pytorch.vit.Transformer", "vit_pytorch.simple_vit.Transformer"}),
+    _transformer_differs,
+    _has_pairs,
+)
+RULES = (TRANSFORMER, ATTENTION, FEED_FORWARD)
