@@ -5,7 +5,7 @@ Importing this package touches no device, patches nothing and sets no global.
 
 from vitkernels import ext, kernels, nn, ops
 from vitkernels.dispatch import BackendError, Call, backends, record, use
-from vitkernels.fuse import Explanation, explain, fuse, unfuse
+from vitkernels.fuse import Explanation, explain, fuse, register_attention, unfuse
 
 ext.register()
 kernels.register()
@@ -23,6 +23,7 @@ __all__ = [
     "nn",
     "ops",
     "record",
+    "register_attention",
     "unfuse",
     "use",
 ]

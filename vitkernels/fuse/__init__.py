@@ -1,6 +1,7 @@
 """One call swaps fused kernels into a model that somebody has, explains itself, and can be undone."""
 
 from vitkernels.fuse.explain import Explanation, explain
+from vitkernels.fuse.huggingface import register_attention
 from vitkernels.fuse.walk import fuse, unfuse
 
-__all__ = ["Explanation", "explain", "fuse", "unfuse"]
+__all__ = ["Explanation", "explain", "fuse", "register_attention", "unfuse"]
