@@ -42,7 +42,7 @@ def not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> 
     """Why a call with these tensors belongs to torch's own code, or None when it does not.
 
     Args:
-        attn: the attention.
+        attn: the attention; one that is not fused judges its calls itself.
         query, key: [B, N, D], or [N, B, D] without batch_first.
         masks: of the call; for those that do not fit, torch's own error is the one to see.
     """
@@ -50,6 +50,8 @@ def not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> 
         return "called without a batch"
     if key.is_nested:
         return "called with a nested tensor"
+    if not isinstance(attn, FusedMultiheadAttention):
+        return None
     attn_mask, padding, is_causal = masks
     if is_causal and attn_mask is None:
         return "called with is_causal and no mask"
@@ -117,6 +119,9 @@ class FusedMultiheadAttention(Fused):
             else:
                 out = ops.attention(q, k, v, attn_mask=mask, is_causal=is_causal)
             tokens = join_heads(out)
+        if attn.batch_first and attn.training and not split:
+            # torch's own result lies in memory as [N, B, D], and a dropout after it draws in that order
+            return parts.linear(attn.out_proj, tokens.transpose(0, 1)).transpose(0, 1), None
         return parts.last_linear(attn.out_proj, _batch_first(attn, tokens), split)
 
     def branch(self, masks: Masks = NO_MASKS, memory: Tensor | None = None, **options: Any) -> Branch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -23,7 +22,7 @@ def dropped(branch: Branch, dropout: nn.Module | None) -> Branch:
     """The branch with a Dropout after it, which is torch's own and draws as ever."""
     if dropout is None or parts.drops_nothing(dropout):
         return branch
-    return dataclasses.replace(branch, run=lambda x, split: (dropout(branch.run(x, False)[0]), None))
+    return Branch(lambda x, split: (dropout(branch.run(x, False)[0]), None), branch.ops, branch.first, branch.why_not)
 
 
 # ---------------------------------------------------------------------------------------------------- feed-forward

@@ -1,7 +1,7 @@
 """torch.nn: the layers of nn.Transformer, pre-norm and post-norm, and nn.MultiheadAttention (read from torch 2.13).
 
 nn.TransformerEncoder and its relatives stay as they are: their layers are joined, and the norm behind them. Where the
-encoder makes a nested tensor of a padded batch (inference), its layers run torch's own code.
+encoder makes a nested tensor of a padded batch (in inference), its layers run torch's own code.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ class FusedLayer(Fused):
 
     is_block = True
 
-    def sublayers(self, masks: Masks = NO_MASKS, *rest: Any) -> list[Sublayer]:
-        """The layer's residual steps, in order; the arguments are those of its attentions."""
+    def sublayers(self) -> list[Sublayer]:
+        """The layer's residual steps, in order."""
         raise NotImplementedError
 
     def run(self, x: Tensor, sublayers: list[Sublayer]) -> Tensor:
+        """The layer on its tokens: [B, N, D], or [N, B, D] without batch_first, to the same."""
         state = self._vitkernels
         with self.backend():
             if self.norm_first:
@@ -69,13 +70,13 @@ class FusedEncoderLayer(FusedLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         return self.run(src, self.sublayers(masks))
 
-    def sublayers(self, masks: Masks = NO_MASKS, *rest: Any) -> list[Sublayer]:
+    def sublayers(self, masks: Masks = NO_MASKS) -> list[Sublayer]:
         layer: Any = self
         return [self.self_attention(masks), self.feed_forward(layer.norm2, layer.dropout2)]
 
 
 class FusedDecoderLayer(FusedLayer):
-    """torch.nn.TransformerDecoderLayer: attention to what came before, to the encoder's memory, and feed-forward."""
+    """torch.nn.TransformerDecoderLayer: attention to its own tokens, to the encoder's memory, and feed-forward."""
 
     def forward(
         self,
@@ -89,14 +90,12 @@ class FusedDecoderLayer(FusedLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         layer: Any = self
-        masks = Masks(tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-        to_memory = Masks(memory_mask, memory_key_padding_mask, memory_is_causal)
-
-        def why_not() -> str | None:
-            of_self = not_call(layer.self_attn, tgt, tgt, masks)
-            return of_self or not_call(layer.multihead_attn, tgt, memory, to_memory)
-
-        if self.declines(tgt, why_not):
+        own = Masks(tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        cross = Masks(memory_mask, memory_key_padding_mask, memory_is_causal)
+        if self.declines(
+            tgt,
+            lambda: not_call(layer.self_attn, tgt, tgt, own) or not_call(layer.multihead_attn, tgt, memory, cross),
+        ):
             return super().forward(
                 tgt,
                 memory,
@@ -107,56 +106,33 @@ class FusedDecoderLayer(FusedLayer):
                 tgt_is_causal,
                 memory_is_causal,
             )
-        return self.run(tgt, self.sublayers(masks, memory, to_memory))
+        return self.run(tgt, self.sublayers(own, memory, cross))
 
-    def sublayers(
-        self, masks: Masks = NO_MASKS, memory: Tensor | None = None, to_memory: Masks = NO_MASKS, *rest: Any
-    ) -> list[Sublayer]:
+    def sublayers(self, own: Masks = NO_MASKS, memory: Tensor | None = None, cross: Masks = NO_MASKS) -> list[Sublayer]:
         layer: Any = self
-        cross = attention_branch("multihead_attn", layer.multihead_attn, to_memory, memory)
+        attention = attention_branch("multihead_attn", layer.multihead_attn, cross, memory)
         return [
-            self.self_attention(masks),
-            Sublayer("multihead_attn", layer.norm2, dropped(cross, layer.dropout2)),
+            self.self_attention(own),
+            Sublayer("multihead_attn", layer.norm2, dropped(attention, layer.dropout2)),
             self.feed_forward(layer.norm3, layer.dropout3),
         ]
 
 
-def _steps_differ(layer: nn.Module, *steps: str) -> str | None:
-    """Which of the methods that the stock `forward` is made of the layer has its own version of; None for none."""
-    stock, own = owner(layer), stock_type(layer)
-    for step in steps:
-        if getattr(own, step) is not getattr(stock, step) or step in layer.__dict__:
-            return f"it has its own {step}"
-    return None
+def _own_step(layer: nn.Module, *steps: str) -> str | None:
+    """Which of the methods that the stock `forward` calls the layer has a version of its own of; None for none."""
+    stock, cls = owner(layer), stock_type(layer)
+    own = (step for step in steps if getattr(cls, step) is not getattr(stock, step) or step in vars(layer))
+    return next((f"it has a {step} of its own" for step in own), None)
 
 
-_ATTENTION = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
 _LAYER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
 
-ATTENTION = Rule(
-    FusedMultiheadAttention,
-    frozenset({"torch.nn.modules.activation.MultiheadAttention"}),
-    lambda attn: differs(
-        attn,
-        (*_ATTENTION, "is_causal"),
-        ("out_proj",),
-        parameters=(
-            "in_proj_weight",
-            "in_proj_bias",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-            "bias_k",
-            "bias_v",
-        ),
-    ),
-)
 ENCODER_LAYER = Rule(
     FusedEncoderLayer,
     frozenset({"torch.nn.modules.transformer.TransformerEncoderLayer"}),
     lambda layer: (
         differs(layer, ("src", "src_mask", "src_key_padding_mask", "is_causal"), _LAYER, ("activation",))
-        or _steps_differ(layer, "_sa_block", "_ff_block")
+        or _own_step(layer, "_sa_block", "_ff_block")
     ),
 )
 DECODER_LAYER = Rule(
@@ -178,7 +154,34 @@ DECODER_LAYER = Rule(
             (*_LAYER, "multihead_attn", "norm3", "dropout3"),
             ("activation",),
         )
-        or _steps_differ(layer, "_sa_block", "_mha_block", "_ff_block")
+        or _own_step(layer, "_sa_block", "_mha_block", "_ff_block")
+    ),
+)
+ATTENTION = Rule(
+    FusedMultiheadAttention,
+    frozenset({"torch.nn.modules.activation.MultiheadAttention"}),
+    lambda attn: differs(
+        attn,
+        (
+            "query",
+            "key",
+            "value",
+            "key_padding_mask",
+            "need_weights",
+            "attn_mask",
+            "average_attn_weights",
+            "is_causal",
+        ),
+        ("out_proj",),
+        parameters=(
+            "in_proj_weight",
+            "in_proj_bias",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "bias_k",
+            "bias_v",
+        ),
     ),
 )
 RULES = (ENCODER_LAYER, DECODER_LAYER, ATTENTION)
