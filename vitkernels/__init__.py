@@ -5,7 +5,7 @@ Importing this package touches no device, patches nothing and sets no global.
 
 from vitkernels import ext, kernels, nn, ops
 from vitkernels.dispatch import BackendError, Call, backends, record, use
-from vitkernels.fuse import Explanation, explain, fuse, register_attention, unfuse
+from vitkernels.fuse import Explanation, Verification, explain, fuse, register_attention, unfuse, verify
 
 ext.register()
 kernels.register()
@@ -16,6 +16,7 @@ __all__ = [
     "BackendError",
     "Call",
     "Explanation",
+    "Verification",
     "__version__",
     "backends",
     "explain",
@@ -26,4 +27,5 @@ __all__ = [
     "register_attention",
     "unfuse",
     "use",
+    "verify",
 ]

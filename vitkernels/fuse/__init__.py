@@ -2,6 +2,8 @@
 
 from vitkernels.fuse.explain import Explanation, explain
 from vitkernels.fuse.huggingface import register_attention
+from vitkernels.fuse.verification import Verification
+from vitkernels.fuse.verify import verify
 from vitkernels.fuse.walk import fuse, unfuse
 
-__all__ = ["Explanation", "explain", "fuse", "register_attention", "unfuse"]
+__all__ = ["Explanation", "Verification", "explain", "fuse", "register_attention", "unfuse", "verify"]
