@@ -142,6 +142,8 @@ def _backend(module: Fused) -> str:
 
 def _looks_like_block(module: nn.Module) -> bool:
     """Whether a module that no rule knows is a Transformer block by the names of its children."""
+    if "pool" in type(module).__name__.lower():  # a head over one token
+        return False
     names = {name.lower() for name, _ in module.named_children()}
     return any("att" in name for name in names) and any(
         word in name for name in names for word in ("mlp", "ffn", "feed", "intermediate", "fc1", "linear1")

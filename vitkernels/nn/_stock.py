@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,16 @@ from vitkernels import ops
 from vitkernels.ops._amp import autocast_dtype
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# What knows other libraries' forward hooks that stay on a module and do nothing in the call at hand.
+IDLE_HOOKS: list[Callable[[Callable[..., Any]], bool]] = []
 
 
 def added(module: nn.Module) -> str | None:
     """What somebody hung on a module, so that calling it does more than its class says; None for nothing."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    hooks = module._forward_hooks
+    if hooks and not all(any(idle(hook) for idle in IDLE_HOOKS) for hook in hooks.values()):
         return "a hook"
     if "forward" in module.__dict__:
         return "another forward"

@@ -6,10 +6,11 @@ differ in speed alone, and in what they do with `is_causal`. The layers around t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
@@ -18,6 +19,7 @@ from vitkernels.fuse.residual import Branch, Part
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import called, join_heads, packed_projection, rotary, split_heads
 from vitkernels.fuse.swap import Fused
+from vitkernels.nn._stock import IDLE_HOOKS
 
 
 def owners(suffix: str, families: Mapping[str, str]) -> frozenset[str]:
@@ -50,6 +52,21 @@ parts.ACTIVATIONS.update(
         "SiLUActivation": lambda act: "silu",
     }
 )
+
+
+def _records_nothing(hook: Callable[..., Any]) -> bool:
+    """Whether this is the library's recorder of outputs, and nothing that is read around is recorded now.
+
+    The first call that asks for hidden states or attentions hangs recorders on layers and attentions alike, for good.
+    """
+    names = getattr(hook, "__globals__", {})
+    if names.get("__name__") != "transformers.utils.output_capturing" or torch.compiler.is_compiling():
+        return False
+    collected = names["_active_collector"].get() or {}
+    return collected.keys() <= {"hidden_states", "_hidden_states_layers"}
+
+
+IDLE_HOOKS.append(_records_nothing)
 
 
 # ------------------------------------------------------------------------------------------------------- attention
