@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.measure import OURS, Row
+from bench.measure import OUR_LANES, Row
 from bench.store import by_case, read, seconds
 
 LEAST = 0.05
@@ -34,7 +34,7 @@ def regressions(base: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for key in common:
         drift = _drift(before[key], after[key])
-        for lane in (lane for lane in after[key] if lane.startswith(OURS)):
+        for lane in (lane for lane in after[key] if lane.startswith(OUR_LANES)):
             sentence = _judge(before[key].get(lane), after[key][lane], drift)
             if sentence is not None:
                 found.append(f"{key}: {lane} {sentence}")
@@ -46,7 +46,7 @@ def _drift(before: dict[str, Row], after: dict[str, Row]) -> float:
     ratios = [
         seconds(after[lane]) / seconds(before[lane])
         for lane in after
-        if not lane.startswith(OURS) and "seconds" in after[lane] and "seconds" in before.get(lane, {})
+        if not lane.startswith(OUR_LANES) and "seconds" in after[lane] and "seconds" in before.get(lane, {})
     ]
     return statistics.median(ratios) if ratios else 1.0
 

@@ -10,7 +10,7 @@ import torch
 
 from bench import machine, peers
 from bench.measure import Key, Row, Timed, measure
-from bench.store import RESULTS, Store
+from bench.store import RESULTS, Store, seconds
 from bench.suites import NAMES, Plan, plans
 
 
@@ -61,9 +61,8 @@ class Session:
             self._gemm[key.dtype] = machine.gemm_ceiling(self.device, getattr(torch, key.dtype))
         row |= {"gemm": self._gemm[key.dtype], "copy": self._copy}
         if "seconds" in row:
-            seconds = row.get("device_seconds") or row["seconds"]
-            row["share"] = max(row["flops"] / row["gemm"], row["bytes"] / row["copy"]) / seconds
-            row["mfu"] = row["flops"] / row["gemm"] / seconds
+            row["share"] = max(row["flops"] / row["gemm"], row["bytes"] / row["copy"]) / seconds(row)
+            row["mfu"] = row["flops"] / row["gemm"] / seconds(row)
         self.store.keep(key, row)
 
 

@@ -62,8 +62,18 @@ class Inputs(NamedTuple):
 class OpBench:
     """One op at one size, forward alone or with its backward."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, backward: bool, **sweep: Any) -> None:
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        backward: bool,
+        *,
+        autotune: bool = True,
+        **sweep: Any,
+    ) -> None:
         self.case, self.dtype, self.device, self.backward = case, dtype, device, backward
+        self.autotune = autotune  # whether peers are compiled with max-autotune too, which takes minutes
         direction = "forward + backward" if backward else "forward"
         self.key = Key("op", case.op, case.name, str(dtype).removeprefix("torch."), direction, **sweep)
 
@@ -86,7 +96,7 @@ class OpBench:
         return Truth({name: reference[name] for name in wanted}, {name: exact[name] for name in wanted}, floor)
 
     def lanes(self) -> Mapping[str, Callable[[], Lane]]:
-        theirs = peers.builders(self.case.op, self.device)
+        theirs = peers.builders(self.case.op, self.device, self.autotune)
         return {
             OURS: lambda: OpLane(self, lambda **tensors: tuple(self.case.call(tensors).values())),
             **{name: functools.partial(self._peer, build) for name, build in theirs.items()},

@@ -50,7 +50,7 @@ def absent() -> list[str]:
     return sorted(package for package in packages if importlib.util.find_spec(package) is None)
 
 
-def builders(op: str, device: torch.device) -> dict[str, Callable[[], Call]]:
+def builders(op: str, device: torch.device, autotune: bool = True) -> dict[str, Callable[[], Call]]:
     """An op's peers that can be tried on a device, by lane: each makes the function that is called."""
     found: dict[str, Callable[[], Call]] = {}
     missing = absent()
@@ -60,7 +60,7 @@ def builders(op: str, device: torch.device) -> dict[str, Callable[[], Call]]:
         found[each.name] = functools.partial(_plain, each.call)
         if each.compiled:
             found[f"{each.name}, compiled"] = functools.partial(compile_it, each.call)
-            if device.type == "cuda":
+            if autotune and device.type == "cuda":
                 found[f"{each.name}, max-autotune"] = functools.partial(compile_it, each.call, "max-autotune")
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.measure import OURS, Key, Row
+from bench.measure import OURS, Row
 from bench.scaling import curves, exponent
 from bench.store import seconds
 from bench.tables import Content, of_kind
@@ -50,40 +50,38 @@ def _colour(lane: str) -> str:
 
 def _bars(content: Content, title: str, label: str, figure_of: Callable[[Row, Row], float | None]) -> Figure | None:
     """A group of bars for each model, a bar for each peer."""
-    cases = {
-        key: lanes for key, lanes in of_kind(content, "model", "block").items() if "seconds" in lanes.get(OURS, {})
-    }
-    cases = dict(list(cases.items())[:SHOWN])
-    bars: dict[str, dict[int, float]] = {}
-    for index, lanes in enumerate(cases.values()):
-        for lane, row in lanes.items():
-            value = figure_of(row, lanes[OURS]) if "seconds" in row else None
-            if value is not None:
-                bars.setdefault(lane, {})[index] = value
+    bars: dict[str, dict[int, float]] = {}  # lane -> place -> length
+    groups: dict[float, str] = {}  # place -> name
+    place = 0
+    for key, lanes in of_kind(content, "model", "block").items():
+        ours = lanes.get(OURS, {})
+        found = {lane: figure_of(row, ours) for lane, row in lanes.items() if "seconds" in row and "seconds" in ours}
+        lengths = {lane: length for lane, length in found.items() if length is not None}
+        if not lengths or len(groups) == SHOWN:
+            continue
+        groups[place + (len(lengths) - 1) / 2] = f"{key.name}, {key.dtype}\n{key.shape}"
+        for lane, length in lengths.items():
+            bars.setdefault(lane, {})[place] = length
+            place += 1
+        place += 1  # a gap
     if not bars:
         return None
-    figure, axes = _figure(content, title, 2 + 0.25 * sum(map(len, bars.values())))
-    height = 0.8 / len(bars)
-    for place, (lane, values) in enumerate(bars.items()):
-        at = [index + (place - (len(bars) - 1) / 2) * height for index in values]
-        drawn = axes.barh(at, list(values.values()), height, label=lane, color=_colour(lane))
+    figure, axes = _figure(content, title, 2 + 0.25 * place)
+    for lane, values in bars.items():
+        drawn = axes.barh(list(values), list(values.values()), 0.9, label=lane, color=_colour(lane))
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
-    axes.set(xlabel=label, yticks=range(len(cases)), yticklabels=[_lines(key) for key in cases])
+    axes.set(xlabel=label, yticks=list(groups), yticklabels=list(groups.values()))
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
-
-
-def _lines(key: Key) -> str:
-    return f"{key.name}, {key.dtype}\n{key.shape}"
 
 
 def _speed(content: Content) -> Figure | None:
     def ratio(row: Row, ours: Row) -> float | None:
         return seconds(row) / seconds(ours) if row is not ours else None
 
-    return _bars(content, f"Speed-up of {OURS}: how many times as long a peer takes", "times as long", ratio)
+    return _bars(content, f"Speed-up of {OURS}: how many times as long the others take", "times as long", ratio)
 
 
 def _memory(content: Content) -> Figure | None:
@@ -143,7 +141,10 @@ def _tokens(content: Content) -> Figure | None:
             if len(times) > 1:
                 label = f"{name}, {lane}: {exponent(times):.2f}"
                 axes.plot(list(times), list(times.values()), line, marker=".", color=_colour(lane), label=label)
+    sizes = sorted({size for lanes in swept.values() for points in lanes.values() for size in points})
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds, forward + backward")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     return figure
 

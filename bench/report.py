@@ -22,6 +22,14 @@ from bench.tables import NOT_MEASURED, Content
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md")
 REPORT = "REPORT.md"
+LEGEND = """Made by `python -m bench.report` from the JSON files beside it.
+
+Times are medians of rounds in which the lanes took turns; the spread is the distance of the quartiles over the median.
+Bold: a lane that takes less time than ours. Inexact: a peer whose results or gradients are further from float64 than
+ours may be. The limit is the larger of FLOPs over the rate of a large matrix product and bytes over the rate of a large
+copy; MFU is of the matrix product alone. FLOPs and bytes are what no kernel can do without. Memory is what a step takes
+on top of weights and inputs.
+"""
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -90,7 +98,7 @@ def render(text: str, results: Results) -> str:
 
 def report(results: Results) -> str:
     """REPORT.md: for each device what it can do, every table, what has no figure and why, and the pictures."""
-    parts = ["# Results\n\nMade by `python -m bench.report`. Bold: a peer that takes less time than ours.\n"]
+    parts = [f"# Results\n\n{LEGEND}"]
     for name, content in results.devices.items():
         versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
         parts.append(
@@ -102,7 +110,7 @@ def report(results: Results) -> str:
             "Blocks and models": tables.models(content),
             "Ops": tables.ops(content),
             "How cost grows": scaling.growth(content),
-            "Every lane of every model": f"{tables.lanes(content)}\n",
+            "Every lane": f"{tables.lanes(content)}\n",
             "No figure, or an inexact peer": f"{tables.wrong(content)}\n",
         }
         parts += [f"### {title}\n\n{text or 'Not yet measured.' + chr(10)}" for title, text in sections.items()]

@@ -6,6 +6,8 @@ models   blocks and whole models against every library's
 scaling  how cost grows with tokens, batch, width and depth
 full     ops, models and scaling
 smoke    seconds: what the tests run, too small to say anything
+
+torch.compile's max-autotune is for GPUs: on a CPU it tries matrix products for minutes, for what the default gives.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from bench.measure import OURS, Bench, Effort
 from bench.models import ModelBench
 from bench.ops import OpBench, Size, of_size
 
+FORWARD, BOTH = False, True
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EAGER = (OURS, "vk.fuse(timm)", "naive", "timm")
 LIBRARIES = (*EAGER, "naive, conv2d", "timm, compiled", "transformers", "torchvision")
@@ -41,10 +44,12 @@ def plans(suite: str, device: torch.device) -> Iterator[Plan]:
         yield from SUITES[name](device)
 
 
-def _ops(device: torch.device, size: Size, dtype: torch.dtype, effort: Effort, directions: str) -> Iterator[Plan]:
+def _ops(
+    device: torch.device, size: Size, dtype: torch.dtype, effort: Effort, *directions: bool, **more: Any
+) -> Iterator[Plan]:
     for case in of_size(size):
-        for direction in directions:
-            yield Plan(functools.partial(OpBench, case, dtype, device, direction == "b"), effort)
+        for backward in directions:
+            yield Plan(functools.partial(OpBench, case, dtype, device, backward, **more), effort)
 
 
 def _model(effort: Effort, *arguments: Any, **more: Any) -> Plan:
@@ -64,30 +69,30 @@ def _block(
 def quick(device: torch.device) -> Iterator[Plan]:
     if device.type == "cuda":
         effort, size = Effort(0.5, 7, 31), Size(64, 197, 768, 12)
-        yield from _ops(device, size, BF16, effort, "fb")
-        yield _block(effort, size, BF16, device, (*EAGER, "timm, compiled"))
         yield _model(Effort(4, 7, 31), "vit_base_patch16", {}, 128, BF16, device, EAGER, update=True)
+        yield _block(effort, size, BF16, device, (*EAGER, "timm, compiled"))
+        yield from _ops(device, size, BF16, effort, BOTH, FORWARD, autotune=False)
         return
     effort, size = Effort(1.0, 5, 15), Size(8, 197, 384, 6)
-    for dtype in (F32, BF16):
-        yield from _ops(device, size, dtype, effort, "b")
-        yield _block(effort, size, dtype, device, EAGER)
     yield _model(effort, "vit_tiny_patch16", {}, 4, F32, device, EAGER)
+    for dtype in (F32, BF16):
+        yield _block(effort, size, dtype, device, EAGER)
+        yield from _ops(device, size, dtype, effort, BOTH)
 
 
 def ops(device: torch.device) -> Iterator[Plan]:
     if device.type == "cpu":
         for dtype in (F32, BF16):
-            yield from _ops(device, Size(8, 197, 384, 6), dtype, Effort(1.0, 9, 31), "fb")
+            yield from _ops(device, Size(8, 197, 384, 6), dtype, Effort(1.0, 9, 31), FORWARD, BOTH)
         return
     effort = Effort(1.0, 9, 51)
     for width, heads in ((192, 3), (384, 6), (768, 12), (1024, 16)):
         for batch, tokens, patch in ((256, 197, 16), (256, 257, 14), (64, 577, 16), (32, 1370, 14)):
-            yield from _ops(device, Size(batch, tokens, width, heads, patch=patch), BF16, effort, "fb")
+            yield from _ops(device, Size(batch, tokens, width, heads, patch=patch), BF16, effort, FORWARD, BOTH)
     for size in (Size(128, 256, 1152, 16, 4304, 14), Size(64, 257, 1408, 16, 6144, 14)):  # so400m, giant
-        yield from _ops(device, size, BF16, effort, "fb")
+        yield from _ops(device, size, BF16, effort, FORWARD, BOTH)
     for dtype in (F32, F16):
-        yield from _ops(device, Size(64, 197, 768, 12), dtype, effort, "fb")
+        yield from _ops(device, Size(64, 197, 768, 12), dtype, effort, FORWARD, BOTH)
 
 
 def models(device: torch.device) -> Iterator[Plan]:
@@ -124,9 +129,9 @@ def scaling(device: torch.device) -> Iterator[Plan]:
     lanes = (*EAGER, "timm, compiled") if gpu else EAGER
     effort = Effort(2.0, 5, 15)
     for tokens in (64, 256, 1024, 4096):
-        size = Size(grown, tokens, width, heads)
+        size = Size(4 if gpu else 1, tokens, width, heads)  # the judge holds N x N scores in float64
         (attention,) = (case for case in of_size(size) if case.op == "attention_qkv")
-        sweep = {"sweep": "tokens", "at": tokens}
+        sweep: dict[str, Any] = {"sweep": "tokens", "at": tokens}
         yield Plan(functools.partial(OpBench, attention, dtype, device, True, **sweep), effort)
         yield _block(effort, size, dtype, device, lanes, **sweep)
     for batch in (1, 4, 16):
@@ -141,7 +146,7 @@ def scaling(device: torch.device) -> Iterator[Plan]:
 
 def smoke(device: torch.device) -> Iterator[Plan]:
     effort, size = Effort(0.0, 3, 3), Size(1, 16, 32, 2)
-    yield from (plan for plan in _ops(device, size, F32, effort, "fb") if plan.make().key.name == "linear")
+    yield from (plan for plan in _ops(device, size, F32, effort, FORWARD, BOTH) if plan.make().key.name == "linear")
     yield _block(effort, size, F32, device, (OURS, "naive"))
     arguments = {"embed_dim": 32, "num_heads": 2, "depth": 1, "img_size": 32, "patch_size": 16}
     yield _model(effort, "vit", arguments, 2, F32, device, (OURS, "naive"), update=True)

@@ -1,6 +1,6 @@
 """Results as Markdown. Every case is in its table, the slow ones too; nobody types a figure.
 
-Ratios say how many times as long a peer takes; bold where it takes less time than ours.
+Ratios say how many times as long another lane takes; bold where it takes less time than ours.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _by_dtype(content: Content, cases: dict[Key, dict[str, Row]], table: Any) ->
 
 def _op_table(cases: dict[Key, dict[str, Row]]) -> str:
     return grid(
-        ("op", "shape", "direction", "peers (how many times as long)", "share of the limit", OURS),
+        ("op", "shape", "direction", "others, how many times as long", "share of the limit", OURS),
         (
             (key.name, key.shape, key.direction, peers(lanes), share(lanes.get(OURS, {}).get("share")), _own(lanes))
             for key, lanes in cases.items()
@@ -102,7 +102,7 @@ def _op_table(cases: dict[Key, dict[str, Row]]) -> str:
 
 def _model_table(cases: dict[Key, dict[str, Row]]) -> str:
     return grid(
-        ("", "shape", "", "peers (how many times as long)", "peers' memory over ours", "MFU", "memory", OURS),
+        ("", "shape", "", "others, how many times as long", "their memory over ours", "MFU", "memory", OURS),
         (
             (
                 key.name,
@@ -121,7 +121,7 @@ def _model_table(cases: dict[Key, dict[str, Row]]) -> str:
 
 
 def lanes(content: Content) -> str:
-    """Every lane of every model by itself: time and spread, rate, memory."""
+    """Every lane by itself: time and spread, share of the limit, memory."""
     return grid(
         ("case", "lane", "median", "spread", "rounds", "share of the limit", "memory"),
         (
@@ -136,7 +136,7 @@ def lanes(content: Content) -> str:
                 share(row.get("share")),
                 amount(row.get("memory")),
             )
-            for key, rows in of_kind(content, "model", "block").items()
+            for key, rows in of_kind(content, "model", "block", "op").items()
             for name, row in rows.items()
         ),
         numbers=5,

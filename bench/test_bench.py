@@ -14,7 +14,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import Session
-from bench.measure import OURS, Key
+from bench.measure import OUR_LANES, Key
 from bench.suites import Plan
 
 _tape: Iterator[float] = iter(())
@@ -31,7 +31,7 @@ def test_bench(plan: Plan, key: Key, lane: str, session: Session, benchmark: Ben
     timed = session.timed(plan, key, lane)
     if "failed" in timed.row:
         session.keep(key, timed.row)
-        (pytest.fail if lane.startswith(OURS) else pytest.skip)(timed.row["failed"])
+        (pytest.fail if lane.startswith(OUR_LANES) else pytest.skip)(timed.row["failed"])
     if benchmark.disabled:
         pytest.skip("not timed: pytest-benchmark is disabled")
     _tape = itertools.chain.from_iterable((0.0, seconds) for seconds in timed.samples)
