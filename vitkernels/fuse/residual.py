@@ -96,6 +96,8 @@ def pre_norm(
     """
     if dtype is not None:
         x = x.to(dtype)
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        border = None  # its tensors count no changes: nobody could tell that one was changed on its way
     first = sublayers[0]
     normed: Tensor | None = normalise(x, first.norm, first.branch.first)
     following = [Border(each.norm, each.branch.first) for each in sublayers[1:]]
