@@ -1,0 +1,319 @@
+"""Meta's DINOv2 and DINOv3 repositories, and the many copies of their files: known by structure wherever they lie.
+
+Their blocks take a tensor, or a list of them (crops of several sizes), which is served one by one: attention between
+the crops there is none. While samples are dropped in training, blocks run on a random subset of the batch: such a call
+runs their own code, around fused attention and feed-forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.fuse import parts, sublayers
+from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.sublayers import called, join_heads, rotary, split_heads
+from vitkernels.fuse.swap import Fused, branch_of
+
+Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with samples and heads in front
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class FusedAttention(Fused):
+    """dinov2.layers.attention.Attention on `ops.attention_qkv`; its relatives take more arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.declines(x, self.why_not_now):
+            return super().forward(x)
+        return self._whole(x)
+
+    def why_not_now(self) -> str | None:
+        drop: Any = getattr(self, "attn_drop", None)
+        drops = self.training and drop > 0 if isinstance(drop, float | int) else not parts.drops_nothing(drop)
+        return "a dropout of attention's weights" if drops else None
+
+    def branch(self, **options: Any) -> Branch:
+        attn: Any = self
+
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            heads = self.attend(_project(attn.qkv, x), **options)
+            drop: Any = getattr(attn, "proj_drop", None)
+            if parts.drops_nothing(drop):
+                return parts.last_linear(attn.proj, heads, split)
+            return drop(parts.linear(attn.proj, heads)), None
+
+        why_not = None if _is_masked(attn.qkv) else called(qkv=attn.qkv)
+        return Branch(run, "linear, attention, linear", attn.qkv, why_not or called(proj=attn.proj))
+
+    def attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
+        """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
+        return ops.attention_qkv(qkv, self.num_heads, is_causal=is_causal)  # type: ignore[arg-type]
+
+    def parts(self) -> list[Part]:
+        branch, why_not = self.branch(), self.why_not_now()
+        return [Part("", "" if why_not else branch.ops, why_not or branch.why_not)]
+
+    def _whole(self, x: Tensor, **options: Any) -> Tensor:
+        with self.backend():
+            return self.branch(**options).run(x, False)[0]
+
+
+class FusedCausalAttention(FusedAttention):
+    """The same in DINOv2's later versions."""
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        if self.declines(x, self.why_not_now):
+            return super(FusedAttention, self).forward(x, is_causal)
+        return self._whole(x, is_causal=is_causal)
+
+
+class FusedMemEffAttention(FusedAttention):
+    """dinov2.layers.attention.MemEffAttention; a bias is one of xformers' own objects, which xformers gets."""
+
+    def forward(self, x: Tensor, attn_bias: Any = None) -> Tensor:
+        if self.declines(x, lambda: self.why_not_now() or _biased(attn_bias)):
+            return super(FusedAttention, self).forward(x, attn_bias)
+        return self._whole(x)
+
+
+class FusedSelfAttention(FusedAttention):
+    """dinov3.layers.attention.SelfAttention: rotary positions on the patches, in their own dtype."""
+
+    def forward(self, x: Tensor, attn_bias: Any = None, rope: Rope | None = None) -> Tensor:
+        if self.declines(x, lambda: self.why_not_now() or _biased(attn_bias)):
+            return super(FusedAttention, self).forward(x, attn_bias, rope)
+        return self._whole(x, rope=rope)
+
+    def compute_attention(self, qkv: Tensor, attn_bias: Any = None, rope: Rope | None = None) -> Tensor:
+        """What the repository's own code for lists calls between the projections."""
+        if self.declines(qkv, lambda: self.why_not_now() or _biased(attn_bias)):
+            return super().compute_attention(qkv, attn_bias, rope)  # type: ignore[misc]
+        with self.backend():
+            return self.attend(qkv, rope)
+
+    def attend(self, qkv: Tensor, rope: Rope | None = None) -> Tensor:  # type: ignore[override]
+        if rope is None:
+            return super().attend(qkv)
+        sin, cos = rope
+        q, k, v = split_heads(qkv, self.num_heads)  # type: ignore[arg-type]
+        prefix = q.shape[2] - sin.shape[-2]  # class token and registers have no place
+        q, k = (rotary(each.to(sin.dtype), sin, cos, prefix=prefix, half=True).to(v.dtype) for each in (q, k))
+        return join_heads(ops.attention(q, k, v))
+
+
+def _biased(attn_bias: Any) -> str | None:
+    return None if attn_bias is None else f"called with a {type(attn_bias).__name__} as attn_bias"
+
+
+def _is_masked(qkv: Any) -> bool:
+    """Whether this is DINOv3's LinearKMaskedBias, and may be read around."""
+    return parts.owner(qkv).__name__ == "LinearKMaskedBias" and parts.obstacle("qkv", qkv) is None
+
+
+def _project(qkv: Any, x: Tensor) -> Tensor:
+    if not _is_masked(qkv):
+        return parts.linear(qkv, x)
+    # the mask is read at each call: it is NaN until the model's weights are there
+    return ops.linear(x, qkv.weight, None if qkv.bias is None else qkv.bias * qkv.bias_mask.to(qkv.bias.dtype))
+
+
+def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Rule:
+    return Rule(
+        mixin,
+        frozenset(owners),
+        lambda attn: differs(attn, arguments, ("qkv", "proj"), ("attn_drop", "proj_drop")),
+        lambda attn: hasattr(attn, "qkv") and isinstance(getattr(attn, "num_heads", None), int),
+        lambda attn, tokens: {"rope": _random_rope(attn, tokens)} if "rope" in arguments else {},
+    )
+
+
+def _random_rope(attn: Any, tokens: Tensor) -> Rope:
+    """Positions for a trial: of all tokens but the first."""
+    width = attn.qkv.out_features // (3 * attn.num_heads)
+    angles = torch.linspace(0, 9, (tokens.shape[1] - 1) * width, device=tokens.device).view(-1, width)
+    return angles.sin(), angles.cos()
+
+
+# ---------------------------------------------------------------------------------------------------- feed-forward
+
+
+class FusedMlp(Fused):
+    """dinov2.layers.mlp.Mlp on `ops.mlp`: one dropout stands after the activation and at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.declines(x):
+            return super().forward(x)
+        with self.backend():
+            return self.branch().run(x, False)[0]
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            split = split and parts.drops_nothing(mlp.drop)
+            out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop, split)
+            return (out, bias) if split else (mlp.drop(out), None)
+
+        why_not = sublayers.not_mlp(mlp.fc1, mlp.act, mlp.fc2, mlp.drop)
+        return Branch(run, "mlp" if why_not is None else "linear, linear", mlp.fc1, why_not)
+
+    def parts(self) -> list[Part]:
+        branch = self.branch()
+        return [Part("", branch.ops, branch.why_not)]
+
+
+class FusedSwiGLU(FusedMlp):
+    """DINOv2's SwiGLUFFN (w12, w3) and DINOv3's (w1, w2, w3): the products are ours, the gate is torch's."""
+
+    def branch(self, **options: Any) -> Branch:
+        ffn: Any = self
+
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            if packed:
+                gate, value = parts.linear(ffn.w12, x).chunk(2, dim=-1)
+            else:
+                gate, value = parts.linear(ffn.w1, x), parts.linear(ffn.w2, x)
+            return parts.last_linear(ffn.w3, F.silu(gate) * value, split)
+
+        packed = getattr(ffn, "w12", None) is not None
+        names = ("w12", "w3") if packed else ("w1", "w2", "w3")
+        linears = {name: getattr(ffn, name) for name in names}
+        return Branch(run, "linear, gate of torch, linear", linears[names[0]], called(**linears))
+
+
+# ----------------------------------------------------------------------------------------------------------- block
+
+
+class FusedBlock(Fused):
+    """dinov2.layers.block.Block, its adds run with the norms that follow them."""
+
+    is_block = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.declines(x, self.why_not_now):
+            return super().forward(x)
+        with self.backend():
+            return self._stream(x)
+
+    def why_not_now(self) -> str | None:
+        block: Any = self
+        if not (block.training and block.sample_drop_ratio > self._dense_up_to()):
+            return None
+        return f"drop_path {block.sample_drop_ratio:g} in training: it runs a subset of the samples"
+
+    def _dense_up_to(self) -> float:
+        """The rate up to which the block drops paths of the whole batch."""
+        return 0.1
+
+    def _stream(self, x: Tensor, **options: Any) -> Tensor:
+        state = self._vitkernels
+        return pre_norm(x, self._sublayers(**options), state.border, state.residual_dtype)
+
+    def _sublayers(self, **options: Any) -> list[Sublayer]:
+        block: Any = self
+        drop_path = getattr(block, "drop_path1", None)  # DINOv2 uses the first one twice
+        return [
+            Sublayer("attn", block.norm1, branch_of("attn", block.attn, **options), block.ls1, drop_path),
+            Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.ls2, drop_path),
+        ]
+
+    def entry(self) -> Border:
+        first = self._sublayers()[0]
+        return Border(first.norm, first.branch.first)
+
+    def parts(self) -> list[Part]:
+        why_not = self.why_not_now()
+        if why_not is None:
+            return [part for sublayer in self._sublayers() for part in sublayer.parts()]
+        branches = [Part(each.name, each.branch.ops, each.branch.why_not) for each in self._sublayers()]
+        return [Part("residual", "", why_not), *branches]
+
+
+class FusedNestedTensorBlock(FusedBlock):
+    """dinov2.layers.block.NestedTensorBlock: a tensor or a list of them."""
+
+    def forward(self, x_or_x_list: Any) -> Any:
+        tensors = x_or_x_list if isinstance(x_or_x_list, list) else [x_or_x_list]
+        if any(self.declines(x, lambda: self.why_not_now() or self._dropped(x_or_x_list)) for x in tensors):
+            return super(FusedBlock, self).forward(x_or_x_list)
+        with self.backend():
+            outputs = [self._stream(x) for x in tensors]
+        return outputs if isinstance(x_or_x_list, list) else outputs[0]
+
+    def _dropped(self, x_or_x_list: Any) -> str | None:
+        dropped = isinstance(x_or_x_list, list) and self.training and self.sample_drop_ratio > 0  # type: ignore[operator]
+        return "called with a list in training with drop_path: it runs subsets of the samples" if dropped else None
+
+
+class FusedSelfAttentionBlock(FusedBlock):
+    """dinov3.layers.block.SelfAttentionBlock: a tensor or a list of them, with rotary positions for each."""
+
+    def forward(self, x_or_x_list: Any, rope_or_rope_list: Any = None) -> Any:
+        is_list = isinstance(x_or_x_list, list)
+        tensors = x_or_x_list if is_list else [x_or_x_list]
+        if any(self.declines(x, self.why_not_now) for x in tensors):
+            return super(FusedBlock, self).forward(x_or_x_list, rope_or_rope_list)
+        ropes = rope_or_rope_list if is_list and rope_or_rope_list is not None else [rope_or_rope_list] * len(tensors)
+        with self.backend():
+            outputs = [self._stream(x, rope=rope) for x, rope in zip(tensors, ropes, strict=True)]
+        return outputs if is_list else outputs[0]
+
+    def _dense_up_to(self) -> float:
+        return 0.0
+
+
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "sample_drop_ratio", None), float | int)
+
+
+_STEPS = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
+_WITH_PATHS = (*_STEPS, "drop_path1", "drop_path2")
+RULES = (
+    Rule(
+        FusedBlock,
+        frozenset({"dinov2.layers.block.Block"}),
+        lambda block: differs(block, ("x",), _WITH_PATHS),
+        _is_block,
+    ),
+    Rule(
+        FusedNestedTensorBlock,
+        frozenset({"dinov2.layers.block.NestedTensorBlock"}),
+        lambda block: differs(block, ("x_or_x_list",), _WITH_PATHS),
+        _is_block,
+    ),
+    Rule(
+        FusedSelfAttentionBlock,
+        frozenset({"dinov3.layers.block.SelfAttentionBlock"}),
+        lambda block: differs(block, ("x_or_x_list", "rope_or_rope_list"), _STEPS),
+        _is_block,
+        lambda block, tokens: {"rope_or_rope_list": _random_rope(block.attn, tokens)},
+    ),
+    _attention_rule(FusedAttention, {"dinov2.layers.attention.Attention"}, "x"),
+    _attention_rule(FusedCausalAttention, {"dinov2.layers.attention.Attention"}, "x", "is_causal"),
+    _attention_rule(FusedMemEffAttention, {"dinov2.layers.attention.MemEffAttention"}, "x", "attn_bias"),
+    _attention_rule(FusedSelfAttention, {"dinov3.layers.attention.SelfAttention"}, "x", "attn_bias", "rope"),
+    Rule(
+        FusedMlp,
+        frozenset({"dinov2.layers.mlp.Mlp", "dinov3.layers.ffn_layers.Mlp"}),
+        lambda mlp: differs(mlp, ("x",), ("fc1", "act", "fc2", "drop")),
+        lambda mlp: hasattr(mlp, "fc1") and hasattr(mlp, "fc2"),
+    ),
+    Rule(
+        FusedSwiGLU,
+        frozenset({"dinov2.layers.swiglu_ffn.SwiGLUFFN"}),
+        lambda ffn: differs(ffn, ("x",), ("w12", "w3")),
+        lambda ffn: hasattr(ffn, "w12"),
+    ),
+    Rule(
+        FusedSwiGLU,
+        frozenset({"dinov3.layers.ffn_layers.SwiGLUFFN"}),
+        lambda ffn: differs(ffn, ("x",), ("w1", "w2", "w3")),
+        lambda ffn: hasattr(ffn, "w2"),
+    ),
+)
