@@ -6,7 +6,6 @@ lists the classes that hold it. The modules inside the layers are in `transforme
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from vitkernels.fuse.rules.transformers_parts import (
     owners,
     without_positions,
 )
+from vitkernels.fuse.sublayers import dropped
 from vitkernels.fuse.swap import Fused, branch_of
 
 TAILS = (
@@ -55,13 +55,6 @@ def _attention(
     if why_not is not None:
         return Branch(lambda x, split: (call(x), None), "", None, why_not)
     return branch_of(name, attn, call, attention_mask=mask, **options)
-
-
-def _dropped(branch: Branch, dropout: nn.Module) -> Branch:
-    """The branch with a Dropout after it."""
-    if parts.drops_nothing(dropout):
-        return branch
-    return dataclasses.replace(branch, run=lambda x, split: (dropout(branch.run(x, False)[0]), None))
 
 
 class FusedLayer(Fused):
@@ -103,8 +96,8 @@ class FusedViTLayer(FusedLayer):
             "attention", layer.attention, mask, options, lambda x: layer.attention(x, mask, **options)[0]
         )
         return [
-            Sublayer("attention", layer.layernorm_before, _dropped(attention, layer.dropout)),
-            Sublayer("mlp", layer.layernorm_after, _dropped(branch_of("mlp", layer.mlp), layer.dropout)),
+            Sublayer("attention", layer.layernorm_before, dropped(attention, layer.dropout)),
+            Sublayer("mlp", layer.layernorm_after, dropped(branch_of("mlp", layer.mlp), layer.dropout)),
         ]
 
 

@@ -1,0 +1,453 @@
+"""vk.fuse on Hugging Face transformers' models: small random ones of each family, held to their own numbers."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import importlib.util
+import inspect
+import pickle
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fused
+import peers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitkernels as vk
+from vitkernels.fuse import rules
+
+peers.import_timm()  # transformers imports torchvision, whose operators it declares
+for package in ("transformers", "peft"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+import peft  # noqa: E402
+import transformers as hf  # noqa: E402
+
+hf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
+APART = OPS - {"attention_qkv"} | {"attention"}  # q, k and v apart
+WHOLE = "2 of 2 blocks fused"
+WIDTHS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+MLP = {"intermediate_size": 96}
+IMAGE = {"image_size": 32, "patch_size": 8}
+TEXT = {**WIDTHS, **MLP, "vocab_size": 50, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {f"decoder_{name}": value for name, value in {**WIDTHS, **MLP}.items()}
+
+
+def vit(kind: str = "ViTModel", config: str = "ViTConfig", **options: Any) -> nn.Module:
+    return getattr(hf, kind)(getattr(hf, config)(**{**WIDTHS, **MLP, **IMAGE, **options}))
+
+
+def dinov2(kind: str = "Dinov2Model", config: str = "Dinov2Config", **options: Any) -> nn.Module:
+    sizes = {**WIDTHS, **IMAGE, "mlp_ratio": 2, "layerscale_value": 0.5}
+    return getattr(hf, kind)(getattr(hf, config)(**{**sizes, **options}))
+
+
+def dinov3(**options: Any) -> nn.Module:
+    return vit(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        **{"num_register_tokens": 2, "layerscale_value": 0.5, "pos_embed_rescale": None, **options},
+    )
+
+
+def text(kind: str, config: str, **options: Any) -> nn.Module:
+    return getattr(hf, kind)(getattr(hf, config)(**TEXT, **options))
+
+
+def images(*size: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(2, 3, *(size or (32, 32))),)
+
+
+def words() -> tuple[Tensor, ...]:
+    return (torch.randint(3, 50, (2, 9)),)
+
+
+def patches() -> tuple[Tensor, ...]:
+    """SigLIP 2's input: flattened patches, which of them are there, and the grid of each image."""
+    return (
+        torch.randn(2, 16, 192),
+        (torch.arange(16) < torch.tensor([[16], [12]])).long(),
+        torch.tensor([[4, 4], [3, 4]]),
+    )
+
+
+PADDING = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+Row = tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]], dict[str, Any], set[str]]
+MODELS: dict[str, Row] = {
+    "vit": (vit, images(), {}, OPS),
+    "vit, eager": (lambda: vit(attn_implementation="eager"), images(), {}, OPS),
+    "vit, no bias, quick GELU": (lambda: vit(qkv_bias=False, hidden_act="quick_gelu"), images(), {}, OPS),
+    "vit, other size": (vit, images(48, 32), {"interpolate_pos_encoding": True}, OPS),
+    "vit, some tokens hidden": (vit, images(), {"attention_mask": torch.arange(17)[None].repeat(2, 1) < 12}, OPS),
+    "vit, masked images": (
+        lambda: vit("ViTForMaskedImageModeling", encoder_stride=8),
+        images(),
+        {"bool_masked_pos": torch.arange(32).view(2, 16) % 3 == 0},
+        OPS,
+    ),
+    "deit": (lambda: vit("DeiTForImageClassificationWithTeacher", "DeiTConfig"), images(), {}, OPS),
+    "mae": (
+        lambda: vit("ViTMAEForPreTraining", "ViTMAEConfig", **DECODER),
+        images(),
+        {"noise": torch.linspace(0, 50, 32).sin().view(2, 16)},
+        OPS,
+    ),
+    "msn": (lambda: vit("ViTMSNForImageClassification", "ViTMSNConfig"), images(), {}, OPS),
+    "ijepa": (lambda: vit("IJepaModel", "IJepaConfig", hidden_act="gelu_pytorch_tanh"), images(), {}, OPS),
+    "vivit": (
+        lambda: vit("VivitModel", "VivitConfig", num_frames=2, tubelet_size=[1, 8, 8]),
+        lambda: (torch.randn(2, 2, 3, 32, 32),),
+        {},
+        OPS - {"patch_embed"},
+    ),
+    "dinov2": (dinov2, images(), {}, OPS),
+    "dinov2, SwiGLU": (lambda: dinov2(use_swiglu_ffn=True), images(), {}, OPS - {"mlp"}),
+    "dinov2, backbone": (lambda: dinov2("Dinov2Backbone", out_features=["stage1", "stage2"]), images(), {}, OPS),
+    "dinov2, registers": (
+        lambda: dinov2("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3),
+        images(),
+        {},
+        OPS,
+    ),
+    "dinov3": (dinov3, images(), {}, APART),
+    "dinov3, eager": (lambda: dinov3(attn_implementation="eager"), images(), {}, APART),
+    "dinov3, SwiGLU": (lambda: dinov3(use_gated_mlp=True, mlp_bias=False), images(40, 32), {}, APART - {"mlp"}),
+    "clip, images": (lambda: vit("CLIPVisionModelWithProjection", "CLIPVisionConfig"), images(), {}, OPS),
+    "clip, text": (lambda: text("CLIPTextModel", "CLIPTextConfig"), words, {}, OPS - {"patch_embed"}),
+    "clip, padded text": (
+        lambda: text("CLIPTextModel", "CLIPTextConfig"),
+        words,
+        {"attention_mask": PADDING},
+        OPS - {"patch_embed"},
+    ),
+    "clip, eager text": (
+        lambda: text("CLIPTextModel", "CLIPTextConfig", attn_implementation="eager"),
+        words,
+        {"attention_mask": PADDING},
+        OPS - {"patch_embed"},
+    ),
+    "siglip, images": (
+        lambda: vit("SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
+        images(),
+        {},
+        OPS,
+    ),
+    "siglip, text": (
+        lambda: text("SiglipTextModel", "SiglipTextConfig"),
+        words,
+        {"attention_mask": PADDING},
+        OPS - {"patch_embed"},
+    ),
+    "siglip2": (
+        lambda: hf.Siglip2VisionModel(
+            hf.Siglip2VisionConfig(**WIDTHS, **MLP, patch_size=8, num_patches=16, vision_use_head=False)  # type: ignore[arg-type]
+        ),
+        patches,
+        {},
+        OPS - {"patch_embed"},
+    ),
+}
+
+
+def built(name: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], set[str]]:
+    build, inputs, keywords, ops = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
+    fused.stir(model)
+    return model.train(), inputs(), keywords, ops
+
+
+def close(got: dict[str, Tensor], own: dict[str, Tensor], relative: float) -> None:
+    """Hold numbers to the stock model's; not a bias on k, whose gradient is 0 and made of rounding alone."""
+    assert got.keys() == own.keys()
+    for key, tensor in own.items():
+        if not key.endswith("k_proj.bias"):
+            assert (got[key] - tensor).norm() <= relative * tensor.norm(), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output_and_every_gradient(name: str) -> None:
+    model, inputs, keywords, ops = built(name)
+    explanation = fused.check_parity(model, inputs, keywords, ops=ops)
+    assert explanation.summary == ("4 of 4 blocks fused" if name == "mae" else WHOLE)
+    assert not explanation.fallbacks
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "clip, padded text", "siglip, images"])
+def test_bf16_autocast_errs_no_more_than_twice_as_much(name: str) -> None:
+    model, inputs, keywords, ops = built(name)
+    # the gradient of a bias on k is 0: what comes out is rounding alone, beside other gradients of about 1
+    fused.check_parity(model, inputs, keywords, ops=ops, autocast=True, absolute=2e-3)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["dinov2", "dinov3", "dropout"])
+def test_the_same_seed_drops_the_same(name: str, autocast: bool) -> None:
+    model = {
+        "dinov2": lambda: dinov2(drop_path_rate=0.5, num_hidden_layers=3),
+        "dinov3": lambda: dinov3(drop_path_rate=0.5, num_hidden_layers=3, pos_embed_rescale=2.0),
+        "dropout": lambda: vit(hidden_dropout_prob=0.3),
+    }[name]()
+    fused.stir(model.train())
+    runs, inputs = [], (torch.randn(6, 3, 32, 32),)
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append((fused.output_and_gradients(model, inputs, autocast=autocast), torch.get_rng_state()))
+        vk.fuse(model)
+    (own, state), (got, after) = runs
+    assert torch.equal(state, after)
+    close(got, own, 0.03 if autocast else 1e-5)
+    assert not vk.explain(model).unfused
+
+
+def test_a_dropout_of_weights_is_the_modules_own() -> None:
+    model, inputs = vit(attention_probs_dropout_prob=0.2).train(), images()()
+    fused.stir(model)
+    torch.manual_seed(1)
+    own = fused.output_and_gradients(model, inputs)
+    vk.fuse(model)
+    torch.manual_seed(1)
+    got = fused.output_and_gradients(model, inputs)
+    close(got, own, 1e-4)
+    explanation, reason = vk.explain(model), "a dropout of attention's weights"
+    assert explanation.summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
+    assert vk.explain(model.eval()).summary == WHOLE
+
+
+# ---------------------------------------------------------------------------------------------- calls that fall back
+
+
+def test_attentions_and_hidden_states_are_the_stock_models() -> None:
+    model, inputs = vit(attn_implementation="eager"), images()()
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    own = model(*inputs, **asked)
+    vk.fuse(model)
+    with vk.record() as calls:
+        got = model(*inputs, **asked)
+    assert {call.op for call in calls} == OPS - {"linear", "attention_qkv"}
+    for name in ("attentions", "hidden_states"):
+        assert len(got[name]) == len(own[name]) > 0
+        for ours, theirs in zip(got[name], own[name], strict=True):
+            torch.testing.assert_close(ours, theirs)
+    fallbacks = {f"layers.{index}.attention": {"eager attention returns its weights": 1} for index in range(2)}
+    assert vk.explain(model).fallbacks == fallbacks
+    with vk.record() as calls:
+        model(*inputs, output_hidden_states=True)
+    assert {call.op for call in calls} == OPS  # the recorders are still there, and idle
+    assert vk.explain(model).fallbacks == fallbacks
+
+
+def test_a_users_hook_still_sees_the_attention() -> None:
+    model, inputs = vit(), images()()
+    own = model(*inputs).last_hidden_state
+    seen = []
+    vk.fuse(model)
+    model.layers[1].attention.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(model(*inputs).last_hidden_state, own)
+    ((tokens, weights),) = seen
+    assert tokens.shape == (2, 17, 48)
+    assert weights is None
+    assert vk.explain(model).summary == "1 of 2 blocks fused; block 1: a hook on attention"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"attention_mask": torch.zeros(17, 17)}, "called with a mask of 2 axes"),
+        ({"position_ids": torch.arange(17)}, "called with position_ids"),
+    ],
+    ids=["mask", "keyword"],
+)
+def test_calls_that_belong_to_the_stock_code(keywords: dict[str, Any], reason: str) -> None:
+    layer, tokens = vit().layers[0], torch.randn(2, 17, 48)
+    own = layer(tokens, **keywords)
+    vk.fuse(layer)
+    torch.testing.assert_close(layer(tokens, **keywords), own)
+    assert vk.explain(layer).fallbacks == {"attention": {reason: 1}}
+
+
+def test_an_attention_function_that_is_not_known_runs_as_it_is() -> None:
+    explanation = vk.explain(vk.fuse(vit(attn_implementation="flex_attention")))
+    assert explanation.unfused["layers.0"] == "attn_implementation is 'flex_attention'"
+
+
+def test_rotary_layers_need_their_positions() -> None:
+    layer = vk.fuse(dinov3().model.layer[0])
+    with pytest.raises(TypeError):  # the stock layer's own
+        layer(torch.randn(2, 19, 48))
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_modules_outside_of_a_fused_layer(name: str) -> None:
+    model = vit()
+    fused.stir(model)
+    ops = {"attention": {"linear", "attention_qkv"}, "mlp": {"mlp"}}[name]
+    fused.check_parity(model, images()(), ops=ops, prepare=lambda model: vk.fuse(model, only=f"layers.*.{name}"))
+
+
+def test_feed_forward_is_known_by_its_structure() -> None:
+    model = vit("BlipVisionModel", "BlipVisionConfig")
+    fused.stir(model)
+    explanation = fused.check_parity(model, images()(), ops={"patch_embed", "mlp"})
+    assert {row.module for row in explanation.rows if row.ops == "mlp"} == {f"encoder.layers.{i}.mlp" for i in range(2)}
+
+
+def test_a_pooling_head_is_no_block() -> None:
+    assert vk.explain(vk.fuse(vit("SiglipVisionModel", "SiglipVisionConfig"))).summary == WHOLE
+
+
+# --------------------------------------------------------------------------------------------- what people do with them
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["vit", "dinov3", "clip, images"])
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    model, inputs, keywords, _ = built(name)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        output = model(*inputs, **keywords)[0]
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        return {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
+
+    own = gradients()
+    vk.fuse(model)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+    with vk.record() as calls:
+        got = gradients()
+    assert [call.op for call in calls if call.direction == "forward"].count("mlp") == 4  # again for the backward pass
+    close(got, own, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip, images", "clip, text", "dinov2, backbone"])
+def test_compiled_whole(name: str) -> None:
+    model, inputs, keywords, ops = built(name)
+    vk.fuse(model)
+    own = fused.output_and_gradients(model, inputs, keywords)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with vk.record() as calls:
+        got = fused.output_and_gradients(compiled, inputs, keywords)
+    assert {call.op for call in calls} == ops
+    for key, tensor in own.items():
+        torch.testing.assert_close(got[key if key in got else f"_orig_mod.{key}"], tensor)
+
+
+def test_copies_pickles_and_saves(tmp_path: Path) -> None:
+    model, inputs, _, ops = built("dinov2")
+    own = model(*inputs).last_hidden_state
+    vk.fuse(model)
+    model.save_pretrained(tmp_path)
+    stock = hf.Dinov2Model.from_pretrained(tmp_path)
+    assert not any("_vitkernels" in vars(each) for each in stock.modules())
+    torch.testing.assert_close(stock.train()(*inputs).last_hidden_state, own)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), vk.fuse(stock)):
+        assert vk.explain(other).summary == WHOLE
+        with vk.record() as calls:
+            torch.testing.assert_close(other(*inputs).last_hidden_state, own)
+        assert {call.op for call in calls} == ops
+    assert list(model.state_dict()) == list(stock.state_dict())
+
+
+@pytest.mark.parametrize("first", ["fuse", "adapters"])
+def test_lora(first: str) -> None:
+    model = vit("ViTForImageClassification", num_hidden_layers=3)
+    if first == "fuse":
+        vk.fuse(model)
+    targets = r".*layers\.1\.attention\.(q|v)_proj"
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
+    fused.stir(model)
+    vk.unfuse(model)
+    pixels = torch.randn(2, 3, 32, 32, requires_grad=True)  # else nothing asks for the patches' gradient
+    explanation = fused.check_parity(model, (pixels,), ops=OPS)
+    assert explanation.summary == "2 of 3 blocks fused; block 1: LoRA on q_proj"
+
+
+def test_a_backbones_hidden_states_are_joined_with_its_norm() -> None:
+    model = vk.fuse(vit())
+    with vk.record() as calls:
+        model(*images()())
+    # the first norm alone, then one for each of the four residual adds: the last one makes the final norm
+    assert [call.op for call in calls].count("add_layer_norm") == 5
+
+
+def test_each_rule_lists_copies_of_one_text() -> None:
+    for rule in rules.all_rules():
+        names = sorted(name for name in rule.owners if name.startswith("transformers."))
+        texts = {_text(name) for name in names}
+        assert len(texts) <= 1, f"{rule.mixin.__name__}: {names}"
+
+
+def _text(name: str) -> str:
+    """The body of the class's `forward`, without annotations and docstring."""
+    module, _, cls = name.rpartition(".")
+    forward = inspect.unwrap(getattr(importlib.import_module(module), cls).forward)
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    assert isinstance(function, ast.FunctionDef)
+    body = [each for each in function.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+    return "\n".join(
+        ast.unparse(ast.Assign([each.target], each.value, lineno=0) if isinstance(each, ast.AnnAssign) else each)  # type: ignore[arg-type]
+        for each in body
+    )
+
+
+# ------------------------------------------------------------------------------------------- models without a rule
+
+
+def bert() -> nn.Module:
+    return hf.BertModel(hf.BertConfig(**TEXT, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))  # type: ignore[arg-type]
+
+
+def llama() -> nn.Module:
+    sizes = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return hf.LlamaModel(hf.LlamaConfig(**sizes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("build", [bert, llama], ids=["bert", "llama, causal and grouped"])
+def test_attention_by_name(build: Callable[[], nn.Module], masked: bool) -> None:
+    vk.register_attention()
+    torch.manual_seed(0)
+    model, inputs, keywords = build(), words(), {"attention_mask": PADDING} if masked else {}
+    fused.stir(model)
+
+    def choose(model: nn.Module) -> nn.Module:
+        model.set_attn_implementation("vitkernels")  # type: ignore[operator]
+        return model
+
+    exact = fused.output_and_gradients(copy.deepcopy(model).double(), inputs, keywords)
+    own = fused.output_and_gradients(model, inputs, keywords)
+    with vk.record() as calls:
+        got = fused.output_and_gradients(choose(model), inputs, keywords)
+    assert {call.op for call in calls} == {"attention"}
+    fused.accuracy.check(got, own, exact, fused.FLOOR)
+    if masked:
+        whole = fused.output_and_gradients(model, inputs)
+        assert (whole["output 0"] - got["output 0"]).abs().max() > 1e-3
+
+
+def test_attention_by_name_runs_sdpa_where_it_must_and_says_so() -> None:
+    vk.register_attention()
+    model = hf.BertModel(hf.BertConfig(**TEXT, attn_implementation="vitkernels")).train()  # type: ignore[arg-type]
+    inputs = words()
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="runs torch's: a dropout of attention's weights"):
+        got = model(*inputs).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, model(*inputs).last_hidden_state)
+
+
+def test_attention_by_name_refuses_what_would_be_dropped() -> None:
+    from vitkernels.fuse.huggingface import attention
+
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="'s_aux', which it does not know"):
+        attention(nn.Module(), q, q, q, None, s_aux=torch.zeros(2))
