@@ -1,0 +1,190 @@
+"""vk.fuse on torchvision's Vision Transformers: small random ones, held to their own numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import fused
+import peers
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import vitkernels as vk
+
+peers.import_timm()
+torchvision = pytest.importorskip("torchvision")
+
+OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
+SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_layers": 2,
+    "num_heads": 3,
+    "hidden_dim": 48,
+    "mlp_dim": 96,
+    "num_classes": 10,
+}
+
+
+def vit(**options: Any) -> nn.Module:
+    model = torchvision.models.VisionTransformer(**{**SMALL, **options})
+    fused.stir(model)
+    return model
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, requires_grad=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"representation_size": 24}, {"norm_layer": partial(nn.LayerNorm, eps=0.1)}], ids=list
+)
+def test_output_and_every_gradient(options: dict[str, Any], training: bool, autocast: bool) -> None:
+    model = vit(**options).train(training)
+    explanation = fused.check_parity(model, (images(),), ops=OPS, autocast=autocast)
+    assert explanation.summary == "2 of 2 blocks fused"
+
+
+def test_rows() -> None:
+    rows = vk.explain(vk.fuse(vit(num_layers=1))).rows
+    block = "encoder.layers.encoder_layer_0"
+    assert [(row.module, row.part, row.ops, row.why_not) for row in rows] == [
+        ("conv_proj", "", "patch_embed", None),
+        (block, "self_attention", "linear, attention, linear", None),
+        (block, "self_attention residual", "add_layer_norm", None),
+        (block, "mlp", "mlp", None),
+        (block, "mlp residual", "add_layer_norm", None),
+        ("encoder.ln", "", "add_layer_norm", None),
+    ]
+
+
+def test_blocks_hand_their_sums_over() -> None:
+    """Two blocks of two adds each, and the first norm: one op for each but no more."""
+    model = vk.fuse(vit())
+    with vk.record() as calls:
+        model(images())
+    assert [call.op for call in calls].count("add_layer_norm") == 5
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"])
+def test_every_model_of_the_library(name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    explanation = vk.explain(vk.fuse(model, strict=True))
+    count = len(model.get_submodule("encoder.layers"))  # type: ignore[arg-type]
+    assert explanation.summary == f"{count} of {count} blocks fused"
+
+
+@pytest.mark.parametrize(("dropout", "of_weights"), [(0.3, 0.0), (0.0, 0.3), (0.3, 0.3)])
+def test_same_seed_drops_the_same(dropout: float, of_weights: float) -> None:
+    model, image = vit(dropout=dropout, attention_dropout=of_weights), images()
+    torch.manual_seed(1)
+    expected, after = model(image), torch.rand(())
+    vk.fuse(model)
+    with vk.record() as calls:
+        torch.manual_seed(1)
+        got = model(image)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(torch.rand(()), after)
+    assert {call.op for call in calls} >= {"patch_embed", "linear", "add_layer_norm"}
+    reasons = {row.why_not for row in vk.explain(model).rows} - {None}
+    assert reasons == {
+        *(["a dropout after the activation"] if dropout else []),
+        *(["a dropout of attention's weights"] if of_weights else []),
+    }
+    assert vk.explain(model.eval()).summary == "2 of 2 blocks fused"
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        ("self_attention", "a hook on self_attention"),
+        ("mlp", "a hook on mlp"),
+        ("mlp.0", "a hook on fc1"),
+        ("ln_2", "a hook on the norm of mlp"),
+    ],
+)
+def test_hook_on_an_inner_module(inner: str, words: str) -> None:
+    model, image, seen = vit(), images(), []
+    expected = model(image)
+    vk.fuse(model)
+    block = model.get_submodule("encoder.layers.encoder_layer_1")
+    block.get_submodule(inner).register_forward_hook(lambda *call: seen.append(call))
+    torch.testing.assert_close(model(image), expected)
+    assert len(seen) == 1
+    assert vk.explain(model).unfused == {"encoder.layers.encoder_layer_1": words}
+
+
+def test_subclass_with_a_forward_of_its_own() -> None:
+    class Doubled(torchvision.models.vision_transformer.EncoderBlock):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = vit()
+    blocks = model.get_submodule("encoder.layers")
+    blocks[1] = Doubled(3, 48, 96, 0.0, 0.0)  # type: ignore[index]
+    fused.stir(blocks)
+    explanation = fused.check_parity(model, (images(),), ops=OPS)
+    assert "1 of 2 blocks fused" in explanation.summary
+    served = {row.module.rpartition(".")[2] for row in explanation.rows if row.ops}
+    assert served >= {"self_attention", "mlp"}  # what is in it runs fused all the same
+
+
+def test_feed_forward_of_three_linears_stays() -> None:
+    model = nn.Sequential(torchvision.ops.MLP(48, [96, 48]), torchvision.ops.MLP(48, [96, 96, 48]))
+    fused.stir(model)
+    explanation = fused.check_parity(model, (torch.randn(2, 5, 48),), ops={"mlp"})
+    assert [row.module for row in explanation.rows] == ["0"]
+
+
+# ------------------------------------------------------------------------------------------------------- frameworks
+
+
+def test_compile() -> None:
+    model, image = vit(), images()
+    expected = fused.output_and_gradients(model, (image,))
+    compiled = torch.compile(vk.fuse(model), fullgraph=True, backend="aot_eager")
+    with vk.record() as calls:
+        got = fused.output_and_gradients(compiled, (image,))
+    assert {call.op for call in calls} == OPS
+    for (name, tensor), exact in zip(got.items(), expected.values(), strict=True):
+        torch.testing.assert_close(tensor, exact, msg=name)
+
+
+def test_export() -> None:
+    model, image = vit().eval(), images().detach()
+    with torch.no_grad():
+        expected = model(image)
+        program = torch.export.export(vk.fuse(model), (image,))
+        torch.testing.assert_close(program.module()(image), expected)
+    assert "vitkernels.attention_qkv.default" in str(program.graph)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(again: Callable[[nn.Module], nn.Module]) -> None:
+    model, image = vk.fuse(vit()), images()
+    twin = again(model)
+    assert torch.equal(twin(image), model(image))
+    assert vk.explain(twin).summary == "2 of 2 blocks fused"
+    block = torchvision.models.vision_transformer.EncoderBlock
+    assert type(vk.unfuse(twin).get_submodule("encoder.layers.encoder_layer_0")) is block
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    encoder = vk.fuse(vit()).get_submodule("encoder")
+    x = torch.randn(2, 17, 48, requires_grad=True)
+    expected = torch.autograd.grad(encoder.ln(encoder.layers(x)).square().sum(), x)[0]  # type: ignore[operator]
+    out = x
+    for block in encoder.layers:  # type: ignore[union-attr]
+        out = checkpoint(block, out, use_reentrant=reentrant)
+    encoder.ln(out).square().sum().backward()  # type: ignore[operator]
+    torch.testing.assert_close(x.grad, expected)
