@@ -111,6 +111,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         if match is None:
             continue
         declined = match.declined
+        if declined is None and "forward" in vars(module) and not isinstance(module, Fused):
+            declined = "a forward of its own, which another class would not change"
         if declined is None and not match.certain and not isinstance(module, Fused):
             declined = difference(module, match.rule.mixin, match.rule.keywords)
         yield Candidate(name, module, match, declined)
