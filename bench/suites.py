@@ -129,7 +129,8 @@ def scaling(device: torch.device) -> Iterator[Plan]:
     lanes = (*EAGER, "timm, compiled") if gpu else EAGER
     effort = Effort(2.0, 5, 15)
     for tokens in (64, 256, 1024, 4096):
-        size = Size(4 if gpu else 1, tokens, width, heads)  # the judge holds N x N scores in float64
+        # small: the judge holds N x N scores in float64
+        size = Size(4, tokens, width, heads) if gpu else Size(1, tokens, width // 2, heads // 2)
         (attention,) = (case for case in of_size(size) if case.op == "attention_qkv")
         sweep: dict[str, Any] = {"sweep": "tokens", "at": tokens}
         yield Plan(functools.partial(OpBench, attention, dtype, device, True, **sweep), effort)
