@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo compare report audit audit-short gpu lint test test-asan clean
+.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo compare report audit audit-short tune gpu lint test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -65,6 +65,9 @@ audit: .venv/.built $(TRITON_PATH) ## compile every Triton kernel for sm_80, sm_
 
 audit-short: .venv/.built $(TRITON_PATH) ## one row of each kernel, sm_90 only
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
+
+tune: ## on a machine with an NVIDIA GPU: time what could stand in the rows of configs.py, under 8 minutes
+	python3 -m bench.tune
 
 gpu: ## on a machine with an NVIDIA GPU, no network needed: install, tests on real kernels, benches
 	python3 -m bench.gpu

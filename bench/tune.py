@@ -10,9 +10,7 @@ its results are not the reference's; then timed in turn with the others, on inpu
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import io
 import json
 import os
 import statistics
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import audit, machine
+from bench.sass import Reading
 from bench.slots import Slot, slots, source
 from vitkernels import dispatch, kernels
 from vitkernels.kernels import configs
@@ -68,17 +67,16 @@ def variant(slot: Slot, tile: Any, capability: int) -> Variant:
     return next(each for each in found if each.name == slot.row)
 
 
-def _read(work: tuple[str, int, int]) -> tuple[Any, str]:
-    """A candidate by slot, number and capability: what it holds does not travel between processes."""
-    row, index, capability = work
+def _read(work: tuple[str, Any, int]) -> tuple[Reading | None, str]:
+    """A tile in the slot of that row: slots themselves do not travel between processes."""
+    row, tile, capability = work
     slot = next(each for each in slots(divmod(capability, 10)) if each.row == row)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return audit.compiled(lambda: variant(slot, slot.tiles[index], capability), capability)
+    return audit.compiled(lambda: variant(slot, tile, capability), capability)
 
 
 def candidates(slot: Slot, capability: int, pool: ProcessPoolExecutor) -> list[Candidate]:
     """Every tile of a slot as the compiler sees it; dropped are those that fail the audit."""
-    works = [(slot.row, index, capability) for index in range(len(slot.tiles))]
+    works = [(slot.row, tile, capability) for tile in slot.tiles]
     found = []
     for tile, (reading, error) in zip(slot.tiles, pool.map(_read, works), strict=True):
         row = audit.Row(variant(slot, tile, capability), capability, reading, error)

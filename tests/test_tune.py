@@ -1,0 +1,130 @@
+"""`make tune` without a GPU: what could stand in a row is listed, compiled, judged and printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("tuning compiles with triton, which is not installed", allow_module_level=True)
+
+from bench import audit, tune
+from bench.slots import Slot, slots, source
+from vitkernels.kernels import configs, interpreting
+
+NORM = "add_layer_norm forward, bf16 residual, 50432x384"
+SHORT = "attention short forward_kernel N=197 K=64 bf16"
+
+if interpreting():
+    pytest.skip("TRITON_INTERPRET is set: interpreted kernels do not compile", allow_module_level=True)
+
+
+def slot(row: str) -> Slot:
+    return next(each for each in slots((9, 0)) if each.row == row)
+
+
+@pytest.mark.parametrize("capability", audit.CHIPS)
+def test_every_slot_is_a_row_of_the_audit_and_takes_another_tile(capability: int) -> None:
+    for each in slots(divmod(capability, 10)):
+        now, *others = each.tiles
+        assert others, each.row
+        assert len(set(each.tiles)) == len(each.tiles)
+        stands, instead = tune.variant(each, now, capability), tune.variant(each, others[-1], capability)
+        launch = [(v.constants, v.num_warps, v.num_stages, v.maxnreg) for v in (stands, instead)]
+        assert launch[0] != launch[1] or "programs" in source(others[-1]), each.row
+
+
+def test_the_first_tile_is_the_one_that_stands_there() -> None:
+    for each in slots((9, 0)):
+        page = importlib.import_module(f"vitkernels.kernels.{each.page}")
+        there = next(variant for variant in page.variants((9, 0)) if variant.name == each.row)
+        assert there.constants == tune.variant(each, each.tiles[0], 90).constants, each.row
+
+
+def test_a_tile_is_put_in_its_row_and_taken_out_again() -> None:
+    tile = slot(NORM).tiles[-1]
+    before = configs.LAYER_NORM_FORWARD
+    with tune.put(slot(NORM), tile):
+        assert configs.pick_row_tile(configs.LAYER_NORM_FORWARD, 384) is tile
+    assert configs.LAYER_NORM_FORWARD is before
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        configs.AttentionTile(64, 0, 4, 1, maxnreg=168),
+        configs.RowTile(512, warps=1, rows=4),
+        configs.ProductTile(128, 256, 64, warps=8, stages=4, pieces=4, tma=True),
+        configs.PatchEmbedTile(128, 128, 64, 8, 3),
+    ],
+)
+def test_a_row_can_be_pasted(tile: object) -> None:
+    assert eval(source(tile), vars(configs)) == tile
+
+
+def _candidate(tile: configs.AttentionTile, seconds: float | None, dropped: str = "") -> tune.Candidate:
+    each = slot(SHORT)
+    row = audit.Row(tune.variant(each, tile, 90), 90, None, "")
+    return tune.Candidate(tile, row, dropped, [] if seconds is None else [seconds, seconds, 1.0])
+
+
+def test_the_report_puts_the_fastest_first() -> None:
+    tiles = [configs.AttentionTile(queries, 0, 4, 1) for queries in (64, 128, 32)]
+    found = [_candidate(tiles[0], 200e-6), _candidate(tiles[1], 100e-6), _candidate(tiles[2], None, "spills 8 bytes")]
+    each = slot(SHORT)
+    assert tune.report(each, found, False) == [
+        f"# {SHORT}: attention_qkv forward",
+        "AttentionTile(queries=128, keys=0, warps=4, stages=1),  # 100.0 us, 2.00 x",
+        "AttentionTile(queries=64, keys=0, warps=4, stages=1),  # 200.0 us, 1.00 x  (as it is)",
+        "#   1 of 3 dropped; first: spills 8 bytes",
+    ]
+    assert [row.get("microseconds") for row in tune.record(each, found)["candidates"]] == [200.0, 100.0, None]
+
+
+def test_errors_are_seen() -> None:
+    wanted = [torch.ones(8), torch.ones(3)]
+    assert tune._error([torch.ones(8), torch.ones(3)], wanted) == 0
+    assert tune._error([torch.ones(8), 1.5 * torch.ones(3)], wanted) == pytest.approx(0.5)
+    assert not tune._error([torch.full((8,), torch.nan), torch.ones(3)], wanted) <= tune.WRONG
+
+
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tile that fits and one that the compiler cannot hold in registers."""
+    good, crowded = (configs.AttentionTile(64, 0, 4, 1, maxnreg=maxnreg) for maxnreg in (None, 128))
+    monkeypatch.setattr(tune, "slots", lambda capability: [replace(slot(SHORT), tiles=(good, crowded))])
+    path = tmp_path / "tune.json"
+    assert tune.main(["--dry-run", "--json", str(path)]) == 0
+    heading, fits, dropped = capsys.readouterr().out.splitlines()
+    assert heading == f"# {SHORT}: attention_qkv forward"
+    assert fits.startswith("AttentionTile(queries=64, keys=0, warps=4, stages=1),  # ")
+    assert fits.endswith("0 spilled, 72 KiB, 2 per SM, at least 103 us")
+    assert dropped.startswith("#   AttentionTile(queries=64, keys=0, warps=4, stages=1, maxnreg=128): does not compile")
+    (record,) = json.loads(path.read_text())
+    assert [bool(candidate["dropped"]) for candidate in record["candidates"]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "interpret", "sentence"),
+    [
+        ([], "0", "make tune: torch sees no CUDA device; needs an NVIDIA GPU, or --dry-run"),
+        (["--dry-run", "--shapes", "no such row"], "0", "nothing to tune with 'no such row' in its name in any page"),
+        (["--dry-run"], "1", "TRITON_INTERPRET is set; needs to be unset"),
+        (["--dry-run", "--capability", "70"], "0", "invalid choice: 70"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], interpret: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        code: object = tune.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert sentence in capsys.readouterr().err
