@@ -50,17 +50,7 @@ def not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> 
         return "called without a batch"
     if key.is_nested:
         return "called with a nested tensor"
-    if not isinstance(attn, FusedMultiheadAttention):
-        return None
-    attn_mask, padding, is_causal = masks
-    if is_causal and attn_mask is None:
-        return "called with is_causal and no mask"
-    batch, queries = query.shape[:2] if attn.batch_first else query.shape[1::-1]
-    keys = key.shape[1 if attn.batch_first else 0]
-    fitting = {2: (queries, keys), 3: (batch * attn.num_heads, queries, keys)}
-    if not _is_mask(attn_mask, fitting) or not _is_mask(padding, {2: (batch, keys)}):
-        return "called with a mask that does not fit"
-    return None
+    return _not_fitting(attn, query, key, masks) if isinstance(attn, FusedMultiheadAttention) else None
 
 
 class FusedMultiheadAttention(Fused):
@@ -170,6 +160,18 @@ def _own_keys(attn: Any) -> int:
 def _batch_first(attn: Any, tokens: Tensor) -> Tensor:
     """Between the module's order of axes and [B, N, D], either way; a view."""
     return tokens if attn.batch_first else tokens.transpose(0, 1)
+
+
+def _not_fitting(attn: Any, query: Tensor, key: Tensor, masks: Masks) -> str | None:
+    attn_mask, padding, is_causal = masks
+    if is_causal and attn_mask is None:
+        return "called with is_causal and no mask"
+    batch, queries = query.shape[:2] if attn.batch_first else query.shape[1::-1]
+    keys = key.shape[1 if attn.batch_first else 0]
+    fitting = {2: (queries, keys), 3: (batch * attn.num_heads, queries, keys)}
+    if not _is_mask(attn_mask, fitting) or not _is_mask(padding, {2: (batch, keys)}):
+        return "called with a mask that does not fit"
+    return None
 
 
 def _is_mask(mask: Tensor | None, shapes: dict[int, tuple[int, ...]]) -> bool:

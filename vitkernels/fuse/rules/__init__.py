@@ -26,7 +26,8 @@ class Rule:
 
     Attributes:
         mixin: what is swapped in.
-        owners: the classes whose `forward` it stands for, as "package.module.Class".
+        owners: the classes whose `forward` it stands for, as "package.module.Class"; of those made of nn.Sequential,
+            which have none, the class itself.
         contract: (module) -> in what the module differs from what the mixin knows, or None: a newer version, say.
         structure: (module) -> whether a class that `owners` does not hold has the same structure; None to look at no
             other. Such a module is run both ways on random tokens before it is swapped.
@@ -72,14 +73,21 @@ def tails() -> tuple[tuple[str, ...], ...]:
 
 def match(module: nn.Module) -> Match | None:
     """The rule for a module; None where there is none."""
-    name = parts.owner_name(module)
-    known = [Match(rule, rule.contract(module), True) for rule in all_rules() if name in rule.owners]
+    names = _names(module)
+    known = [Match(rule, rule.contract(module), True) for rule in all_rules() if names & rule.owners]
     if known:  # several, where versions of a class differ
         return next((each for each in known if each.declined is None), known[0])
     for rule in all_rules():
         if rule.structure is not None and rule.structure(module) and rule.contract(module) is None:
             return Match(rule, None, False)
     return _relative(module)
+
+
+def _names(module: nn.Module) -> set[str]:
+    """What the owners of rules are held against: the module's owner, and for a Sequential each class that made it."""
+    if parts.owner(module) is not nn.Sequential:
+        return {parts.owner_name(module)}
+    return {f"{cls.__module__}.{cls.__qualname__}" for cls in parts.stock_type(module).__mro__}
 
 
 def _relative(module: nn.Module) -> Match | None:

@@ -66,19 +66,14 @@ class FusedEncoderBlock(Fused):
         return [part for sublayer in self.sublayers() for part in sublayer.parts()]
 
 
-def _is_mlp(module: nn.Module) -> bool:
-    """Whether a Sequential is torchvision's MLP: its class has no `forward` of its own to know it by."""
-    bases = {f"{base.__module__}.{base.__qualname__}" for base in parts.stock_type(module).__mro__}
-    return "torchvision.ops.misc.MLP" in bases and parts.owner(module) is nn.Sequential
-
-
 def _not_two_linears(mlp: nn.Module) -> str | None:
+    """In what an MLP is not the one that a Transformer has; None in nothing."""
     kinds = [parts.owner(child) for child in mlp.children()]
     known = len(kinds) == 5 and kinds[0] is kinds[3] is nn.Linear and kinds[2] is kinds[4] is nn.Dropout
     return None if known else "it is not Linear, activation, Dropout, Linear, Dropout"
 
 
-MLP = Rule(FusedMLP, frozenset(), _not_two_linears, _is_mlp)
+MLP = Rule(FusedMLP, frozenset({"torchvision.ops.misc.MLP"}), _not_two_linears)
 BLOCK = Rule(
     FusedEncoderBlock,
     frozenset({"torchvision.models.vision_transformer.EncoderBlock"}),
