@@ -21,7 +21,9 @@ from bench.measure import Key, Lane, Truth
 from bench.peers import compile_it
 from vitkernels.nn import PRESETS, VisionTransformer
 
-GATED = 2  # samples that a model is judged on: float64 activations of a whole batch do not fit everywhere
+# The batch is run whole, and judged by what its first samples say of every weight: float64 activations of all of them
+# do not fit everywhere.
+JUDGED = 2
 # Gradients of a bias on k are 0 and come out as rounding of what is beside them: of this share of the largest gradient.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -103,10 +105,11 @@ class ModelBench:
         if self.block:
             ours, wide = ours.first_block(), wide.first_block()
         with vk.use("reference"):
-            reference = ModelLane(self, ours, ours.module).results(inputs)
-            doubled = (inputs[0].detach().double().requires_grad_(self.block), inputs[1])
-            exact = ModelLane(self, wide, wide.module, autocast=False).results(doubled)
-        largest = max(accuracy.size_of(gradient).rms for gradient in exact.values())
+            few = inputs[0][:JUDGED].detach()
+            reference = ModelLane(self, ours, ours.module).results((few.requires_grad_(self.block), inputs[1]))
+            doubled = few.detach().double().requires_grad_(self.block)
+            exact = ModelLane(self, wide, wide.module, autocast=False).results((doubled, inputs[1]))
+        largest = max(accuracy.size_of(value).rms for name, value in exact.items() if name != "output")
         floor = accuracy.FLOORS[torch.float32]
         return Truth(reference, exact, dataclasses.replace(floor, absolute=ROUNDING[self.dtype] * largest))
 
@@ -182,15 +185,15 @@ class ModelLane:
 
     def results(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The output for the first samples, and the gradients of a weighted sum of it, by our names and shapes."""
-        x = inputs[0][:GATED]
-        output = self._forward(x)
+        x, _ = inputs
+        output = self._forward(x)[:JUDGED]
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output).view_as(output)
         leaves = [*self.weights.values(), *([x] if self.bench.block else [])]
         gradients = torch.autograd.grad((output * weights).sum() / math.sqrt(output.numel()), leaves)
         by_name = dict(zip(self.weights, gradients, strict=False))
         results = {"output": output.detach()}
         if self.bench.block:
-            results["gradient of x"] = gradients[-1]
+            results["gradient of x"] = gradients[-1][:JUDGED]
         for name, theirs in self.model.names.items():
             shape = self._shape_of(name)
             results[f"gradient of {name}"] = torch.cat([by_name[each].flatten() for each in theirs]).view(shape)
