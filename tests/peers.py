@@ -10,26 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitkernels.models import import_torchvision
 from vitkernels.nn import VisionTransformer
 
 SIZES = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
-# torchvision's Python code names these when imported; its compiled part, which has them,
-# loads beside one torch alone
-_SCHEMAS = ("nms", "qnms")
-_library = torch.library.Library("torchvision", "FRAGMENT")
-
 
 def import_timm() -> ModuleType:
-    """timm, with the operators declared that its import of torchvision asks for; a test module skips without it."""
+    """timm, over a torchvision whose compiled part need not load; a test module skips without them."""
     for package in ("torchvision", "timm"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed", allow_module_level=True)
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in _SCHEMAS:
-            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import_torchvision()
     import timm
 
     return timm
