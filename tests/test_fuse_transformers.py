@@ -5,172 +5,20 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-import importlib.util
 import inspect
 import pickle
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fused
-import peers
 import pytest
 import torch
-from torch import Tensor, nn
+from hf_models import IMAGE, MLP, MODELS, OPS, TEXT, WHOLE, WIDTHS, built, close, dinov2, dinov3, hf, images, vit, words
+from torch import Tensor
 
 import vitkernels as vk
 from vitkernels.fuse import rules
-
-peers.import_timm()  # transformers imports torchvision, whose operators it declares
-for package in ("transformers", "peft"):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed", allow_module_level=True)
-import peft  # noqa: E402
-import transformers as hf  # noqa: E402
-
-hf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-APART = OPS - {"attention_qkv"} | {"attention"}  # q, k and v apart
-WHOLE = "2 of 2 blocks fused"
-WIDTHS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
-MLP = {"intermediate_size": 96}
-IMAGE = {"image_size": 32, "patch_size": 8}
-TEXT = {**WIDTHS, **MLP, "vocab_size": 50, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2}
-DECODER = {f"decoder_{name}": value for name, value in {**WIDTHS, **MLP}.items()}
-
-
-def vit(kind: str = "ViTModel", config: str = "ViTConfig", **options: Any) -> nn.Module:
-    return getattr(hf, kind)(getattr(hf, config)(**{**WIDTHS, **MLP, **IMAGE, **options}))
-
-
-def dinov2(kind: str = "Dinov2Model", config: str = "Dinov2Config", **options: Any) -> nn.Module:
-    sizes = {**WIDTHS, **IMAGE, "mlp_ratio": 2, "layerscale_value": 0.5}
-    return getattr(hf, kind)(getattr(hf, config)(**{**sizes, **options}))
-
-
-def dinov3(**options: Any) -> nn.Module:
-    return vit(
-        "DINOv3ViTModel",
-        "DINOv3ViTConfig",
-        **{"num_register_tokens": 2, "layerscale_value": 0.5, "pos_embed_rescale": None, **options},
-    )
-
-
-def text(kind: str, config: str, **options: Any) -> nn.Module:
-    return getattr(hf, kind)(getattr(hf, config)(**TEXT, **options))
-
-
-def images(*size: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(2, 3, *(size or (32, 32))),)
-
-
-def words() -> tuple[Tensor, ...]:
-    return (torch.randint(3, 50, (2, 9)),)
-
-
-def patches() -> tuple[Tensor, ...]:
-    """SigLIP 2's input: flattened patches, which of them are there, and the grid of each image."""
-    return (
-        torch.randn(2, 16, 192),
-        (torch.arange(16) < torch.tensor([[16], [12]])).long(),
-        torch.tensor([[4, 4], [3, 4]]),
-    )
-
-
-PADDING = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
-Row = tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]], dict[str, Any], set[str]]
-MODELS: dict[str, Row] = {
-    "vit": (vit, images(), {}, OPS),
-    "vit, eager": (lambda: vit(attn_implementation="eager"), images(), {}, OPS),
-    "vit, no bias, quick GELU": (lambda: vit(qkv_bias=False, hidden_act="quick_gelu"), images(), {}, OPS),
-    "vit, other size": (vit, images(48, 32), {"interpolate_pos_encoding": True}, OPS),
-    "vit, some tokens hidden": (vit, images(), {"attention_mask": torch.arange(17)[None].repeat(2, 1) < 12}, OPS),
-    "vit, masked images": (
-        lambda: vit("ViTForMaskedImageModeling", encoder_stride=8),
-        images(),
-        {"bool_masked_pos": torch.arange(32).view(2, 16) % 3 == 0},
-        OPS,
-    ),
-    "deit": (lambda: vit("DeiTForImageClassificationWithTeacher", "DeiTConfig"), images(), {}, OPS),
-    "mae": (
-        lambda: vit("ViTMAEForPreTraining", "ViTMAEConfig", **DECODER),
-        images(),
-        {"noise": torch.linspace(0, 50, 32).sin().view(2, 16)},
-        OPS,
-    ),
-    "msn": (lambda: vit("ViTMSNForImageClassification", "ViTMSNConfig"), images(), {}, OPS),
-    "ijepa": (lambda: vit("IJepaModel", "IJepaConfig", hidden_act="gelu_pytorch_tanh"), images(), {}, OPS),
-    "vivit": (
-        lambda: vit("VivitModel", "VivitConfig", num_frames=2, tubelet_size=[1, 8, 8]),
-        lambda: (torch.randn(2, 2, 3, 32, 32),),
-        {},
-        OPS - {"patch_embed"},
-    ),
-    "dinov2": (dinov2, images(), {}, OPS),
-    "dinov2, SwiGLU": (lambda: dinov2(use_swiglu_ffn=True), images(), {}, OPS - {"mlp"}),
-    "dinov2, backbone": (lambda: dinov2("Dinov2Backbone", out_features=["stage1", "stage2"]), images(), {}, OPS),
-    "dinov2, registers": (
-        lambda: dinov2("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3),
-        images(),
-        {},
-        OPS,
-    ),
-    "dinov3": (dinov3, images(), {}, APART),
-    "dinov3, eager": (lambda: dinov3(attn_implementation="eager"), images(), {}, APART),
-    "dinov3, SwiGLU": (lambda: dinov3(use_gated_mlp=True, mlp_bias=False), images(40, 32), {}, APART - {"mlp"}),
-    "clip, images": (lambda: vit("CLIPVisionModelWithProjection", "CLIPVisionConfig"), images(), {}, OPS),
-    "clip, text": (lambda: text("CLIPTextModel", "CLIPTextConfig"), words, {}, OPS - {"patch_embed"}),
-    "clip, padded text": (
-        lambda: text("CLIPTextModel", "CLIPTextConfig"),
-        words,
-        {"attention_mask": PADDING},
-        OPS - {"patch_embed"},
-    ),
-    "clip, eager text": (
-        lambda: text("CLIPTextModel", "CLIPTextConfig", attn_implementation="eager"),
-        words,
-        {"attention_mask": PADDING},
-        OPS - {"patch_embed"},
-    ),
-    "siglip, images": (
-        lambda: vit("SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
-        images(),
-        {},
-        OPS,
-    ),
-    "siglip, text": (
-        lambda: text("SiglipTextModel", "SiglipTextConfig"),
-        words,
-        {"attention_mask": PADDING},
-        OPS - {"patch_embed"},
-    ),
-    "siglip2": (
-        lambda: hf.Siglip2VisionModel(
-            hf.Siglip2VisionConfig(**WIDTHS, **MLP, patch_size=8, num_patches=16, vision_use_head=False)  # type: ignore[arg-type]
-        ),
-        patches,
-        {},
-        OPS - {"patch_embed"},
-    ),
-}
-
-
-def built(name: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any], set[str]]:
-    build, inputs, keywords, ops = MODELS[name]
-    torch.manual_seed(0)
-    model = build()
-    fused.stir(model)
-    return model.train(), inputs(), keywords, ops
-
-
-def close(got: dict[str, Tensor], own: dict[str, Tensor], relative: float) -> None:
-    """Hold numbers to the stock model's; not a bias on k, whose gradient is 0 and made of rounding alone."""
-    assert got.keys() == own.keys()
-    for key, tensor in own.items():
-        if not key.endswith("k_proj.bias"):
-            assert (got[key] - tensor).norm() <= relative * tensor.norm(), key
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -311,6 +159,22 @@ def test_feed_forward_is_known_by_its_structure() -> None:
     assert {row.module for row in explanation.rows if row.ops == "mlp"} == {f"encoder.layers.{i}.mlp" for i in range(2)}
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_both_towers(kind: str) -> None:
+    sizes = {"text_config": TEXT, "vision_config": {**WIDTHS, **MLP, **IMAGE}}
+    model = getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**sizes))
+    fused.stir(model)
+    keywords = {"input_ids": words()[0], "pixel_values": images()()[0]}
+    own = model(**keywords).logits_per_image
+    vk.fuse(model, strict=True)
+    torch.testing.assert_close(model(**keywords).logits_per_image, own)
+    explanation = vk.explain(model)
+    assert explanation.summary == "4 of 4 blocks fused"
+    # CLIP's norm of images reads one token, so the last layer does not run it over all of them
+    joined = {row.module for row in explanation.rows if row.module.endswith("norm")}
+    assert ("vision_model.post_layernorm" in joined) == (kind == "Siglip")
+
+
 def test_a_pooling_head_is_no_block() -> None:
     assert vk.explain(vk.fuse(vit("SiglipVisionModel", "SiglipVisionConfig"))).summary == WHOLE
 
@@ -369,6 +233,7 @@ def test_copies_pickles_and_saves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["fuse", "adapters"])
 def test_lora(first: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     model = vit("ViTForImageClassification", num_hidden_layers=3)
     if first == "fuse":
         vk.fuse(model)
@@ -407,58 +272,3 @@ def _text(name: str) -> str:
         ast.unparse(ast.Assign([each.target], each.value, lineno=0) if isinstance(each, ast.AnnAssign) else each)  # type: ignore[arg-type]
         for each in body
     )
-
-
-# ------------------------------------------------------------------------------------------- models without a rule
-
-
-def bert() -> nn.Module:
-    return hf.BertModel(hf.BertConfig(**TEXT, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))  # type: ignore[arg-type]
-
-
-def llama() -> nn.Module:
-    sizes = {**TEXT, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return hf.LlamaModel(hf.LlamaConfig(**sizes))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("build", [bert, llama], ids=["bert", "llama, causal and grouped"])
-def test_attention_by_name(build: Callable[[], nn.Module], masked: bool) -> None:
-    vk.register_attention()
-    torch.manual_seed(0)
-    model, inputs, keywords = build(), words(), {"attention_mask": PADDING} if masked else {}
-    fused.stir(model)
-
-    def choose(model: nn.Module) -> nn.Module:
-        model.set_attn_implementation("vitkernels")  # type: ignore[operator]
-        return model
-
-    exact = fused.output_and_gradients(copy.deepcopy(model).double(), inputs, keywords)
-    own = fused.output_and_gradients(model, inputs, keywords)
-    with vk.record() as calls:
-        got = fused.output_and_gradients(choose(model), inputs, keywords)
-    assert {call.op for call in calls} == {"attention"}
-    fused.accuracy.check(got, own, exact, fused.FLOOR)
-    if masked:
-        whole = fused.output_and_gradients(model, inputs)
-        assert (whole["output 0"] - got["output 0"]).abs().max() > 1e-3
-
-
-def test_attention_by_name_runs_sdpa_where_it_must_and_says_so() -> None:
-    vk.register_attention()
-    model = hf.BertModel(hf.BertConfig(**TEXT, attn_implementation="vitkernels")).train()  # type: ignore[arg-type]
-    inputs = words()
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="runs torch's: a dropout of attention's weights"):
-        got = model(*inputs).last_hidden_state
-    model.set_attn_implementation("sdpa")
-    torch.manual_seed(0)
-    torch.testing.assert_close(got, model(*inputs).last_hidden_state)
-
-
-def test_attention_by_name_refuses_what_would_be_dropped() -> None:
-    from vitkernels.fuse.huggingface import attention
-
-    q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="'s_aux', which it does not know"):
-        attention(nn.Module(), q, q, q, None, s_aux=torch.zeros(2))

@@ -43,7 +43,7 @@ def _drop_path(module: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return (torch.rand(tokens.shape[0], dtype=dtype, device=tokens.device) + keep).floor().div(keep)
 
 
-parts.DROP_PATHS.update({f"{name}DropPath": _drop_path for name in (*DINOV2.values(), "Dinov3ViT")})
+parts.DROP_PATHS.update({f"{name}DropPath": _drop_path for name in (*DINOV2.values(), "Dinov3ViT", "EomtDinov3")})
 parts.LAYER_SCALES.update({f"{name}LayerScale": "lambda1" for name in (DINOV2 | DINOV3).values()})
 
 

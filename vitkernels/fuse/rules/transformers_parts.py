@@ -36,9 +36,9 @@ VIT = {
     "audio_spectrogram_transformer": "AST",
     "vivit": "Vivit",
 }
-DINOV2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
-DINOV3 = {"dinov3_vit": "DINOv3ViT"}
-CLIP = {"clip": "CLIP", "metaclip_2": "MetaClip2", "altclip": "AltCLIP", "clipseg": "CLIPSeg"}
+DINOV2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "tipsv2": "Tipsv2Vision"}
+DINOV3 = {"dinov3_vit": "DINOv3ViT", "eomt_dinov3": "EomtDinov3"}
+CLIP = {"clip": "CLIP", "metaclip_2": "MetaClip2", "altclip": "AltCLIP", "clipseg": "CLIPSeg", "x_clip": "XCLIP"}
 SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
 
 # activation modules, by the formula they compute
