@@ -129,7 +129,7 @@ def _step(
         normed = normalise(x, sublayer.norm, sublayer.branch.first)
     scale, drop_path = sublayer.scale, sublayer.drop_path
     readable = parts.not_scale("", scale) is None and parts.not_drop_path("", drop_path) is None
-    if not readable or after is None or parts.not_layer_norm("", after.norm) is not None:
+    if not readable or after is None or not _fits(after.norm, x):
         branch, _ = sublayer.branch.run(normed, False)
         return x + _scaled(branch, scale, drop_path), None
     branch, bias = sublayer.branch.run(normed, True)
@@ -150,6 +150,11 @@ def _step(
         row_scale=parts.drop_path_factor(drop_path, branch, dtype),
         out_dtype=parts.operand_dtype(after.first, x),
     )
+
+
+def _fits(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a norm that may follow can run with x's sum: a pooling between them may change the width."""
+    return parts.not_layer_norm("", norm) is None and len(norm.weight) == x.shape[-1]  # type: ignore[arg-type]
 
 
 def _scaled(branch: Tensor, scale: nn.Module | Tensor | None, drop_path: nn.Module | None) -> Tensor:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts, sublayers
+from vitkernels.fuse import parts
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, join_heads, rotary, split_heads
+from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, rotary, split_heads
 from vitkernels.fuse.swap import Fused, branch_of
 
 Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with samples and heads in front
@@ -42,14 +42,11 @@ class FusedAttention(Fused):
         attn: Any = self
 
         def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            heads = self.attend(_project(attn.qkv, x), **options)
-            drop: Any = getattr(attn, "proj_drop", None)
-            if parts.drops_nothing(drop):
-                return parts.last_linear(attn.proj, heads, split)
-            return drop(parts.linear(attn.proj, heads)), None
+            return parts.last_linear(attn.proj, self.attend(_project(attn.qkv, x), **options), split)
 
         why_not = None if _is_masked(attn.qkv) else called(qkv=attn.qkv)
-        return Branch(run, "linear, attention, linear", attn.qkv, why_not or called(proj=attn.proj))
+        branch = Branch(run, "linear, attention, linear", attn.qkv, why_not or called(proj=attn.proj))
+        return dropped(branch, getattr(attn, "proj_drop", None))
 
     def attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
         """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
@@ -154,14 +151,7 @@ class FusedMlp(Fused):
 
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
-
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            split = split and parts.drops_nothing(mlp.drop)
-            out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop, split)
-            return (out, bias) if split else (mlp.drop(out), None)
-
-        why_not = sublayers.not_mlp(mlp.fc1, mlp.act, mlp.fc2, mlp.drop)
-        return Branch(run, "mlp" if why_not is None else "linear, linear", mlp.fc1, why_not)
+        return dropped(mlp_branch(mlp.fc1, mlp.act, mlp.fc2, mlp.drop), mlp.drop)
 
     def parts(self) -> list[Part]:
         branch = self.branch()

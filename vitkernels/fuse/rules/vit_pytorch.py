@@ -15,7 +15,7 @@ from vitkernels import ops
 from vitkernels.fuse import parts
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, normalise, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, mlp, not_mlp
+from vitkernels.fuse.sublayers import called, dropped, mlp_branch
 from vitkernels.fuse.swap import Fused, branch_of
 
 _NO_NORM = nn.Identity()  # before a sub-layer that is called whole, its own norm inside
@@ -61,17 +61,14 @@ class FusedAttention(_NormedBranch):
 
     def branch(self, **options: Any) -> Branch:
         attn: Any = self
+        projection, dropout = _projection(attn.to_out)
 
         def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
             heads = ops.attention_qkv(parts.linear(attn.to_qkv, x), attn.heads, scale=attn.scale)
-            projection, dropout = _projection(attn.to_out)
-            if parts.drops_nothing(dropout):
-                return parts.last_linear(projection, heads, split)
-            return dropout(parts.linear(projection, heads)), None  # type: ignore[misc]
+            return parts.last_linear(projection, heads, split)
 
-        projection, _ = _projection(attn.to_out)
         linears = {"to_qkv": attn.to_qkv} | ({} if parts.is_identity(projection) else {"to_out": projection})
-        return Branch(run, "linear, attention_qkv, linear", attn.to_qkv, called(**linears))
+        return dropped(Branch(run, "linear, attention, linear", attn.to_qkv, called(**linears)), dropout)
 
 
 def _projection(out: nn.Module) -> tuple[nn.Module, nn.Module | None]:
@@ -113,14 +110,7 @@ class FusedFeedForward(_NormedBranch):
     def branch(self, **options: Any) -> Branch:
         _, fc1, act, *rest = self.net  # type: ignore[misc]
         drop1, fc2, drop2 = rest if len(rest) == 3 else (None, *rest, None)
-
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            split = split and parts.drops_nothing(drop2)
-            out, bias = mlp(x, fc1, act, fc2, drop1, split)
-            return (out, bias) if split or drop2 is None else (drop2(out), None)
-
-        why_not = not_mlp(fc1, act, fc2, drop1)
-        return Branch(run, "mlp" if why_not is None else "linear, linear", fc1, why_not)
+        return dropped(mlp_branch(fc1, act, fc2, drop1), drop2)
 
 
 def _feed_forward_differs(feed_forward: Any) -> str | None:

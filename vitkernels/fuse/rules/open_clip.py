@@ -1,0 +1,220 @@
+"""open_clip: the blocks of its image and text towers (read from open_clip 3.3).
+
+Its blocks hand nn.MultiheadAttention the same tokens three times; the rule in `torch_nn` serves that as one product.
+Its LayerNorm answers in its input's dtype; what follows it multiplies in autocast's, and gets that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.fuse import parts
+from vitkernels.fuse.multihead import Masks, attention_branch, not_call
+from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
+from vitkernels.fuse.rules import Rule, differs
+from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, split_heads
+from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.nn._stock import odd_weight
+
+TAILS = (
+    ("transformer.resblocks", "ln_post"),
+    ("transformer.resblocks", "ln_final"),
+    ("cross_attn", "ln_final"),  # CoCa, whose blocks and cross-attentions take turns
+)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class FusedAttention(Fused):
+    """open_clip.transformer.Attention: one raw projection, norms of q and k, a factor for each head, a norm inside."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if self.declines(x, lambda: self.why_not_now() or _not_mask(self, x, attn_mask)):
+            return super().forward(x, attn_mask)
+        with self.backend():
+            return self.branch(attn_mask=attn_mask).run(x, False)[0]
+
+    def why_not_now(self) -> str | None:
+        attn: Any = self
+        if attn.logit_scale is not None:
+            return "scaled cosine attention"
+        return odd_weight(self) or (None if parts.drops_nothing(attn.attn_drop) else "a dropout of attention's weights")
+
+    def branch(self, attn_mask: Tensor | None = None, **options: Any) -> Branch:
+        attn: Any = self
+
+        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+            heads = parts.layer_norm(attn.ln_inner, self._heads(x, _taking_part(attn, attn_mask)))
+            return parts.last_linear(attn.out_proj, heads, split)
+
+        branch = Branch(run, "linear, attention, linear", None, called(out_proj=attn.out_proj))
+        return dropped(branch, attn.out_drop)
+
+    def _heads(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, D] to the heads' outputs side by side, [B, N, D]."""
+        attn: Any = self
+        qkv = ops.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        if parts.is_identity(attn.ln_q) and parts.is_identity(attn.ln_k) and attn.head_scale is None:
+            return ops.attention_qkv(qkv, attn.num_heads, attn_mask=mask)
+        q, k, v = split_heads(qkv, attn.num_heads)
+        q, k = parts.layer_norm(attn.ln_q, q).to(v.dtype), parts.layer_norm(attn.ln_k, k).to(v.dtype)
+        out = ops.attention(q, k, v, attn_mask=mask)
+        return join_heads(out if attn.head_scale is None else out * attn.head_scale)
+
+    def parts(self) -> list[Part]:
+        branch, why_not = self.branch(), self.why_not_now()
+        return [Part("", "" if why_not else branch.ops, why_not or branch.why_not)]
+
+
+def _not_mask(attn: Any, x: Tensor, mask: Tensor | None) -> str | None:
+    """Why the call's mask is left to torch's own error, or None when it fits."""
+    if x.dim() != 3:
+        return f"called with shape {list(x.shape)}"
+    batch, tokens, _ = x.shape
+    fitting = ((tokens, tokens), (batch * attn.num_heads, tokens, tokens), (batch, attn.num_heads, tokens, tokens))
+    return None if mask is None or mask.shape in fitting else f"called with a mask of shape {list(mask.shape)}"
+
+
+def _taking_part(attn: Any, mask: Tensor | None) -> Tensor | None:
+    """The mask as the ops take it: bool says what takes part there, and what is left out here."""
+    if mask is None:
+        return None
+    if mask.dim() == 3:
+        mask = mask.unflatten(0, (-1, attn.num_heads))
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+# ----------------------------------------------------------------------------------------------------------- block
+
+
+class _FusedBlock(Fused):
+    """What the two blocks share: the feed-forward, and the adds, which run with the norms that follow them."""
+
+    is_block = True
+
+    def first_branch(self, **options: Any) -> Branch:
+        """The attention's."""
+        raise NotImplementedError
+
+    def stream(self, x: Tensor, **options: Any) -> Tensor:
+        state = self._vitkernels
+        with self.backend():
+            return pre_norm(x, self.sublayers(**options), state.border, state.residual_dtype)
+
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        block: Any = self
+        return [
+            Sublayer("attn", block.ln_1, self.first_branch(**options), block.ls_1),
+            Sublayer("mlp", block.ln_2, _feed_forward(block.mlp), block.ls_2),
+        ]
+
+    def entry(self) -> Border:
+        first = self.sublayers()[0]
+        return Border(first.norm, first.branch.first)
+
+    def parts(self) -> list[Part]:
+        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
+
+
+def _feed_forward(mlp: Any) -> Branch:
+    why_not = parts.obstacle("mlp", mlp, nn.Sequential)
+    if why_not is not None:
+        return Branch(lambda x, split: (mlp(x), None), "", None, why_not)
+    inner = getattr(mlp, "ln", None)
+    if inner is None or parts.is_identity(inner):
+        return mlp_branch(mlp.c_fc, mlp.gelu, mlp.c_proj)
+
+    def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        hidden = parts.layer_norm(inner, mlp.gelu(parts.linear(mlp.c_fc, x)))
+        return parts.last_linear(mlp.c_proj, hidden, split)
+
+    return Branch(run, "linear, linear", mlp.c_fc, "a norm between c_fc and c_proj")
+
+
+class FusedResidualAttentionBlock(_FusedBlock):
+    """open_clip.transformer.ResidualAttentionBlock: self-attention, or on the tokens of another tower."""
+
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        block: Any = self
+        crosses = hasattr(self, "ln_1_kv") and (k_x is not None or v_x is not None)
+        masks = Masks(None if attn_mask is None or not isinstance(q_x, Tensor) else attn_mask.to(q_x.dtype))
+
+        def why_not() -> str | None:
+            if crosses and k_x is not v_x:
+                return "called with other keys than values"
+            return not_call(block.attn, q_x, k_x if crosses and k_x is not None else q_x, masks)
+
+        if self.declines(q_x, why_not):
+            return super().forward(q_x, k_x, v_x, attn_mask)
+        with self.backend():
+            memory = parts.layer_norm(block.ln_1_kv, k_x) if crosses and k_x is not None else None
+            return self.stream(q_x, masks=masks, memory=memory)
+
+    def first_branch(self, **options: Any) -> Branch:
+        return attention_branch("attn", self.attn, **options)  # type: ignore[arg-type]
+
+    def entry(self) -> Border:
+        return Border(self.ln_1, self.attn)  # type: ignore[arg-type]
+
+
+class FusedCustomBlock(_FusedBlock):
+    """open_clip.transformer.CustomResidualAttentionBlock: open_clip's own attention, and a norm behind it."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        block: Any = self
+        if self.declines(x, lambda: _not_mask(block.attn, x, attn_mask)):
+            return super().forward(x, attn_mask)
+        return self.stream(x, attn_mask=attn_mask)
+
+    def first_branch(self, **options: Any) -> Branch:
+        block: Any = self
+        branch = branch_of("attn", block.attn, **options)
+        if parts.is_identity(block.ln_attn):
+            return branch
+        return Branch(
+            lambda x, split: (parts.layer_norm(block.ln_attn, branch.run(x, False)[0]), None),
+            branch.ops,
+            branch.first,
+            branch.why_not,
+        )
+
+
+def _not_feed_forward(mlp: Any) -> str | None:
+    names = list(mlp._modules)
+    known = (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"])
+    return None if names in known else f"its mlp is made of {', '.join(names)}"
+
+
+_STEPS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
+RULES = (
+    Rule(
+        FusedResidualAttentionBlock,
+        frozenset({"open_clip.transformer.ResidualAttentionBlock"}),
+        lambda block: (
+            differs(block, ("q_x", "k_x", "v_x", "attn_mask"), _STEPS, ("ln_1_kv",)) or _not_feed_forward(block.mlp)
+        ),
+    ),
+    Rule(
+        FusedCustomBlock,
+        frozenset({"open_clip.transformer.CustomResidualAttentionBlock"}),
+        lambda block: differs(block, ("x", "attn_mask"), (*_STEPS, "ln_attn")) or _not_feed_forward(block.mlp),
+    ),
+    Rule(
+        FusedAttention,
+        frozenset({"open_clip.transformer.Attention"}),
+        lambda attn: differs(
+            attn,
+            ("x", "attn_mask"),
+            ("ln_q", "ln_k", "attn_drop", "ln_inner", "out_proj", "out_drop"),
+            (),
+            ("in_proj_weight", "in_proj_bias", "logit_scale", "head_scale"),
+        ),
+    ),
+)
