@@ -16,6 +16,7 @@ import pytest
 import torch
 from hf_models import IMAGE, MLP, MODELS, OPS, TEXT, WHOLE, WIDTHS, built, close, dinov2, dinov3, hf, images, vit, words
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 from vitkernels.fuse import rules
@@ -200,6 +201,28 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         got = gradients()
     assert [call.op for call in calls if call.direction == "forward"].count("mlp") == 4  # again for the backward pass
     close(got, own, 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_layers(reentrant: bool, size: int) -> None:
+    model = vit(num_hidden_layers=4)
+    fused.stir(model)
+    tokens = torch.randn(2, 17, 48, requires_grad=True)
+    parts = [torch.nn.Sequential(*model.layers[start : start + size]) for start in range(0, 4, size)]
+
+    def gradients(checkpointed: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        x = tokens
+        for part in parts:
+            x = checkpoint(part, x, use_reentrant=reentrant) if checkpointed else part(x)
+        x = model.layernorm(x)
+        (x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+        return {key: each.grad for key, each in model.named_parameters() if each.grad is not None}
+
+    own = gradients(False)
+    vk.fuse(model)
+    close(gradients(True), own, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "clip, text"])
