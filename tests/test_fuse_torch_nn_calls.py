@@ -24,7 +24,7 @@ from vitkernels.nn.naive import NaiveVisionTransformer
     ("inner", "part", "words"),
     [
         ("self_attn", "self_attn", "a hook on self_attn"),
-        ("linear1", "feed_forward", "a hook on fc1"),
+        ("linear1", "feed_forward", "a hook on linear1"),
         ("norm2", "feed_forward residual", "a hook on the norm of feed_forward"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +126,7 @@ def explain(model: nn.Module) -> Explanation:
         for block in (_join(name, each) for each in inner):
             blocks[block] = next((row.why_not for row in found if row.module == block and row.why_not), None)
         if isinstance(module, Fused) and inner:
-            inside = (*inside, f"{name}.")
+            inside = (*inside, f"{name}." if name else "")
     return Explanation(rows, blocks, fallbacks)
 
 
@@ -151,5 +152,6 @@ def _looks_like_block(module: nn.Module) -> bool:
 
 
 def _index(name: str) -> str:
-    """The block's number, the last one in its name; the name where there is none."""
-    return next((part for part in reversed(name.split(".")) if part.isdigit()), name)
+    """The block's number, the last one in its name; the name where there is none, 0 for the model itself."""
+    numbers = re.findall(r"\d+", name)
+    return numbers[-1] if numbers else name or "0"

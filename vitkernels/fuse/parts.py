@@ -65,7 +65,9 @@ def obstacle(name: str, module: nn.Module, kind: type[nn.Module] | None = None) 
     if kind is not None and owner(module) is not kind:
         if hasattr(module, "base_layer"):
             return f"LoRA on {name}" if hasattr(module, "lora_A") else f"an adapter on {name}"
-        return f"{name} is {stock_type(module).__name__}, not {kind.__name__}"
+        got = stock_type(module)
+        same = f"{got.__module__}." if got.__name__ == kind.__name__ else ""  # quantized Linears are called so too
+        return f"{name} is {same}{got.__name__}, not {kind.__name__}"
     extra = added(module)
     return None if extra is None else f"{extra} on {name}"
 

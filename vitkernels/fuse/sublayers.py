@@ -29,14 +29,18 @@ def dropped(branch: Branch, dropout: nn.Module | None) -> Branch:
 
 
 def not_mlp(
-    fc1: nn.Module, act: nn.Module | Callable[..., Tensor], fc2: nn.Module, dropout: nn.Module | None = None
+    fc1: nn.Module,
+    act: nn.Module | Callable[..., Tensor],
+    fc2: nn.Module,
+    dropout: nn.Module | None = None,
+    names: tuple[str, str] = ("fc1", "fc2"),
 ) -> str | None:
     """Why fc2(dropout(act(fc1(x)))) cannot run with the activation inside the products now, or None when it can."""
     if parts.activation(act) is None:
         return f"the activation is {getattr(act, '__name__', type(act).__name__)}"
     if not parts.drops_nothing(dropout):
         return "a dropout after the activation"
-    return called(fc1=fc1, fc2=fc2)
+    return called(**dict(zip(names, (fc1, fc2), strict=True)))
 
 
 def mlp(
@@ -69,10 +73,14 @@ def mlp(
 
 
 def mlp_branch(
-    fc1: nn.Module, act: nn.Module | Callable[..., Tensor], fc2: nn.Module, dropout: nn.Module | None = None
+    fc1: nn.Module,
+    act: nn.Module | Callable[..., Tensor],
+    fc2: nn.Module,
+    dropout: nn.Module | None = None,
+    names: tuple[str, str] = ("fc1", "fc2"),
 ) -> Branch:
-    """`mlp` as the branch of a residual step."""
-    inside = not_mlp(fc1, act, fc2, dropout)
+    """`mlp` as the branch of a residual step; `names` are what its block calls the two Linears."""
+    inside = not_mlp(fc1, act, fc2, dropout, names)
 
     def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
         return mlp(x, fc1, act, fc2, dropout, split)

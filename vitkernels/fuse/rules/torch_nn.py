@@ -44,7 +44,7 @@ class FusedLayer(Fused):
 
     def feed_forward(self, norm: nn.Module, dropout: nn.Module) -> Sublayer:
         layer: Any = self
-        branch = mlp_branch(layer.linear1, layer.activation, layer.linear2, layer.dropout)
+        branch = mlp_branch(layer.linear1, layer.activation, layer.linear2, layer.dropout, ("linear1", "linear2"))
         return Sublayer("feed_forward", norm, dropped(branch, dropout))
 
     def entry(self) -> Border | None:

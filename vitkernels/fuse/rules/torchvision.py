@@ -31,7 +31,7 @@ class FusedMLP(Fused):
 
     def branch(self, **options: Any) -> Branch:
         fc1, act, inner, fc2, outer = self.children()
-        return dropped(mlp_branch(fc1, act, fc2, inner), outer)
+        return dropped(mlp_branch(fc1, act, fc2, inner, ("mlp.0", "mlp.3")), outer)
 
     def parts(self) -> list[Part]:
         branch = self.branch()
