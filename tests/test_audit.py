@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from vitkernels.kernels.variants import Variant
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +70,23 @@ def test_the_table_reads_what_was_compiled(planted: subprocess.CompletedProcess[
     assert "128" in copy, "the loads of 8 bf16 each are 128 bits wide"
     assert {"3000", "1000", "100%"} <= set(copy), "3 GB at 3 TB/s take 1000 us"
     assert {"HGMMA", "1253", "50%"} <= set(product), "1 TFLOP at 798 TFLOP/s takes 1253 us, and half of it is useful"
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({}, None),
+        ({"matrix": {}}, "multiplies matrices without a matrix instruction"),
+        ({"scratch": 256}, "wants 256 bytes of scratch memory, which nobody allocates"),
+    ],
+)
+def test_faults_that_no_kernel_here_has(changed: dict[str, Any], fault: str | None) -> None:
+    from bench.audit import Row
+    from bench.sass import Reading
+
+    sound = Reading(128, 64, 0, 1024, {"HMMA": 8}, 128, 0, None)
+    variant = Variant("product", None, {}, {}, matrix=True)
+    assert Row(variant, 80, dataclasses.replace(sound, **changed), "").faults == ([fault] if fault else [])
 
 
 def test_sound_kernels_end_with_0_on_every_chip() -> None:

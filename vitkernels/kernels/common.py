@@ -54,12 +54,12 @@ def column_sum_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """out[chunk, column] = sum of that chunk's rows."""
-    i_chunk = tl.program_id(1)
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_chunk = tl.program_id(0)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < columns
     i_first = i_chunk * CHUNK
     b_sum = sum_rows(p_in, i_first, tl.minimum(i_first + CHUNK, rows), o_c, m_c, stride_r, stride_c, BLOCK_R)
-    tl.store(p_out + i_chunk * columns + o_c, b_sum.to(p_out.dtype.element_ty), mask=m_c)
+    tl.store(p_out + tl.cast(i_chunk, tl.int64) * columns + o_c, b_sum.to(p_out.dtype.element_ty), mask=m_c)
 
 
 def column_sum(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ def column_sum(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     chunks = max(1, triton.cdiv(rows, _SUM_CHUNK))
     out = matrix.new_empty(chunks, columns, dtype=dtype if chunks == 1 else torch.float32)
     if columns:
-        column_sum_kernel[(triton.cdiv(columns, _SUM_COLUMNS), chunks)](
+        column_sum_kernel[(chunks, triton.cdiv(columns, _SUM_COLUMNS))](  # a grid's second axis ends at 65535
             matrix,
             out,
             rows,

@@ -126,7 +126,10 @@ _LONG_SM_90 = {
 # before sm_90 operands take registers too, and a mask more of them: smaller tiles, or fetched without a second stage
 _LONG_SM_80 = {
     80: AttentionLong(
-        AttentionTile(128, 64, 8), AttentionTile(32, 64, 4, 1), AttentionTile(64, 32, 4), AttentionTile(32, 32, 4)
+        AttentionTile(128, 64, 8),
+        AttentionTile(32, 64, 4, 1),
+        AttentionTile(64, 32, 4, spills=8),  # 0 but where keys are hidden from heads 32 wide
+        AttentionTile(32, 32, 4),
     ),
     96: AttentionLong(
         AttentionTile(128, 64, 8), AttentionTile(16, 64, 4), AttentionTile(64, 32, 4), AttentionTile(32, 32, 4)
@@ -181,6 +184,7 @@ _SHORT_FORWARD_SM_80 = (
     AttentionShort(128, 128, AttentionTile(64, 0, 4, 1), masked=False),
     AttentionShort(208, 64, AttentionTile(64, 0, 4, 1), masked=False),
     AttentionShort(208, 80, AttentionTile(64, 0, 8, 1), masked=False),
+    AttentionShort(256, 48, AttentionTile(16, 0, 4, 1)),
     AttentionShort(256, 64, AttentionTile(32, 0, 4, 1)),  # 257 keys spill, and so do wider heads
 )
 SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
@@ -209,8 +213,8 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
         AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
         AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
         AttentionShort(128, 64, AttentionTile(32, 128, 8)),
-        AttentionShort(128, 128, AttentionTile(16, 128, 8, 1)),
-        AttentionShort(256, 64, AttentionTile(16, 256, 8, 1)),
+        AttentionShort(128, 128, AttentionTile(16, 128, 8, 1, spills=32)),  # 0 but for 104-wide heads by triton 3.7
+        AttentionShort(256, 64, AttentionTile(16, 256, 8, 1, spills=8)),  # 0 where no keys are hidden
     ),
     # as above, within 99 KiB of shared memory
     86: (

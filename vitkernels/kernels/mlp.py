@@ -49,10 +49,11 @@ def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _suits_tma(matrix: Tensor) -> bool:
-    """What the copy engine can address: whole rows, everything on 16 bytes."""
+    """What the copy engine can address: whole rows that do not overlap, everything on 16 bytes."""
     stride_r, stride_c = matrix.stride()
     size = matrix.element_size()
-    return matrix.numel() > 0 and stride_c == 1 and stride_r * size % 16 == 0 and matrix.data_ptr() % 16 == 0
+    rows_apart = stride_r >= matrix.shape[1] > 0 and stride_r * size % 16 == 0
+    return matrix.numel() > 0 and stride_c == 1 and rows_apart and matrix.data_ptr() % 16 == 0
 
 
 def _tile(table: dict[int, ProductTile], rows: int, columns: int, like: Tensor) -> ProductTile:
