@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import importlib.metadata
+import itertools
 import re
 import statistics
 import time
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import vitkernels as vk
 from vitkernels.train import machine as host
 
 PACKAGES = ("torchvision", "transformers", "pytest-benchmark")
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def device() -> torch.device:
@@ -80,32 +79,28 @@ def cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 * 2**20)
 
 
-def peak_memory(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a step takes at its peak on top of what is there before it; None where that cannot be told.
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a step takes of torch's allocator at its peak, on top of what is there before it.
 
-    On a GPU, of torch's allocator. On a CPU, resident memory of the process, whose high-water mark Linux resets on
-    request: it sees what libraries allocate behind torch's back, which a profile of torch's allocator would not.
+    A GPU's allocator counts; on a CPU a profile of the step holds every allocation, ours as the peers', and is the same
+    at every run, which the process's resident memory is not: that depends on what malloc kept of earlier steps.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would be taken again unseen
-        _CLEAR.write_text("5")
-        before = _status("VmRSS")
-    except (OSError, AttributeError, LookupError):
-        return None
-    step()
-    return _status("VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in sorted(events, key=_start) if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
 
 
-def _status(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
+def _start(event: Any) -> int:
+    return event.start_ns()
 
 
 # ------------------------------------------------------------------------------------------------------------ ceilings

@@ -225,10 +225,7 @@ def test_peak_memory_is_what_a_step_takes() -> None:
         del first
         assert second[-1] == 2
 
-    taken = machine.peak_memory(step, CPU)
-    if taken is None:
-        pytest.skip("this system does not reset a process's high-water mark")
-    assert 1.9 * size <= taken < 2.5 * size
+    assert 0 <= machine.peak_memory(step, CPU) - 2 * size < 1024
 
 
 def test_ceilings_are_rates() -> None:
