@@ -106,10 +106,15 @@ def test_autocast(norm_first: bool) -> None:
     fused.check_parity(model, (tokens(), None, padding()), ops=OPS, autocast=True)
 
 
-def test_bfloat16_tokens_between_layers() -> None:
-    model = vk.fuse(encoder(norm_first=True, norm=False), residual_dtype=torch.bfloat16)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_bfloat16_tokens_between_layers(norm_first: bool) -> None:
+    model, x = encoder(norm_first=norm_first, norm=False), tokens()
+    expected = model(x)
+    vk.fuse(model, residual_dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(tokens()).dtype == torch.bfloat16
+        got = model(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.1)
 
 
 # -------------------------------------------------------------------------------------------------- decoder layers

@@ -106,10 +106,12 @@ def pre_norm(
     return x if border is None or normed is None else _hand_over(x, border.norm, normed)
 
 
-def post_norm(x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
-    """x = norm(x + drop_path(scale(branch(x)))) for each sub-layer, [B, N, D] to the same."""
+def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | None = None) -> Tensor:
+    """x = norm(x + drop_path(scale(branch(x)))) for each sub-layer, [B, N, D] to the same; dtype as in `pre_norm`."""
+    if dtype is not None:
+        x = x.to(dtype)
     for sublayer in sublayers:
-        total, normed = _step(x, sublayer, x, Border(sublayer.norm))
+        total, normed = _step(x, sublayer, x, Border(sublayer.norm), widen=dtype is None, out_dtype=dtype)
         x = parts.layer_norm(sublayer.norm, total) if normed is None else normed
     return x
 
@@ -122,7 +124,12 @@ def normalise(x: Tensor, norm: nn.Module, first: nn.Module | None = None) -> Ten
 
 
 def _step(
-    x: Tensor, sublayer: Sublayer, normed: Tensor | None, after: Border | None, widen: bool = True
+    x: Tensor,
+    sublayer: Sublayer,
+    normed: Tensor | None,
+    after: Border | None,
+    widen: bool = True,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The sum after a sub-layer, and the next norm of it; None in its place where the two cannot run together."""
     if normed is None:
@@ -148,7 +155,7 @@ def _step(
         branch_bias=bias,
         scale=gamma,
         row_scale=parts.drop_path_factor(drop_path, branch, dtype),
-        out_dtype=parts.operand_dtype(after.first, x),
+        out_dtype=out_dtype or parts.operand_dtype(after.first, x),
     )
 
 

@@ -35,7 +35,7 @@ class FusedLayer(Fused):
         with self.backend():
             if self.norm_first:
                 return pre_norm(x, sublayers, state.border, state.residual_dtype)
-            return post_norm(x, sublayers)
+            return post_norm(x, sublayers, state.residual_dtype)
 
     def self_attention(self, masks: Masks) -> Sublayer:
         layer: Any = self
