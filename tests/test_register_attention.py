@@ -59,6 +59,19 @@ def test_attention_by_name_runs_sdpa_where_it_must_and_says_so() -> None:
     torch.testing.assert_close(got, model(*inputs).last_hidden_state)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_by_name_compiled(training: bool) -> None:
+    vk.register_attention()
+    options = {**TEXT, "num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attn_implementation": "vitkernels"}
+    model = hf.BertModel(hf.BertConfig(**options)).train(training)  # type: ignore[arg-type]
+    inputs = words()
+    with vk.record() as calls:
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs, attention_mask=PADDING)
+    assert {call.op for call in calls} == (set() if training else {"attention"})  # dropout is torch's
+    if not training:
+        torch.testing.assert_close(got[0], model(*inputs, attention_mask=PADDING)[0])
+
+
 def test_attention_by_name_refuses_what_would_be_dropped() -> None:
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="'s_aux', which it does not know"):

@@ -73,7 +73,8 @@ def attention(
     if reason is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        warnings.warn(f"vitkernels: attention of {type(module).__name__} runs torch's: {reason}", stacklevel=2)
+        if not torch.compiler.is_compiling():
+            warnings.warn(f"vitkernels: attention of {type(module).__name__} runs torch's: {reason}", stacklevel=2)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
