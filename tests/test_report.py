@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import peers as libraries
 import pytest
 import torch
+from rich.console import Console
 
 from vitkernels.nn import PRESETS, VisionTransformer
 
@@ -116,6 +118,16 @@ def test_where_a_step_becomes_bound_by_communication() -> None:
     text = scaling.many_devices(content(*case(MODEL, 2.0, timm=4.0)))
     assert f"| vit_small_patch16, float32 | {OURS} | 22 M | 154 MB | 250 ms | {batch:.1f} | 0.1 |" in text
     assert f"| vit_small_patch16, float32 | timm | 22 M | 154 MB | 500 ms | {batch / 2:.1f} | 0.0 |" in text
+
+
+def test_the_demo_with_timm_beside_it(tmp_path: Path) -> None:
+    libraries.import_timm()
+    result = training.run(tmp_path / "run", Console(quiet=True), quick=True)
+    assert list(result["last_loss"]) == ["naive", "timm", "fused"]
+    first = result["last_loss"]["naive"]
+    assert all(abs(loss - first) < 1e-4 for loss in result["last_loss"].values()), "they began with other weights"
+    assert result["seconds_to_97"] == {"naive": None, "timm": None, "fused": None}
+    assert "| ratio | 1.00 | " in tables.demo(result)
 
 
 def test_seconds_to_an_accuracy_count_steps_alone() -> None:
