@@ -48,6 +48,7 @@ bench-demo: .venv/.built ## the demo with timm beside it, and the seconds to 97 
 
 compare: .venv/.built ## time quickly and list what is slower than in BASE=<results.json>; exit code 1
 	@test -f "$(BASE)" || { echo "make compare: needs BASE=<results.json>, a file of bench/results"; exit 2; }
+	rm -f build/compare.json
 	$(PY) -m bench.run --quick --out build/compare.json
 	$(PY) -m bench.compare $(BASE) build/compare.json
 
