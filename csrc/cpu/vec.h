@@ -160,6 +160,7 @@ VK_INLINE const T* at(const char* p, int64_t i) {
 
 template <class A>
 inline void load_row(A* out, const char* in, DType dtype, int64_t step, int64_t count) {
+  if (count == 0) return;  // an empty tensor's pointer is null, which memcpy may not be given
   int64_t i = 0;
   switch (dtype) {
     case DType::f32:
