@@ -96,6 +96,7 @@ _TRANSFORMERS = {
 
 
 def _transformers(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model:
+    _needs_class_token(vit)
     libraries.import_timm()  # it declares what transformers' import of torchvision asks for, too
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -138,6 +139,7 @@ _TORCHVISION = {
 
 
 def _torchvision(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model:
+    _needs_class_token(vit)
     libraries.import_timm()
     from torchvision.models import VisionTransformer as Torchvision
 
@@ -159,6 +161,11 @@ def _torchvision(vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model:
         },
     )
     return Model(module, names, "encoder.layers.encoder_layer_0").load(vit)
+
+
+def _needs_class_token(vit: VisionTransformer) -> None:
+    if vit.cls_token is None:
+        raise ValueError("this library's Vision Transformer always has a class token")
 
 
 def _blocks(vit: VisionTransformer, path: str, names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
