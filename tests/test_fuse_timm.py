@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "SiLU": (lambda: vit(act_layer="silu"), OPS),
     "ReLU": (lambda: vit(act_layer="relu"), OPS),
     "SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLU), OPS - {"mlp"}),
+    "scale_mlp_norm": (lambda: vit(scale_mlp_norm=True), OPS - {"mlp"}),
     "packed SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLUPacked), OPS - {"mlp"}),
     "head width 72": (lambda: vit(embed_dim=144, num_heads=2), OPS),
     "head width 80": (lambda: vit(embed_dim=160, num_heads=2), OPS),

@@ -79,7 +79,9 @@ class FusedAttention(Fused):
         def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
             return self.output(x, self.heads(x, **options), split)
 
-        return Branch(run, "linear, attention, linear", attn.qkv, called(proj=attn.proj))
+        linears = {name: attn._modules.get(name) for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")}
+        why_not = called(**{name: linear for name, linear in linears.items() if linear is not None})
+        return Branch(run, "linear, attention, linear", attn.qkv, why_not)
 
     def parts(self) -> list[Part]:
         branch = self.branch()
@@ -103,8 +105,6 @@ ATTENTION = Rule(
 
 class FusedMlp(Fused):
     """timm.layers.mlp.Mlp on `ops.mlp`; its gated relatives change what happens between the products."""
-
-    ops = "mlp"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
@@ -131,14 +131,17 @@ class FusedMlp(Fused):
         if self.inside() is None:
             out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1, split)
         else:
-            hidden = mlp.norm(mlp.drop1(self.hidden(x)))
+            hidden = parts.layer_norm(mlp.norm, mlp.drop1(self.hidden(x)))
             out, bias = parts.last_linear(mlp.fc2, hidden, split)
         return (out, bias) if split else (mlp.drop2(out), None)
 
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
-        inside = self.inside()
-        return Branch(self.output, self.ops if inside is None else "linear, linear", mlp.fc1, inside)
+        if parts.is_identity(mlp.norm):
+            inside = self.inside()
+            return Branch(self.output, "mlp" if inside is None else "linear, linear", mlp.fc1, inside)
+        why_not = parts.not_layer_norm("norm", mlp.norm) or called(fc1=mlp.fc1, fc2=mlp.fc2)
+        return Branch(self.output, "linear, activation of torch, add_layer_norm, linear", mlp.fc1, why_not)
 
     def parts(self) -> list[Part]:
         branch = self.branch()
