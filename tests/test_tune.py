@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("tuning compiles with triton, which is not installed", allow_module_level=True)
 
-from bench import audit, tune
+from bench import audit, machine, tune
 from bench.slots import Slot, slots, source
+from vitkernels import dispatch
 from vitkernels.kernels import configs, interpreting
 
 NORM = "add_layer_norm forward, bf16 residual, 50432x384"
@@ -91,6 +93,36 @@ def test_errors_are_seen() -> None:
     assert tune._error([torch.ones(8), torch.ones(3)], wanted) == 0
     assert tune._error([torch.ones(8), 1.5 * torch.ones(3)], wanted) == pytest.approx(0.5)
     assert not tune._error([torch.full((8,), torch.nan), torch.ones(3)], wanted) <= tune.WRONG
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timed"), [(60.0, [True, False, False, True]), (-1.0, [True, False, False, False])]
+)
+def test_only_right_results_are_timed(seconds: float, timed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile that gives wrong results, one that fails, and two that are right, on a backend that stands in for ours."""
+    tiles = tuple(configs.RowTile(512, warps=warps, rows=4) for warps in (1, 2, 4, 8))
+    each = replace(slot(NORM), op="linear", tiles=tiles, arguments=lambda seed: (torch.full((4,), seed + 1.0),))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        warps = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, 384).warps
+        if warps == 4:
+            raise RuntimeError("out of\nshared memory")
+        return x * 3 if warps == 2 else x * 2
+
+    stands_in = dispatch.Implementation(forward, forward, lambda *call: None)
+    truth = dispatch.Implementation(lambda x: x * 2, lambda x: x * 2, lambda *call: None)
+    monkeypatch.setattr(dispatch.OPS["linear"], "implementations", {"triton": stands_in, "reference": truth})
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 24)
+    monkeypatch.setattr(machine, "device_seconds", lambda step, sets, repeats: 1e-6 * len([step(x) for x in sets]))
+    found = [tune.Candidate(tile, audit.Row(tune.variant(slot(NORM), tile, 90), 90, None, "")) for tile in tiles]
+    tune.measure(each, found, time.monotonic() + seconds)
+    assert [bool(candidate.samples) for candidate in found] == timed
+    assert found[0].microseconds == 3, "three sets of 16 bytes are twice a cache of 24"
+    if seconds > 0:
+        assert found[1].dropped == "wrong: off by 0.5 of the reference"
+        assert found[2].dropped == "RuntimeError: out of shared memory"
+    else:
+        assert {candidate.dropped for candidate in found[1:]} == {"not tried: no time left"}
 
 
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
