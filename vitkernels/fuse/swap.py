@@ -49,6 +49,11 @@ class Fused(nn.Module):
     is_block: ClassVar[bool] = False  # whether it counts as a Transformer block
     _vitkernels: State
 
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        # run where somebody makes another one by the module's type, as peft does for LoRA on a Conv2d
+        super().__init__(*args, **keywords)
+        self.__dict__["_vitkernels"] = State()
+
     def parts(self) -> list[Part]:
         """The rows of `explain`: what would run fused if the module were called now."""
         raise NotImplementedError

@@ -1,0 +1,267 @@
+"""What people do with a model, done with a fused one: compile, export, checkpoint, trace, script, take features."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import fused
+import peers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitkernels as vk
+
+timm = peers.import_timm()
+
+OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
+SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def timm_vit(**options: Any) -> nn.Module:
+    model = timm.models.VisionTransformer(**{**SMALL, **options})
+    fused.stir(model)
+    return model
+
+
+def transformers_vit() -> nn.Module:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=10, **sizes))
+    fused.stir(model)
+    return model.train()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"timm": timm_vit, "transformers": transformers_vit}
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 32, 32)
+
+
+def check_run(model: nn.Module, expected: dict[str, Tensor], inputs: tuple[Any, ...], ops: set[str] = OPS) -> None:
+    """Output and every gradient of a fused model in a framework are the stock model's, and the kernels ran."""
+    with vk.record() as calls:
+        got = fused.output_and_gradients(model, inputs)
+    for direction in ("forward", "backward"):
+        assert {call.op for call in calls if call.direction == direction} == ops
+    check_same(got, expected)
+
+
+def check_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+
+
+# ---------------------------------------------------------------------------------------------- compile and export
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"), [("timm", "inductor"), ("timm", "aot_eager"), ("transformers", "aot_eager")]
+)
+def test_compile_in_one_graph(name: str, compiler: str) -> None:
+    model, x = MODELS[name](), images()
+    expected = fused.output_and_gradients(model, (x,))
+    compiled = torch.compile(vk.fuse(model), fullgraph=True, backend=compiler)
+    with vk.record() as calls:
+        got = fused.output_and_gradients(compiled, (x,))
+    check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
+    assert {call.op for call in calls} == OPS
+    sums = [call for call in calls if (call.op, call.direction) == ("add_layer_norm", "forward")]
+    assert len(sums) == 1 + 2 * 2, "from block to block, one op for an add and the norm after it"
+
+
+def test_a_compiled_model_may_be_fused() -> None:
+    model, x = timm_vit(), images()
+    expected = fused.output_and_gradients(model, (x,))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    vk.fuse(compiled)
+    with vk.record() as calls:
+        got = fused.output_and_gradients(compiled, (x,))
+    check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
+    assert {call.op for call in calls} == OPS, "compiled anew"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_export(name: str, strict: bool) -> None:
+    model, x = MODELS[name]().eval(), images()
+    expected = fused.output_and_gradients(model, (x,))["output 0"]
+    batch = torch.export.Dim("batch", min=2, max=64)
+    keyword = "x" if name == "timm" else "pixel_values"
+    program = torch.export.export(vk.fuse(model), (), {keyword: x}, strict=strict, dynamic_shapes={keyword: {0: batch}})
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {f"vitkernels.{op}.default" for op in OPS} <= names
+    got = program.module()(**{keyword: x})
+    torch.testing.assert_close(got if name == "timm" else got["logits"], expected, atol=1e-5, rtol=1e-5)
+    assert program.module()(**{keyword: images(5)}) is not None
+
+
+# --------------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_timm_gradient_checkpointing(reentrant: bool) -> None:
+    model, x = timm_vit(init_values=0.5, drop_path_rate=0.3), images().requires_grad_()
+    torch.manual_seed(5)
+    expected = _gradients(model, x)
+    vk.fuse(model).set_grad_checkpointing()
+    before = timm.layers.use_reentrant_ckpt()
+    timm.layers.set_reentrant_ckpt(reentrant)
+    try:
+        torch.manual_seed(5)
+        with vk.record() as calls:
+            got = _gradients(model, x)
+    finally:
+        timm.layers.set_reentrant_ckpt(before)
+    check_same(got, expected)
+    forward = [call.op for call in calls if call.direction == "forward"]
+    assert forward.count("mlp") == 2 * 2, "each block ran twice, fused"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_each_block(reentrant: bool) -> None:
+    model, x = timm_vit(), images().requires_grad_()
+    expected = _gradients(model, x)
+    vk.fuse(model)
+    model.blocks = nn.Sequential(*(_Checkpointed(block, reentrant) for block in model.blocks))
+    got = _gradients(model, x)
+    check_same({name.replace("block.", ""): tensor for name, tensor in got.items()}, expected)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.block, self.reentrant = block, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=self.reentrant)  # type: ignore[return-value]
+
+
+def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """By `backward`, the way into a reentrant checkpoint."""
+    model.zero_grad()
+    x.grad = None
+    output = model(x)
+    output.square().sum().backward()
+    named = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {"output": output.detach(), "input": x.grad, **named}
+
+
+# ------------------------------------------------------------------------------------------------ tracing, scripting
+
+
+def test_fx_keeps_the_stock_nodes() -> None:
+    model, x = timm_vit().eval(), images()
+    stock = torch.fx.symbolic_trace(copy.deepcopy(model))
+    traced = torch.fx.symbolic_trace(vk.fuse(model))
+    assert [(node.op, str(node.target)) for node in traced.graph.nodes] == [
+        (node.op, str(node.target)) for node in stock.graph.nodes
+    ]
+    torch.testing.assert_close(traced(x), stock(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_feature_extraction_by_names_of_nodes(library: str) -> None:
+    model, x = timm_vit().eval(), images()
+    nodes = ["blocks.0.attn.qkv", "blocks.1"]
+    if library == "timm":
+        from timm.models import create_feature_extractor  # type: ignore[attr-defined]
+    else:
+        from torchvision.models.feature_extraction import create_feature_extractor
+    options: Any = nodes if library == "torchvision" else dict(zip(nodes, nodes, strict=True))
+    expected = create_feature_extractor(copy.deepcopy(model), options)(x)
+    got = create_feature_extractor(vk.fuse(model), options)(x)
+    for name in nodes:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_script_compiles_the_stock_code() -> None:
+    model, x = timm_vit().eval(), images()
+    expected = model(x)
+    scripted = torch.jit.script(vk.fuse(model))
+    torch.testing.assert_close(scripted(x), expected, atol=1e-5, rtol=1e-5)
+    with vk.record() as calls:
+        model(x)
+    assert {call.op for call in calls} == OPS, "the model itself stays fused"
+
+
+def test_trace_records_the_stock_code() -> None:
+    model, x = timm_vit().eval(), images()
+    expected = model(x)
+    traced = torch.jit.trace(vk.fuse(model), (x,))
+    with vk.record() as calls:
+        torch.testing.assert_close(traced(x), expected, atol=1e-5, rtol=1e-5)
+    assert not calls
+    assert list(vk.explain(model).fallbacks["blocks.0"]) == ["traced by torch.jit"]
+
+
+def test_functional_call() -> None:
+    model, x = timm_vit(), images()
+    weights = {name: torch.randn_like(parameter) * 0.1 for name, parameter in model.named_parameters()}
+    expected = torch.func.functional_call(model, weights, (x,))
+    got = torch.func.functional_call(vk.fuse(model), weights, (x,))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_func_grad() -> None:
+    model, x = timm_vit(), images()
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    weights = dict(model.named_parameters())
+    expected = torch.func.grad(loss)(weights, x)
+    vk.fuse(model)
+    check_same(torch.func.grad(loss)(weights, x), expected)
+
+
+# --------------------------------------------------------------------------------------------------------- features
+
+
+def test_intermediate_features() -> None:
+    model, x = timm_vit(), images()
+    expected = model.forward_intermediates(x, norm=True)
+    vk.fuse(model)
+    with vk.record() as calls:
+        got = model.forward_intermediates(x, norm=True)
+    assert {call.op for call in calls} == OPS
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_features_only() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=[0, 1], **SMALL)
+    fused.stir(model)
+    explanation = fused.check_parity(model, (images(),), ops=OPS)
+    assert explanation.summary == "2 of 2 blocks fused"
+
+
+# ---------------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(name: str) -> None:
+    model, x = MODELS[name](), images()
+    explanation = fused.check_parity(model, (x,), ops=OPS, autocast=True, absolute=2e-3)
+    assert explanation.summary == "2 of 2 blocks fused"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference(mode: Any) -> None:
+    model, x = timm_vit().eval(), images()
+    expected = model(x).detach()
+    vk.fuse(model)
+    with mode(), vk.record() as calls:
+        got = model(x)
+    assert {call.op for call in calls} == OPS
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert not got.requires_grad
