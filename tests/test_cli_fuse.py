@@ -159,7 +159,7 @@ def test_peak_memory_is_that_of_the_step() -> None:
     found = speed.peak_memory(lambda: torch.ones(size, dtype=torch.uint8), CPU)
     if found is None:
         pytest.skip("the system does not tell a process's high-water mark")
-    assert size <= found < 1.5 * size + 2**24
+    assert 0.98 * size < found < 1.5 * size, "a page more or less"
     assert held[0] == 1
 
 

@@ -140,6 +140,32 @@ def test_checkpointed(reentrant: bool) -> None:
     assert model.vit.cls_token.grad is None
 
 
+def test_no_gradient_is_handed_to_hooks_that_wait_for_it() -> None:
+    model = _vit()
+    called: list[Tensor] = []
+    model.cls_token.register_post_accumulate_grad_hook(called.append)
+    assert vk.verify(model, _images()).ok
+    assert called == []
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, image: Tensor) -> Tensor:
+            return checkpoint(self[0], image, use_reentrant=True)
+
+    with pytest.raises(ValueError, match=r"^verify: .*post-accumulate-grad hooks.*needs use_reentrant=False"):
+        vk.verify(Checkpointed(model), _images().requires_grad_())
+    assert called == []
+
+
+def test_calls_that_fell_back_are_said() -> None:
+    model = vk.fuse(_vit(attn_drop_rate=0.2))
+    model(_images())
+    found = vk.verify(model, _images())
+    assert found.ok, found
+    (note,) = found.notes
+    assert note.startswith("2 calls ran a module's own code: ")
+    assert "drop" in note
+
+
 def test_a_given_loss_and_its_gradients() -> None:
     labels = torch.tensor([1, 7])
     found = vk.verify(_vit(), _images(), loss=lambda output: F.cross_entropy(output, labels))

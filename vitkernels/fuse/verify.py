@@ -33,7 +33,8 @@ def verify(
     the stock one does, plus a floor (`vitkernels.accuracy`). Where it does not fit, or draws other random numbers, the
     two are compared with one another, and the answer says so. Runs are as the caller stands: in training or eval,
     under autocast or not, each from the same random state. A model that is not fused is fused for the comparison.
-    Afterwards the model, its .grad fields, its buffers and the random state are what they were.
+    Afterwards the model, its .grad fields, its buffers and the random state are what they were (parameters that the
+    model's own forward writes into are not brought back).
 
     Args:
         model: fused or not. One in DistributedDataParallel or torch.compile is verified without the wrapper.
@@ -59,11 +60,13 @@ def verify(
         truth = _truth(model, batch, stock, sum(saved.values()), notes)
         failure, got = None, None
         with _fused(model, notes), unchanged(model), dispatch.record() as calls:
+            before = _fallbacks(model)
             try:
                 got = run(model, batch)
             except Exception as error:
                 failure = _cause(error)
-            summary = explain(model).summary
+            declined, summary = _fallbacks(model) - before, explain(model).summary
+    notes += [f"{count} calls ran a module's own code: {reason}" for reason, count in declined.most_common()]
     counts = Counter(f"{call.op} ({call.backend})" for call in calls)
     rows = [] if got is None else judge(got, stock, truth, _dtypes(stock, batch))
     if got is not None:
@@ -133,6 +136,15 @@ def _fused(model: nn.Module, notes: list[str]) -> Iterator[None]:
         yield
     finally:
         unfuse(model)
+
+
+def _fallbacks(model: nn.Module) -> Counter[str]:
+    """Why calls of fused modules went to their own `forward`, and how many."""
+    counts: Counter[str] = Counter()
+    for each in model.modules():
+        if isinstance(each, Fused):
+            counts.update(each._vitkernels.fallbacks)
+    return counts
 
 
 # ------------------------------------------------------------------------------------------------ what is the truth
