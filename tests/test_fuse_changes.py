@@ -161,7 +161,7 @@ def test_lora_in_all_linears_of_a_peft_model() -> None:
     model = peft.get_peft_model(vk.fuse(vit()), config)
     ran = {call.op for call in check_as_stock(model, images())}
     assert ran == {"patch_embed", "attention_qkv", "add_layer_norm"}, "patch_embed: the adapter of a Conv2d is one too"
-    merged = model.merge_and_unload()
+    merged = model.merge_and_unload().requires_grad_()
     assert {call.op for call in check_as_stock(merged, images())} == OPS
     assert vk.explain(merged).summary == WHOLE
 
