@@ -195,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     capability = options.capability
     if not options.dry_run:
-        major, minor = torch.cuda.get_device_capability()
-        capability = max(chip for chip in audit.CHIPS if chip <= major * 10 + minor)
+        capability = configs.chip(torch.cuda.get_device_capability())
     chosen = [
         each
         for each in slots(divmod(capability, 10))
