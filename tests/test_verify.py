@@ -60,8 +60,9 @@ def test_a_fused_model_is_within_the_rule(autocast: bool, train: bool) -> None:
     assert not any(isinstance(each, Fused) for each in model.modules())
 
 
-def test_a_model_in_bfloat16() -> None:
-    found = vk.verify(_vit().bfloat16(), _images().bfloat16())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_dtype(dtype: torch.dtype) -> None:
+    found = vk.verify(_vit().to(dtype), _images().to(dtype))
     assert found.ok, found
     assert found.truth == "float64"
 
@@ -106,6 +107,21 @@ def test_frozen_parameters_have_no_rows() -> None:
     names = {f"gradient of {name}" for name, each in model.named_parameters() if each.requires_grad}
     assert {row.name for row in found.rows} == {"output", *names}
     assert not any(each.requires_grad for each in model.blocks[0].parameters())
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(7, 8, sparse=True), nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
+    found = vk.verify(model, torch.tensor([[1, 2, 2, 6]]))
+    assert found.ok, found
+    assert "gradient of 0.weight" in {row.name for row in found.rows}
+    assert found.ran
+
+
+def test_what_overflows_in_the_stock_model_is_said() -> None:
+    model = nn.Linear(4, 1).half()
+    nn.init.constant_(model.weight, 6e4)
+    found = vk.verify(model, torch.ones(2, 4).half())
+    assert "stock, 1 outputs and gradients are not finite, as output" in found.notes
 
 
 def test_gradients_that_say_nothing_are_counted() -> None:

@@ -15,6 +15,8 @@ from torch.utils._pytree import keystr, tree_leaves, tree_map_with_path
 
 from vitkernels.fuse.swap import Fused
 
+GRADIENT = "gradient of "
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -69,6 +71,11 @@ class Run:
     start: list[Tensor]
     end: list[Tensor]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Outputs, and the gradients that there are."""
+        gradients = {f"{GRADIENT}{name}": each for name, each in self.gradients.items() if each is not None}
+        return {**self.outputs, **gradients}
+
 
 def run(model: nn.Module, batch: Batch, *, wide: bool = False) -> Run:
     """Call the model and take gradients, under the caller's autocast; the same random numbers each time.
@@ -84,14 +91,14 @@ def run(model: nn.Module, batch: Batch, *, wide: bool = False) -> Run:
         TypeError: the caller's loss is no scalar tensor.
     """
     inputs, keywords, leaves = batch.copy(wide)
-    devices = _cuda_devices(model, batch)
-    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as stack:
+    indices = _cuda_indices(model, batch)
+    with torch.random.fork_rng(devices=indices), contextlib.ExitStack() as stack:
         for kind in _autocast_kinds(model, batch):
             # without the cache: the caller's region would go on with weights cast here
             stack.enter_context(
                 torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=not wide, cache_enabled=False)
             )
-        start = _random_states(devices)
+        start = _random_states(indices)
         with _introduced("the model does not run on these inputs"):
             returned = model(*inputs, **keywords)
         outputs = {name: each for name, each in tensors_in(returned) if each.is_floating_point()}
@@ -100,7 +107,7 @@ def run(model: nn.Module, batch: Batch, *, wide: bool = False) -> Run:
             stack.enter_context(torch.autocast(kind, enabled=False))
         with _introduced("the model's backward pass fails"):
             gradients = _gradients(loss, {**_trained(model), **leaves})
-        end = _random_states(devices)
+        end = _random_states(indices)
     if batch.loss is not None:
         outputs["loss"] = loss
     return Run({name: each.detach().cpu() for name, each in outputs.items()}, gradients, start, end)
@@ -173,7 +180,12 @@ def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor |
         found: Sequence[Tensor | None] = _gradients_by_backward(loss, list(leaves.values()))
     else:
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: each if each is None else each.detach().cpu() for name, each in zip(leaves, found, strict=True)}
+    return {name: None if each is None else _plain(each) for name, each in zip(leaves, found, strict=True)}
+
+
+def _plain(gradient: Tensor) -> Tensor:
+    """On the CPU; one of an embedding may be sparse."""
+    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).detach().cpu()
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
@@ -210,23 +222,24 @@ def _gradients_by_backward(loss: Tensor, leaves: list[Tensor]) -> list[Tensor | 
 # ------------------------------------------------------------------------------------------ what a run must not change
 
 
-def _devices(model: nn.Module, batch: Batch) -> set[torch.device]:
+def devices(model: nn.Module, batch: Batch) -> set[torch.device]:
+    """Where the model and its inputs are."""
     return {each.device for each in (*model.parameters(), *model.buffers(), *batch.tensors())}
 
 
-def _cuda_devices(model: nn.Module, batch: Batch) -> list[int]:
-    return sorted({each.index for each in _devices(model, batch) if each.type == "cuda"})
+def _cuda_indices(model: nn.Module, batch: Batch) -> list[int]:
+    return sorted({each.index for each in devices(model, batch) if each.type == "cuda"})
 
 
 def _autocast_kinds(model: nn.Module, batch: Batch) -> list[str]:
     """The types of device on which the caller has autocast on."""
-    kinds = {each.type for each in _devices(model, batch)} - {"meta"}
+    kinds = {each.type for each in devices(model, batch)} - {"meta"}
     return sorted(kind for kind in kinds if torch.is_autocast_enabled(kind))
 
 
-def _random_states(devices: Sequence[int]) -> list[Tensor]:
+def _random_states(indices: Sequence[int]) -> list[Tensor]:
     """Of the CPU's generator, and of these CUDA devices'."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in devices)]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in indices)]
 
 
 @contextlib.contextmanager

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from vitkernels.accuracy import FACTOR, FLOORS, KINDS, Floor, Size, allowed, size_of
-from vitkernels.fuse.runs import Run
+from vitkernels.fuse.runs import GRADIENT, Run
 from vitkernels.text import table
 
 SHOWN = 10
-_GRADIENT = "gradient of "
 # Without float64 the stock model's own error is not known, and this is allowed in its place: a few hundred roundings.
 LOOSE = {
     torch.float64: Floor(worst=1e-9, rms=1e-9, absolute=0.0),
@@ -160,7 +159,7 @@ class _Measured:
     @property
     def group(self) -> str:
         """Tensors whose rounding is of one scale: the gradients of one module's parameters."""
-        return self.name.rpartition(".")[0] if self.name.startswith(_GRADIENT) else self.name
+        return self.name.rpartition(".")[0] if self.name.startswith(GRADIENT) else self.name
 
 
 def judge(got: Run, stock: Run, truth: Run | None, dtypes: Collection[torch.dtype]) -> list[Row]:
@@ -194,28 +193,18 @@ def judge(got: Run, stock: Run, truth: Run | None, dtypes: Collection[torch.dtyp
 
 
 def _measured(got: Run, stock: Run, truth: Run | None) -> list[_Measured]:
-    mine, own, exact = (_by_name(each) for each in (got, stock, stock if truth is None else truth))
+    mine, own, exact = (each.tensors() for each in (got, stock, stock if truth is None else truth))
     found = []
-    for name, tensor in own.items():
-        other = mine.get(name)
-        like = other if tensor is None else tensor
-        if like is None:  # a gradient that neither model has
-            continue
-        right, tensor, other = (_dense(each, like) for each in (exact[name], tensor, other))
+    for name, like in {**own, **mine}.items():  # one of them may have an output, or a gradient, that the other lacks
+        right, tensor, other = (_wide(each.get(name), like) for each in (exact, own, mine))
         own_error = None if truth is None else _error(tensor, right)
         found.append(_Measured(name, size_of(right.nan_to_num(0.0, 0.0, 0.0)), _error(other, right), own_error))
     return found
 
 
-def _by_name(run: Run) -> dict[str, Tensor | None]:
-    return {**run.outputs, **{f"{_GRADIENT}{name}": each for name, each in run.gradients.items()}}
-
-
-def _dense(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor in float64; zeros for the gradient of what nothing depends on."""
-    if tensor is None:
-        return torch.zeros(like.shape, dtype=torch.float64)
-    return (tensor.to_dense() if tensor.layout != torch.strided else tensor).double()
+def _wide(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """In float64; zeros for the gradient of what nothing depends on."""
+    return torch.zeros(like.shape, dtype=torch.float64) if tensor is None else tensor.double()
 
 
 def _error(tensor: Tensor, exact: Tensor) -> Size:

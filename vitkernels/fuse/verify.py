@@ -16,7 +16,7 @@ from vitkernels import dispatch
 from vitkernels.accuracy import FLOORS
 from vitkernels.fuse import memory
 from vitkernels.fuse.explain import explain
-from vitkernels.fuse.runs import Batch, Run, run, unchanged
+from vitkernels.fuse.runs import Batch, Run, devices, run, unchanged
 from vitkernels.fuse.swap import Fused, as_stock
 from vitkernels.fuse.verification import Verification, judge
 from vitkernels.fuse.walk import fuse, unfuse
@@ -59,7 +59,7 @@ def verify(
             stock = run(model, batch)
         truth = _truth(model, batch, stock, sum(saved.values()), notes)
         failure, got = None, None
-        with _fused(model, notes), unchanged(model), dispatch.record() as calls:
+        with unchanged(model), _fused(model, notes), dispatch.record() as calls:
             before = _fallbacks(model)
             try:
                 got = run(model, batch)
@@ -68,7 +68,7 @@ def verify(
             declined, summary = _fallbacks(model) - before, explain(model).summary
     notes += [f"{count} calls ran a module's own code: {reason}" for reason, count in declined.most_common()]
     counts = Counter(f"{call.op} ({call.backend})" for call in calls)
-    rows = [] if got is None else judge(got, stock, truth, _dtypes(stock, batch))
+    rows = [] if got is None else judge(got, stock, truth, _dtypes(model, batch, stock, truth))
     if got is not None:
         notes += _remarks(got, stock, bool(calls))
     return Verification(
@@ -181,13 +181,14 @@ def _other_draws(stock: Run, truth: Run) -> str | None:
     return None
 
 
-def _dtypes(stock: Run, batch: Batch) -> set[torch.dtype]:
+def _dtypes(model: nn.Module, batch: Batch, stock: Run, truth: Run | None) -> set[torch.dtype]:
     """The dtypes that took part."""
-    tensors = [*stock.outputs.values(), *(each for each in stock.gradients.values() if each is not None)]
-    kinds = {each.device.type for each in batch.tensors()} | {"cpu"}
-    found = {each.dtype for each in tensors}
+    kinds = {each.type for each in devices(model, batch)}
+    found = {each.dtype for each in stock.tensors().values()} & FLOORS.keys() or {torch.float32}
     found |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    return found & FLOORS.keys() or {torch.float32}
+    if truth is None and "cuda" in kinds:
+        found.add(torch.float16)  # cuDNN's convolutions round to TF32, which has as many bits, and no truth shows it
+    return found
 
 
 def _remarks(got: Run, stock: Run, ran: bool) -> list[str]:
@@ -198,6 +199,9 @@ def _remarks(got: Run, stock: Run, ran: bool) -> list[str]:
         other = got.outputs.get(name)
         if other is None or (other.dtype, other.shape) != (own.dtype, own.shape):
             notes.append(f"{name} is {_kind(other)} fused, and {_kind(own)} stock")
+    infinite = [name for name, each in stock.tensors().items() if not each.isfinite().all()]
+    if infinite:
+        notes.append(f"stock, {len(infinite)} outputs and gradients are not finite, as {infinite[0]}")
     zero = [name for name, each in stock.gradients.items() if each is not None and not each.any()]
     if zero:
         notes.append(f"the gradient is 0 everywhere, whatever runs, of {len(zero)} parameters and inputs, as {zero[0]}")
