@@ -159,14 +159,28 @@ def why_not(backend: str) -> str | None:
 
 def backends() -> Backends:
     """Which backends are there, and why the rest is not: print it, or read it as a dictionary of sentences."""
-    return Backends({name: why_not(name) or "available" for name in BACKENDS})
+    found = Backends({name: why_not(name) or "available" for name in BACKENDS})
+    if found["ext"] == "available":
+        from vitkernels import ext
+
+        found.details["ext"] = ext.describe()
+    return found
 
 
 class Backends(dict[str, str]):
-    """`{"triton": "no CUDA device ...", "ext": "available", ...}`, printed one backend a line."""
+    """`{"triton": "no CUDA device ...", "ext": "available", ...}`, printed one backend a line.
+
+    Attributes:
+        details: how a backend that is there works on this machine, printed beside it.
+    """
+
+    def __init__(self, statuses: dict[str, str]) -> None:
+        super().__init__(statuses)
+        self.details: dict[str, str] = {}
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<10} {status}" for name, status in self.items())
+        lines = [(name, status, self.details.get(name)) for name, status in self.items()]
+        return "\n".join(f"{name:<10} {status}{f': {detail}' if detail else ''}" for name, status, detail in lines)
 
     __repr__ = __str__
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vitkernels import dispatch
+from vitkernels import dispatch, products
 
 ISAS = ("baseline", "avx2", "avx512")
 _NAMESPACE = "vitkernels_ext"
@@ -28,15 +28,14 @@ def why_not() -> str | None:
         importlib.import_module("vitkernels._C")
     except ImportError as error:
         return f"the compiled extension did not load ({error}); build it with: pip install --no-build-isolation -e ."
-    torch.ops.vitkernels_ext.configure("onednn", _onednn_types())
+    configure = torch.ops.vitkernels_ext.configure
+    configure("onednn", products.choose(configure))
     return None
 
 
-def _onednn_types() -> int:
-    """Which types oneDNN multiplies here: 1 for float32, 2 for bfloat16, 3 for both (csrc/cpu/gemm.h)."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return 0
-    return 1 | 2 * bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def describe() -> str:
+    """How the loaded extension works here: its instruction set, and which library multiplies what."""
+    return f"instruction set {isa()}; {products.describe(torch.ops.vitkernels_ext.configure('onednn', -1))}"
 
 
 def isa(name: str | None = None) -> str:

@@ -12,11 +12,11 @@ namespace {
 
 int64_t onednn = 0;
 
-bool use_onednn(const Tensor& x, int64_t m, int64_t n, int64_t k) {
+bool use_onednn(const Tensor& x, int64_t m, int64_t n, int64_t k, OneDnn f32, OneDnn bf16) {
   // its call costs 10 us more than torch's: worth it from about a million multiplications up
   if (!aoti_torch_cpu__linear_pointwise || m * n * k < (1 << 20)) return false;
-  return (x.scalar_type() == ScalarType::Float && (onednn & onednn_f32)) ||
-         (x.scalar_type() == ScalarType::BFloat16 && (onednn & onednn_bf16));
+  return (x.scalar_type() == ScalarType::Float && (onednn & f32)) ||
+         (x.scalar_type() == ScalarType::BFloat16 && (onednn & bf16));
 }
 
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -75,7 +75,7 @@ int64_t set_onednn(int64_t wanted) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const bool vendor = use_onednn(x, x.size(0), weight.size(0), x.size(1));
+  const bool vendor = use_onednn(x, x.size(0), weight.size(0), x.size(1), onednn_f32, onednn_bf16);
   return vendor ? onednn_linear(x, weight, bias) : aten_linear(x, weight, bias);
 }
 
@@ -84,7 +84,8 @@ Tensor gradient_of_input(const Tensor& dy, const Tensor& weight) {
 }
 
 Tensor gradient_of_weight(const Tensor& dy, const Tensor& x) {
-  if (!use_onednn(x, dy.size(1), x.size(1), x.size(0))) return packed(torch::stable::matmul(transposed(dy), x));
+  if (!use_onednn(x, dy.size(1), x.size(1), x.size(0), onednn_f32_dw, onednn_bf16_dw))
+    return packed(torch::stable::matmul(transposed(dy), x));
   // oneDNN wants its first operand packed and takes the second in any order: copy the smaller of the two
   if (dy.size(1) <= x.size(1)) return onednn_linear(packed_transpose(dy), transposed(x), std::nullopt);
   return packed_transpose(onednn_linear(packed_transpose(x), transposed(dy), std::nullopt));

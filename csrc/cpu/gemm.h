@@ -4,7 +4,8 @@
 
 namespace vk {
 
-enum OneDnn { onednn_f32 = 1, onednn_bf16 = 2 };
+// what oneDNN multiplies: products of a type, and the products that are gradients of weights (vitkernels/products.py)
+enum OneDnn { onednn_f32 = 1, onednn_bf16 = 2, onednn_f32_dw = 4, onednn_bf16_dw = 8 };
 int64_t set_onednn(int64_t wanted);  // a set of the above; a negative number asks
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);  // x w^T + b, [M,K] [N,K] -> [M,N]

@@ -5,24 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 from vitkernels import __version__, ext
+from vitkernels.products import cpu_name
 
 PACKAGES = ("numpy", "triton", "timm", "pillow", "safetensors", "scikit-learn", "matplotlib", "rich")
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:
@@ -52,7 +41,7 @@ def devices() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"cpu": f"{cpu_name()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()} in torch"}
     found["cpu threads"] = f"{torch.get_num_threads()}"
-    found["extension"] = ext.why_not() or f"loaded, instruction set {ext.isa()}"
+    found["extension"] = ext.why_not() or f"loaded, {ext.describe()}"
     if not torch.cuda.is_available():
         found["cuda"] = "torch sees no CUDA device"
     for index in range(torch.cuda.device_count()):
