@@ -15,6 +15,7 @@ from torch_layers import (
     CROSS,
     LAYOUTS,
     OPS,
+    Adds,
     Attention,
     B,
     D,
@@ -92,11 +93,12 @@ def test_rows_of_a_layer_and_the_norm_behind() -> None:
 
 
 def test_pre_norm_layers_hand_their_sums_over() -> None:
-    """Two layers of two adds each, and the first norm: one op for each but no more."""
+    """Two layers of two sums each, and the first norm: one op for each, and no sum beside them."""
     model = vk.fuse(encoder(norm_first=True))
-    with vk.record() as calls:
+    with vk.record() as calls, Adds() as adds:
         model(tokens())
     assert [call.op for call in calls].count("add_layer_norm") == 5
+    assert adds.count == 0
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -164,6 +166,7 @@ ONE_LENGTH: dict[str, dict[str, Any]] = {
     "bool": {"attn_mask": torch.eye(N, dtype=torch.bool)},
     "padding": {"key_padding_mask": padding()},
     "both": {"attn_mask": torch.eye(N), "key_padding_mask": torch.zeros(B, N).masked_fill(padding(), -5.0)},
+    "float and bool": {"attn_mask": torch.eye(N), "key_padding_mask": padding()},
     "causal": {"attn_mask": causal(), "is_causal": True},
 }
 
@@ -176,6 +179,7 @@ CALLS = [
 
 @pytest.mark.parametrize("masks", ONE_LENGTH)
 @pytest.mark.parametrize(("options", "apart"), CALLS)
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_attention(options: str, apart: int, masks: str) -> None:
     given = ATTENTIONS[options]
     model = Attention(**given)

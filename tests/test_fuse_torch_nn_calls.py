@@ -79,20 +79,23 @@ def test_subclasses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "words"),
+    ("inputs", "keywords", "words"),
     [
-        ({"is_causal": True}, "called with is_causal and no mask"),
-        ({"src_mask": torch.zeros(1, N)}, "called with a mask that does not fit"),
-        ({"src_key_padding_mask": torch.zeros(B, N, dtype=torch.int64)}, "called with a mask that does not fit"),
+        (1, {"is_causal": True}, "called with is_causal and no mask"),
+        (1, {"src_mask": torch.zeros(1, N)}, "called with a mask that does not fit"),
+        (1, {"src_key_padding_mask": torch.zeros(B, N, dtype=torch.int64)}, "called with a mask that does not fit"),
+        (2, {"tgt_mask": torch.zeros(N, 1)}, "called with a mask that does not fit"),
+        (2, {"memory_mask": torch.zeros(1, N)}, "called with a mask that does not fit"),
     ],
 )
-def test_call_that_torch_refuses(keywords: dict[str, Any], words: str) -> None:
-    layer, x = layer_of(), tokens()
+def test_call_that_torch_refuses(inputs: int, keywords: dict[str, Any], words: str) -> None:
+    layer = layer_of(nn.TransformerEncoderLayer if inputs == 1 else nn.TransformerDecoderLayer)
+    given = [tokens()] * inputs
     with pytest.raises((RuntimeError, AssertionError)) as expected:
-        layer(x, **keywords)
+        layer(*given, **keywords)
     vk.fuse(layer)
     with pytest.raises(expected.type) as got:
-        layer(x, **keywords)
+        layer(*given, **keywords)
     assert str(got.value) == str(expected.value)
     assert vk.explain(layer).fallbacks[""] == {words: 1}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch_layers import Adds
 
 import vitkernels as vk
 
@@ -70,11 +71,12 @@ def test_rows() -> None:
 
 
 def test_blocks_hand_their_sums_over() -> None:
-    """Two blocks of two adds each, and the first norm: one op for each but no more."""
+    """Two blocks of two sums each, and the first norm: one op for each, and no sum but that of the positions."""
     model = vk.fuse(vit())
-    with vk.record() as calls:
+    with vk.record() as calls, Adds() as adds:
         model(images())
     assert [call.op for call in calls].count("add_layer_norm") == 5
+    assert adds.count == 1
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"])
