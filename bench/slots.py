@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from vitkernels.kernels import configs
-from vitkernels.kernels.configs import AttentionShort, AttentionTile, Capability, PatchEmbedTile, ProductTile, RowTile
+from vitkernels.kernels.configs import (
+    AttentionLong,
+    AttentionShort,
+    AttentionTile,
+    Capability,
+    PatchEmbedTile,
+    ProductTile,
+    RowTile,
+)
 
 Patch = tuple[str, Any]  # name in `configs`, and what stands there instead
 BATCH, ROWS = 256, 50432  # ViT-B/16 at 224
@@ -52,6 +61,11 @@ def _grid(now: Any, **values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys([now, *(dataclasses.replace(now, **fresh, **fields) for fields in grid)]))
 
 
+def _row(table: str, value: Callable[[Any], Any]) -> Callable[[Any], Patch]:
+    """The patch that puts a tile, or what is made of it, in a table's place."""
+    return lambda tile: (table, value(tile))
+
+
 def _draw(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -77,7 +91,7 @@ def _attention(capability: Capability) -> Iterator[Slot]:
             yield _attention_slot(
                 f"short {direction}_kernel", tokens, width, heads, direction,
                 _grid(now, queries=(16, 32, 64, 128), warps=(4, 8), **more),
-                lambda tile, table=table: (table, {chip: (AttentionShort(288, 128, tile),)}),
+                _row(table, lambda tile: {chip: (AttentionShort(288, 128, tile),)}),
             )  # fmt: skip
     for tokens in (577, 1370):
         row = configs.attention_long(64, False, capability)
@@ -85,8 +99,13 @@ def _attention(capability: Capability) -> Iterator[Slot]:
             yield _attention_slot(
                 f"long {field}_kernel", tokens, 64, 16, "forward" if field == "forward" else "backward",
                 _grid(getattr(row, field), queries=queries, keys=(32, 64, 128), warps=(4, 8), stages=(1, 2, 3)),
-                lambda tile, field=field, row=row: ("LONG", {chip: {128: dataclasses.replace(row, **{field: tile})}}),
+                _row("LONG", functools.partial(_long, chip, row, field)),
             )  # fmt: skip
+
+
+def _long(chip: int, row: AttentionLong, field: str, tile: AttentionTile) -> dict[int, dict[int, AttentionLong]]:
+    """The long kernels' table with another tile in one field of its row."""
+    return {chip: {128: dataclasses.replace(row, **{field: tile})}}
 
 
 def _attention_slot(
@@ -124,8 +143,8 @@ def _add_layer_norm() -> Iterator[Slot]:
             yield Slot(
                 "add_layer_norm", f"add_layer_norm {name}, bf16 residual, {ROWS}x{width}", "add_layer_norm", direction,
                 _norm_arguments(width, direction, scaled="scale" in name),
-                _grid(now, warps=(1, 2, 4, 8), **more),
-                lambda tile, table=table: (table, (tile,)),
+                _grid(now, warps=(1, 2, 4, 8) if direction == "forward" else (2, 4, 8), **more),
+                _row(table, lambda tile: (tile,)),
             )  # fmt: skip
 
 
@@ -159,13 +178,19 @@ def _mlp(capability: Capability) -> Iterator[Slot]:
             tile
             for rows, columns in ((128, 128), (128, 256), (256, 128), (64, 256))
             for tile in _grid(
-                now, rows=(rows,), columns=(columns,), stages=(2, 3, 4), pieces=(1, 2, 4), programs=(1, 2)
+                now,
+                rows=(rows,),
+                columns=(columns,),
+                stages=(3, 4),
+                pieces=(2, 4),
+                programs=(1, 2),
+                maxnreg=(None, 128),
             )
             if tile.maxnreg is None or tile.programs == 2
         ]
         yield Slot(
             "mlp", f"mlp {direction}, {ROWS}x3072x768 gelu", "mlp", direction, _mlp_arguments(direction),
-            tuple(dict.fromkeys([now, *found])), lambda tile, table=table: (table, {chip: tile}),
+            tuple(dict.fromkeys([now, *found])), _row(table, lambda tile: {chip: tile}),
         )  # fmt: skip
 
 
@@ -193,7 +218,7 @@ def _patch_embed(capability: Capability) -> Iterator[Slot]:
         tiles = _grid(now, rows=(64, 128, 256), columns=(128, 256), warps=(4, 8), stages=(2, 3, 4))
         yield Slot(
             "patch_embed", f"patch_embed {kernel} P=16 D=768 bf16 image, bf16", "patch_embed", direction,
-            _patch_arguments(direction), tiles, lambda tile, kernel=kernel: ("patch_embed", _instead(kernel, tile)),
+            _patch_arguments(direction), tiles, _row("patch_embed", functools.partial(_instead, kernel)),
         )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def measure(slot: Slot, found: list[Candidate], deadline: float) -> None:
     """Check and time the candidates that are left, in turn, until the deadline."""
     launch, sets = _launcher(slot), _sets(slot)
     wanted = _tensors(getattr(dispatch.OPS[slot.op].implementations["reference"], slot.direction)(*sets[0]))
-    left = []
+    left: list[Candidate] = []
     for candidate in (each for each in found if not each.dropped):
         if time.monotonic() > deadline and left:
             candidate.dropped = "not tried: no time left"
