@@ -40,8 +40,8 @@ def _op(name: str, dtype: torch.dtype = torch.float32, backward: bool = True) ->
     return OpBench(next(case for case in of_size(TINY) if case.op == name), dtype, CPU, backward)
 
 
-def _model(*lanes: str, **more: Any) -> ModelBench:
-    return ModelBench("vit", ARGUMENTS, 2, torch.float32, CPU, lanes, **more)
+def _model(*lanes: str, dtype: torch.dtype = torch.float32, **more: Any) -> ModelBench:
+    return ModelBench("vit", ARGUMENTS, 2, dtype, CPU, lanes, **more)
 
 
 OPS = [case.op for case in of_size(TINY)]
@@ -116,17 +116,18 @@ def test_a_step_leaves_the_weights_as_they_were_judged(update: bool) -> None:
     assert all(torch.equal(before[name], weight) for name, weight in bench.vit.named_parameters())
 
 
-def test_a_wrong_gradient_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.01), (torch.bfloat16, 1.1)], ids=["float32", "bf16"])
+def test_a_wrong_gradient_has_no_figure(dtype: torch.dtype, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without("ext")
     good = dispatch.OPS["linear"].implementations["ext"]
 
     def wrong(*args: Any) -> tuple[Tensor, ...]:
         dx, dweight, *rest = good.backward(*args)
-        return (dx, dweight * 1.01, *rest)
+        return (dx, dweight * factor, *rest)
 
     bad = dispatch.Implementation(good.forward, wrong, good.why_not)
     monkeypatch.setitem(dispatch.OPS["linear"].implementations, "ext", bad)
-    for bench in (_op("linear"), _model(OURS, "naive")):
+    for bench in (_op("linear", dtype), _model(OURS, "naive", dtype=dtype)):
         timed = measure(bench, EFFORT)
         assert timed[OURS].row["failed"].startswith("not timed, wrong: gradient of ")
         assert "weight: worst error" in timed[OURS].row["failed"]
