@@ -212,6 +212,21 @@ def test_a_subclass_with_the_stock_forward_is_fused() -> None:
     assert model.blocks[1].describe() == "a block"
 
 
+class Taken(timm.models.vision_transformer.Block):
+    """A subclass whose own method a fused module has a method of the same name for."""
+
+    def parts(self) -> str:
+        return "two"
+
+
+def test_a_subclass_whose_method_would_be_hidden_is_declined() -> None:
+    model = vit()
+    model.blocks[1] = Taken(48, 3)
+    reason = "its parts would be hidden by what a fused module calls so"
+    assert vk.explain(vk.fuse(model)).summary == f"2 of 3 blocks fused; block 1: {reason}"
+    assert model.blocks[1].parts() == "two"
+
+
 @pytest.mark.parametrize(
     ("arguments", "keywords", "error", "words"),
     [

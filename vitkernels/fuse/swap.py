@@ -47,6 +47,7 @@ class Fused(nn.Module):
 
     stock: ClassVar[type[nn.Module]]
     is_block: ClassVar[bool] = False  # whether it counts as a Transformer block
+    replaces: ClassVar[frozenset[str]] = frozenset({"forward"})  # the stock class's methods that the mixin has too
     _vitkernels: State
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -161,6 +162,14 @@ def _mixin(cls: type) -> type[Fused]:
 def _make(mixin: type[Fused], stock: type[nn.Module]) -> Fused:
     cls = fused_class(mixin, stock)
     return cls.__new__(cls)
+
+
+def hidden(module: nn.Module, mixin: type[Fused]) -> str | None:
+    """Which attributes of a stock module the mixin's own would hide from its users, in a sentence; None for none."""
+    bases = (base for base in mixin.__mro__ if issubclass(base, Fused))
+    names = {name for base in bases for name in vars(base)} - set(dir(nn.Module)) - mixin.replaces
+    taken = sorted(name for name in names if hasattr(module, name))
+    return f"its {', '.join(taken)} would be hidden by what a fused module calls so" if taken else None
 
 
 def swap(module: nn.Module, mixin: type[Fused]) -> Fused:

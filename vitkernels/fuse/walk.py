@@ -15,7 +15,7 @@ from vitkernels import dispatch
 from vitkernels.fuse import parts, rules
 from vitkernels.fuse.norm import FusedLayerNorm
 from vitkernels.fuse.probe import difference
-from vitkernels.fuse.swap import Fused, keep_scriptable, restore, swap
+from vitkernels.fuse.swap import Fused, hidden, keep_scriptable, restore, swap
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         declined = match.declined
         if declined is None and "forward" in vars(module) and not isinstance(module, Fused):
             declined = "a forward of its own, which another class would not change"
+        if declined is None and not isinstance(module, Fused):
+            declined = hidden(module, match.rule.mixin)
         if declined is None and not match.certain and not isinstance(module, Fused):
             declined = difference(module, match.rule.mixin, match.rule.keywords)
         yield Candidate(name, module, match, declined)
@@ -158,7 +160,7 @@ def _check_patterns(model: nn.Module, **given: str | Sequence[str] | None) -> No
 
 
 def _nothing(model: nn.Module, found: list[Candidate]) -> str:
-    reasons = "; ".join(f"{each.name}: {each.declined}" for each in found[:3])
+    reasons = "; ".join(f"{each.name or 'the model'}: {each.declined}" for each in found[:3])
     return (
         f"fuse: nothing to fuse in this {type(model).__name__}; needs attention, feed-forward or whole blocks of timm, "
         "transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch"

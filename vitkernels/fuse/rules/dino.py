@@ -82,6 +82,8 @@ class FusedMemEffAttention(FusedAttention):
 class FusedSelfAttention(FusedAttention):
     """dinov3.layers.attention.SelfAttention: rotary positions on the patches, in their own dtype."""
 
+    replaces = frozenset({"forward", "compute_attention"})
+
     def forward(self, x: Tensor, attn_bias: Any = None, rope: Rope | None = None) -> Tensor:
         if self.declines(x, lambda: self.why_not_now() or _biased(attn_bias)):
             return super(FusedAttention, self).forward(x, attn_bias, rope)
