@@ -23,6 +23,7 @@ LAYER_NORMS: dict[str, Callable[[nn.Module], bool]] = {
     "LayerNorm": lambda norm: not getattr(norm, "_fast_norm", False),
     "LayerNormFp32": lambda norm: True,
 }
+LINEARS: set[str] = set()  # those that make their bias at each call, and multiply as nn.Linear does
 LAYER_SCALES: dict[str, str] = {"LayerScale": "gamma"}  # the name of the parameter
 # How DropPath's factor of each sample is drawn: (module, tokens, dtype) -> [B]
 DROP_PATHS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Tensor]] = {}
@@ -138,9 +139,14 @@ def operand_dtype(first: nn.Module | None, x: Tensor) -> torch.dtype | None:
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
         return None
-    if first is not None and owner(first) in (nn.Linear, nn.MultiheadAttention) and obstacle("", first) is None:
+    if first is not None and _rounds(owner(first)) and obstacle("", first) is None:
         return dtype
     return torch.float32 if x.is_cuda else None
+
+
+def _rounds(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class round what they are given to autocast's dtype."""
+    return kind in (nn.Linear, nn.MultiheadAttention) or kind.__name__ in LINEARS
 
 
 # ------------------------------------------------------------------------------------------------------ activation

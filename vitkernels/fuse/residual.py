@@ -44,13 +44,26 @@ class Branch:
             an op that adds it on its way; None where it is in the branch, or where there is none.
         ops: the ops that `run` calls, for `explain`.
         first: the Linear that reads the normed tokens; None where a module gets them whole.
-        why_not: what of the branch is not fused.
+        reason: what of the branch is not fused, or how to find out: a call need not, `explain` does.
+        otherwise: the ops that `run` calls while something is not; the same by default.
     """
 
     run: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
     ops: str
     first: nn.Module | None = None
-    why_not: str | None = None
+    reason: str | Callable[[], str | None] | None = None
+    otherwise: str | None = None
+
+    @property
+    def why_not(self) -> str | None:
+        """What of the branch is not fused now, or None."""
+        return self.reason() if callable(self.reason) else self.reason
+
+    def part(self, name: str) -> Part:
+        """The row of `explain`."""
+        why_not = self.why_not
+        ops = self.ops if why_not is None or self.otherwise is None else self.otherwise
+        return Part(name, ops, why_not)
 
 
 @dataclass(slots=True)
@@ -72,7 +85,7 @@ class Sublayer:
         )
         why_not = next((reason for reason in reasons if reason is not None), None)
         residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
-        return [Part(self.name, self.branch.ops, self.branch.why_not), residual]
+        return [self.branch.part(self.name), residual]
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ def dropped(branch: Branch, dropout: nn.Module | None) -> Branch:
     """The branch with a Dropout after it, which is torch's own and draws as ever."""
     if dropout is None or parts.drops_nothing(dropout):
         return branch
-    return Branch(lambda x, split: (dropout(branch.run(x, False)[0]), None), branch.ops, branch.first, branch.why_not)
+    return dataclasses.replace(branch, run=lambda x, split: (dropout(branch.run(x, False)[0]), None))
 
 
 # ---------------------------------------------------------------------------------------------------- feed-forward

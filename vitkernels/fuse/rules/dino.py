@@ -20,6 +20,7 @@ from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, rotary, split_heads
 from vitkernels.fuse.swap import Fused, branch_of
 
+parts.LINEARS.add("LinearKMaskedBias")
 Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with samples and heads in front
 
 # ------------------------------------------------------------------------------------------------------- attention

@@ -79,8 +79,10 @@ class FusedAttention(Fused):
         def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
             return self.output(x, self.heads(x, **options), split)
 
-        linears = {name: attn._modules.get(name) for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")}
-        why_not = called(**{name: linear for name, linear in linears.items() if linear is not None})
+        def why_not() -> str | None:
+            linears = {name: attn._modules.get(name) for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")}
+            return called(**{name: linear for name, linear in linears.items() if linear is not None})
+
         return Branch(run, "linear, attention, linear", attn.qkv, why_not)
 
     def parts(self) -> list[Part]:
@@ -138,14 +140,15 @@ class FusedMlp(Fused):
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
         if parts.is_identity(mlp.norm):
-            inside = self.inside()
-            return Branch(self.output, "mlp" if inside is None else "linear, linear", mlp.fc1, inside)
-        why_not = parts.not_layer_norm("norm", mlp.norm) or called(fc1=mlp.fc1, fc2=mlp.fc2)
+            return Branch(self.output, "mlp", mlp.fc1, self.inside, "linear, linear")
+
+        def why_not() -> str | None:
+            return parts.not_layer_norm("norm", mlp.norm) or called(fc1=mlp.fc1, fc2=mlp.fc2)
+
         return Branch(self.output, "linear, activation of torch, add_layer_norm, linear", mlp.fc1, why_not)
 
     def parts(self) -> list[Part]:
-        branch = self.branch()
-        return [Part("", branch.ops, branch.why_not)]
+        return [self.branch().part("")]
 
 
 class FusedGluMlp(FusedMlp):
@@ -161,7 +164,7 @@ class FusedGluMlp(FusedMlp):
 
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
-        return Branch(self.output, "linear, gate of torch, linear", mlp.fc1, called(fc1=mlp.fc1, fc2=mlp.fc2))
+        return Branch(self.output, "linear, gate of torch, linear", mlp.fc1, lambda: called(fc1=mlp.fc1, fc2=mlp.fc2))
 
 
 class FusedSwiGLU(FusedGluMlp):
@@ -173,8 +176,12 @@ class FusedSwiGLU(FusedGluMlp):
 
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
-        why_not = called(fc1_g=mlp.fc1_g, fc1_x=mlp.fc1_x, fc2=mlp.fc2)
-        return Branch(self.output, "linear, gate of torch, linear", mlp.fc1_x, why_not)
+        return Branch(
+            self.output,
+            "linear, gate of torch, linear",
+            mlp.fc1_x,
+            lambda: called(fc1_g=mlp.fc1_g, fc1_x=mlp.fc1_x, fc2=mlp.fc2),
+        )
 
 
 class FusedGeGluMlp(FusedGluMlp):
@@ -190,8 +197,12 @@ class FusedGeGluMlp(FusedGluMlp):
 
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
-        why_not = called(w0=mlp.w0, w1=mlp.w1, w2=mlp.w2)
-        return Branch(self.output, "add_layer_norm, linear, gate of torch, linear", None, why_not)
+        return Branch(
+            self.output,
+            "add_layer_norm, linear, gate of torch, linear",
+            None,
+            lambda: called(w0=mlp.w0, w1=mlp.w1, w2=mlp.w2),
+        )
 
 
 _MLP = ("act", "drop1", "norm", "fc2", "drop2")

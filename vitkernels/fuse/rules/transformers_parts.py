@@ -257,12 +257,10 @@ class FusedMlp(Fused):
 
     def branch(self, **options: Any) -> Branch:
         first, act, last = (getattr(self, name) for name in self.names)
-        why_not = sublayers.not_mlp(first, act, last)
-        return Branch(self.run, "mlp" if why_not is None else "linear, linear", first, why_not)
+        return Branch(self.run, "mlp", first, lambda: sublayers.not_mlp(first, act, last), "linear, linear")
 
     def parts(self) -> list[Part]:
-        branch = self.branch()
-        return [Part("", branch.ops, branch.why_not)]
+        return [self.branch().part("")]
 
 
 class FusedUpDownMlp(FusedMlp):
