@@ -236,6 +236,20 @@ def test_outputs_of_transformers() -> None:
     assert {"output.last_hidden_state", "output.hidden_states[1]"} <= {row.name for row in found.rows}
 
 
+def test_an_output_that_is_a_buffer_keeps_its_value() -> None:
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.count += 1
+            return super().forward(x), self.count
+
+    model = Counting(4, 4)
+    model.register_buffer("count", torch.zeros(1))
+    found = vk.verify(model, torch.randn(2, 4))
+    assert found.ok, found
+    assert [row.size.worst for row in found.rows if row.name == "output[1]"] == [1.0]
+    assert model.count == 0
+
+
 def test_one_tensor_given_twice_stays_one() -> None:
     class Same(nn.Linear):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

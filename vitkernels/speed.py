@@ -168,7 +168,8 @@ def measure(
             for _ in range(WARM_UP):
                 lane.attempt(step)
         lane.backends = sorted({call.backend for call in calls})
-        steps[name] = step
+        if lane.failed is None:  # else its model is let go
+            steps[name] = step
     for name, step in steps.items():
         lanes[name].memory = lanes[name].attempt(functools.partial(peak_memory, step, device))
     say(f"timing {rounds} rounds")

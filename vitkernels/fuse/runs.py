@@ -110,7 +110,9 @@ def run(model: nn.Module, batch: Batch, *, wide: bool = False) -> Run:
         end = _random_states(indices)
     if batch.loss is not None:
         outputs["loss"] = loss
-    return Run({name: each.detach().cpu() for name, each in outputs.items()}, gradients, start, end)
+    # copies: an output may be a buffer, which takes its value back
+    kept = {name: each.detach().to("cpu", copy=True) for name, each in outputs.items()}
+    return Run(kept, gradients, start, end)
 
 
 @contextlib.contextmanager
