@@ -1,6 +1,7 @@
 """Times this machine: `python -m bench.run`, the benches under pytest, into bench/results/<device>.json.
 
-Further options are pytest's: `-k attention`, `--benchmark-json=FILE`.
+Prints the tables of the file, ratios and shares of the limit. Further options are pytest's: `-k attention`,
+`--benchmark-json=FILE`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import machine, scaling, tables
+from bench.store import RESULTS, read
 from bench.suites import NAMES
 
 QUICK_SECONDS = 100.0  # after so many no further case begins: two minutes in all
@@ -23,13 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the suite that ends within two minutes")
     parser.add_argument("--out", type=Path, help="results file")
     known, others = parser.parse_known_args(arguments)
-    options = [f"--suite={'quick' if known.quick else known.suite}"]
+    out = known.out or RESULTS / f"{machine.slug(machine.device())}.json"
+    options = [f"--suite={'quick' if known.quick else known.suite}", f"--out={out}", "--benchmark-quiet"]
     if known.quick:
         options.append(f"--limit={QUICK_SECONDS}")
-    if known.out is not None:
-        options.append(f"--out={known.out}")
-    columns = "--benchmark-columns=median,iqr,rounds"
-    return int(pytest.main([str(Path(__file__).with_name("test_bench.py")), columns, *options, *others]))
+    code = pytest.main([str(Path(__file__).with_name("test_bench.py")), *options, *others])
+    if out.exists():
+        content = read(out)
+        made = (table(content) for table in (tables.models, tables.ops, scaling.growth))
+        print("", f"Ceilings: {tables.ceilings(content)}.", *made, sep="\n")
+    return int(code)
 
 
 if __name__ == "__main__":
