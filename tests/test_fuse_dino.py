@@ -112,8 +112,10 @@ def test_the_adds_run_with_the_norms_that_follow_them() -> None:
     model = vk.fuse(encoder(dino.NestedTensorBlock, attn_class=dino.MemEffAttention))
     with vk.record() as calls:
         model(tokens(2, 10), tokens(3, 5))
-    sums = [call for call in calls if call.op == "add_layer_norm"]
-    assert len(sums) == 2 * (1 + 2 * 2), "for each crop the first norm, and one for each add"
+    assert sum(call.op == "add_layer_norm" for call in calls) == 2 * (1 + 2 * 2), "for each crop a norm and four adds"
+    with vk.record() as compiled:
+        torch.compile(model, fullgraph=True, backend="aot_eager")(tokens(2, 10), tokens(3, 5))
+    assert [call.op for call in compiled] == [call.op for call in calls]
 
 
 def test_weights_may_come_after_fuse() -> None:
@@ -129,6 +131,20 @@ def test_weights_may_come_after_fuse() -> None:
         got = model(x, ropes=rope(3))
     torch.testing.assert_close(got, own(x, ropes=rope(3)), atol=1e-5, rtol=1e-5)
     assert {call.op for call in calls} == ROPED
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_compile_and_export(version: int) -> None:
+    x, keywords = tokens().detach(), {} if version == 2 else {"ropes": rope(3)}
+    model = encoder(init_values=0.3) if version == 2 else dinov3(init_values=0.3)
+    expected = model.eval()(x, **keywords)
+    vk.fuse(model)
+    with vk.record() as calls:
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x, **keywords)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert sum(call.op == "add_layer_norm" for call in calls) == 1 + 2 * 2
+    program = torch.export.export(model, (x,), keywords)
+    torch.testing.assert_close(program.module()(x, **keywords), expected, atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ random in training

@@ -126,6 +126,27 @@ def test_patches_are_dropped_as_ever() -> None:
     torch.testing.assert_close(model.encode_image(image), own, atol=1e-5, rtol=1e-5)
 
 
+def test_compile_and_export() -> None:
+    model, both = clip().eval(), inputs()
+    expected = model(*both)
+    vk.fuse(model)
+    with vk.record() as calls:
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(*both)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert sum(call.op == "add_layer_norm" for call in calls) == 2 * (1 + 2 * 2)
+    program = torch.export.export(model, both)
+    torch.testing.assert_close(program.module()(*both), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing() -> None:
+    model, both = clip(), inputs()
+    expected = fused.output_and_gradients(model, both)
+    vk.fuse(model).set_grad_checkpointing()
+    got = fused.output_and_gradients(model, both)
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+
+
 def test_coca() -> None:
     """Its text has a class token and masks of one for each sample; its decoder looks at the image's tokens."""
     model = coca_model.CoCa(

@@ -111,6 +111,18 @@ def test_recorder_and_extractor_see_what_they_hook() -> None:
     assert vk.explain(model).summary == WHOLE
 
 
+def test_compile_and_export() -> None:
+    model, x = build("vit.ViT", **SQUARE).eval(), torch.randn(IMAGE)
+    expected = model(x)
+    vk.fuse(model)
+    with vk.record() as calls:
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert sum(call.op == "add_layer_norm" for call in calls) == 1 + 2 * 2
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- what looks alike
 
 
