@@ -39,7 +39,11 @@ def load(p, o_row, m_row, stride_n, stride_k, K: tl.constexpr, ALIGN: tl.constex
     for i in tl.static_range(len(WIDTHS)):
         o_k = begin_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
         if m_row is not None:
-            block = tl.load(p_row + (tl.cast(o_k, tl.int64) * stride_k)[None, :], mask=m_row[:, None] & (o_k < K)[None, :], other=0.0)
+            block = tl.load(
+                p_row + (tl.cast(o_k, tl.int64) * stride_k)[None, :],
+                mask=m_row[:, None] & (o_k < K)[None, :],
+                other=0.0,
+            )
         elif begin_of(WIDTHS, i + 1) > K:
             block = tl.load(p_row + (tl.cast(o_k, tl.int64) * stride_k)[None, :], mask=(o_k < K)[None, :], other=0.0)
         else:
