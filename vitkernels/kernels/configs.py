@@ -227,8 +227,8 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
         AttentionShort(64, 96, AttentionTile(32, 64, 4)),
         AttentionShort(64, 128, AttentionTile(32, 64, 4, 1)),
         AttentionShort(128, 128, AttentionTile(32, 128, 8)),
-        # 8 bytes by triton 3.6, 8 or 16 by 3.7; none in tiles of 16 queries, which feed the tensor cores half as well
-        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=16)),
+        # 8 bytes by triton 3.6, 8 to 24 by 3.7; none in tiles of 16 queries, which feed the tensor cores half as well
+        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=24)),
     ),
     100: (
         AttentionShort(64, 128, AttentionTile(32, 64, 4)),
