@@ -34,10 +34,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class Session:
     """Measures each case once, for all its lanes, and keeps their rows."""
 
-    def __init__(self, suite: str, out: Path | None, limit: float) -> None:
+    def __init__(self, out: Path | None, limit: float) -> None:
         self.device = machine.device()
         self.deadline = time.monotonic() + limit
-        head = {**machine.describe(self.device), "suite": suite, "absent": peers.absent()}
+        head = {**machine.describe(self.device), "absent": peers.absent()}
         self.store = Store(out or RESULTS / f"{machine.slug(self.device)}.json", head)
         self._key: Key | None = None
         self._timed: dict[str, Timed] = {}
@@ -69,4 +69,4 @@ class Session:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Session:
     option = request.config.getoption
-    return Session(option("suite"), option("out"), option("limit"))
+    return Session(option("out"), option("limit"))

@@ -111,7 +111,7 @@ def report(results: Results) -> str:
             "Ops": tables.ops(content),
             "How cost grows": scaling.growth(content),
             "Every lane": f"{tables.lanes(content)}\n",
-            "No figure, or an inexact peer": f"{tables.wrong(content)}\n",
+            "No figure, or one with a remark": f"{tables.wrong(content)}\n",
         }
         parts += [f"### {title}\n\n{text or 'Not yet measured.' + chr(10)}" for title, text in sections.items()]
         parts += [f"![{title}]({name}-{kind}.png)\n" for title, (kind, make) in plots.PICTURES.items() if make(content)]

@@ -24,6 +24,7 @@ from vitkernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import machine, peers, zoo
+from bench.conftest import Session
 from bench.measure import LOOSE, OURS, Effort, Key, Lane, Truth, judge, measure
 from bench.models import ModelBench
 from bench.ops import OpBench, Size, of_size
@@ -258,6 +259,15 @@ def test_absent_packages_are_listed() -> None:
         "transformers",
         "xformers",
     }
+
+
+def test_no_case_begins_after_the_limit(tmp_path: Path) -> None:
+    (plan, *_) = plans("smoke", CPU)
+    key = plan.make().key
+    out = tmp_path / "results.json"
+    with pytest.raises(pytest.skip.Exception, match="out of time"):
+        Session(out, limit=-1.0).timed(plan, key, OURS)
+    assert len(Session(out, limit=60.0).timed(plan, key, OURS).samples) == 3
 
 
 def test_pytest_benchmark_replays_what_was_measured(tmp_path: Path) -> None:

@@ -76,6 +76,12 @@ def test_a_wrong_case_has_no_figure_in_the_report() -> None:
     assert "| eager 8 ms |  | not timed, wrong: gradient of w1: worst error 2 |" in text
 
 
+def test_ours_on_the_reference_is_said() -> None:
+    ours = row(OP, OURS, 1.0, backends=["ext", "reference"])
+    assert tables.wrong(content(ours)) == f"- {OP}: {OURS}: ran on the plain-torch reference"
+    assert tables.wrong(content(row(OP, OURS, 1.0))) == "None."
+
+
 def test_a_gpu_in_the_results_takes_the_place_of_not_yet_measured() -> None:
     cpu, gpu = content(*case(OP, 1.0, eager=2.0)), content(*case(OP, 0.5, eager=2.0), kind="cuda", device="Chip")
     block = report.BLOCKS["ops"]
