@@ -81,12 +81,11 @@ def mlp_branch(
     names: tuple[str, str] = ("fc1", "fc2"),
 ) -> Branch:
     """`mlp` as the branch of a residual step; `names` are what its block calls the two Linears."""
-    inside = not_mlp(fc1, act, fc2, dropout, names)
 
     def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
         return mlp(x, fc1, act, fc2, dropout, split)
 
-    return Branch(run, "mlp" if inside is None else "linear, linear", fc1, inside)
+    return Branch(run, "mlp", fc1, lambda: not_mlp(fc1, act, fc2, dropout, names), "linear, linear")
 
 
 # ------------------------------------------------------------------------------------------------------- attention

@@ -45,8 +45,10 @@ class FusedAttention(Fused):
         def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
             return parts.last_linear(attn.proj, self.attend(_project(attn.qkv, x), **options), split)
 
-        why_not = None if _is_masked(attn.qkv) else called(qkv=attn.qkv)
-        branch = Branch(run, "linear, attention, linear", attn.qkv, why_not or called(proj=attn.proj))
+        def why_not() -> str | None:
+            return (None if _is_masked(attn.qkv) else called(qkv=attn.qkv)) or called(proj=attn.proj)
+
+        branch = Branch(run, "linear, attention, linear", attn.qkv, why_not)
         return dropped(branch, getattr(attn, "proj_drop", None))
 
     def attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
@@ -54,8 +56,8 @@ class FusedAttention(Fused):
         return ops.attention_qkv(qkv, self.num_heads, is_causal=is_causal)  # type: ignore[arg-type]
 
     def parts(self) -> list[Part]:
-        branch, why_not = self.branch(), self.why_not_now()
-        return [Part("", "" if why_not else branch.ops, why_not or branch.why_not)]
+        why_not = self.why_not_now()
+        return [Part("", "", why_not) if why_not else self.branch().part("")]
 
     def _whole(self, x: Tensor, **options: Any) -> Tensor:
         with self.backend():
@@ -157,8 +159,7 @@ class FusedMlp(Fused):
         return dropped(mlp_branch(mlp.fc1, mlp.act, mlp.fc2, mlp.drop), mlp.drop)
 
     def parts(self) -> list[Part]:
-        branch = self.branch()
-        return [Part("", branch.ops, branch.why_not)]
+        return [self.branch().part("")]
 
 
 class FusedSwiGLU(FusedMlp):
@@ -177,7 +178,7 @@ class FusedSwiGLU(FusedMlp):
         packed = getattr(ffn, "w12", None) is not None
         names = ("w12", "w3") if packed else ("w1", "w2", "w3")
         linears = {name: getattr(ffn, name) for name in names}
-        return Branch(run, "linear, gate of torch, linear", linears[names[0]], called(**linears))
+        return Branch(run, "linear, gate of torch, linear", linears[names[0]], lambda: called(**linears))
 
 
 # ----------------------------------------------------------------------------------------------------------- block
@@ -224,8 +225,7 @@ class FusedBlock(Fused):
         why_not = self.why_not_now()
         if why_not is None:
             return [part for sublayer in self._sublayers() for part in sublayer.parts()]
-        branches = [Part(each.name, each.branch.ops, each.branch.why_not) for each in self._sublayers()]
-        return [Part("residual", "", why_not), *branches]
+        return [Part("residual", "", why_not), *(each.branch.part(each.name) for each in self._sublayers())]
 
 
 class FusedNestedTensorBlock(FusedBlock):

@@ -6,6 +6,7 @@ Its LayerNorm answers in its input's dtype; what follows it multiplies in autoca
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class FusedAttention(Fused):
             heads = parts.layer_norm(attn.ln_inner, self._heads(x, _taking_part(attn, attn_mask)))
             return parts.last_linear(attn.out_proj, heads, split)
 
-        branch = Branch(run, "linear, attention, linear", None, called(out_proj=attn.out_proj))
+        branch = Branch(run, "linear, attention, linear", None, lambda: called(out_proj=attn.out_proj))
         return dropped(branch, attn.out_drop)
 
     def _heads(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -67,8 +68,8 @@ class FusedAttention(Fused):
         return join_heads(out if attn.head_scale is None else out * attn.head_scale)
 
     def parts(self) -> list[Part]:
-        branch, why_not = self.branch(), self.why_not_now()
-        return [Part("", "" if why_not else branch.ops, why_not or branch.why_not)]
+        why_not = self.why_not_now()
+        return [Part("", "", why_not) if why_not else self.branch().part("")]
 
 
 def _not_mask(attn: Any, x: Tensor, mask: Tensor | None) -> str | None:
@@ -127,7 +128,7 @@ def _feed_forward(mlp: Any) -> Branch:
         return Branch(lambda x, split: (mlp(x), None), "", None, why_not)
     inner = getattr(mlp, "ln", None)
     if inner is None or parts.is_identity(inner):
-        return mlp_branch(mlp.c_fc, mlp.gelu, mlp.c_proj)
+        return mlp_branch(mlp.c_fc, mlp.gelu, mlp.c_proj, names=("c_fc", "c_proj"))
 
     def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
         hidden = parts.layer_norm(inner, mlp.gelu(parts.linear(mlp.c_fc, x)))
@@ -178,11 +179,8 @@ class FusedCustomBlock(_FusedBlock):
         branch = branch_of("attn", block.attn, **options)
         if parts.is_identity(block.ln_attn):
             return branch
-        return Branch(
-            lambda x, split: (parts.layer_norm(block.ln_attn, branch.run(x, False)[0]), None),
-            branch.ops,
-            branch.first,
-            branch.why_not,
+        return dataclasses.replace(
+            branch, run=lambda x, split: (parts.layer_norm(block.ln_attn, branch.run(x, False)[0]), None)
         )
 
 

@@ -35,9 +35,11 @@ class _NormedBranch(Fused):
             return branch.run(normalise(x, self.norm_module(), branch.first), False)[0]
 
     def parts(self) -> list[Part]:
-        branch, why_not = self.branch(), self.why_not_now()
+        why_not = self.why_not_now()
+        if why_not is not None:
+            return [Part("", "", why_not)]
         norm = parts.not_layer_norm("norm", self.norm_module())
-        return [Part("", "" if why_not else branch.ops, why_not or norm or branch.why_not)]
+        return [Part("norm", "" if norm else "add_layer_norm", norm), self.branch().part("")]
 
 
 def _not_tokens(x: Tensor) -> str | None:
@@ -67,8 +69,11 @@ class FusedAttention(_NormedBranch):
             heads = ops.attention_qkv(parts.linear(attn.to_qkv, x), attn.heads, scale=attn.scale)
             return parts.last_linear(projection, heads, split)
 
-        linears = {"to_qkv": attn.to_qkv} | ({} if parts.is_identity(projection) else {"to_out": projection})
-        return dropped(Branch(run, "linear, attention, linear", attn.to_qkv, called(**linears)), dropout)
+        def why_not() -> str | None:
+            unread = None if parts.is_identity(projection) else called(to_out=projection)
+            return called(to_qkv=attn.to_qkv) or unread
+
+        return dropped(Branch(run, "linear, attention, linear", attn.to_qkv, why_not), dropout)
 
 
 def _projection(out: nn.Module) -> tuple[nn.Module, nn.Module | None]:
