@@ -24,8 +24,9 @@ from vitkernels.nn import PRESETS, VisionTransformer
 # The batch is run whole, and judged by what its first samples say of every weight: float64 activations of all of them
 # do not fit everywhere.
 JUDGED = 2
-# Gradients of a bias on k are 0 and come out as rounding of what is beside them: of this share of the largest gradient.
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# A gradient that is the difference of larger ones (of q and k, where attention is nearly even; 0 for a bias on k) comes
+# out as their rounding: of this share of the largest gradient.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 class ModelBench:
