@@ -72,7 +72,9 @@ def test_encoder_in_every_layout(norm_first: bool, batch_first: bool, activation
 
 
 @pytest.mark.parametrize(("norm_first", "batch_first"), LAYOUTS)
-@pytest.mark.parametrize("options", [{"bias": False}, {"layer_norm_eps": 0.1}, {"activation": F.silu}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bias": False}, {"layer_norm_eps": 0.1}, {"activation": F.silu}], ids=["no bias", "eps", "silu"]
+)
 def test_options_of_a_lone_layer(norm_first: bool, batch_first: bool, options: dict[str, Any]) -> None:
     layer = layer_of(norm_first=norm_first, batch_first=batch_first, **options)
     fused.stir(layer)

@@ -45,7 +45,9 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"representation_size": 24}, {"norm_layer": partial(nn.LayerNorm, eps=0.1)}], ids=list
+    "options",
+    [{}, {"representation_size": 24}, {"norm_layer": partial(nn.LayerNorm, eps=0.1)}],
+    ids=["plain", "pre-logits", "eps"],
 )
 def test_output_and_every_gradient(options: dict[str, Any], training: bool) -> None:
     model = vit(**options).train(training)
