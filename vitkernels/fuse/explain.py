@@ -12,6 +12,9 @@ from torch import nn
 from vitkernels import dispatch
 from vitkernels.fuse import parts
 from vitkernels.fuse.swap import Fused
+from vitkernels.nn import Block
+
+_OWN_PARTS = (("attn", "linear, attention, linear"), ("mlp", "mlp"), ("residual", "add_layer_norm"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,9 @@ def explain(model: nn.Module) -> Explanation:
                 Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in module.parts()
             ]
             inner = module.block_names(module)
+        elif isinstance(module, Block):  # vitkernels' own
+            found = [Row(name, part, served, _backend(module), None) for part, served in _OWN_PARTS]
+            inner = [""]
         elif name in known:
             inner = known[name].match.rule.mixin.block_names(module)
             reason = known[name].declined or "not fused"
@@ -125,7 +131,7 @@ def explain(model: nn.Module) -> Explanation:
         rows += found
         for block in (_join(name, each) for each in inner):
             blocks[block] = next((row.why_not for row in found if row.module == block and row.why_not), None)
-        if isinstance(module, Fused) and inner:
+        if isinstance(module, Fused | Block) and inner:
             inside = (*inside, f"{name}." if name else "")
     return Explanation(rows, blocks, fallbacks)
 
@@ -134,10 +140,10 @@ def _join(name: str, inner: str) -> str:
     return ".".join(filter(None, (name, inner)))
 
 
-def _backend(module: Fused) -> str:
+def _backend(module: nn.Module) -> str:
     """The first backend in the module's order that is there."""
     weight = next(module.parameters(), torch.empty(0))
-    order = module._vitkernels.backends or dispatch.order(weight.device.type)
+    order = (isinstance(module, Fused) and module._vitkernels.backends) or dispatch.order(weight.device.type)
     return next((backend for backend in order if dispatch.why_not(backend) is None), "none")
 
 

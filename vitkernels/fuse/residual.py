@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse import parts
+from vitkernels.ops._amp import autocast_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,9 @@ def pre_norm(
         x: the residual stream.
         sublayers: the block's steps, in order.
         border: what follows the block, where that is known.
-        dtype: of the residual stream; None leaves it as the modules one by one would have it.
+        dtype: of the residual stream under autocast; None leaves it as the modules one by one would have it.
     """
+    dtype = _stream_dtype(x, dtype)
     if dtype is not None:
         x = x.to(dtype)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
@@ -121,12 +123,18 @@ def pre_norm(
 
 def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | None = None) -> Tensor:
     """x = norm(x + drop_path(scale(branch(x)))) for each sub-layer, [B, N, D] to the same; dtype as in `pre_norm`."""
+    dtype = _stream_dtype(x, dtype)
     if dtype is not None:
         x = x.to(dtype)
     for sublayer in sublayers:
         total, normed = _step(x, sublayer, x, Border(sublayer.norm), widen=dtype is None, out_dtype=dtype)
         x = parts.layer_norm(sublayer.norm, total) if normed is None else normed
     return x
+
+
+def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to keep the stream in; None as it is: without autocast, products take what they are given."""
+    return None if autocast_dtype(x) is None or x.dtype == torch.float64 else dtype
 
 
 def normalise(x: Tensor, norm: nn.Module, first: nn.Module | None = None) -> Tensor:

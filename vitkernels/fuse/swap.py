@@ -180,6 +180,11 @@ def swap(module: nn.Module, mixin: type[Fused]) -> Fused:
     return module
 
 
+def is_swapped(module: Fused) -> bool:
+    """Whether the module still has the class that `swap` gave it."""
+    return _classes.get((_mixin(type(module)), module.stock)) is type(module)
+
+
 def restore(module: nn.Module) -> None:
     """Give the module its own class back, in place; one that is not fused stays as it is."""
     if isinstance(module, Fused):

@@ -15,7 +15,10 @@ from vitkernels import dispatch
 from vitkernels.fuse import parts, rules
 from vitkernels.fuse.norm import FusedLayerNorm
 from vitkernels.fuse.probe import difference
-from vitkernels.fuse.swap import Fused, hidden, keep_scriptable, restore, swap
+from vitkernels.fuse.swap import Fused, hidden, is_swapped, keep_scriptable, restore, swap
+from vitkernels.nn import Attention, Block, Mlp, PatchEmbed
+
+OWN = (Attention, Block, Mlp, PatchEmbed)  # built on the ops already
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ def fuse(
     Args:
         model: with blocks of timm, transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch in it;
             on any device, before or after it is wrapped, compiled or loaded.
-        residual_dtype: torch.bfloat16 keeps the tokens between sub-layers in bfloat16 (less memory traffic, other
-            numbers); None keeps what the model has.
+        residual_dtype: torch.bfloat16 keeps the tokens between sub-layers in bfloat16 under autocast (less memory
+            traffic, other numbers); None keeps what the model has. Without autocast it changes nothing.
         backend: the backend that serves it, or several in order; None leaves it to `use`. Compiled code follows `use`.
         only: a pattern, or several, of module names ("blocks.[0-5]*"); modules that match none stay as they are.
         skip: the same for modules that stay as they are.
@@ -69,7 +72,7 @@ def fuse(
     found = [each for each in candidates(model) if _chosen(each.name, only, skip)]
     _check_patterns(model, only=only, skip=skip)
     fusable = [each for each in found if each.declined is None]
-    if not fusable:
+    if not fusable and not any(isinstance(module, OWN) for module in model.modules()):
         raise ValueError(_nothing(model, found))
     before = [each.module for each in fusable if not isinstance(each.module, Fused)]
     for each in fusable:
@@ -96,18 +99,25 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no Module.
+        RuntimeError: a fused module's class was changed again (a parametrization, say); nothing was undone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, Fused) and not is_swapped(module):
+            raise RuntimeError(
+                f"unfuse: '{name}' was made a {type(module).__name__} after it was fused; needs that to be undone first"
+            )
     for module in model.modules():
         restore(module)
     return model
 
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Every module of the model that a rule knows, fused or not."""
+    """Every module of the model that a rule knows, fused or not; `vitkernels.nn`'s own are what they should be."""
+    own = {inner for module in model.modules() if isinstance(module, OWN) for inner in module.modules()}
     for name, module in model.named_modules():
-        match = rules.match(module)
+        match = None if module in own else rules.match(module)
         if match is None:
             continue
         declined = match.declined
