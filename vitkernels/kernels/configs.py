@@ -231,7 +231,8 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
         AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=24)),
     ),
     100: (
-        AttentionShort(64, 128, AttentionTile(32, 64, 4)),
+        AttentionShort(64, 64, AttentionTile(32, 64, 4)),
+        AttentionShort(64, 128, AttentionTile(32, 64, 4, 1)),
         AttentionShort(128, 96, AttentionTile(32, 128, 8, 1)),
         AttentionShort(128, 128, AttentionTile(16, 128, 8)),
         AttentionShort(256, 64, AttentionTile(16, 256, 8)),
