@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accuracy
 import pytest
@@ -204,6 +205,38 @@ def test_a_lane_that_fails_is_a_row_with_its_reason() -> None:
     assert timed["broken"].row["failed"] == "RuntimeError: no more of this"
     assert timed["broken"].samples == []
     assert len(timed["a"].samples) == len(timed["b"].samples) == 9
+
+
+class Event:
+    """A CUDA event on a clock that moves by what `Logged` lanes were called."""
+
+    calls: ClassVar[list[tuple[str, int]]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.calls)
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return 3.0 * (end.at - self.at)  # milliseconds
+
+
+def test_ops_on_a_gpu_have_device_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    monkeypatch.setattr(machine, "clock", lambda device: time.perf_counter())
+    monkeypatch.setattr(machine, "peak_memory", lambda step, device: 0)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 2**20)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", held.append)
+    bench = Logged(("a", "b"), device=torch.device("cuda"), calls=Event.calls)
+    timed = measure(bench, EFFORT)
+    assert [timed[name].row["device_seconds"] for name in "ab"] == pytest.approx([0.003, 0.003])
+    assert len(held) == 10
+    assert min(held) > 1e6, "the GPU waits until all calls are in its queue"
+    assert "device_seconds" not in measure(Logged(("a",)), EFFORT)["a"].row
 
 
 @pytest.mark.parametrize("op", OPS)
