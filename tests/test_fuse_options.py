@@ -81,6 +81,9 @@ def test_residual_dtype(init_values: float | None) -> None:
     got.float().square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
     seen.clear()
+    assert model(x).dtype == torch.float32
+    assert seen == [torch.float32] * 3, "without autocast products take what they are given"
+    seen.clear()
     vk.fuse(model)
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
