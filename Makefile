@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo compare report audit audit-short tune gpu lint test test-asan clean
+.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short tune gpu lint test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,10 @@ bench-scaling: .venv/.built ## how cost grows with tokens, batch, width and dept
 
 bench-demo: .venv/.built ## the demo with timm beside it, and the seconds to 97 % accuracy
 	$(PY) -m bench.training
+	$(PY) -m bench.report
+
+bench-coverage: .venv/.built ## how many of timm's registered models vk.fuse serves (about ten minutes)
+	$(PY) -m bench.coverage
 	$(PY) -m bench.report
 
 compare: .venv/.built ## time quickly and list what is slower than in BASE=<results.json>; exit code 1

@@ -54,7 +54,8 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Of the {len(models)} models that timm {content['timm']} registers, `vk.fuse` fuses {counts['whole']} at "
-            f"all their blocks, and {without} have no Transformer blocks of a kind that it looks for. Why the rest is not:",
+            f"all their blocks, and {without} have no Transformer blocks of a kind that it looks for. Why the rest is "
+            "not:",
             "",
             "| first reason | models |",
             "| --- | ---: |",
@@ -67,9 +68,11 @@ def table(content: dict[str, Any]) -> str:
 
 def main() -> int:
     """Build and fuse every registered model, and write what came of it."""
-    from tests.peers import import_timm
+    from vitkernels.models import import_torchvision
 
-    timm = import_timm()
+    import_torchvision()
+    import timm
+
     logging.disable(logging.WARNING)
     found: dict[str, dict[str, Any]] = {}
     names = [name for name in timm.list_models() if not sys.argv[1:] or re.search(sys.argv[1], name)]
