@@ -1,7 +1,7 @@
 """Times this machine: `python -m bench.run`, the benches under pytest, into bench/results/<device>.json.
 
-Prints the tables of the file, ratios and shares of the limit. Further options are those of pytest bench/: `-k attention`,
-`--limit=SECONDS`, `--benchmark-json=FILE`.
+Prints the tables of the file, ratios and shares of the limit. Further options are those of `pytest bench/`:
+`-k attention`, `--limit=SECONDS`, `--benchmark-json=FILE`.
 """
 
 from __future__ import annotations
