@@ -210,6 +210,29 @@ def test_tokens_of_the_other_tower() -> None:
     assert vk.explain(one).fallbacks == {"": {"called with other keys than values": 1}}
 
 
+class Doubling(nn.Module):
+    """Somebody's own attention, with no more arguments than a block gives it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool, attn_mask: Tensor | None) -> Any:
+        return 2 * q, None
+
+
+class CustomDoubling(nn.Module):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_another_attention_in_its_place_is_called_as_the_block_calls_it(custom: bool) -> None:
+    one = transformer.CustomResidualAttentionBlock(WIDTH, HEADS, mlp_ratio=2) if custom else block()
+    one.attn = CustomDoubling() if custom else Doubling()
+    explanation = fused.check_parity(
+        one, (tokens(2, 5),), {"attn_mask": torch.zeros(5, 5)}, ops={"add_layer_norm", "mlp"}
+    )
+    name = type(one.attn).__name__
+    assert explanation.summary == f"0 of 1 blocks fused; block 0: attn is {name}, which is not fused"
+
+
 def test_scaled_cosine_attention_is_named() -> None:
     attention = transformer.Attention(WIDTH, HEADS, scaled_cosine=True)
     assert vk.explain(vk.fuse(attention)).rows[0].why_not == "scaled cosine attention"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse import parts
-from vitkernels.fuse.multihead import Masks, attention_branch, not_call
+from vitkernels.fuse.multihead import NO_MASKS, Masks, not_call
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, split_heads
@@ -98,8 +98,8 @@ class _FusedBlock(Fused):
 
     is_block = True
 
-    def first_branch(self, **options: Any) -> Branch:
-        """The attention's."""
+    def first_branch(self) -> Branch:
+        """The attention's; a call's masks are keywords."""
         raise NotImplementedError
 
     def stream(self, x: Tensor, **options: Any) -> Tensor:
@@ -150,6 +150,8 @@ class FusedResidualAttentionBlock(_FusedBlock):
         def why_not() -> str | None:
             if crosses and k_x is not v_x:
                 return "called with other keys than values"
+            if not isinstance(block.attn, nn.MultiheadAttention):
+                return None
             return not_call(block.attn, q_x, k_x if crosses and k_x is not None else q_x, masks)
 
         if self.declines(q_x, why_not):
@@ -158,8 +160,13 @@ class FusedResidualAttentionBlock(_FusedBlock):
             memory = parts.layer_norm(block.ln_1_kv, k_x) if crosses and k_x is not None else None
             return self.stream(q_x, masks=masks, memory=memory)
 
-    def first_branch(self, **options: Any) -> Branch:
-        return attention_branch("attn", self.attn, **options)  # type: ignore[arg-type]
+    def first_branch(self, masks: Masks = NO_MASKS, memory: Tensor | None = None) -> Branch:
+        block: Any = self
+
+        def call(x: Tensor) -> Tensor:
+            return block.attention(q_x=x, k_x=memory, v_x=memory, attn_mask=masks.attn_mask)
+
+        return branch_of("attn", block.attn, call, masks=masks, memory=memory)
 
     def entry(self) -> Border:
         return Border(self.ln_1, self.attn)  # type: ignore[arg-type]
@@ -170,7 +177,8 @@ class FusedCustomBlock(_FusedBlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         block: Any = self
-        if self.declines(x, lambda: _not_mask(block.attn, x, attn_mask)):
+        fused = isinstance(block.attn, FusedAttention)
+        if self.declines(x, lambda: _not_mask(block.attn, x, attn_mask) if fused else None):
             return super().forward(x, attn_mask)
         return self.stream(x, attn_mask=attn_mask)
 

@@ -146,7 +146,7 @@ class FusedTransformer(Fused):
 
     @classmethod
     def block_names(cls, module: nn.Module) -> list[str]:
-        return [f"layers.{index}" for index in range(len(module.layers))]  # type: ignore[arg-type]
+        return [f"layers.{index}" for index in range(len(getattr(module, "layers", ())))]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x, lambda: _not_tokens(x)):
