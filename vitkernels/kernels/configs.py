@@ -201,8 +201,9 @@ SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     100: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
         AttentionShort(256, 48, AttentionTile(64, 0, 8, 1)),
-        AttentionShort(272, 64, AttentionTile(64, 0, 4, 1)),
-        AttentionShort(272, 96, AttentionTile(64, 0, 8, 1)),
+        AttentionShort(272, 64, AttentionTile(64, 0, 4, 1), masked=False),
+        AttentionShort(256, 96, AttentionTile(64, 0, 8, 1)),
+        AttentionShort(272, 96, AttentionTile(64, 0, 8, 1), masked=False),
     ),
 }
 # dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Where tiles of 32 queries spill, tiles of 16,
