@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 from typing import Any
@@ -109,6 +110,22 @@ def test_recorder_and_extractor_see_what_they_hook() -> None:
     _, tokens = Extractor(model)(images)
     assert tokens.shape == (2, 17, 48)
     assert vk.explain(model).summary == WHOLE
+
+
+def test_layers_that_change() -> None:
+    model, tokens = vk.fuse(build("vit.ViT", **SQUARE)).transformer, torch.randn(2, 5, 48)
+
+    def check_as_stock() -> None:
+        torch.testing.assert_close(model(tokens), vk.unfuse(copy.deepcopy(model))(tokens), atol=1e-5, rtol=1e-5)
+
+    model.layers.append(build("vit.ViT", **SQUARE).transformer.layers[0])
+    check_as_stock()
+    assert vk.explain(model).summary == "2 of 3 blocks fused; block 2: attn is Attention, which is not fused"
+    model.layers[0][0] = nn.Identity()
+    check_as_stock()
+    model.layers = model.layers[:0]
+    check_as_stock()
+    assert vk.explain(model).fallbacks == {"": {"it has no layers": 1}}
 
 
 def test_compile_and_export() -> None:

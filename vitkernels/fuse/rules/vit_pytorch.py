@@ -149,7 +149,7 @@ class FusedTransformer(Fused):
         return [f"layers.{index}" for index in range(len(getattr(module, "layers", ())))]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.declines(x, lambda: _not_tokens(x)):
+        if self.declines(x, lambda: _not_tokens(x) or (None if self.layers else "it has no layers")):
             return super().forward(x)
         with self.backend():
             norm: Any = getattr(self, "norm", None)
@@ -189,7 +189,8 @@ def _transformer_differs(transformer: Any) -> str | None:
     difference = differs(transformer, ("x",), ("layers",), ("norm",))
     if difference is not None:
         return difference
-    if any(_attention_differs(attn) is None or _feed_forward_differs(ff) is None for attn, ff in transformer.layers):
+    known = (_attention_differs(attn) is None or _feed_forward_differs(ff) is None for attn, ff in transformer.layers)
+    if not transformer.layers or any(known):
         return None
     attn, ff = (parts.stock_type(each).__name__ for each in transformer.layers[0])
     return f"its layers are {attn} and {ff}, of which nothing is known"
