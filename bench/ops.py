@@ -139,13 +139,19 @@ class OpBench:
 
     @functools.cached_property
     def bytes(self) -> float:
-        """Every argument, result and gradient once each way: what no kernel can do without."""
+        """Every argument, result and gradient once each way: what no kernel can do without.
+
+        Backward, add_layer_norm needs neither x nor branch but their sum, and their gradients are one.
+        """
         arguments = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
         read = sum(math.prod(spec.shape) for spec in arguments.values()) * self.dtype.itemsize
         written = sum(out.numel() * out.dtype.itemsize for out in self._shapes.values())
         if not self.backward:
             return float(read + written)
         gradients = sum(math.prod(spec.shape) for spec in arguments.values() if spec.grad) * self.dtype.itemsize
+        if self.case.op == "add_layer_norm":
+            shared = math.prod(arguments["branch"].shape) * self.dtype.itemsize
+            return float(2 * (read + written) + gradients - 2 * shared)
         return float(2 * (read + written) + gradients)
 
 

@@ -65,7 +65,9 @@ def peers(lanes: dict[str, Row], figure: str = "seconds") -> str:
         else:
             ratio = seconds(row) / seconds(ours)
             text = f"{name} {ratio:.2f}"
-            words.append((f"**{text}**" if ratio < 1 else text) + (" (inexact)" if row.get("inexact") else ""))
+            words.append(
+                (f"**{text}**" if round(ratio, 2) < 1 else text) + (" (inexact)" if row.get("inexact") else "")
+            )
     return "; ".join(words).replace("|", "/")
 
 

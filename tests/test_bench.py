@@ -98,6 +98,8 @@ def test_bytes_are_arguments_results_and_gradients() -> None:
     x, weight, bias, out = rows * width, 3 * width * width, 3 * width, rows * 3 * width
     assert _op("linear", backward=False).bytes == 4 * (x + weight + bias + out)
     assert _op("linear").bytes == 4 * (2 * (x + weight + bias + out) + x + weight + bias)
+    # x, branch, total, normed and two vectors; then total, two gradients that arrive, one that leaves, vectors twice
+    assert _op("add_layer_norm").bytes == 4 * (4 * x + 2 * width + 4 * x + 4 * width)
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["model", "block"])
