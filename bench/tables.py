@@ -64,10 +64,8 @@ def peers(lanes: dict[str, Row], figure: str = "seconds") -> str:
                 words.append(f"{name} {row['memory'] / ours['memory']:.2f}")
         else:
             ratio = seconds(row) / seconds(ours)
-            text = f"{name} {ratio:.2f}"
-            words.append(
-                (f"**{text}**" if round(ratio, 2) < 1 else text) + (" (inexact)" if row.get("inexact") else "")
-            )
+            text = f"{name} {ratio:.2f}" if round(ratio, 2) >= 1 else f"**{name} {ratio:.2f}**"
+            words.append(f"{text} (inexact)" if row.get("inexact") else text)
     return "; ".join(words).replace("|", "/")
 
 
