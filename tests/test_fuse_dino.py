@@ -265,3 +265,20 @@ def test_another_convention_of_positions_is_declined() -> None:
     attn = load(Interleaved(DIM, HEADS))
     with pytest.raises(ValueError, match="not what it computes"):
         vk.fuse(attn)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "meta"])
+def test_the_trial_leaves_the_model_alone(kind: str) -> None:
+    seen: list[Tensor] = []
+    with torch.device("meta" if kind == "meta" else "cpu"):
+        model = encoder(dino.NestedTensorBlock, init_values=1e-5)
+    model.to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert vk.explain(vk.fuse(model)).summary == WHOLE
+    assert torch.equal(state, torch.get_rng_state())
+    assert not seen
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_meta or torch.equal(tensor, weights[name])
