@@ -16,7 +16,7 @@ VK_INLINE void matmul_tile(int64_t k, const A* a, int64_t a_row, int64_t a_col, 
 #pragma GCC unroll 8
   for (int64_t i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < V; ++j) acc[i][j] = accumulate ? load(c + i * c_row + j * lanes) : Vec<A>{};
+    for (int64_t j = 0; j < V; ++j) acc[i][j] = Vec<A>{};
   }
   for (int64_t p = 0; p < k; ++p) {
     Vec<A> row[V];
@@ -32,7 +32,11 @@ VK_INLINE void matmul_tile(int64_t k, const A* a, int64_t a_row, int64_t a_col, 
 #pragma GCC unroll 8
   for (int64_t i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < V; ++j) store(c + i * c_row + j * lanes, acc[i][j]);
+    for (int64_t j = 0; j < V; ++j) {
+      // C is added last: a sum over many blocks errs as each block's sum does, not as one of all their terms
+      A* const out = c + i * c_row + j * lanes;
+      store(out, accumulate ? acc[i][j] + load(out) : acc[i][j]);
+    }
   }
 }
 
