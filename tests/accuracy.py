@@ -95,8 +95,9 @@ def run(
             gradients = case.build_gradients(outputs)
         leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
         with vk.use(backward or forward):
-            roots = [outputs[name] for name in gradients]
-            grads = torch.autograd.grad(roots, list(leaves.values()), list(gradients.values()), allow_unused=True)
+            asked = [name for name in gradients if outputs[name].requires_grad]
+            roots, arrived = [outputs[name] for name in asked], [gradients[name] for name in asked]
+            grads = torch.autograd.grad(roots, list(leaves.values()), arrived, allow_unused=True)
     ran = [(call.op, call.direction, call.backend) for call in calls]
     assert ran == [(case.op, "forward", forward), (case.op, "backward", backward or forward)], ran
     results = {name: output.detach() for name, output in outputs.items()}

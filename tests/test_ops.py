@@ -82,6 +82,19 @@ def test_each_gradient_alone(case: Case, backend: str) -> None:
         check(got, {name: reference[name] for name in names}, {name: truth[name] for name in names}, floor_of(tensors))
 
 
+@pytest.mark.parametrize("case", [case for case in SMALL if case.op == "add_layer_norm"], ids=str)
+def test_a_sum_of_frozen_terms_is_frozen(case: Case, backend: str) -> None:
+    """It needs a gradient where one of its terms does, as an eager sum; the norm of it needs one in any case."""
+    tensors = case.build(torch.float32)
+    for wanted in [name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad]:
+        alone = {name: tensor if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+        alone[wanted].requires_grad_()
+        with vk.use(backend):
+            outputs = case.call(alone)
+        assert outputs["total"].requires_grad == (wanted not in ("weight", "bias")), wanted
+        assert outputs["normed"].requires_grad, wanted
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_without_gradients(case: Case, mode: Callable[[], AbstractContextManager[None]], backend: str) -> None:

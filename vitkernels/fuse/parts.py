@@ -55,6 +55,13 @@ def owner_name(module: nn.Module) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody gave the class that defines the module's `forward` another function in its place."""
+    cls = owner(module)
+    forward = cls.__dict__["forward"]
+    return (forward.__module__, forward.__qualname__) != (cls.__module__, f"{cls.__qualname__}.forward")
+
+
 def obstacle(name: str, module: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
     """Why the module must be called, not read around, in words like "LoRA on qkv"; None when it may be read.
 

@@ -8,8 +8,10 @@ hook that changed it, a checkpoint that detached it or a block in between means 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,35 +196,51 @@ def _scaled(branch: Tensor, scale: nn.Module | Tensor | None, drop_path: nn.Modu
 # ------------------------------------------------------------------------------------------- from module to module
 
 
-def _conditions() -> tuple[object, ...]:
+class _Handed:
+    """norm(total), on its way from the block that made the total to the module that begins with the norm."""
+
+    def __init__(self, total: Tensor, norm: nn.Module, normed: Tensor) -> None:
+        self.norm, self.normed = norm, normed
+        self.weight, self.bias = norm.weight, norm.bias
+        self.conditions = _conditions(total, norm)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # it hangs on a tensor that may be saved: a file of tokens holds no modules
+
+    def holds(self, x: Tensor, norm: nn.Module) -> bool:
+        """Whether it is norm(x) still."""
+        same = self.norm is norm and self.weight is norm.weight and self.bias is norm.bias
+        return same and self.conditions == _conditions(x, norm)
+
+
+def _conditions(total: Tensor, norm: nn.Module) -> tuple[object, ...]:
     """What must be the same where a norm is computed and where it is taken.
 
     A checkpoint runs its region twice, and sees it by the hooks on saved tensors: a norm that came from outside is not
-    there the second time.
+    there the second time. Tokens may be written into on their way, or wait while an optimizer changes the norm.
     """
-    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return torch.is_grad_enabled(), hooks
+    if torch.compiler.is_compiling():  # traced tensors have no versions
+        return (torch.is_grad_enabled(),)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), hooks, _version(total), _version(norm.weight), _version(norm.bias)
+
+
+def _version(tensor: Any) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _hand_over(total: Tensor, norm: nn.Module, normed: Tensor) -> Tensor:
-    version = total._version if not torch.compiler.is_compiling() else None  # traced tensors have none
     if torch.compiler.is_compiling():
         total = total.view_as(total)  # Dynamo keeps attributes of an op's only result, not of one of several
-    total._vitkernels_normed = (norm, normed, _conditions(), version)  # type: ignore[attr-defined]
+    total._vitkernels_normed = _Handed(total, norm, normed)  # type: ignore[attr-defined]
     return total
 
 
 def take(x: Tensor, norm: nn.Module, out_dtype: torch.dtype | None) -> Tensor | None:
     """norm(x) as the block that made x handed it over; None where it did not, or where that is not the same now."""
     handed = getattr(x, "_vitkernels_normed", None)
-    if handed is None:
+    if not isinstance(handed, _Handed):
         return None
     x._vitkernels_normed = None  # type: ignore[attr-defined]  # once: it must not outlive its use
-    of, normed, conditions, version = handed
-    same = (
-        of is norm
-        and normed.dtype == (out_dtype or x.dtype)
-        and conditions == _conditions()
-        and (version is None or version == x._version)
-    )
-    return normed if same else None
+    same = handed.normed.dtype == (out_dtype or x.dtype) and handed.holds(x, norm)
+    return handed.normed if same else None

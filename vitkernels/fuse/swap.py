@@ -121,6 +121,14 @@ def _why_not_call(x: Any) -> str | None:
     return None
 
 
+def following(block: Fused) -> Border | None:
+    """What follows the block, for its last add to run with; None where a hook may write into what the block returns.
+
+    The norm's backward pass needs the sum as it was: a hook that may change it in place gets one that nobody needs.
+    """
+    return None if block._forward_hooks and parts.added(block) is not None else block._vitkernels.border
+
+
 def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Branch:
     """A sub-layer as a branch: by its parts where it is fused and may be read around, else by calling it.
 

@@ -97,12 +97,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         row_scale,
     )
     ctx.branch_dtype = None if branch is None else branch.dtype
-    ctx.mark_non_differentiable(mean, rstd)
+    summed = any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale))
+    # a sum of frozen things is frozen, though the norm behind it learns: it may be kept and used in many steps
+    ctx.mark_non_differentiable(mean, rstd, *(() if summed else (total,)))
     ctx.set_materialize_grads(False)
 
 
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "add_layer_norm: its sum (what a fused block returns), its norm's weight or a factor was written into since; "
+            "the backward pass needs it unchanged: clone it first (x = x.clone())"
+        ) from error
+
+
 def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = ctx.saved_tensors
+    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = _saved(ctx)
     x_, branch_, weight_, bias_, _, branch_bias_, scale_, row_scale_, _ = ctx.needs_input_grad
     needs = [x_, branch_, weight_, bias_, branch_bias_, scale_, row_scale_]
     if ctx.branch_dtype is None:

@@ -15,7 +15,7 @@ from vitkernels.fuse import parts, sublayers
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import called, join_heads, split_heads
-from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.fuse.swap import Fused, branch_of, following
 
 TAILS = (("blocks", "norm"), ("blocks", "fc_norm"))
 
@@ -238,7 +238,7 @@ class FusedBlock(Fused):
         with self.backend():
             state = self._vitkernels
             sublayers = self.sublayers(attn_mask=attn_mask, is_causal=is_causal)
-            return pre_norm(x, sublayers, state.border, state.residual_dtype)
+            return pre_norm(x, sublayers, following(self), state.residual_dtype)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         """The residual steps; the options are the attention's."""

@@ -16,7 +16,7 @@ from vitkernels.fuse.residual import Branch, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, two_masks
 from vitkernels.fuse.sublayers import called, join_heads, packed_projection, rotary, split_heads
-from vitkernels.fuse.swap import branch_of
+from vitkernels.fuse.swap import branch_of, following
 
 
 class FusedRopeAttention(FusedAttention):
@@ -119,7 +119,7 @@ class FusedRelPosBlock(FusedBlock):
             return super(FusedBlock, self).forward(x, shared_rel_pos=shared_rel_pos)
         with self.backend():
             state = self._vitkernels
-            return pre_norm(x, self.sublayers(shared_rel_pos=shared_rel_pos), state.border, state.residual_dtype)
+            return pre_norm(x, self.sublayers(shared_rel_pos=shared_rel_pos), following(self), state.residual_dtype)
 
 
 class FusedEvaBlock(FusedBlock):
@@ -133,7 +133,7 @@ class FusedEvaBlock(FusedBlock):
         with self.backend():
             state = self._vitkernels
             sublayers = self.sublayers(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-            return pre_norm(x, sublayers, state.border, state.residual_dtype)
+            return pre_norm(x, sublayers, following(self), state.residual_dtype)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
@@ -152,7 +152,7 @@ class FusedBeitBlock(FusedEvaBlock):
         with self.backend():
             state = self._vitkernels
             sublayers = self.sublayers(shared_rel_pos_bias=shared_rel_pos_bias)
-            return pre_norm(x, sublayers, state.border, state.residual_dtype)
+            return pre_norm(x, sublayers, following(self), state.residual_dtype)
 
 
 _ROPE = ("x", "rope", "attn_mask", "is_causal")

@@ -15,7 +15,7 @@ from vitkernels.fuse.parts import owner, stock_type
 from vitkernels.fuse.residual import Border, Part, Sublayer, post_norm, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import dropped, mlp_branch
-from vitkernels.fuse.swap import Fused
+from vitkernels.fuse.swap import Fused, following
 
 TAILS = (("layers", "norm"),)
 
@@ -34,7 +34,7 @@ class FusedLayer(Fused):
         state = self._vitkernels
         with self.backend():
             if self.norm_first:
-                return pre_norm(x, sublayers, state.border, state.residual_dtype)
+                return pre_norm(x, sublayers, following(self), state.residual_dtype)
             return post_norm(x, sublayers, state.residual_dtype)
 
     def self_attention(self, masks: Masks) -> Sublayer:

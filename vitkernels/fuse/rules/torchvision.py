@@ -15,7 +15,7 @@ from vitkernels.fuse.multihead import attention_branch
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import dropped, mlp_branch
-from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.fuse.swap import Fused, branch_of, following
 
 TAILS = (("layers", "ln"),)
 
@@ -48,7 +48,7 @@ class FusedEncoderBlock(Fused):
             return super().forward(input)
         state = self._vitkernels
         with self.backend():
-            return pre_norm(input, self.sublayers(), state.border, state.residual_dtype)
+            return pre_norm(input, self.sublayers(), following(self), state.residual_dtype)
 
     def sublayers(self) -> list[Sublayer]:
         block: Any = self

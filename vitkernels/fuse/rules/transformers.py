@@ -26,7 +26,7 @@ from vitkernels.fuse.rules.transformers_parts import (
     without_positions,
 )
 from vitkernels.fuse.sublayers import dropped
-from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.fuse.swap import Fused, branch_of, following
 
 TAILS = (
     ("layers", "layernorm"),
@@ -72,7 +72,7 @@ class FusedLayer(Fused):
         with self.backend():
             state = self._vitkernels
             # a layer that is checkpointed ends on its own: what follows it lies outside
-            border = None if self.training and getattr(self, "gradient_checkpointing", False) else state.border
+            border = None if self.training and getattr(self, "gradient_checkpointing", False) else following(self)
             return pre_norm(x, self.sublayers(mask, options), border, state.residual_dtype)
 
     def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
