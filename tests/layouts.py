@@ -82,6 +82,14 @@ def _heads_last(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _packed(tensor: Tensor) -> Tensor:
+    """[B, H, N, K] as the first third of a projection [B, N, 3, H, K]."""
+    batch, heads, tokens, width = tensor.shape
+    return _place(
+        tensor.permute(0, 2, 1, 3), (batch, tokens, 3, heads, width), (slice(None), slice(None), 0)
+    ).transpose(1, 2)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda tensor: tensor,
     "transposed": _transposed,
@@ -96,4 +104,5 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "grey": _grey,
     "channels_last": _channels_last,
     "heads last": _heads_last,
+    "packed": _packed,
 }

@@ -39,6 +39,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "attention_qkv": lambda: _tensors(qkv=(2, 7, 48)) | {"num_heads": 2},
     "add_layer_norm": lambda: _tensors(x=(2, 5, 16), branch=(2, 5, 16), weight=(16,), bias=(16,)),
     "mlp": lambda: _tensors(x=(2, 5, 16), w1=(24, 16), b1=(24,), w2=(16, 24), b2=(16,)),
+    "rotary": lambda: _tensors(x=(2, 3, 7, 8), sin=(6, 8), cos=(6, 8)) | {"prefix": 1},
 }
 
 
@@ -219,6 +220,24 @@ MLP = [
 ]
 
 
+ROTARY = [
+    Bad("rotary", {"x": _zeros(2, 7, 8)}, ValueError, ("'x'", "[2, 7, 8]", "4 dimensions, [B, H, N, K]")),
+    Bad("rotary", {"x": _zeros(2, 3, 7, 9)}, ValueError, ("'x'", "last axis of 9", "an even number")),
+    Bad("rotary", {"x": _zeros(2, 3, 7, 0)}, ValueError, ("'x'", "last axis of 0", "2 or more")),
+    Bad("rotary", {"x": _integers(2, 3, 7, 8)}, TypeError, ("'x'", "torch.int64", FLOATING)),
+    Bad("rotary", {"sin": _zeros(7, 8)}, ValueError, ("'sin'", "[7, 8]", "broadcasts", "[2, 3, 6, 8]")),
+    Bad("rotary", {"sin": _integers(6, 8)}, TypeError, ("'sin'", "torch.int64", FLOATING)),
+    Bad("rotary", {"sin": 0.5}, TypeError, ("'sin'", "float", "torch.Tensor")),
+    Bad("rotary", {"cos": _zeros(6, 4)}, ValueError, ("'cos'", "[6, 4]", "broadcasts", "[2, 3, 6, 8]")),
+    Bad("rotary", {"cos": _zeros(2, 6, 8)}, ValueError, ("'cos'", "[2, 6, 8]", "broadcasts")),
+    Bad("rotary", {"cos": _zeros(1, 1, 1, 6, 8)}, ValueError, ("'cos'", "[1, 1, 1, 6, 8]", "broadcasts")),
+    Bad("rotary", {"cos": _meta(6, 8)}, ValueError, ("'cos'", "meta", "'x' is on cpu")),
+    Bad("rotary", {"prefix": 8}, ValueError, ("'prefix'", "is 8", "from 0 to x's 7 tokens")),
+    Bad("rotary", {"prefix": -1}, ValueError, ("'prefix'", "is -1", "from 0")),
+    Bad("rotary", {"prefix": 1.0}, ValueError, ("'prefix'", "is 1.0", "an int")),
+]
+
+
 def _check_refused(call: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
     """The exception is of exactly this type, its one line holds the words in order, and no kernel ran."""
     with vk.record() as calls, pytest.raises(error) as raised:
@@ -233,7 +252,7 @@ def _check_refused(call: Callable[[], Any], error: type[Exception], words: tuple
         position = message.index(word, position)
 
 
-@pytest.mark.parametrize("bad", [*LINEAR, *PATCH_EMBED, *ATTENTION, *ADD_LAYER_NORM, *MLP], ids=str)
+@pytest.mark.parametrize("bad", [*LINEAR, *PATCH_EMBED, *ATTENTION, *ADD_LAYER_NORM, *MLP, *ROTARY], ids=str)
 def test_wrong_argument(bad: Bad) -> None:
     arguments = GOOD[bad.op]() | bad.changes
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}

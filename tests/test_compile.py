@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.utils.checkpoint as checkpoint
 from case import Case, Loss, T
-from cases import add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed
+from cases import add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed, rotary
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -58,6 +58,7 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
         "attention_qkv": lambda: attention_qkv("sizes", batch, 3, tokens, mask=mask),
         "add_layer_norm": lambda: add_layer_norm("sizes", (batch, tokens, 16)),
         "mlp": lambda: mlp("sizes", (batch, tokens)),
+        "rotary": lambda: rotary("sizes", (batch, 3, tokens, 16), prefix=1, half=True),
     }
     return cases[op]()
 
@@ -210,7 +211,9 @@ class Model(nn.Module):
         total, normed = vk.ops.add_layer_norm(x, branch, self.norm2.weight, self.norm2.bias)
         total = total + vk.ops.mlp(normed, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         heads = total.unflatten(-1, (2, 12)).transpose(1, 2)
-        return total + vk.ops.attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+        angles = torch.arange(6.0 * 12).view(6, 12)
+        turned = vk.ops.rotary(heads, angles.sin(), angles.cos(), prefix=1)
+        return total + vk.ops.attention(turned, turned, heads, is_causal=True).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("no_grad", [False, True])

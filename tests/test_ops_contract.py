@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import run
+from accuracy import check_case, run
 from case import Case, T
 from cases import (
     ADD_LAYER_NORM,
@@ -16,6 +16,8 @@ from cases import (
     ATTENTION_QKV,
     CASES,
     PLAIN,
+    ROTARY,
+    ROTARY_LEARNED,
     SMALL,
     add_layer_norm,
     attention,
@@ -23,6 +25,7 @@ from cases import (
     linear,
     mlp,
     patch_embed,
+    rotary,
 )
 from conftest import skip_without
 from torch import Tensor
@@ -144,7 +147,7 @@ def test_same_bits_every_time(case: Case, dtype: torch.dtype, backend: str) -> N
             assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM], ids=str)
+@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *ROTARY], ids=str)
 def test_same_bits_with_any_number_of_threads(case: Case) -> None:
     """Where no vendor's GEMM takes part, how the work is split changes no sum."""
     skip_without("ext")
@@ -170,6 +173,8 @@ SLOPES = [
     *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("gelu", "gelu_tanh")),
     *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("quick_gelu", "silu")),
     mlp("slopes, relu", (2, 2), (3, 5, 2), options={"activation": "relu"}),
+    rotary("slopes", (1, 2, 3, 4), prefix=1, positions=None),
+    rotary("slopes, halves", (1, 2, 3, 4), prefix=1, half=True, lead=(2,), positions=None),
 ]
 
 
@@ -184,6 +189,29 @@ def test_gradcheck(case: Case, backend: str) -> None:
     with vk.use(backend), vk.record() as calls:
         assert torch.autograd.gradcheck(function, [tensors[name] for name in leaves], check_batched_grad=True)
     assert {(call.direction, call.backend) for call in calls} == {("forward", backend), ("backward", backend)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ROTARY_LEARNED, ids=str)
+def test_gradients_of_learned_positions(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference gives them, behind any backend's forward; the others say why they do not."""
+    skip_without("ext")
+    monkeypatch.setattr(dispatch, "_warned", set())
+    check_case(case, dtype, "ext", "reference")
+    tensors = case.build(dtype)
+    out = case.call(tensors)["out"]
+    with vk.use("ext"), pytest.raises(vk.BackendError, match="ext: the kernels have no gradients of sin and cos"):
+        out.sum().backward(retain_graph=True)
+    with pytest.warns(UserWarning, match="rotary runs on the plain-torch reference"):
+        out.sum().backward()
+    with vk.use("reference"):
+        torch.library.opcheck(
+            dispatch.OPS["rotary"].forward_op, (*map(_four_axes, tensors.values()), *case.options.values())
+        )
+
+
+def _four_axes(tensor: Tensor) -> Tensor:
+    return tensor[(None,) * (4 - tensor.dim())]
 
 
 # -------------------------------------------------------------------------------------- tracing
@@ -201,7 +229,9 @@ def test_opcheck(case: Case, backend: str, launches: list[Launch]) -> None:
 
 def _leaves(args: tuple[Any, ...], requires_grad: bool) -> tuple[Any, ...]:
     return tuple(
-        arg.detach().requires_grad_(requires_grad) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        arg.detach().requires_grad_(requires_grad and arg.requires_grad)
+        if isinstance(arg, Tensor) and arg.is_floating_point()
+        else arg
         for arg in args
     )
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import FLOORS, check, in_float64, run
 from case import Case
-from cases import PLAIN
+from cases import PLAIN, ROTARY_LEARNED
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -72,6 +72,16 @@ def _mlp(x, w1, b1, w2, b2, activation="gelu"):
     return F.linear(_ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
 
+def _rotary(x, sin, cos, prefix=0, half=False):
+    patches = x[:, :, prefix:]
+    turned = torch.zeros_like(patches)
+    width = x.shape[-1]
+    for first in range(width // 2):
+        i, j = (first, first + width // 2) if half else (2 * first, 2 * first + 1)
+        turned[..., i], turned[..., j] = -patches[..., j], patches[..., i]
+    return torch.cat([x[:, :, :prefix], patches * cos + turned * sin], dim=2)
+
+
 STOCK: dict[str, Callable[..., Any]] = {
     "linear": F.linear,
     "patch_embed": _patch_embed,
@@ -79,10 +89,11 @@ STOCK: dict[str, Callable[..., Any]] = {
     "attention_qkv": _attention_qkv,
     "add_layer_norm": _add_layer_norm,
     "mlp": _mlp,
+    "rotary": _rotary,
 }
 
 
-@pytest.mark.parametrize("case", [case for case in PLAIN if torch.float64 in case.dtypes], ids=str)
+@pytest.mark.parametrize("case", [case for case in (*PLAIN, *ROTARY_LEARNED) if torch.float64 in case.dtypes], ids=str)
 def test_reference_is_stock_torch(case: Case) -> None:
     tensors = in_float64(case.build(torch.float64))
     options = {name: torch.float64 if name == "out_dtype" else value for name, value in case.options.items()}

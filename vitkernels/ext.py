@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vitkernels import dispatch, products
+from vitkernels.ops.rotary import why_not_fused
 
 ISAS = ("baseline", "avx2", "avx512")
 _NAMESPACE = "vitkernels_ext"
@@ -67,6 +68,14 @@ def _call_why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     return None
 
 
+_DECLINES = {"rotary": why_not_fused}  # what an op's kernels leave to the reference
+
+
+def _why_not(op: str, direction: str, args: tuple[Any, ...]) -> str | None:
+    reason = _call_why_not(direction, args)
+    return _DECLINES[op](direction, args) if reason is None and op in _DECLINES else reason
+
+
 def _launcher(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
@@ -77,4 +86,4 @@ def register() -> None:
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             _library.define(f"{name}{schema}")
-        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), _call_why_not)
+        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), functools.partial(_why_not, op.name))

@@ -98,11 +98,6 @@ Tensor backward(const Problem& p, const Heads& out, const Heads& dout, const Ten
   });
 }
 
-// An empty [B, H, N, K] laid out as [B, N, H, K].
-Tensor heads_last(const Tensor& like) {
-  return torch::stable::transpose(empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
-}
-
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, bool is_causal, double scale) {
   return {q.size(0), q.size(1),   q.size(2),   k.size(2),   q.size(3), is_causal,
           scale,     heads_of(q), heads_of(k), heads_of(v), Mask(mask)};

@@ -54,6 +54,17 @@ struct Head {
   Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes
 };
 
+// One token of rotary, rows being its heads; sin.data null: no position, a copy. A row step of 0 is shared by all heads.
+// `scratch` holds kRotaryScratch rows.
+constexpr int64_t kRotaryScratch = 5;
+
+struct Rotary {
+  int64_t heads, width;
+  bool half, backward;
+  Rows x, sin, cos;
+  OutRows out;
+};
+
 template <class A>
 struct Kernels {
   void (*load)(A* out, const char* in, DType dtype, int64_t step, int64_t count);
@@ -75,6 +86,8 @@ struct Kernels {
   // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes
   void (*attention_backward)(const Head&, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv,
                              A* dmask, int64_t dmask_row, int64_t dmask_col, A* scratch);
+
+  void (*rotary)(const Rotary&, A* scratch);
 };
 
 template <class A>

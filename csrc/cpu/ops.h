@@ -50,6 +50,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     const Tensor& dout, const Tensor& image, const Tensor& weight, const MaybeNumbers& mean, const MaybeNumbers& std,
     const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep, const std::vector<bool>& needs);
 
+Tensor rotary(const Tensor& x, const Tensor& sin, const Tensor& cos, int64_t prefix, bool half);
+std::tuple<Tensor, Tensor, Tensor> rotary_backward(const Tensor& dout, const Maybe& x, const Tensor& sin,
+                                                   const Tensor& cos, int64_t prefix, bool half,
+                                                   const std::vector<bool>& needs);
+
 int64_t configure(const std::string& name, int64_t value);
 
 }  // namespace vk

@@ -27,6 +27,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   m.impl("mlp_backward", TORCH_BOX(&vk::mlp_backward));
   m.impl("patch_embed", TORCH_BOX(&vk::patch_embed));
   m.impl("patch_embed_backward", TORCH_BOX(&vk::patch_embed_backward));
+  m.impl("rotary", TORCH_BOX(&vk::rotary));
+  m.impl("rotary_backward", TORCH_BOX(&vk::rotary_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {

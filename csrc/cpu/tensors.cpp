@@ -32,6 +32,10 @@ Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::c
 
 Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
 
+Tensor heads_last(const Tensor& like) {
+  return torch::stable::transpose(empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+}
+
 Operand::Operand(const Tensor& t) : tensor(t) {
   const int64_t last = t.dim() - 1;
   // row r stands at r * step if every leading axis goes on where the one behind it ends

@@ -29,6 +29,7 @@ inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 Shape shape_of(const Tensor& t);
 Tensor packed(const Tensor& t);  // the tensor itself where it is already
 Tensor cast(const Tensor& t, ScalarType dtype);
+Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]
 
 inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 

@@ -27,6 +27,7 @@ PAGES: dict[str, tuple[str, str]] = {
     "linear": ("linear", ""),
     "mlp": ("mlp", ""),
     "patch_embed": ("patch_embed", ""),
+    "rotary": ("rotary", ""),
 }
 OLDEST, NEWEST = (3, 6), (3, 9)
 LOWEST_CAPABILITY = (8, 0)

@@ -259,6 +259,34 @@ def attention_long(width: int, float32: bool, capability: Capability) -> Attenti
     return next(row for widest, row in table.items() if sum(attention_widths(width)) <= widest)
 
 
+# ------------------------------------------------------------------------------------------------------------- rotary
+
+
+@dataclass(frozen=True)
+class RotaryTile:
+    """Tokens that a program holds of heads up to `width`, heads that it walks, and its warps."""
+
+    width: int
+    tokens: int
+    heads: int
+    warps: int
+
+
+# So many tokens that a thread has 16 numbers or more of a head, and bfloat16 moves in 16-byte pieces where pairs are
+# halves apart too. Four heads share what is read of sines and cosines; more would leave small batches few programs. Not
+# yet measured.
+ROTARY = (
+    RotaryTile(64, tokens=32, heads=4, warps=4),
+    RotaryTile(128, tokens=16, heads=4, warps=4),
+    RotaryTile(256, tokens=8, heads=4, warps=4),
+)
+
+
+def pick_rotary_tile(width: int) -> RotaryTile:
+    """The first row that is wide enough."""
+    return next(row for row in ROTARY if width <= row.width)
+
+
 # ---------------------------------------------------------------------------------------------------------------- mlp
 
 

@@ -5,5 +5,6 @@ from vitkernels.ops.attention import attention, attention_qkv
 from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
 from vitkernels.ops.patch_embed import patch_embed
+from vitkernels.ops.rotary import rotary
 
-__all__ = ["add_layer_norm", "attention", "attention_qkv", "linear", "mlp", "patch_embed"]
+__all__ = ["add_layer_norm", "attention", "attention_qkv", "linear", "mlp", "patch_embed", "rotary"]
