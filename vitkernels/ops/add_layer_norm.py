@@ -110,7 +110,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "add_layer_norm: its sum (what a fused block returns), its norm's weight or a factor was written into since; "
+            "add_layer_norm: its sum (what a fused block returns), its norm's weight or a factor was written into; "
             "the backward pass needs it unchanged: clone it first (x = x.clone())"
         ) from error
 

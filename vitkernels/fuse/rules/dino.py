@@ -18,7 +18,7 @@ from vitkernels.fuse import parts
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, rotary, split_heads
-from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.fuse.swap import Fused, branch_of, following
 
 parts.LINEARS.add("LinearKMaskedBias")
 Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with samples and heads in front
@@ -207,7 +207,7 @@ class FusedBlock(Fused):
 
     def _stream(self, x: Tensor, **options: Any) -> Tensor:
         state = self._vitkernels
-        return pre_norm(x, self._sublayers(**options), state.border, state.residual_dtype)
+        return pre_norm(x, self._sublayers(**options), following(self), state.residual_dtype)
 
     def _sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self

@@ -18,7 +18,7 @@ from vitkernels.fuse.multihead import NO_MASKS, Masks, not_call
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, split_heads
-from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.fuse.swap import Fused, branch_of, following
 from vitkernels.nn._stock import odd_weight
 
 TAILS = (
@@ -105,7 +105,7 @@ class _FusedBlock(Fused):
     def stream(self, x: Tensor, **options: Any) -> Tensor:
         state = self._vitkernels
         with self.backend():
-            return pre_norm(x, self.sublayers(**options), state.border, state.residual_dtype)
+            return pre_norm(x, self.sublayers(**options), following(self), state.residual_dtype)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
