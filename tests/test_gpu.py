@@ -172,6 +172,33 @@ def test_a_model_trains_in_bf16() -> None:
     assert losses(True) == pytest.approx(losses(False), rel=0.02)
 
 
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["bf16", "float32"])
+def test_a_fused_encoder_has_its_own_numbers(autocast: bool, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(
+        192, 3, 768, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
+    )
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).cuda()
+    tokens = torch.randn(4, 197, 192, device="cuda")
+
+    def run_once() -> dict[str, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            output = model(tokens)
+        grads = torch.autograd.grad(output.float().square().mean(), list(model.parameters()))
+        return {"output": output, **dict(zip((name for name, _ in model.named_parameters()), grads, strict=True))}
+
+    own = run_once()
+    assert vk.explain(vk.fuse(model)).summary == "2 of 2 blocks fused"
+    with vk.record() as calls:
+        got = run_once()
+    assert {call.backend for call in calls} == {"triton"}
+    for name, tensor in own.items():
+        error = (got[name].float() - tensor.float()).norm() / tensor.float().norm()
+        assert error < (0.03 if autocast else 1e-3), f"{name}: {error:.2g}"
+    assert vk.verify(model, tokens).ok
+
+
 # ------------------------------------------------------------------------------------------------------- more than 2^31
 
 
