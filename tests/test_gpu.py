@@ -180,12 +180,12 @@ def test_a_fused_encoder_has_its_own_numbers(autocast: bool, norm_first: bool) -
         192, 3, 768, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
     )
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).cuda()
-    tokens = torch.randn(4, 197, 192, device="cuda")
+    tokens, weights = torch.randn(2, 4, 197, 192, device="cuda")
 
     def run_once() -> dict[str, Tensor]:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             output = model(tokens)
-        grads = torch.autograd.grad(output.float().square().mean(), list(model.parameters()))
+        grads = torch.autograd.grad((output.float() * weights).sum(), list(model.parameters()))
         return {"output": output, **dict(zip((name for name, _ in model.named_parameters()), grads, strict=True))}
 
     own = run_once()
