@@ -20,7 +20,7 @@ import transformers as hf  # noqa: E402
 hf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-APART = OPS - {"attention_qkv"} | {"attention"}  # q, k and v apart
+ROPED = OPS - {"attention_qkv"} | {"rotary", "attention"}
 WHOLE = "2 of 2 blocks fused"
 WIDTHS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 MLP = {"intermediate_size": 96}
@@ -116,9 +116,9 @@ MODELS: dict[str, Row] = {
         {},
         OPS,
     ),
-    "dinov3": (dinov3, images(), {}, APART),
-    "dinov3, eager": (lambda: dinov3(attn_implementation="eager"), images(), {}, APART),
-    "dinov3, SwiGLU": (lambda: dinov3(use_gated_mlp=True, mlp_bias=False), images(40, 32), {}, APART - {"mlp"}),
+    "dinov3": (dinov3, images(), {}, ROPED),
+    "dinov3, eager": (lambda: dinov3(attn_implementation="eager"), images(), {}, ROPED),
+    "dinov3, SwiGLU": (lambda: dinov3(use_gated_mlp=True, mlp_bias=False), images(40, 32), {}, ROPED - {"mlp"}),
     "eomt": (
         lambda: vit(
             "EomtDinov3ForUniversalSegmentation",
@@ -127,7 +127,7 @@ MODELS: dict[str, Row] = {
         ),
         images(),
         {},
-        APART,
+        ROPED,
     ),
     "clip, images": (lambda: vit("CLIPVisionModelWithProjection", "CLIPVisionConfig"), images(), {}, OPS),
     "clip, text": (lambda: text("CLIPTextModel", "CLIPTextConfig"), words, {}, OPS - {"patch_embed"}),

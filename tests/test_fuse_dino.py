@@ -14,7 +14,7 @@ import vitkernels as vk
 
 DIM, HEADS = 48, 3
 OPS = {"linear", "attention_qkv", "add_layer_norm", "mlp"}
-ROPED = OPS - {"attention_qkv"} | {"attention"}
+ROPED = OPS - {"attention_qkv"} | {"rotary", "attention"}
 WHOLE = "2 of 2 blocks fused"
 
 
@@ -180,7 +180,7 @@ def test_a_subset_of_the_samples_is_the_blocks_own_code(version: int) -> None:
     torch.manual_seed(4)
     with vk.record() as calls:
         got = fused.output_and_gradients(model, x, keywords)
-    heads = {"linear", "attention_qkv"} if version == 2 else {"attention"}
+    heads = {"linear", "attention_qkv"} if version == 2 else {"rotary", "attention"}
     assert {call.op for call in calls} == heads | {"mlp"}
     for name, tensor in own.items():
         assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name

@@ -17,6 +17,7 @@ timm = peers.import_timm()
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
 OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
 APART = OPS - {"attention_qkv"} | {"attention"}
+ROPED = APART | {"rotary"}
 WHOLE = "2 of 2 blocks fused"
 
 
@@ -64,10 +65,11 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "siglip": (lambda: named("vit_base_patch16_siglip_224"), OPS),
     "dinov2": (lambda: named("vit_small_patch14_dinov2"), OPS),
     "dinov2, registers": (lambda: named("vit_small_patch14_reg4_dinov2"), OPS),
-    "dinov3": (lambda: named("vit_small_patch16_dinov3"), APART),
-    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), APART - {"mlp"}),
+    "dinov3": (lambda: named("vit_small_patch16_dinov3"), ROPED),
+    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), ROPED - {"mlp"}),
+    # its frequencies are learned
     "rope, mixed": (lambda: named("vit_small_patch16_rope_mixed_224"), APART),
-    "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), APART),
+    "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), ROPED),
     "beit": (lambda: named("beit_base_patch16_224"), APART),
     "beitv2": (lambda: named("beitv2_base_patch16_224"), APART),
     "relpos": (lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", init_values=0.5), OPS),
@@ -181,3 +183,16 @@ def test_a_rms_norm_is_said_and_runs_as_it_is() -> None:
     fused.stir(model)
     explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=OPS - {"add_layer_norm"})
     assert explanation.unfused["blocks.1"] == "the norm of attn is RmsNorm, not LayerNorm"
+
+
+def test_learned_positions_are_turned_without_their_kernels() -> None:
+    """Kernels have no gradients of sines and cosines; without gradients there is nothing to decline."""
+    model, images = named("vit_small_patch16_rope_mixed_224"), torch.randn(2, 3, 32, 32)
+    vk.fuse(model)
+    for grad, wanted in ((True, APART), (False, ROPED)):
+        with torch.set_grad_enabled(grad), vk.record() as calls:
+            model(images)
+        assert {call.op for call in calls} == wanted
+        assert not any(call.declined for call in calls)
+    attention = {row.ops for row in vk.explain(model).rows if row.module == "blocks.0" and row.part == "attn"}
+    assert attention == {"linear, rotary, attention, linear"}

@@ -90,6 +90,9 @@ def mlp_branch(
 
 # ------------------------------------------------------------------------------------------------------- attention
 
+# what an attention runs, for `explain`: without and with rotary positions
+ATTENTION, ROTARY = "linear, attention, linear", "linear, rotary, attention, linear"
+
 
 def not_packed(**projections: nn.Module) -> str | None:
     """Why three projections cannot run as one product, or None when they can."""
@@ -126,14 +129,13 @@ def join_heads(heads: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
-    """Rotary positions (Su et al. 2021) on q or k, [B, H, N, K] to the same; the first `prefix` tokens have none.
+    """`ops.rotary`, or its formula in plain torch where positions are learned: kernels have no gradients of them."""
+    learned = torch.is_grad_enabled() and (sin.requires_grad or cos.requires_grad)
+    return (plain_rotary if learned else ops.rotary)(x, sin, cos, prefix=prefix, half=half)
 
-    Args:
-        x: q or k.
-        sin, cos: [N - prefix, K], or with more axes in front; products are in the wider dtype and rounded once.
-        prefix: class token and registers.
-        half: pairs are (x[i], x[i + K / 2]); else (x[2 i], x[2 i + 1]).
-    """
+
+def plain_rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
+    """The same step by step, each rounded to the dtype that torch promotes to."""
     patches = x[:, :, prefix:]
     if half:
         first, second = patches.chunk(2, dim=-1)

@@ -7,7 +7,7 @@ runs their own code, around fused attention and feed-forward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,17 @@ from vitkernels import ops
 from vitkernels.fuse import parts
 from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, rotary, split_heads
+from vitkernels.fuse.sublayers import (
+    ATTENTION,
+    ROTARY,
+    called,
+    dropped,
+    join_heads,
+    mlp_branch,
+    plain_rotary,
+    rotary,
+    split_heads,
+)
 from vitkernels.fuse.swap import Fused, branch_of, following
 
 parts.LINEARS.add("LinearKMaskedBias")
@@ -28,6 +38,8 @@ Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with sa
 
 class FusedAttention(Fused):
     """dinov2.layers.attention.Attention on `ops.attention_qkv`; its relatives take more arguments."""
+
+    steps: ClassVar[str] = ATTENTION
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x, self.why_not_now):
@@ -48,7 +60,7 @@ class FusedAttention(Fused):
         def why_not() -> str | None:
             return (None if _is_masked(attn.qkv) else called(qkv=attn.qkv)) or called(proj=attn.proj)
 
-        branch = Branch(run, "linear, attention, linear", attn.qkv, why_not)
+        branch = Branch(run, self.steps, attn.qkv, why_not)
         return dropped(branch, getattr(attn, "proj_drop", None))
 
     def attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
@@ -85,6 +97,7 @@ class FusedMemEffAttention(FusedAttention):
 class FusedSelfAttention(FusedAttention):
     """dinov3.layers.attention.SelfAttention: rotary positions on the patches, in their own dtype."""
 
+    steps = ROTARY
     replaces = frozenset({"forward", "compute_attention"})
 
     def forward(self, x: Tensor, attn_bias: Any = None, rope: Rope | None = None) -> Tensor:
@@ -105,7 +118,10 @@ class FusedSelfAttention(FusedAttention):
         sin, cos = rope
         q, k, v = split_heads(qkv, self.num_heads)  # type: ignore[arg-type]
         prefix = q.shape[2] - sin.shape[-2]  # class token and registers have no place
-        q, k = (rotary(each.to(sin.dtype), sin, cos, prefix=prefix, half=True).to(v.dtype) for each in (q, k))
+        turn = rotary
+        if torch.promote_types(q.dtype, sin.dtype) != sin.dtype:  # coarser than q: every step is rounded so
+            turn, q, k = plain_rotary, q.to(sin.dtype), k.to(sin.dtype)
+        q, k = (turn(each, sin, cos, prefix=prefix, half=True).to(v.dtype) for each in (q, k))
         return join_heads(ops.attention(q, k, v))
 
 

@@ -5,7 +5,7 @@ Read from timm 1.0.31. EVA's and BEiT's blocks, built on the same pieces, are in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ def two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
 
 class FusedAttention(Fused):
     """timm.layers.attention.Attention on `ops.attention_qkv`; its relatives change how q, k and v are made."""
+
+    steps: ClassVar[str] = sublayers.ATTENTION
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.declines(x, lambda: self.why_not_now() or two_masks(attn_mask, is_causal)):
@@ -83,7 +85,7 @@ class FusedAttention(Fused):
             linears = {name: attn._modules.get(name) for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")}
             return called(**{name: linear for name, linear in linears.items() if linear is not None})
 
-        return Branch(run, "linear, attention, linear", attn.qkv, why_not)
+        return Branch(run, self.steps, attn.qkv, why_not)
 
     def parts(self) -> list[Part]:
         branch = self.branch()

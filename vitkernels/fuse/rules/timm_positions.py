@@ -15,12 +15,14 @@ from vitkernels.fuse import parts
 from vitkernels.fuse.residual import Branch, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, two_masks
-from vitkernels.fuse.sublayers import called, join_heads, packed_projection, rotary, split_heads
+from vitkernels.fuse.sublayers import ATTENTION, ROTARY, called, join_heads, packed_projection, rotary, split_heads
 from vitkernels.fuse.swap import branch_of, following
 
 
 class FusedRopeAttention(FusedAttention):
     """timm's AttentionRope and EvaAttention: one projection or three, norms, rotary positions, then the heads."""
+
+    steps = ROTARY
 
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -82,6 +84,8 @@ class FusedRopeAttention(FusedAttention):
 
 class FusedBeitAttention(FusedRopeAttention):
     """timm.models.beit.Attention: a learned bias of relative positions on the scores, with its gradient."""
+
+    steps = ATTENTION
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if self.declines(x, self.why_not_now):

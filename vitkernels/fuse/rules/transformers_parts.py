@@ -17,7 +17,7 @@ from vitkernels import ops
 from vitkernels.fuse import parts, sublayers
 from vitkernels.fuse.residual import Branch, Part
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, join_heads, packed_projection, rotary, split_heads
+from vitkernels.fuse.sublayers import ATTENTION, ROTARY, called, join_heads, packed_projection, rotary, split_heads
 from vitkernels.fuse.swap import Fused
 from vitkernels.nn._stock import IDLE_HOOKS
 
@@ -96,6 +96,7 @@ class FusedAttention(Fused):
     loses nothing; whoever calls the module itself gets its own code.
     """
 
+    steps: ClassVar[str] = ATTENTION
     spelling: ClassVar[Spelling] = Spelling()
 
     def forward(
@@ -157,7 +158,7 @@ class FusedAttention(Fused):
         projections = called(q_proj=attn.q_proj, k_proj=attn.k_proj, v_proj=attn.v_proj)
         return Branch(
             lambda x, split: self.run(x, split, attention_mask, options),
-            "linear, attention, linear",
+            self.steps,
             attn.q_proj if projections is None else None,
             projections or called(**{self.spelling.out: getattr(attn, self.spelling.out)}),
         )
@@ -191,6 +192,7 @@ def without_positions(position_embeddings: object) -> str | None:
 class FusedRopeAttention(FusedAttention):
     """DINOv3ViTAttention: rotary positions on the patches' q and k, none on the prefix tokens'."""
 
+    steps = ROTARY
     spelling = Spelling("o_proj", "num_heads", "scaling", "dropout")
 
     def forward(
