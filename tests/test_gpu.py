@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import check_case, run
 from case import Case
-from cases import SMALL, add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed
+from cases import SMALL, add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed, rotary
 from torch import Tensor
 
 import vitkernels as vk
@@ -36,6 +36,8 @@ REAL = [
     add_layer_norm("ViT-B", (2, 197, 768)),
     add_layer_norm("ViT-S", (2, 197, 384), x=torch.float32, parameters=torch.float32),
     mlp("ViT-B", (16, 197), (768, 3072, 768)),
+    rotary("dinov3", (2, 12, 201, 64), prefix=5, half=True, layout="packed"),
+    rotary("eva02", (2, 12, 197, 64), prefix=1, layout="packed"),
 ]
 
 

@@ -99,6 +99,18 @@ def test_more_patches_than_rows_can_be_numbered(monkeypatch: pytest.MonkeyPatch)
     assert reason == f"the kernels number rows in 32 bits, and the batch has {2**31} patches"
 
 
+def test_what_rotary_leaves_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    why_not = dispatch.OPS["rotary"].implementations["triton"].why_not
+    x, wide = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 258)
+    assert why_not("forward", (x, x, x, 0, False)) is None
+    assert why_not("backward", (x, None, x, x, 0, False, [True, False, False])) is None
+    learned = why_not("backward", (x, x, x, x, 0, False, [True, False, True]))
+    assert learned == "the kernels have no gradients of sin and cos"
+    reason = why_not("forward", (wide, wide, wide, 0, False))
+    assert reason == "the kernels hold heads in registers, at most 256 wide, and the last axis has 258"
+
+
 def test_asking_for_it_on_the_cpu_raises_its_sentence() -> None:
     code = """
 import torch

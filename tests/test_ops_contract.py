@@ -17,7 +17,6 @@ from cases import (
     CASES,
     PLAIN,
     ROTARY,
-    ROTARY_LEARNED,
     SMALL,
     add_layer_norm,
     attention,
@@ -27,6 +26,7 @@ from cases import (
     patch_embed,
     rotary,
 )
+from cases_rotary import ROTARY_LEARNED
 from conftest import skip_without
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from accuracy import FLOORS, check, in_float64, run
 from case import Case
-from cases import PLAIN, ROTARY_LEARNED
+from cases import PLAIN
+from cases_rotary import ROTARY_LEARNED
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

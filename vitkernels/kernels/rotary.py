@@ -30,7 +30,7 @@ def _load_pairs(p, o_row, m_row, stride_k, K: tl.constexpr, BLOCK_K: tl.constexp
         m = m_row[:, None] & (o_k < K // 2)[None, :]
         o = o_row[:, None] + o_k.to(tl.int64)[None, :] * stride_k
         b_first = tl.load(p + o, mask=m, other=0.0)
-        b_second = tl.load(p + o + (K // 2) * stride_k, mask=m, other=0.0)
+        b_second = tl.load(p + o + tl.full([], K // 2, tl.int64) * stride_k, mask=m, other=0.0)
     else:
         o_k = tl.arange(0, BLOCK_K)
         m = m_row[:, None] & (o_k < K)[None, :]
@@ -117,7 +117,7 @@ def rotary_kernel(
 def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     width, widest = args[0].shape[-1], configs.ROTARY[-1].width
     if width > widest:
-        return f"the kernels hold a head's number in registers, at most {widest} wide, and the last axis has {width}"
+        return f"the kernels hold heads in registers, at most {widest} wide, and the last axis has {width}"
     return why_not_fused(direction, args)
 
 
