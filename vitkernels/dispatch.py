@@ -307,18 +307,19 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
     Such a call goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors,
     tensor subclasses, counters of FLOPs.
     """
-    return (
-        all(
-            type(arg) in _PLAIN and arg.device.type != "meta" and torch._C._has_storage(arg)
-            for arg in args
-            if isinstance(arg, torch.Tensor)
-        )
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-        and not torch.autograd._profiler_enabled()
+    watched = (
+        torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
     )
+    if watched:
+        return False
+    for arg in args:  # a loop: at every call, a generator costs more than what it asks
+        if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or arg.is_meta or not torch._C._has_storage(arg)):
+            return False
+    return True
 
 
 def _plain_function(name: str, run: Any, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Any:

@@ -61,9 +61,9 @@ def _call_why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     for arg in args:
         if not isinstance(arg, torch.Tensor):
             continue
-        if arg.device.type != "cpu":
+        if not arg.is_cpu:
             return f"the extension was built for the CPU alone, and a tensor is on {arg.device}"
-        if arg.is_floating_point() and arg.dtype not in _DTYPES:
+        if arg.dtype not in _DTYPES and arg.is_floating_point():
             return f"the extension has no kernel for {arg.dtype}"
     return None
 

@@ -43,6 +43,9 @@ def stock_type(module: nn.Module) -> type[nn.Module]:
 
 def owner(module: nn.Module) -> type[nn.Module]:
     """The class that defines what the module computes: of its bases, the first one with a `forward`."""
+    cls = type(module)
+    if "forward" in cls.__dict__:  # most; a fused class has its mixin's
+        return cls
     for cls in stock_type(module).__mro__:
         if "forward" in cls.__dict__:
             return cls

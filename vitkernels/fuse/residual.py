@@ -161,7 +161,8 @@ def _step(
     readable = parts.not_scale("", scale) is None and parts.not_drop_path("", drop_path) is None
     if not readable or after is None or not _fits(after.norm, x):
         branch, _ = sublayer.branch.run(normed, False)
-        return x + _scaled(branch, scale, drop_path), None
+        added = _scaled(branch, scale, drop_path)
+        return x + (added if widen else added.to(x.dtype)), None
     branch, bias = sublayer.branch.run(normed, True)
     gamma = parts.scale_parameter(scale)
     # the dtype that the scaled branch has where the modules run one by one: DropPath draws in it, the sum is in it

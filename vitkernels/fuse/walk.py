@@ -45,7 +45,8 @@ def fuse(
     Parameters, buffers, state_dict keys, hooks, `isinstance` and results stay what they are; `unfuse` is the way back.
     Modules are known by the class that defines their `forward`, or by their structure. A call that a kernel cannot
     serve (a hook on an inner module, an attention dropout in training) runs the module's own code: `explain` says so.
-    Fusing a model again changes its options.
+    Fusing a model again changes its options. What a block returns is kept for its backward pass: code that writes into
+    it while training (`x[:, 1:5] = prompts`) writes into a clone, or the backward pass says so.
 
     Args:
         model: with blocks of timm, transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch in it;

@@ -34,8 +34,9 @@ def added(module: nn.Module) -> str | None:
 def odd_weight(module: nn.Module) -> str | None:
     """Which of the module's own parameters is a tensor subclass (sharded, quantized); None for none."""
     for weight in module._parameters.values():
-        if hasattr(type(weight), "__tensor_flatten__"):
-            return f"a {type(weight).__name__} weight"
+        kind = type(weight)
+        if kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):  # asked at every call: the usual one first
+            return f"a {kind.__name__} weight"
     return None
 
 
