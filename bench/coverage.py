@@ -40,7 +40,7 @@ def outcome(name: str) -> tuple[str, str]:
     if not reasons:
         return "whole", ""
     kind = "partly" if len(reasons) < len(explanation.blocks) else "none"
-    return kind, re.sub(r"\d+", "N", reasons[0])
+    return kind, re.sub(r"(?<!\w)\d+", "N", reasons[0])
 
 
 def table(content: dict[str, Any]) -> str:
