@@ -110,18 +110,13 @@ ATTENTION = Rule(
 class FusedMlp(Fused):
     """timm.layers.mlp.Mlp on `ops.mlp`; its gated relatives change what happens between the products."""
 
+    gated = False
+
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
             return super().forward(x)
         with self.backend():
             return self.output(x, False)[0]
-
-    def inside(self) -> str | None:
-        """Why the activation cannot run inside the products now, or None when it can."""
-        mlp: Any = self
-        if not parts.is_identity(mlp.norm):
-            return "a norm between fc1 and fc2"
-        return sublayers.not_mlp(mlp.fc1, mlp.act, mlp.fc2, mlp.drop1)
 
     def hidden(self, x: Tensor) -> Tensor:
         """fc1 and the activation, where they run one by one."""
@@ -132,7 +127,7 @@ class FusedMlp(Fused):
         """The feed-forward; as `parts.last_linear`."""
         mlp: Any = self
         split = split and parts.drops_nothing(mlp.drop2)
-        if self.inside() is None:
+        if not self.gated and parts.is_identity(mlp.norm):
             out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1, split)
         else:
             hidden = parts.layer_norm(mlp.norm, mlp.drop1(self.hidden(x)))
@@ -142,12 +137,14 @@ class FusedMlp(Fused):
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
         if parts.is_identity(mlp.norm):
-            return Branch(self.output, "mlp", mlp.fc1, self.inside, "linear, linear")
-
-        def why_not() -> str | None:
-            return parts.not_layer_norm("norm", mlp.norm) or called(fc1=mlp.fc1, fc2=mlp.fc2)
-
-        return Branch(self.output, "linear, activation of torch, add_layer_norm, linear", mlp.fc1, why_not)
+            inside = functools.partial(sublayers.not_mlp, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1)
+            return Branch(self.output, "mlp", mlp.fc1, inside, "linear, linear")
+        return Branch(
+            self.output,
+            "linear, activation of torch, add_layer_norm, linear",
+            mlp.fc1,
+            lambda: parts.not_layer_norm("norm", mlp.norm) or called(fc1=mlp.fc1, fc2=mlp.fc2),
+        )
 
     def parts(self) -> list[Part]:
         return [self.branch().part("")]
@@ -156,8 +153,7 @@ class FusedMlp(Fused):
 class FusedGluMlp(FusedMlp):
     """timm.layers.mlp.GluMlp: the products are ours, the gate between them is torch's."""
 
-    def inside(self) -> str | None:
-        return "gated: no kernel runs the gate inside the products"
+    gated = True
 
     def hidden(self, x: Tensor) -> Tensor:
         mlp: Any = self
