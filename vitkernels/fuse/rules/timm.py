@@ -5,6 +5,7 @@ Read from timm 1.0.31. EVA's and BEiT's blocks, built on the same pieces, are in
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
