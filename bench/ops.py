@@ -46,6 +46,7 @@ def of_size(size: Size) -> Iterator[Case]:
         image={"grad": False},
     )
     yield cases.attention_qkv(f"{size}", size.batch, size.heads, size.tokens, width // size.heads)
+    yield cases.rotary(f"{size}", (size.batch, size.heads, size.tokens, width // size.heads))
     yield cases.add_layer_norm(f"{size}", (*rows, width), vectors=("bias",))
     hidden = size.hidden or 4 * width
     yield cases.mlp(f"{size}", rows, (width, hidden, width))
@@ -118,7 +119,8 @@ class OpBench:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Of the matrix products, two backward for each one forward; of add_layer_norm, about 8 an element each way.
+        """Of the matrix products, two backward for each one forward; each way of add_layer_norm about 8 an element, and
+        of rotary 3.
 
         What a kernel computes anew to save memory is not counted.
         """
@@ -135,24 +137,24 @@ class OpBench:
         if self.case.op == "attention_qkv":
             batch, tokens, packed = shapes["qkv"]
             return 4.0 * batch * tokens**2 * packed / 3 * (1 + backward)
-        return 8.0 * math.prod(shapes["x"]) * (1 + self.backward)
+        return (3.0 if self.case.op == "rotary" else 8.0) * math.prod(shapes["x"]) * (1 + self.backward)
 
     @functools.cached_property
     def bytes(self) -> float:
         """Every argument, result and gradient once each way: what no kernel can do without.
 
-        Backward, add_layer_norm needs neither x nor branch but their sum, and their gradients are one.
+        Backward, add_layer_norm needs neither x nor branch but their sum, and their gradients are one; rotary needs
+        its sines and cosines alone.
         """
-        arguments = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
-        read = sum(math.prod(spec.shape) for spec in arguments.values()) * self.dtype.itemsize
+        specs = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
+        sizes = {name: math.prod(spec.shape) * (spec.dtype or self.dtype).itemsize for name, spec in specs.items()}
+        read = sum(sizes.values())
         written = sum(out.numel() * out.dtype.itemsize for out in self._shapes.values())
         if not self.backward:
             return float(read + written)
-        gradients = sum(math.prod(spec.shape) for spec in arguments.values() if spec.grad) * self.dtype.itemsize
-        if self.case.op == "add_layer_norm":
-            shared = math.prod(arguments["branch"].shape) * self.dtype.itemsize
-            return float(2 * (read + written) + gradients - 2 * shared)
-        return float(2 * (read + written) + gradients)
+        gradients = sum(sizes[name] for name, spec in specs.items() if spec.grad)
+        spared = {"add_layer_norm": 2 * sizes.get("branch", 0), "rotary": sizes.get("x", 0)}.get(self.case.op, 0)
+        return float(2 * (read + written) + gradients - spared)
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,16 @@ def _te_attention(qkv: Tensor, num_heads: int) -> Tensor:
     return module(q, k, v)
 
 
+# ------------------------------------------------------------------------------------------------------------- rotary
+
+
+@peer("rotary", "eager", compiled=True)
+def _rotary(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, half: bool) -> Tensor:
+    """Pairs of neighbours, without a prefix, as the case has them."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
 # ----------------------------------------------------------------------------------------------------- add_layer_norm
 
 
