@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,18 @@ def without_onednn() -> Iterator[None]:
     configure("onednn", 0)
     yield
     configure("onednn", before)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one, over gloo."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("this torch was built without gloo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True, scope="session")

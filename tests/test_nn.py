@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import peers
@@ -289,22 +288,18 @@ def test_per_sample_gradients(images: Tensor) -> None:
         )
 
 
-def test_fully_sharded(images: Tensor, tmp_path: Path) -> None:
+def test_fully_sharded(images: Tensor, process_group: None) -> None:
     """Each block is sharded for itself: its weights are there only while it is called as a whole."""
-    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = build()
     expected = peers.output_and_gradients(model, images)
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        mesh = distributed.init_device_mesh("cpu", (1,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        fully_shard(model, mesh=mesh)
-        output = model(images)
-        output.mul(torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-        got = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-        assert_same({"output": output.detach(), **got}, expected)
-    finally:
-        distributed.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    output = model(images)
+    output.mul(torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    got = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    assert_same({"output": output.detach(), **got}, expected)

@@ -5,7 +5,6 @@ Held by doing the same to timm's model, which calls every module.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import accuracy
@@ -112,26 +111,22 @@ def test_a_hook_on_all_modules_sees_all_modules() -> None:
     assert {name for name, module in model.named_modules() if module not in seen} == set()
 
 
-def test_a_weight_in_pieces_is_not_read(tmp_path: Path) -> None:
+def test_a_weight_in_pieces_is_not_read(process_group: None) -> None:
     """A sharded weight belongs to a layer that is called, so that it can do what it must."""
-    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        mesh = distributed.init_device_mesh("cpu", (1,))
-        mlp = vk.nn.Mlp(48, 96)
-        tokens = torch.randn(2, 5, 48)
-        expected = mlp(tokens)
-        for layer in (mlp.fc1, mlp.fc2):
-            for name, parameter in list(layer.named_parameters()):
-                setattr(layer, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
-        with vk.record() as calls:
-            got = mlp(distribute_tensor(tokens, mesh)).full_tensor()
-        torch.testing.assert_close(got, expected)
-        assert not calls
-    finally:
-        distributed.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    mlp = vk.nn.Mlp(48, 96)
+    tokens = torch.randn(2, 5, 48)
+    expected = mlp(tokens)
+    for layer in (mlp.fc1, mlp.fc2):
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+    with vk.record() as calls:
+        got = mlp(distribute_tensor(tokens, mesh)).full_tensor()
+    torch.testing.assert_close(got, expected)
+    assert not calls
 
 
 @pytest.mark.parametrize("change", CHANGES)
