@@ -81,6 +81,29 @@ def test_dynamic_shapes(op: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("op", ["attention", "attention_qkv"])
+@pytest.mark.parametrize("each", ["image", "head", "model"])
+def test_masks_of_dynamic_tokens(each: str, op: str) -> None:
+    """A mask for each image, for each head, or one whose size a model fixes, where the number of tokens is traced."""
+
+    def function(tokens: Tensor, mask: Tensor) -> Tensor:
+        if op == "attention_qkv":
+            return vk.ops.attention_qkv(tokens.flatten(2), 3, attn_mask=mask)
+        return vk.ops.attention(*tokens.unflatten(-1, (3, 4)).permute(2, 0, 3, 1, 4), attn_mask=mask)
+
+    compiled = _compiled(function, dynamic=True)
+    for batch, count in ((5, 8), (3, 8)) if each == "model" else ((5, 8), (3, 11), (4, 9)):
+        mask = torch.randn((batch, 1, 1, count) if each == "image" else (1, 3, count, count), requires_grad=True)
+        if each == "model":
+            torch._dynamo.mark_static(mask)
+        tokens = torch.randn(batch, count, 3, 12, requires_grad=True)
+        with vk.record() as calls:
+            got = torch.autograd.grad(compiled(tokens, mask).square().sum(), (tokens, mask))
+        assert [(call.op, call.direction) for call in calls] == [(op, "forward"), (op, "backward")]
+        torch.testing.assert_close(got, torch.autograd.grad(function(tokens, mask).square().sum(), (tokens, mask)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_use_needs_no_recompiling(loss: Loss) -> None:
     compiled = _compiled(loss)
     compiled(*loss.leaves()).backward()

@@ -122,7 +122,8 @@ def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[i
             raise TypeError(f"{name}: argument 'attn_mask' has dtype {mask.dtype}; needs bool or floating point")
         _check.is_floating(name, attn_mask=mask)
     fits = mask.dim() <= 4 and all(
-        size in (1, score) for size, score in zip(reversed(mask.shape), reversed(scores), strict=False)
+        size == 1 or size == score  # not `in`: dynamo finds no traced size in a tuple
+        for size, score in zip(reversed(mask.shape), reversed(scores), strict=False)
     )
     if not fits:
         raise ValueError(
