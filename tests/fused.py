@@ -41,6 +41,13 @@ def output_and_gradients(
     return found | {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
 
 
+def check_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same tensors under the same names, rounding in float32 aside."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+
+
 def wide(inputs: Inputs) -> Inputs:
     """The same inputs in float64."""
     return tuple(

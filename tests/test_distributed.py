@@ -7,20 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
+from processes import PROCESSES, sharded
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import vitkernels as vk
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch was built without gloo"
-)
-PROCESSES = 2
+pytestmark = processes.needs_gloo
 TOLERANCE = {"FSDP2, bfloat16": 0.05}  # of the largest gradient; 1e-5 for the rest
 
 
@@ -65,50 +62,28 @@ class Model(nn.Module):
         return x
 
 
-def _loss(model: nn.Module, image: Tensor) -> Tensor:
-    return model(image).float().square().mean()
-
-
-def _sharded(model: Any, **options: Any) -> nn.Module:
-    mesh = init_device_mesh("cpu", (PROCESSES,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "DDP": DistributedDataParallel,
     "DDP, static graph": lambda model: DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True),
     "DDP, compiled": lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
-    "FSDP2": _sharded,
-    "FSDP2, bfloat16": lambda model: _sharded(
+    "FSDP2": sharded,
+    "FSDP2, bfloat16": lambda model: sharded(
         model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ),
 }
 
 
-def _full(gradient: Any) -> Tensor:
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-
-
 def _work(rank: int, folder: str) -> None:
     """One process: the gradients of every wrapper, and the kernels that ran, saved by the first."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
-    torch.manual_seed(0)
-    model, images = Model(), torch.randn(PROCESSES, 3, 3, 8, 8)
-    results = {}
-    for name, wrap in WRAPPERS.items():
-        wrapped = wrap(copy.deepcopy(model))
-        with vk.record() as calls:
-            for _ in range(2):  # twice: a static graph is known from its second step on
-                wrapped.zero_grad()
-                _loss(wrapped, images[rank]).backward()
-        gradients = [_full(parameter.grad) for parameter in wrapped.parameters()]
-        results[name] = (gradients, [(call.op, call.direction) for call in calls])
-    if rank == 0:
-        torch.save(results, f"{folder}/results")
-    dist.destroy_process_group()
+    with processes.joined(rank, folder):
+        torch.manual_seed(0)
+        model, images = Model(), torch.randn(PROCESSES, 3, 3, 8, 8)
+        results = {}
+        for name, wrap in WRAPPERS.items():
+            gradients, calls = processes.gradients(wrap(copy.deepcopy(model)), images[rank])
+            results[name] = (gradients, [(call.op, call.direction) for call in calls])
+        if rank == 0:
+            torch.save(results, f"{folder}/results")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Te
 def test_gradients_are_those_of_one_process(name: str, results: dict) -> None:
     torch.manual_seed(0)
     model, images = Model(), torch.randn(PROCESSES, 3, 3, 8, 8)
-    _loss(model, images.flatten(0, 1)).backward()
+    processes.loss(model, images.flatten(0, 1)).backward()
     gradients, calls = results[name]
     for (parameter_name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         largest = parameter.grad.abs().max()

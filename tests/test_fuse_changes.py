@@ -7,37 +7,16 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fused
-import peers
 import pytest
 import torch
+from timm_vit import OPS, images, timm, vit
 from torch import Tensor, nn
 
 import vitkernels as vk
 
-timm = peers.import_timm()
-
-OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
 WHOLE = "2 of 2 blocks fused"
-
-
-def vit(**options: Any) -> nn.Module:
-    model = timm.models.VisionTransformer(**{**SMALL, **options})
-    fused.stir(model)
-    return model
-
-
-def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 3, 32, 32)
-
-
-def check_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
 
 
 def check_as_stock(model: nn.Module, x: Tensor) -> list[vk.Call]:
@@ -45,7 +24,7 @@ def check_as_stock(model: nn.Module, x: Tensor) -> list[vk.Call]:
     with vk.record() as calls:
         got = fused.output_and_gradients(model, (x,))
     twin = vk.unfuse(copy.deepcopy(model))
-    check_same(got, fused.output_and_gradients(twin, (x,)))
+    fused.check_same(got, fused.output_and_gradients(twin, (x,)))
     return calls
 
 
@@ -111,10 +90,10 @@ def test_safetensors(tmp_path: Path) -> None:
     safetensors.save_model(vk.fuse(model), tmp_path / "fused.safetensors")
     stock = vit()
     safetensors.load_model(stock, tmp_path / "fused.safetensors", strict=True)
-    check_same(fused.output_and_gradients(model, (x,)), fused.output_and_gradients(stock, (x,)))
+    fused.check_same(fused.output_and_gradients(model, (x,)), fused.output_and_gradients(stock, (x,)))
     other = vk.fuse(vit())
     other.load_state_dict(stock.state_dict(), strict=True, assign=True)
-    check_same(fused.output_and_gradients(other, (x,)), fused.output_and_gradients(stock, (x,)))
+    fused.check_same(fused.output_and_gradients(other, (x,)), fused.output_and_gradients(stock, (x,)))
 
 
 def test_replicas_of_data_parallel() -> None:
@@ -215,7 +194,7 @@ def test_a_hook_sees_and_changes_what_it_would(name: str) -> None:
 
     handle = model.get_submodule(name).register_forward_hook(double)
     expected = fused.output_and_gradients(model, (x,))
-    check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
+    fused.check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
     torch.testing.assert_close(seen[1], seen[0], atol=1e-5, rtol=1e-5)
     assert vk.explain(model).summary == f"1 of 2 blocks fused; block 0: {HOOKED[name]}"
     handle.remove()
@@ -261,7 +240,7 @@ def test_first_blocks_frozen_under_no_grad() -> None:
     model, x = Tuned(), images()
     expected = fused.output_and_gradients(model, (x,))
     assert expected["vit.blocks.1.norm1.weight"].norm() > 0
-    check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
+    fused.check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
@@ -269,7 +248,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("blocks.1", "norm", "head")) and "bias" not in name)
     expected = fused.output_and_gradients(model, (x,))
-    check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
+    fused.check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
 
 
 def _skip(model: nn.Module) -> None:

@@ -159,8 +159,7 @@ def test_the_same_seed_drops_the_same_paths() -> None:
         vk.fuse(model)
     (own, state), (got, after) = runs
     assert torch.equal(state, after)
-    for name, tensor in own.items():
-        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+    fused.check_same(got, own)
     model.eval()
     assert (model(*x) - own["output 0"]).norm() > 0.01 * own["output 0"].norm(), "paths were dropped"
     assert vk.explain(model).summary == WHOLE
@@ -182,8 +181,7 @@ def test_a_subset_of_the_samples_is_the_blocks_own_code(version: int) -> None:
         got = fused.output_and_gradients(model, x, keywords)
     heads = {"linear", "attention_qkv"} if version == 2 else {"rotary", "attention"}
     assert {call.op for call in calls} == heads | {"mlp"}
-    for name, tensor in own.items():
-        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+    fused.check_same(got, own)
     explanation = vk.explain(model)
     assert explanation.summary == f"0 of 2 blocks fused; block 0: {SUBSET}; block 1: {SUBSET}"
     assert explanation.fallbacks["blocks.0"] == {SUBSET: 1}
@@ -212,8 +210,7 @@ def test_dropout_in_training_is_the_modules_own(attention: type[nn.Module]) -> N
     vk.fuse(model)
     torch.manual_seed(4)
     got = fused.output_and_gradients(model, x)
-    for name, tensor in own.items():
-        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+    fused.check_same(got, own)
     reason = "a dropout of attention's weights"
     assert vk.explain(model).summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
 

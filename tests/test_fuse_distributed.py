@@ -7,32 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peers
+import processes
 import pytest
 import torch
-import torch.distributed as dist
+from processes import PROCESSES, sharded
+from timm_vit import OPS, vit
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import vitkernels as vk
 
-timm = peers.import_timm()
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch was built without gloo"
-)
-PROCESSES = 2
-OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
+pytestmark = processes.needs_gloo
 TOLERANCE = {"FSDP2, bfloat16": 0.1}  # of the largest gradient; 1e-4 for the rest
 
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = timm.models.VisionTransformer(**sizes, init_values=0.5)
-    peers.stir(model)
-    return model
+    return vit(**sizes, init_values=0.5)
 
 
 def _images() -> Tensor:
@@ -40,20 +33,9 @@ def _images() -> Tensor:
     return torch.randn(PROCESSES, 3, 3, 16, 16)
 
 
-def _loss(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images).float().square().mean()
-
-
-def _sharded(model: Any, **options: Any) -> nn.Module:
-    mesh = init_device_mesh("cpu", (PROCESSES,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
 def _checkpointed(model: Any) -> nn.Module:
     model.set_grad_checkpointing()
-    return _sharded(model)
+    return sharded(model)
 
 
 _BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -62,35 +44,25 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "fused after DDP": lambda model: vk.fuse(DistributedDataParallel(model)),
     "DDP, static graph": lambda model: DistributedDataParallel(vk.fuse(model), static_graph=True),
     "DDP, compiled": lambda model: torch.compile(DistributedDataParallel(vk.fuse(model)), backend="aot_eager"),
-    "FSDP2": lambda model: _sharded(vk.fuse(model)),
-    "fused after FSDP2": lambda model: vk.fuse(_sharded(model)),
+    "FSDP2": lambda model: sharded(vk.fuse(model)),
+    "fused after FSDP2": lambda model: vk.fuse(sharded(model)),
     "FSDP2, checkpointed": lambda model: _checkpointed(vk.fuse(model)),
-    "FSDP2, bfloat16": lambda model: _sharded(vk.fuse(model), mp_policy=_BFLOAT16),
+    "FSDP2, bfloat16": lambda model: sharded(vk.fuse(model), mp_policy=_BFLOAT16),
 }
-
-
-def _full(gradient: Any) -> Tensor:
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
 def _work(rank: int, folder: str) -> None:
     """One process: the gradients of every wrapper, the kernels that ran and what is said, saved by the first."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
-    model, images = _model(), _images()
-    results = {}
-    for name, wrap in WRAPPERS.items():
-        wrapped = wrap(copy.deepcopy(model))
-        with vk.record() as calls:
-            for _ in range(2):  # twice: a static graph is known from its second step on
-                wrapped.zero_grad()
-                _loss(wrapped, images[rank]).backward()
-        gradients = [_full(parameter.grad) for parameter in wrapped.parameters()]
-        summary = vk.explain(wrapped).summary
-        results[name] = (gradients, {(call.op, call.direction) for call in calls}, summary)
-    if rank == 0:
-        torch.save(results, f"{folder}/results")
-    dist.destroy_process_group()
+    with processes.joined(rank, folder):
+        model, images = _model(), _images()
+        results = {}
+        for name, wrap in WRAPPERS.items():
+            wrapped = wrap(copy.deepcopy(model))
+            gradients, calls = processes.gradients(wrapped, images[rank])
+            ran = {(call.op, call.direction) for call in calls}
+            results[name] = (gradients, ran, vk.explain(wrapped).summary)
+        if rank == 0:
+            torch.save(results, f"{folder}/results")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_gradients_are_those_of_the_stock_model_in_one_process(name: str, results: dict[str, Any]) -> None:
     model = _model()
-    _loss(model, _images().flatten(0, 1)).backward()
+    processes.loss(model, _images().flatten(0, 1)).backward()
     gradients, ran, _ = results[name]
     for (parameter_name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         largest, error = parameter.grad.abs().max(), (gradient - parameter.grad).abs().max()

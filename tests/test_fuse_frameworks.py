@@ -11,20 +11,10 @@ import fused
 import peers
 import pytest
 import torch
+from timm_vit import OPS, images, timm, vit
 from torch import Tensor, nn
 
 import vitkernels as vk
-
-timm = peers.import_timm()
-
-OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
-
-
-def timm_vit(**options: Any) -> nn.Module:
-    model = timm.models.VisionTransformer(**{**SMALL, **options})
-    fused.stir(model)
-    return model
 
 
 def transformers_vit() -> nn.Module:
@@ -38,11 +28,7 @@ def transformers_vit() -> nn.Module:
     return model.train()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"timm": timm_vit, "transformers": transformers_vit}
-
-
-def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 3, 32, 32)
+MODELS: dict[str, Callable[[], nn.Module]] = {"timm": vit, "transformers": transformers_vit}
 
 
 def check_run(model: nn.Module, expected: dict[str, Tensor], inputs: tuple[Any, ...], ops: set[str] = OPS) -> None:
@@ -51,13 +37,7 @@ def check_run(model: nn.Module, expected: dict[str, Tensor], inputs: tuple[Any, 
         got = fused.output_and_gradients(model, inputs)
     for direction in ("forward", "backward"):
         assert {call.op for call in calls if call.direction == direction} == ops
-    check_same(got, expected)
-
-
-def check_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+    fused.check_same(got, expected)
 
 
 # ---------------------------------------------------------------------------------------------- compile and export
@@ -72,21 +52,21 @@ def test_compile_in_one_graph(name: str, compiler: str) -> None:
     compiled = torch.compile(vk.fuse(model), fullgraph=True, backend=compiler)
     with vk.record() as calls:
         got = fused.output_and_gradients(compiled, (x,))
-    check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
+    fused.check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
     assert {call.op for call in calls} == OPS
     sums = [call for call in calls if (call.op, call.direction) == ("add_layer_norm", "forward")]
     assert len(sums) == 1 + 2 * 2, "from block to block, one op for an add and the norm after it"
 
 
 def test_a_compiled_model_may_be_fused() -> None:
-    model, x = timm_vit(), images()
+    model, x = vit(), images()
     expected = fused.output_and_gradients(model, (x,))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x)
     vk.fuse(compiled)
     with vk.record() as calls:
         got = fused.output_and_gradients(compiled, (x,))
-    check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
+    fused.check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
     assert {call.op for call in calls} == OPS, "compiled anew"
 
 
@@ -110,7 +90,7 @@ def test_export(name: str, strict: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_timm_gradient_checkpointing(reentrant: bool) -> None:
-    model, x = timm_vit(init_values=0.5, drop_path_rate=0.3), images().requires_grad_()
+    model, x = vit(init_values=0.5, drop_path_rate=0.3), images().requires_grad_()
     torch.manual_seed(5)
     expected = _gradients(model, x)
     vk.fuse(model).set_grad_checkpointing()
@@ -122,19 +102,19 @@ def test_timm_gradient_checkpointing(reentrant: bool) -> None:
             got = _gradients(model, x)
     finally:
         timm.layers.set_reentrant_ckpt(before)
-    check_same(got, expected)
+    fused.check_same(got, expected)
     forward = [call.op for call in calls if call.direction == "forward"]
     assert forward.count("mlp") == 2 * 2, "each block ran twice, fused"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint_around_each_block(reentrant: bool) -> None:
-    model, x = timm_vit(), images().requires_grad_()
+    model, x = vit(), images().requires_grad_()
     expected = _gradients(model, x)
     vk.fuse(model)
     model.blocks = nn.Sequential(*(_Checkpointed(block, reentrant) for block in model.blocks))
     got = _gradients(model, x)
-    check_same({name.replace("block.", ""): tensor for name, tensor in got.items()}, expected)
+    fused.check_same({name.replace("block.", ""): tensor for name, tensor in got.items()}, expected)
 
 
 class _Checkpointed(nn.Module):
@@ -160,7 +140,7 @@ def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def test_fx_keeps_the_stock_nodes() -> None:
-    model, x = timm_vit().eval(), images()
+    model, x = vit().eval(), images()
     stock = torch.fx.symbolic_trace(copy.deepcopy(model))
     traced = torch.fx.symbolic_trace(vk.fuse(model))
     assert [(node.op, str(node.target)) for node in traced.graph.nodes] == [
@@ -171,7 +151,7 @@ def test_fx_keeps_the_stock_nodes() -> None:
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_feature_extraction_by_names_of_nodes(library: str) -> None:
-    model, x = timm_vit().eval(), images()
+    model, x = vit().eval(), images()
     nodes = ["blocks.0.attn.qkv", "blocks.1"]
     if library == "timm":
         from timm.models import create_feature_extractor  # type: ignore[attr-defined]
@@ -185,7 +165,7 @@ def test_feature_extraction_by_names_of_nodes(library: str) -> None:
 
 
 def test_script_compiles_the_stock_code() -> None:
-    model, x = timm_vit().eval(), images()
+    model, x = vit().eval(), images()
     expected = model(x)
     scripted = torch.jit.script(vk.fuse(model))
     torch.testing.assert_close(scripted(x), expected, atol=1e-5, rtol=1e-5)
@@ -195,7 +175,7 @@ def test_script_compiles_the_stock_code() -> None:
 
 
 def test_trace_records_the_stock_code() -> None:
-    model, x = timm_vit().eval(), images()
+    model, x = vit().eval(), images()
     expected = model(x)
     traced = torch.jit.trace(vk.fuse(model), (x,))
     with vk.record() as calls:
@@ -205,7 +185,7 @@ def test_trace_records_the_stock_code() -> None:
 
 
 def test_functional_call() -> None:
-    model, x = timm_vit(), images()
+    model, x = vit(), images()
     weights = {name: torch.randn_like(parameter) * 0.1 for name, parameter in model.named_parameters()}
     expected = torch.func.functional_call(model, weights, (x,))
     got = torch.func.functional_call(vk.fuse(model), weights, (x,))
@@ -213,7 +193,7 @@ def test_functional_call() -> None:
 
 
 def test_func_grad() -> None:
-    model, x = timm_vit(), images()
+    model, x = vit(), images()
 
     def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(model, weights, (x,)).square().sum()
@@ -221,14 +201,14 @@ def test_func_grad() -> None:
     weights = dict(model.named_parameters())
     expected = torch.func.grad(loss)(weights, x)
     vk.fuse(model)
-    check_same(torch.func.grad(loss)(weights, x), expected)
+    fused.check_same(torch.func.grad(loss)(weights, x), expected)
 
 
 # --------------------------------------------------------------------------------------------------------- features
 
 
 def test_intermediate_features() -> None:
-    model, x = timm_vit(), images()
+    model, x = vit(), images()
     expected = model.forward_intermediates(x, norm=True)
     vk.fuse(model)
     with vk.record() as calls:
@@ -238,7 +218,7 @@ def test_intermediate_features() -> None:
 
 
 def test_features_only() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=[0, 1], **SMALL)
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=[0, 1], **peers.SIZES)
     fused.stir(model)
     explanation = fused.check_parity(model, (images(),), ops=OPS)
     assert explanation.summary == "2 of 2 blocks fused"
@@ -257,7 +237,7 @@ def test_autocast(name: str) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference(mode: Any) -> None:
-    model, x = timm_vit().eval(), images()
+    model, x = vit().eval(), images()
     expected = model(x).detach()
     vk.fuse(model)
     with mode(), vk.record() as calls:

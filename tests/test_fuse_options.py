@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any
 
 import fused
-import peers
 import pytest
+import timm_vit
 import torch
+from timm_vit import images, timm
 from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
 
-timm = peers.import_timm()
-
-OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 3, "num_heads": 3}
+vit = functools.partial(timm_vit.vit, depth=3)
 WHOLE = "3 of 3 blocks fused"
-
-
-def vit(**options: Any) -> nn.Module:
-    model = timm.models.VisionTransformer(**{**SMALL, **options})
-    fused.stir(model)
-    return model
-
-
-def images(count: int = 3) -> Tensor:
-    return torch.randn(count, 3, 32, 32)
 
 
 # ----------------------------------------------------------------------------------------------------------- backend
@@ -113,8 +102,7 @@ def test_patterns_of_names(options: dict[str, Any], stock: set[str]) -> None:
         left = any(name == each or name.startswith(f"{each}.") for each in stock)
         assert (type(model.get_submodule(name)) is classes[name]) == left, name
     got = fused.output_and_gradients(model, (x,))
-    for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, name
+    fused.check_same(got, expected)
 
 
 def test_a_skipped_attention_is_called_and_said() -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peers import SIZES
 from torch import nn
 from torch.nn.utils import parametrize
 
 import vitkernels as vk
 
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
-
 
 def test_fuse_leaves_them_as_they_are() -> None:
-    model = vk.nn.VisionTransformer(**SMALL)
+    model = vk.nn.VisionTransformer(**SIZES)
     classes = [type(module) for module in model.modules()]
     assert vk.fuse(model, strict=True) is model
     assert [type(module) for module in model.modules()] == classes
@@ -23,7 +22,7 @@ def test_fuse_leaves_them_as_they_are() -> None:
 
 
 def test_explain_counts_their_blocks() -> None:
-    explanation = vk.explain(vk.nn.VisionTransformer(**SMALL))
+    explanation = vk.explain(vk.nn.VisionTransformer(**SIZES))
     assert explanation.summary == "2 of 2 blocks fused"
     assert {row.ops for row in explanation.rows if row.module == "blocks.1"} == {
         "linear, attention, linear",

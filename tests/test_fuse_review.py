@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
-from typing import Any
 
-import fused
-import peers
 import pytest
+import timm_vit
 import torch
+from timm_vit import timm
 from torch import Tensor, nn
 
 import vitkernels as vk
 
-timm = peers.import_timm()
-
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 3, "num_heads": 3}
-
-
-def vit(**options: Any) -> nn.Module:
-    model = timm.models.VisionTransformer(**{**SMALL, **options})
-    fused.stir(model)
-    return model
+vit = functools.partial(timm_vit.vit, depth=3)
 
 
 def check_same(run: Callable[[nn.Module], list[Tensor]], model: nn.Module, *, adds: int) -> None:

@@ -8,25 +8,18 @@ import fused
 import peers
 import pytest
 import torch
+from timm_vit import OPS, timm, vit
 from torch import nn
 
 import vitkernels as vk
 
-timm = peers.import_timm()
-
-SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 48, "depth": 2, "num_heads": 3}
-OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
 APART = OPS - {"attention_qkv"} | {"attention"}
 ROPED = APART | {"rotary"}
 WHOLE = "2 of 2 blocks fused"
 
 
-def vit(**options: Any) -> nn.Module:
-    return timm.models.VisionTransformer(**{**SMALL, **options})
-
-
 def named(name: str, **options: Any) -> nn.Module:
-    return timm.create_model(name, **{**SMALL, **options})
+    return timm.create_model(name, **{**peers.SIZES, **options})
 
 
 MODELS: dict[str, tuple[Any, set[str]]] = {
@@ -145,8 +138,7 @@ def test_dropout_in_training_is_the_modules_own(rates: dict[str, float], reason:
     with vk.record() as calls:
         got = fused.output_and_gradients(model, images)
     assert {call.op for call in calls} == ran
-    for key, tensor in own.items():
-        assert (got[key] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-5, key
+    fused.check_same(got, own)
     assert vk.explain(model).summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
     assert vk.explain(model.eval()).summary == WHOLE
 
@@ -170,7 +162,7 @@ def test_the_residual_add_runs_with_the_next_norm_from_block_to_block() -> None:
 
 
 def test_blocks_that_no_rule_knows_are_named() -> None:
-    model = timm.models.VisionTransformer(**SMALL, block_fn=timm.models.vision_transformer.ResPostBlock)
+    model = timm.models.VisionTransformer(**peers.SIZES, block_fn=timm.models.vision_transformer.ResPostBlock)
     explanation = vk.explain(vk.fuse(model))
     reason = "no rule for timm.models.vision_transformer.ResPostBlock"
     assert explanation.summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
