@@ -19,6 +19,22 @@ from vitkernels.fuse.sublayers import ATTENTION, ROTARY, called, join_heads, pac
 from vitkernels.fuse.swap import branch_of, following
 
 
+def _attended(attn: FusedAttention, x: Tensor, why_not: str | None = None, **options: Any) -> Tensor:
+    """What an attention's forward does with the arguments that are its own, beside why it may not run fused."""
+    if attn.declines(x, lambda: attn.why_not_now() or why_not):
+        return super(FusedAttention, attn).forward(x, **options)
+    with attn.backend():
+        return attn.output(x, attn.heads(x, **options), False)[0]
+
+
+def _stepped(block: FusedBlock, x: Tensor, why_not: str | None = None, **options: Any) -> Tensor:
+    """The same of a block's."""
+    if block.declines(x, lambda: why_not):
+        return super(FusedBlock, block).forward(x, **options)
+    with block.backend():
+        return pre_norm(x, block.sublayers(**options), following(block), block._vitkernels.residual_dtype)
+
+
 class FusedRopeAttention(FusedAttention):
     """timm's AttentionRope and EvaAttention: one projection or three, norms, rotary positions, then the heads."""
 
@@ -27,11 +43,8 @@ class FusedRopeAttention(FusedAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if self.declines(x, lambda: self.why_not_now() or two_masks(attn_mask, is_causal)):
-            return super(FusedAttention, self).forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        with self.backend():
-            heads = self.heads(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-            return self.output(x, heads, False)[0]
+        why_not = two_masks(attn_mask, is_causal)
+        return _attended(self, x, why_not, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
     def why_not_now(self) -> str | None:
         attn: Any = self
@@ -88,10 +101,7 @@ class FusedBeitAttention(FusedRopeAttention):
     steps = ATTENTION
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if self.declines(x, self.why_not_now):
-            return super(FusedAttention, self).forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        with self.backend():
-            return self.output(x, self.heads(x, shared_rel_pos_bias=shared_rel_pos_bias), False)[0]
+        return _attended(self, x, shared_rel_pos_bias=shared_rel_pos_bias)
 
     def heads(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         attn: Any = self
@@ -105,10 +115,7 @@ class FusedRelPosAttention(FusedAttention):
     """timm's RelPosAttention: the bias comes from a module of its own, or from the model."""
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if self.declines(x, self.why_not_now):
-            return super(FusedAttention, self).forward(x, shared_rel_pos=shared_rel_pos)
-        with self.backend():
-            return self.output(x, self.heads(x, shared_rel_pos=shared_rel_pos), False)[0]
+        return _attended(self, x, shared_rel_pos=shared_rel_pos)
 
     def heads(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
         attn: Any = self
@@ -119,11 +126,7 @@ class FusedRelPosBlock(FusedBlock):
     """timm's RelPosBlock."""
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if self.declines(x):
-            return super(FusedBlock, self).forward(x, shared_rel_pos=shared_rel_pos)
-        with self.backend():
-            state = self._vitkernels
-            return pre_norm(x, self.sublayers(shared_rel_pos=shared_rel_pos), following(self), state.residual_dtype)
+        return _stepped(self, x, shared_rel_pos=shared_rel_pos)
 
 
 class FusedEvaBlock(FusedBlock):
@@ -132,12 +135,8 @@ class FusedEvaBlock(FusedBlock):
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if self.declines(x, lambda: two_masks(attn_mask, is_causal)):
-            return super(FusedBlock, self).forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        with self.backend():
-            state = self._vitkernels
-            sublayers = self.sublayers(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-            return pre_norm(x, sublayers, following(self), state.residual_dtype)
+        why_not = two_masks(attn_mask, is_causal)
+        return _stepped(self, x, why_not, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
@@ -151,12 +150,7 @@ class FusedBeitBlock(FusedEvaBlock):
     """timm.models.beit.Block."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if self.declines(x):
-            return super(FusedBlock, self).forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        with self.backend():
-            state = self._vitkernels
-            sublayers = self.sublayers(shared_rel_pos_bias=shared_rel_pos_bias)
-            return pre_norm(x, sublayers, following(self), state.residual_dtype)
+        return _stepped(self, x, shared_rel_pos_bias=shared_rel_pos_bias)
 
 
 _ROPE = ("x", "rope", "attn_mask", "is_causal")
