@@ -13,7 +13,7 @@ import torch
 from train_setup import COLOURS, make_images, silent, tiny
 
 from vitkernels.nn import create_model
-from vitkernels.train import demo_config, load_model, metrics, train
+from vitkernels.train import demo_config, load_model, metrics, report, train
 from vitkernels.train.data import held_out_loader, open_source
 from vitkernels.train.distributed import World
 from vitkernels.train.lane import Lane
@@ -99,6 +99,22 @@ def test_naive_and_fused_stay_together(folder: Path, tmp_path: Path) -> None:
     assert result["largest_loss_difference"] == max(abs(a - b) for a, b in losses)
     assert losses[0][0] == pytest.approx(losses[0][1], abs=1e-6), "they start from the same weights"
     assert losses[-1][0] < losses[0][0]
+
+
+def test_every_model_has_its_own_column() -> None:
+    speeds = {"naive": 100.0, "timm": 125.0, "fused": 150.0}
+    figures = dict.fromkeys(("test_accuracy", "last_loss", "step_seconds"), speeds)
+    run = {"model": "vit", "steps": 1, "batch_size": 2, "device": "Abacus", "skipped": []}
+    table = report._figures_table(
+        {**run, **figures, "images_per_second": speeds, "ratio": 1.5, "largest_loss_difference": 0.001}
+    )
+    columns = {str(column.header): list(column.cells)[-2:] for column in table.columns}
+    assert columns == {
+        "": ["images per second, ratio", "largest difference of the losses"],
+        "naive": ["1.00", ""],
+        "timm": ["1.25", ""],
+        "fused": ["1.50", "1.0e-03"],
+    }
 
 
 def test_the_two_models_take_turns(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,8 +118,9 @@ def _figures_table(result: dict[str, Any]) -> Table:
         values = (result[figure][name] for name in names)
         table.add_row(title, *("none held out" if value is None else form.format(value) for value in values))
     if "ratio" in result:
-        table.add_row("images per second, ratio", "1", f"{result['ratio']:.2f}")
-        table.add_row("largest difference of the losses", "", f"{result['largest_loss_difference']:.1e}")
+        speeds, difference = result["images_per_second"], f"{result['largest_loss_difference']:.1e}"
+        table.add_row("images per second, ratio", *(f"{speeds[name] / speeds['naive']:.2f}" for name in names))
+        table.add_row("largest difference of the losses", *(difference if name == "fused" else "" for name in names))
     if result["skipped"]:
         table.add_row("images skipped", str(len(result["skipped"])))
     return table
