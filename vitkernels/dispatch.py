@@ -127,7 +127,10 @@ def order(device_type: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Call]]:
-    """Collect a `Call` for every kernel launched inside the block, forward and backward, in order."""
+    """Collect a `Call` for every kernel launched inside the block, forward and backward, in order.
+
+    A LayerNorm's result that a backward pass makes again, because it was not kept, is one more "forward".
+    """
     _outside_compiled_code("record")
     calls: list[Call] = []
     _records.append(calls)

@@ -4,8 +4,9 @@
     normed = (total - mean) / sqrt(var + eps) * weight + bias
 
 Every Transformer sub-layer ends in the first line and the next one begins with the second, so one op serves both:
-`normed` feeds the next sub-layer, `total` goes on as its residual. LayerNorm is Ba et al. 2016, LayerScale Touvron et
-al. 2021 (CaiT), DropPath Huang et al. 2016 (stochastic depth).
+`normed` feeds the next sub-layer, `total` goes on as its residual and is what backward passes keep: `linear` and `mlp`
+make `normed` again from it (`_recompute.py`). LayerNorm is Ba et al. 2016, LayerScale Touvron et al. 2021 (CaiT),
+DropPath Huang et al. 2016 (stochastic depth).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.dispatch import Op
-from vitkernels.ops import _check
+from vitkernels.ops import _check, _recompute
 from vitkernels.ops._amp import accumulate_dtype, given, nothing, wide
 
 
@@ -47,7 +48,8 @@ def add_layer_norm(
         out_dtype: dtype of normed; the default is total's. A consumer that multiplies in bfloat16 wants it so.
 
     Returns:
-        (total, normed), both of x's shape. With branch=None total is x itself.
+        (total, normed), both of x's shape. With branch=None total is x itself. A `normed` that was written into
+        through .data or numpy, where no change is counted, must be cloned before `linear` or `mlp`.
 
     Raises:
         TypeError: an argument that is no floating-point tensor.
@@ -79,7 +81,10 @@ def add_layer_norm(
     if branch is not None:
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
-    return (x if branch is None else total), normed
+    if branch is None:
+        total = x
+    _recompute.write(normed, total, weight, bias, eps)
+    return total, normed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -103,20 +108,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, ...]:
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            "add_layer_norm: its sum (what a fused block returns), its norm's weight or a factor was written into; "
-            "the backward pass needs it unchanged: clone it first (x = x.clone())"
-        ) from error
-
-
 def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = _saved(ctx)
+    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = _recompute.saved_tensors(ctx)
     x_, branch_, weight_, bias_, _, branch_bias_, scale_, row_scale_, _ = ctx.needs_input_grad
     needs = [x_, branch_, weight_, bias_, branch_bias_, scale_, row_scale_]
     if ctx.branch_dtype is None:

@@ -1,7 +1,8 @@
 """linear: y = x w^T + b, the GEMM between the fused ops.
 
 There is no fusion here worth a kernel: the point is that the vendor's fastest GEMM runs (oneDNN rather than MKL on a
-CPU, cuBLAS on a GPU), and that weight and bias gradients come from one call.
+CPU, cuBLAS on a GPU), that weight and bias gradients come from one call, and that an x that `add_layer_norm` made is
+not kept for them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vitkernels.dispatch import Op
-from vitkernels.ops import _check
+from vitkernels.ops import _check, _recompute
 from vitkernels.ops._amp import autocast, given, nothing, wide
 
 
@@ -36,21 +37,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _check.has_rank("linear", "weight", weight, "[O, I]")
     _check.has_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]), "x's last axis")
     _check.has_shape("linear", "bias", bias, weight.shape[:1], "weight's first axis")
+    uncast = x
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    _recompute.carry(uncast, x)
     _check.same_dtype("linear", x=x, weight=weight, bias=bias)
     return op(x, weight, bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    _recompute.save(ctx, x, weight)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None
-    x, weight = ctx.saved_tensors
+    x, weight = _recompute.saved(ctx)
     needs = list(ctx.needs_input_grad[:3])
     grads = op.backward(dy, x, weight, needs)
     return tuple(given(need, grad) for need, grad in zip(needs, grads, strict=True))

@@ -1,8 +1,8 @@
 """mlp: the Transformer's feed-forward, y = activation(x w1^T + b1) w2^T + b2.
 
 The activation runs in the first GEMM's epilogue and its derivative, with b1's gradient, in the epilogue of the second
-one's backward. Only the pre-activation is saved; the activation is recomputed from it. Vaswani et al. 2017 with GELU
-from Hendrycks and Gimpel 2016.
+one's backward. Only the pre-activation is saved; the activation is recomputed from it, and an x that
+`add_layer_norm` made from its sum. Vaswani et al. 2017 with GELU from Hendrycks and Gimpel 2016.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.dispatch import Op
-from vitkernels.ops import _check
+from vitkernels.ops import _check, _recompute
 from vitkernels.ops._amp import autocast, given, nothing, wide
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
@@ -58,7 +58,9 @@ def mlp(
         raise ValueError(
             f"{name}: argument 'activation' is {activation!r}; needs one of {', '.join(map(repr, ACTIVATIONS))}"
         )
+    uncast = x
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)  # type: ignore[assignment]
+    _recompute.carry(uncast, x)
     _check.same_dtype(name, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     # without a gradient to come, the pre-activation need not leave the cache
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, w1, b1, w2, b2))
@@ -69,7 +71,7 @@ def mlp(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w1, _, w2, _, ctx.activation, _ = inputs
     _, pre = output
-    ctx.save_for_backward(x, pre, w1, w2)
+    _recompute.save(ctx, x, w1, pre, w2)
     ctx.mark_non_differentiable(pre)
     ctx.set_materialize_grads(False)
 
@@ -78,7 +80,8 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 7
     needs = list(ctx.needs_input_grad[:5])
-    grads = op.backward(dy, *ctx.saved_tensors, ctx.activation, needs)
+    x, w1, pre, w2 = _recompute.saved(ctx)
+    grads = op.backward(dy, x, pre, w1, w2, ctx.activation, needs)
     return *(given(need, grad) for need, grad in zip(needs, grads, strict=True)), None, None
 
 
