@@ -41,6 +41,7 @@ class Session:
         self.store = Store(out or RESULTS / f"{machine.slug(self.device)}.json", head)
         self._key: Key | None = None
         self._timed: dict[str, Timed] = {}
+        self._revision = machine.revision()
         self._copy = machine.copy_ceiling(self.device)
         self._gemm: dict[str, float] = {}
 
@@ -56,10 +57,10 @@ class Session:
         return self._timed[lane]
 
     def keep(self, key: Key, row: Row) -> None:
-        """Write a row, with its place under the two ceilings that this run measured."""
+        """Write a row, with the commit, and its place under the two ceilings that this run measured."""
         if key.dtype not in self._gemm:
             self._gemm[key.dtype] = machine.gemm_ceiling(self.device, getattr(torch, key.dtype))
-        row |= {"gemm": self._gemm[key.dtype], "copy": self._copy}
+        row |= {"revision": self._revision, "gemm": self._gemm[key.dtype], "copy": self._copy}
         if "seconds" in row:
             row["share"] = max(row["flops"] / row["gemm"], row["bytes"] / row["copy"]) / seconds(row)
             row["mfu"] = row["flops"] / row["gemm"] / seconds(row)

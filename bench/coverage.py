@@ -68,6 +68,7 @@ def table(content: dict[str, Any]) -> str:
 
 def main() -> int:
     """Build and fuse every registered model, and write what came of it."""
+    from bench import machine
     from vitkernels.models import import_torchvision
 
     import_torchvision()
@@ -88,7 +89,8 @@ def main() -> int:
         for reason, count in collections.Counter(each["reason"] for each in chosen).most_common(25):
             print(f"  {count:5}  {reason}")
     if len(sys.argv) == 1:
-        RESULTS.write_text(json.dumps({"timm": timm.__version__, "models": found}, indent=0) + "\n")
+        content = {"timm": timm.__version__, "revision": machine.revision(), "models": found}
+        RESULTS.write_text(json.dumps(content, indent=0) + "\n")
     return 0
 
 

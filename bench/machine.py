@@ -1,12 +1,14 @@
-"""What the machine says: a clock that synchronises, peak memory, the cache, and the two ceilings of a roofline."""
+"""What is measured, and what the machine says: a clock that synchronises, peak memory, the cache, two ceilings."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import itertools
+import os
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 import vitkernels as vk
 from vitkernels.train import machine as host
 
+ROOT = Path(__file__).parent.parent
+CODE = ("vitkernels", "csrc", "bench", ":!bench/results", ":!*.md")  # what a figure depends on
 PACKAGES = ("torchvision", "transformers", "pytest-benchmark")
 
 
@@ -43,6 +47,21 @@ def describe(device: torch.device) -> dict[str, Any]:
         "backends": dict(vk.backends()),
         "versions": versions,
     }
+
+
+def revision() -> str:
+    """The commit that is measured, "-dirty" where code differs from it; outside a checkout the version."""
+    try:
+        commit = _git("describe", "--always", "--abbrev=10")
+        return f"{commit}-dirty" if _git("status", "--porcelain", "--", *CODE) else commit
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
+        return f"version {vk.__version__}"
+
+
+def _git(*words: str) -> str:
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}  # a checkout around ours is another's
+    done = subprocess.run(["git", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def clock(device: torch.device) -> float:

@@ -101,11 +101,13 @@ def report(results: Results) -> str:
     parts = [f"# Results\n\n{LEGEND}"]
     for name, content in results.devices.items():
         versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
-        parts.append(
-            f"## {content['device']}\n\n"
-            f"{versions}.\nPeers that are not installed here: {', '.join(content.get('absent', [])) or 'none'}.\n"
-            f"Ceilings of the same run: {tables.ceilings(content)}.\n"
+        machine = (
+            f"{versions}.",
+            tables.revisions(content),
+            f"Peers that are not installed here: {', '.join(content.get('absent', [])) or 'none'}.",
+            f"Ceilings of the same run: {tables.ceilings(content)}.",
         )
+        parts.append("\n".join([f"## {content['device']}\n", *filter(None, machine), ""]))
         sections = {
             "Blocks and models": tables.models(content),
             "Ops": tables.ops(content),

@@ -48,6 +48,12 @@ def title(content: Content) -> str:
     return f"{content['device']}, torch {content['versions']['torch']}"
 
 
+def revisions(content: Content) -> str:
+    """The commits that the rows were measured at, as a sentence; nothing of files that do not know."""
+    found = dict.fromkeys(row.get("revision", "commits that were not recorded") for row in content["rows"])
+    return f"Measured at {', '.join(found)}." if any("revision" in row for row in content["rows"]) else ""
+
+
 def peers(lanes: dict[str, Row], figure: str = "seconds") -> str:
     """Each peer of a case, over ours: of its time, or of its memory."""
     ours = lanes.get(OURS, {})
@@ -189,7 +195,8 @@ def demo(result: dict[str, Any]) -> str:
         (f"{result['model']}, {result['steps']} steps of {result['batch_size']} images", *names), rows, len(names)
     )
     backends = sorted({op["backend"] for op in result["ops"]})
+    commit = f", measured at {result['revision']}" if "revision" in result else ""
     return (
-        f"{table}\n\nOn {result['device']}, torch {result['torch']}; every op of the fused model ran on: "
+        f"{table}\n\nOn {result['device']}, torch {result['torch']}{commit}; every op of the fused model ran on: "
         f"{', '.join(backends)}. Losses of naive and fused differ by {result['largest_loss_difference']:.1e} at most.\n"
     )

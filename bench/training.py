@@ -14,7 +14,7 @@ from typing import Any
 import peers as libraries
 from rich.console import Console
 
-from bench import tables
+from bench import machine, tables
 from bench.store import RESULTS
 from vitkernels.nn import PRESETS
 from vitkernels.train import metrics
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "demo.json", help="results file")
     known = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder) / "run", Console(), quick=known.quick)
+        result = {"revision": machine.revision(), **run(Path(folder) / "run", Console(), quick=known.quick)}
     write_json(known.out, result)
     print(tables.demo(result))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import vitkernels as vk
 from vitkernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -268,6 +270,37 @@ def test_peak_memory_is_what_a_step_takes() -> None:
     assert 0 <= machine.peak_memory(step, CPU) - 2 * size < 1024
 
 
+def test_the_commit_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.com"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init")
+    root = tmp_path / "checkout"
+    (root / "vitkernels").mkdir(parents=True)
+    (root / "bench/results").mkdir(parents=True)
+    (root / "bench/NOTES.md").write_text("notes")
+    monkeypatch.setattr(machine, "ROOT", root)
+    assert machine.revision() == f"version {vk.__version__}", "the checkout around it is another's"
+    (tmp_path / ".git").rename(root / ".git")
+    (root / "vitkernels/linear.py").write_text("x = 1")
+    git("-C", "checkout", "add", ".")
+    git("-C", "checkout", "commit", "--message=first")
+    commit = git("-C", "checkout", "rev-parse", "--short=10", "HEAD").strip()
+    (root / "bench/results/new.json").write_text("{}")
+    (root / "bench/NOTES.md").write_text("more notes")
+    assert machine.revision() == commit, "results and notes are no code"
+    (root / "vitkernels/mlp.py").write_text("y = 1")
+    assert machine.revision() == f"{commit}-dirty"
+    git("-C", "checkout", "add", ".")
+    git("-C", "checkout", "commit", "--message=second")
+    (root / "vitkernels/mlp.py").write_text("y = 2")
+    assert machine.revision() == f"{git('-C', 'checkout', 'rev-parse', '--short=10', 'HEAD').strip()}-dirty"
+
+
 def test_ceilings_are_rates() -> None:
     assert machine.gemm_ceiling(CPU, torch.float32) > 1e9
     assert machine.copy_ceiling(CPU) > 1e8
@@ -321,7 +354,7 @@ def test_pytest_benchmark_replays_what_was_measured(tmp_path: Path) -> None:
     assert {row["kind"] for row in rows} == {"op", "block", "model"}
     assert {row["direction"] for row in rows} == {"forward", "forward + backward", "training step"}
     assert content["versions"]["torch"] == torch.__version__
-    needed = {"seconds", "spread", "rounds", "flops", "bytes", "gemm", "copy", "share", "mfu", "memory"}
+    needed = {"revision", "seconds", "spread", "rounds", "flops", "bytes", "gemm", "copy", "share", "mfu", "memory"}
     assert all(needed <= row.keys() for row in rows)
     medians = [each["stats"]["median"] for each in json.loads(statistics.read_text())["benchmarks"]]
     assert medians == [row["seconds"] for row in rows]

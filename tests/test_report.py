@@ -70,6 +70,17 @@ def test_the_report_and_its_pictures(folder: Path) -> None:
     assert report.stale(results, folder, pages=()) == [folder / report.REPORT]
 
 
+def test_the_commits_that_were_measured() -> None:
+    old, new, changed = (row(OP, lane, 1.0) for lane in (OURS, "eager", "timm"))
+    new["revision"], changed["revision"] = "abc", "abd-dirty"
+    known = report.report(report.Results({"abacus": content(new, changed)}))
+    assert "\ntorch 2.0.\nMeasured at abc, abd-dirty.\nPeers that are" in known
+    assert tables.revisions(content(old, new)) == "Measured at commits that were not recorded, abc."
+    assert "\ntorch 2.0.\nPeers that are" in report.report(report.Results({"abacus": content(old)}))
+    assert "torch 2.0, measured at abc; every op" in tables.demo({**DEMO, "revision": "abc"})
+    assert "torch 2.0; every op" in tables.demo(DEMO)
+
+
 def test_a_wrong_case_has_no_figure_in_the_report() -> None:
     rows = [failed(OP, OURS, "not timed, wrong: gradient of w1: worst error 2"), row(OP, "eager", 0.008)]
     text = tables.ops(content(*rows))
