@@ -55,6 +55,13 @@ def test_verify_says_what_differs(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert shown.splitlines()[-1].startswith("FAILED: ")
 
 
+def test_verify_of_what_cannot_be_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "timm:test_resnet", "--image-size", "32", "--batch", "2", "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert "note: nothing to fuse in this ResNet; needs " in shown
+    assert shown.splitlines()[-1].startswith("FAILED: nothing was verified: ")
+
+
 def test_verify_by_config(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"transformers:{config}", "--image-size", "32", "--batch", "2", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out

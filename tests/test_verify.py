@@ -73,12 +73,27 @@ def test_modules_of_vitkernels_are_held_to_plain_torch() -> None:
     assert _ops(found) >= OPS
 
 
-def test_nothing_to_fuse() -> None:
-    found = vk.verify(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(2, 4))
-    assert found.ok
+def _check_nothing_verified(found: vk.Verification) -> None:
+    assert not found.ok
+    assert not found.broken
     assert found.ran == {}
+    assert found.to_dict()["ok"] is False
+    lines = str(found).splitlines()
+    assert lines[0] == found.summary, "no table of errors that nobody made"
+    assert lines[-1] == "FAILED: nothing was verified: no fused op ran, and both runs are the stock model's"
+
+
+def test_nothing_to_fuse_is_nothing_verified() -> None:
+    found = vk.verify(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(2, 4))
+    _check_nothing_verified(found)
     assert found.notes[0].startswith("nothing to fuse in this Sequential; needs attention")
-    assert "no fused op ran: both runs are the stock model's" in found.notes
+
+
+def test_a_fused_model_whose_every_call_falls_back_is_nothing_verified() -> None:
+    model, x = vk.fuse(nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)), torch.randn(2, 3, 8)
+    found = vk.verify(model, x, x, x)
+    _check_nothing_verified(found)
+    assert "ran a module's own code: " in found.notes[0]
 
 
 def test_frozen_parameters_have_no_rows() -> None:
@@ -228,7 +243,7 @@ def test_an_output_that_is_a_buffer_keeps_its_value() -> None:
     model = Counting(4, 4)
     model.register_buffer("count", torch.zeros(1))
     found = vk.verify(model, torch.randn(2, 4))
-    assert found.ok, found
+    assert not found.broken, found
     assert [row.size.worst for row in found.rows if row.name == "output[1]"] == [1.0]
     assert model.count == 0
 

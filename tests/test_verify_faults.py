@@ -68,20 +68,20 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Any, 
 WEIGHTS = {f"gradient of {index}.{name}" for index in (0, 1, 3) for name in ("weight", "bias")}
 FAULTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], set[str]]] = {
     "a weight's gradient, by 1 %": (
-        lambda own, x: F.linear(x, _Scaled.apply(own.weight), own.bias),
+        lambda own, x: vk.ops.linear(x, _Scaled.apply(own.weight), own.bias),
         {"gradient of 1.weight"},
     ),
     "an input's gradient, by 1 %": (
-        lambda own, x: F.linear(_Scaled.apply(x), own.weight, own.bias),
+        lambda own, x: vk.ops.linear(_Scaled.apply(x), own.weight, own.bias),
         {"gradient of 0.weight", "gradient of 0.bias"},
     ),
-    "no gradient": (lambda own, x: F.linear(x, own.weight, own.bias.detach()), {"gradient of 1.bias"}),
+    "no gradient": (lambda own, x: vk.ops.linear(x, own.weight, own.bias.detach()), {"gradient of 1.bias"}),
     "the output, by 0.1 %": (
-        lambda own, x: F.linear(x, own.weight, own.bias) * 1.001,
+        lambda own, x: vk.ops.linear(x, own.weight, own.bias) * 1.001,
         {"output", *WEIGHTS} - {"gradient of 3.bias"},
     ),
     "NaN": (
-        lambda own, x: F.linear(x, own.weight, own.bias) * torch.nan,
+        lambda own, x: vk.ops.linear(x, own.weight, own.bias) * torch.nan,
         {"output", *WEIGHTS} - {"gradient of 3.bias"},
     ),
 }
@@ -108,17 +108,17 @@ def test_a_planted_fault_is_caught_and_named(
 
 
 def test_the_same_model_without_a_fault_passes(plant: Callable[..., nn.Module]) -> None:
-    found = vk.verify(plant(lambda own, x: F.linear(x, own.weight, own.bias)), torch.randn(5, 8))
+    found = vk.verify(plant(lambda own, x: vk.ops.linear(x, own.weight, own.bias)), torch.randn(5, 8))
     assert found.ok, found
 
 
 def test_other_random_numbers_are_said(plant: Callable[..., nn.Module]) -> None:
-    model = plant(lambda own, x: F.linear(x + 0 * torch.rand(1), own.weight, own.bias))
+    model = plant(lambda own, x: vk.ops.linear(x + 0 * torch.rand(1), own.weight, own.bias))
     assert "fused, the model draws other random numbers than stock" in vk.verify(model, torch.randn(5, 8)).notes
 
 
 def test_another_dtype_is_said(plant: Callable[..., nn.Module]) -> None:
-    model = plant(lambda own, x: F.linear(x, own.weight, own.bias).double())[:2]
+    model = plant(lambda own, x: vk.ops.linear(x, own.weight, own.bias).double())[:2]
     assert (
         "output is torch.float64 [5, 8] fused, and torch.float32 [5, 8] stock"
         in vk.verify(model, torch.randn(5, 8)).notes

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 where `verify` finds a difference, 2 for what a user can correct, 130 for Ctrl-C.
+        The exit code: 0, 1 where `verify` finds a difference or nothing that runs fused, 2 for what a user can correct,
+        130 for Ctrl-C.
     """
     arguments = vars(_parser().parse_args(argv))
     command, debug = arguments.pop("command"), arguments.pop("debug")
@@ -149,7 +150,11 @@ def _parser() -> Parser:
     for name, text in (
         ("train", "train a model on folders of images"),
         ("demo", "train on scikit-learn's digit scans, naive and fused in turn, and compare"),
-        ("verify", "run a model with random weights stock and fused, and compare outputs and gradients"),
+        (
+            "verify",
+            "run a model with random weights stock and fused, and compare outputs and gradients; exit code 1 where "
+            "they differ or nothing runs fused",
+        ),
         ("bench", "time a model's training step, stock and fused in turn"),
         ("info", "versions, devices, and each backend and why it is or isn't there"),
     ):

@@ -93,8 +93,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether the fused model ran, and everything is within the rule."""
-        return self.failure is None and not self.broken
+        """Whether the fused model ran, on fused ops, and everything is within the rule."""
+        return self.failure is None and bool(self.ran) and not self.broken
 
     @property
     def worst(self) -> list[Row]:
@@ -115,7 +115,7 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        lines = [table([_HEAD, *map(_cells, self.worst)])] if self.rows else []
+        lines = [table([_HEAD, *map(_cells, self.worst)])] if self.rows and (self.ran or self.broken) else []
         lines.append(self.summary)
         if self.ran:
             lines.append("ran: " + ", ".join(f"{count} x {name}" for name, count in self.ran.items()))
@@ -132,6 +132,8 @@ class Verification:
             return (
                 f"FAILED: {len(self.broken)} of {len(self.rows)} tensors differ from {self.truth} by more than {rule}"
             )
+        if not self.ran:
+            return "FAILED: nothing was verified: no fused op ran, and both runs are the stock model's"
         return f"ok: {len(self.rows)} outputs and gradients differ from {self.truth} by no more than {rule}"
 
 
