@@ -20,6 +20,7 @@ from vitkernels.kernels.configs import (
     Capability,
     PatchEmbedTile,
     ProductTile,
+    RotaryTile,
     RowTile,
 )
 
@@ -51,7 +52,7 @@ class Slot:
 
 def slots(capability: Capability) -> list[Slot]:
     """Every slot, most worth a measurement first."""
-    return [*_attention(capability), *_add_layer_norm(), *_mlp(capability), *_patch_embed(capability)]
+    return [*_attention(capability), *_add_layer_norm(), *_mlp(capability), *_patch_embed(capability), *_rotary()]
 
 
 def _grid(now: Any, **values: Sequence[Any]) -> tuple[Any, ...]:
@@ -240,7 +241,39 @@ def _patch_arguments(direction: str) -> Callable[[int], tuple[Any, ...]]:
     return arguments
 
 
-def source(tile: AttentionTile | RowTile | ProductTile | PatchEmbedTile) -> str:
+# ------------------------------------------------------------------------------------------------------------- rotary
+
+
+def _rotary() -> Iterator[Slot]:
+    """Forward alone: backward is the same kernel and as many bytes."""
+    for kind in ("pairs", "halves"):
+        for width in (64, 128):
+            now = configs.pick_rotary_tile(width)
+            yield Slot(
+                "rotary", f"rotary forward, {kind}, bf16, {BATCH}x{ROWS // BATCH}x12x{width}", "rotary", "forward",
+                _rotary_arguments(width, kind == "halves"),
+                _grid(now, tokens=(8, 16, 32, 64), heads=(1, 2, 4, 12), warps=(2, 4, 8)),
+                _row("ROTARY", _instead_of_its_width),
+            )  # fmt: skip
+
+
+def _instead_of_its_width(tile: RotaryTile) -> tuple[RotaryTile, ...]:
+    return tuple(tile if each.width == tile.width else each for each in configs.ROTARY)
+
+
+def _rotary_arguments(width: int, half: bool) -> Callable[[int], tuple[Any, ...]]:
+    """q in a packed projection, behind a class token."""
+
+    def arguments(seed: int) -> tuple[Any, ...]:
+        draw, tokens = _draw(seed), ROWS // BATCH
+        q = draw(BATCH, tokens, 3, 12, width)[:, :, 0].transpose(1, 2)
+        angles = draw(1, 1, tokens - 1, width, gain=3.0, dtype=torch.float32)
+        return q, angles.sin(), angles.cos(), 1, half
+
+    return arguments
+
+
+def source(tile: AttentionTile | RowTile | ProductTile | PatchEmbedTile | RotaryTile) -> str:
     """The tile as it is written in `configs.py`, defaults left out."""
     fields = (
         f"{field.name}={value!r}"

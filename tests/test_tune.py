@@ -56,6 +56,14 @@ def test_a_tile_is_put_in_its_row_and_taken_out_again() -> None:
     assert configs.LAYER_NORM_FORWARD is before
 
 
+def test_a_row_leaves_the_others_of_its_table() -> None:
+    each = slot("rotary forward, halves, bf16, 256x197x12x128")
+    tile = each.tiles[-1]
+    narrow, _, wide = configs.ROTARY
+    with tune.put(each, tile):
+        assert (narrow, tile, wide) == configs.ROTARY
+
+
 @pytest.mark.parametrize(
     "tile",
     [
@@ -63,6 +71,7 @@ def test_a_tile_is_put_in_its_row_and_taken_out_again() -> None:
         configs.RowTile(512, warps=1, rows=4),
         configs.ProductTile(128, 256, 64, warps=8, stages=4, pieces=4, tma=True),
         configs.PatchEmbedTile(128, 128, 64, 8, 3),
+        configs.RotaryTile(64, tokens=16, heads=12, warps=2),
     ],
 )
 def test_a_row_can_be_pasted(tile: object) -> None:
