@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 BACKENDS = ("triton", "ext", "reference")
+_ROOMS = {"triton": f"{__package__}.kernels", "ext": f"{__package__}.ext"}  # each with a `why_not` of the machine
 _DEFAULT_ORDER = {"cuda": BACKENDS, "cpu": ("ext", "reference")}
 _NAMESPACE = "vitkernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")  # held: the ops live as long as it does
@@ -149,15 +151,7 @@ def _outside_compiled_code(name: str) -> None:
 
 def why_not(backend: str) -> str | None:
     """A sentence that says why a backend is not there at all on this machine, or None when it is."""
-    if backend == "ext":
-        from vitkernels import ext
-
-        return ext.why_not()
-    if backend == "triton":
-        from vitkernels import kernels
-
-        return kernels.why_not()
-    return None
+    return None if backend == "reference" else sys.modules[_ROOMS[backend]].why_not()
 
 
 def backends() -> Backends:
@@ -226,7 +220,7 @@ class Op:
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library)
         torch.library.register_autograd(f"{_NAMESPACE}::{name}_backward", no_double, lib=_library)
         self.function = _function(name, self.forward_op, setup_context, gradients)
-        self.plain_function = _plain_function(name, lambda *args: self._run("forward", args), setup_context, gradients)
+        self.apply_plain = _apply_plain(self, setup_context, gradients)
         self.backward_function = _function(
             f"{name}_backward", self.backward_op, lambda ctx, inputs, output: None, no_double
         )
@@ -254,18 +248,19 @@ class Op:
             if forward_ad._current_level >= 0:
                 self.function.jvp()  # refuses, where the bare op would answer with a tangent of zeros
             return self.forward_op(*args)
-        plain, function = _is_plain(args), _needs_function(args)
+        plain, function = _look_at(args)
         if function:
-            return (self.plain_function if plain else self.function).apply(*args)
+            return self.apply_plain(*args) if plain else self.function.apply(*args)
         return self._run("forward", args) if plain else self.forward_op(*args)
 
     def backward(self, *args: Any) -> Any:
         """The backward op; asking for its own gradient raises."""
         if torch.compiler.is_compiling():
             return self.backward_op(*args)
-        if _needs_function(args):
+        plain, function = _look_at(args)
+        if function:
             return self.backward_function.apply(*args)
-        return self._run("backward", args) if _is_plain(args) else self.backward_op(*args)
+        return self._run("backward", args) if plain else self.backward_op(*args)
 
     def why_not(self, backend: str, direction: str, args: tuple[Any, ...]) -> str | None:
         """A sentence that says why a backend cannot serve this call, or None when it can."""
@@ -278,9 +273,9 @@ class Op:
         return implementation.why_not(direction, args)
 
     def _run(self, direction: str, args: tuple[Any, ...]) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        kind = next(filter(_is_tensor, args)).device.type
         declined: list[tuple[str, str]] = []
-        for backend in order(device.type):
+        for backend in order(kind):
             reason = self.why_not(backend, direction, args)
             if reason is not None:
                 declined.append((backend, reason))
@@ -290,52 +285,59 @@ class Op:
             for calls in _records:
                 calls.append(Call(self.name, direction, backend, tuple(declined)))
             launch = getattr(self.implementations[backend], direction)
-            if torch.is_autocast_enabled(device.type):
-                # dtypes were settled before the op; inside it, autocast would cast again
-                with torch.autocast(device.type, enabled=False):
-                    return launch(*args)
-            return launch(*args)
+            if not torch.is_autocast_enabled(kind):
+                return launch(*args)
+            # dtypes were settled before the op; inside it, autocast would cast again
+            torch.set_autocast_enabled(kind, False)
+            try:
+                return launch(*args)
+            finally:
+                torch.set_autocast_enabled(kind, True)
         reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
         raise BackendError(f"{self.name} ({direction}): no backend in use can serve this call. {reasons}")
 
 
-def _needs_function(args: tuple[Any, ...]) -> bool:
-    grad = torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
-    return grad or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _is_tensor(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor)
 
 
-def _is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether nobody looks on: tensors of memory, no transform, no dispatch mode, no profiler.
+def _look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether the call is plain, and whether it needs an autograd Function; one look, at every call.
 
-    Such a call goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors,
-    tensor subclasses, counters of FLOPs.
+    A call is plain where nobody looks on: tensors of memory, no transform, no dispatch mode, no profiler. Such a call
+    goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors, tensor
+    subclasses, counters of FLOPs.
     """
-    watched = (
-        torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    plain = not (
+        transformed
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._is_tracing()
         or torch.autograd._profiler_enabled()
     )
-    if watched:
-        return False
-    for arg in args:  # a loop: at every call, a generator costs more than what it asks
-        if isinstance(arg, torch.Tensor) and (type(arg) not in _PLAIN or arg.is_meta or not torch._C._has_storage(arg)):
-            return False
-    return True
+    learns = False
+    for arg in args:
+        if type(arg) in _PLAIN:
+            learns = learns or arg.requires_grad
+            plain = plain and not arg.is_meta and torch._C._has_storage(arg)
+        elif isinstance(arg, torch.Tensor):
+            learns, plain = learns or arg.requires_grad, False
+    return plain, transformed or (learns and torch.is_grad_enabled())
 
 
-def _plain_function(name: str, run: Any, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Any:
-    """The Function of plain calls: `apply` spends less time where there is no `setup_context`."""
+def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of the Function of plain calls, which spends less time: there is no `setup_context` and no transform."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
+        output = op._run("forward", args)
         ctx.backends = _scope.get()
         setup_context(ctx, args, output)
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(_scoped(gradients))}
-    return type(name, (torch.autograd.Function,), members)
+    function: Any = type(op.name, (torch.autograd.Function,), members)
+    # the base's own: what Function's adds to it serves setup_context and transforms
+    return super(torch.autograd.Function, function).apply
 
 
 def _scoped(gradients: Callable[..., Any]) -> Callable[..., Any]:
