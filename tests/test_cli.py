@@ -253,7 +253,6 @@ def test_bad_input_raises_in_python(what: str, here: Path, monkeypatch: pytest.M
     [
         ([], "the following arguments are required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["train"], "the following arguments are required: --data"),
         (["train", "--data", "x", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "--data", "x", "--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
         (["demo", "--quik"], "unrecognized arguments: --quik"),
@@ -266,6 +265,13 @@ def test_words_that_are_none(words: list[str], sentence: str, capsys: pytest.Cap
     shown = capsys.readouterr().err
     assert sentence in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--epochs", "3"], ["train", "--resume"]])
+def test_data_or_a_run_is_needed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    sentence = "train: needs --data, a folder of images; or --resume --out, the folder of a run to continue"
+    assert capsys.readouterr().err == f"vitkernels: {sentence}\n"
 
 
 @pytest.mark.parametrize("pair", ["depth", "=3", "a b=3"])

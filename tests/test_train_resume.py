@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 from train_setup import make_images, silent, tiny, tiny_words
 
+from vitkernels.cli import main
 from vitkernels.train import checkpoint, load_model, metrics, train
 from vitkernels.train.loop import Trainer
 
@@ -178,6 +181,71 @@ def test_a_run_is_not_written_over(folder: Path, whole: Path) -> None:
         ValueError, match=r"argument 'out' got .*, which holds a run; needs 'resume', or another folder"
     ):
         _run(folder, whole)
+
+
+# ------------------------------------------------------------------------------------------- the options of a run
+
+
+def _stopped_run(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run by the command line, interrupted after its first epoch of three."""
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 8)
+        words = ["--epochs", "3", "--batch-size", "3", "--drop-path", "0.3", "--label-smoothing", "0.1"]
+        assert main(tiny_words(folder, out, *words)) == 130
+
+
+def test_a_run_goes_on_with_its_options(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    _stopped_run(folder, out, monkeypatch)
+    assert f"continue with --resume --out {out}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    _assert_same(out, whole)
+
+
+def test_options_may_be_given_again(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same ones, and ones that leave the numbers alone."""
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    _stopped_run(folder, out, monkeypatch)
+    shutil.copytree(folder, tmp_path / "images")
+    out.rename(moved)
+    before = (moved / "config.json").read_bytes()
+    assert main(["train", "--resume", "--out", str(moved), "--lr", "0.5"]) == 2
+    assert "argument 'resume': lr is 0.5, and 0.003 in the checkpoint" in capsys.readouterr().err
+    assert (moved / "config.json").read_bytes() == before
+    again = ["--lr", "3e-3", "--data", str(tmp_path / "images"), "--checkpoint-every", "5"]
+    assert main(["train", "--resume", "--out", str(moved), *again]) == 0
+    _assert_same(moved, whole)
+    kept = json.loads((moved / "config.json").read_text())["training"]
+    assert (kept["data"], kept["checkpoint_every"], kept["lr"]) == (str(tmp_path / "images"), 5, 3e-3)
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_the_demo_goes_on_with_its_options(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["demo", "--quick", "--seed", "3", "--out", str(out)]) == 0
+    first = (out / "result.json").read_bytes()
+    (out / "result.json").unlink()
+    assert main([command, "--resume", "--out", str(out)]) == 0
+    assert (out / "result.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [(None, "there is no run in {0}: no {0}/config.json"), ("{", "{0}/config.json does not hold a run's settings")],
+)
+def test_a_folder_without_a_run(
+    text: str | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert sentence.format(tmp_path) in shown
+    assert shown.count("\n") == 1
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes]:

@@ -10,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import torch
 
 from vitkernels.dispatch import BackendError, backends
 from vitkernels.fuse import verify
-from vitkernels.train import TrainConfig, config, demo_config, machine, train
+from vitkernels.train import TrainConfig, config, demo_config, machine, resume_config, train
 from vitkernels.train.checkpoint import write_json
 from vitkernels.train.lane import AMP_DTYPES
 
@@ -60,11 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    train(TrainConfig(**{**arguments, "model_args": _model_args(arguments["model_args"])}))
+    if "model_args" in arguments:
+        arguments["model_args"] = _model_args(arguments["model_args"])
+    train(_settings(arguments, _train_config))
 
 
 def _demo(arguments: dict[str, Any]) -> None:
-    train(demo_config(**arguments))
+    train(_settings(arguments, functools.partial(demo_config, quick=arguments.pop("quick"))))
+
+
+def _settings(arguments: dict[str, Any], fresh: Callable[..., TrainConfig]) -> TrainConfig:
+    """Those of the run that is resumed, what is given over them, or fresh ones."""
+    if arguments.get("resume") and "out" in arguments:
+        del arguments["resume"]
+        return resume_config(**arguments)
+    return fresh(**arguments)
+
+
+def _train_config(**given: Any) -> TrainConfig:
+    if "data" not in given:
+        raise ValueError("train: needs --data, a folder of images; or --resume --out, the folder of a run to continue")
+    return TrainConfig(**given)
 
 
 def _info(arguments: dict[str, Any]) -> None:
@@ -201,29 +218,25 @@ def _positive(text: str) -> int:
 
 
 def _add_options(command: Parser, names: list[str]) -> None:
-    """An option for each of these fields of TrainConfig, with the field's type, default and help."""
+    """An option for each of these fields of TrainConfig, with its type and help; one that is not given is not set."""
     hints = typing.get_type_hints(TrainConfig)
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for name in names:
         field, kind = fields[name], config.value_type(hints[name])
         flag, text = f"--{name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
-        required = field.default is dataclasses.MISSING
-        if not required and field.default is not None and kind is not bool:
-            text += " (default: %(default)s)"
+        if field.default not in (None, dataclasses.MISSING) and kind is not bool:
+            text += f" (default: {field.default})"
         if kind is bool:
-            command.add_argument(flag, action="store_true", help=text)
+            command.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         elif name == "model_args":
-            command.add_argument(flag, nargs="+", metavar="KEY=VALUE", help=text)
+            command.add_argument(flag, nargs="+", metavar="KEY=VALUE", default=argparse.SUPPRESS, help=text)
         else:
-            default = None if required else field.default
             choices = field.metadata["choices"]
-            command.add_argument(flag, type=kind, default=default, required=required, choices=choices, help=text)
+            command.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=choices, help=text)
 
 
-def _model_args(pairs: list[str] | None) -> dict[str, Any] | None:
+def _model_args(pairs: list[str]) -> dict[str, Any]:
     """["depth=6", "global_pool=avg"] -> {"depth": 6, "global_pool": "avg"}."""
-    if pairs is None:
-        return None
     arguments = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")

@@ -1,8 +1,8 @@
 """The trainer behind `python -m vitkernels train` and `demo`."""
 
-from vitkernels.train.config import TrainConfig
+from vitkernels.train.config import TrainConfig, resume_config
 from vitkernels.train.demo import demo_config
 from vitkernels.train.model import load_model
 from vitkernels.train.run import train
 
-__all__ = ["TrainConfig", "demo_config", "load_model", "train"]
+__all__ = ["TrainConfig", "demo_config", "load_model", "resume_config", "train"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vitkernels.dispatch import BACKENDS
 
+CONFIG_FILE = "config.json"  # in a run's folder: its model, classes and settings
 PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "safetensors": "safetensors"}
 
 
@@ -86,7 +89,7 @@ class TrainConfig:
     )
     strict: bool = _option(False, "stop at a corrupt image; otherwise it is named, counted and skipped", free=True)
     out: str | None = _option(None, "folder of the run (default: runs/DATA-DATE-TIME)", free=True)
-    resume: bool = _option(False, "continue the run in --out from its checkpoint", free=True)
+    resume: bool = _option(False, "continue the run in --out, with its options, from its checkpoint", free=True)
     checkpoint_every: int = _option(
         0, "steps between checkpoints within an epoch; 0: at the end of each epoch alone", bound=AT_LEAST_0, free=True
     )
@@ -125,6 +128,27 @@ class TrainConfig:
         """The settings that a resumed run must share with the one it continues."""
         fields = (field.name for field in dataclasses.fields(self) if not field.metadata["free"])
         return {name: getattr(self, name) for name in fields}
+
+
+def resume_config(out: str, **changes: Any) -> TrainConfig:
+    """The settings that the run in the folder `out` was started with, to go on with it; `changes` go over them.
+
+    Raises:
+        FileNotFoundError: there is no run, and `changes` are not a run's settings themselves.
+        ValueError: its settings cannot be read.
+        TypeError, ValueError: as `TrainConfig`. Changes that the checkpoint does not bear are found by `train`.
+    """
+    path, known = Path(out) / CONFIG_FILE, {field.name for field in dataclasses.fields(TrainConfig)}
+    kept: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            training = json.loads(path.read_text())["training"]
+            kept = {name: value for name, value in training.items() if name in known}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"train: {path} does not hold a run's settings ({error}); it was left as it is") from error
+    if "data" not in {**kept, **changes}:
+        raise FileNotFoundError(f"train: argument 'resume' is set, and there is no run in {out}: no {path}")
+    return TrainConfig(**{**kept, **changes, "out": out, "resume": True})
 
 
 def value_type(hint: Any) -> Any:

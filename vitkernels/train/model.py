@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vitkernels.nn import PRESETS, VisionTransformer, create_model
 from vitkernels.nn.naive import from_fused
-from vitkernels.train.config import TrainConfig
+from vitkernels.train.config import CONFIG_FILE, TrainConfig
 from vitkernels.train.data import Source
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 _UNDECAYED = frozenset({"pos_embed", "cls_token", "reg_token"})
 
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from vitkernels import dispatch
 from vitkernels.train import checkpoint
-from vitkernels.train.config import TrainConfig, require_packages
+from vitkernels.train.config import CONFIG_FILE, TrainConfig, require_packages
 from vitkernels.train.data import open_source
 from vitkernels.train.distributed import World, world
 from vitkernels.train.loop import CHECKPOINT, Trainer
-from vitkernels.train.model import CONFIG_FILE
 from vitkernels.train.report import report
 
 if TYPE_CHECKING:
