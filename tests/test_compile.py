@@ -272,5 +272,6 @@ def test_compiled_autograd() -> None:
     value = model(image).square().mean()
     with vk.record() as calls, torch._dynamo.compiled_autograd._enable(_compiled):
         value.backward()
-    assert {(call.op, call.direction) for call in calls} == {(op, "backward") for op in dispatch.OPS}
+    ran = {(call.op, call.direction) for call in calls}
+    assert ran == {(op, "backward") for op in dispatch.OPS} | {("add_layer_norm", "forward")}, "the norm is made again"
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], wanted)
