@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast multiplies in on this tensor's device, or None where autocast is off."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensor, Tensor):  # what is no tensor: checked later
+        return None
     kind = tensor.device.type
     if kind == "meta":  # it has no autocast, and asking for its state raises
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in autocast's dtype, as nn.Linear would get them; float64 is left alone, as autocast leaves it."""
-    dtype = next((autocast_dtype(tensor) for tensor in tensors if tensor is not None), None)
-    if dtype is None:
-        return list(tensors)
-    return [
-        tensor
-        if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point()
-        else tensor.to(dtype)
-        for tensor in tensors
-    ]
+def cast_dtype(tensor: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """The dtype in which nn.Linear would get a floating-point tensor; float64 is left alone, as autocast leaves it."""
+    return tensor.dtype if autocast is None or tensor.dtype == torch.float64 else autocast
+
+
+def cast(autocast: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """The floating-point tensors as nn.Linear would get them under autocast."""
+    return [None if tensor is None else tensor.to(cast_dtype(tensor, autocast)) for tensor in tensors]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitkernels.ops._amp import cast_dtype
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOST = 4096  # kinds of calls that a check remembers
+
+
+def once(check: Callable[..., None]) -> Callable[..., None]:
+    """A check that lets through what it let through before: tensors of the same shapes, dtypes and devices.
+
+    At small sizes asking takes as long as the kernel. Such a check looks at nothing else of a tensor, takes its
+    arguments by position, and raises or returns None.
+    """
+    passed: set[tuple[Any, ...]] = set()
+
+    @functools.wraps(check)
+    def checked(*args: Any) -> None:
+        if torch.compiler.is_compiling():  # asked once anyway
+            return check(*args)
+        call = tuple([(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a) for a in args])
+        try:
+            if call in passed:
+                return None
+        except TypeError:  # a traced size has no hash
+            return check(*args)
+        check(*args)
+        if len(passed) == _MOST:
+            passed.clear()
+        passed.add(call)
+        return None
+
+    return checked
 
 
 def is_tensor(op: str, *, optional: dict[str, Any], **tensors: Any) -> None:
@@ -49,13 +80,13 @@ def has_shape(op: str, name: str, tensor: Tensor | None, expected: Sequence[int]
         raise ValueError(f"{op}: argument '{name}' has shape {list(tensor.shape)}; needs {list(expected)} ({because})")
 
 
-def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """All that multiply each other have one dtype (autocast makes it so where it is on)."""
-    given = {name: value for name, value in tensors.items() if value is not None}
+def same_dtype(op: str, autocast: torch.dtype | None, **tensors: Tensor | None) -> None:
+    """All that multiply each other have one dtype, once they are cast to autocast's where that is on."""
+    given = {name: cast_dtype(value, autocast) for name, value in tensors.items() if value is not None}
     first_name, first = next(iter(given.items()))
-    for name, value in given.items():
-        if value.dtype != first.dtype:
+    for name, dtype in given.items():
+        if dtype != first:
             raise TypeError(
-                f"{op}: argument '{name}' has dtype {value.dtype} while '{first_name}' has {first.dtype}; "
+                f"{op}: argument '{name}' has dtype {dtype} while '{first_name}' has {first}; "
                 "needs one dtype, or autocast"
             )

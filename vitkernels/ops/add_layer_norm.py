@@ -55,6 +55,27 @@ def add_layer_norm(
         TypeError: an argument that is no floating-point tensor.
         ValueError: shapes that do not fit, tensors on different devices, or a factor without a branch.
     """
+    _check_args(x, branch, weight, bias, branch_bias, scale, row_scale, out_dtype)
+    if branch is not None and branch.dtype != x.dtype:
+        x = x.to(torch.promote_types(x.dtype, branch.dtype))
+    total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
+    if branch is None:
+        total = x
+    _recompute.write(normed, total, weight, bias, eps)
+    return total, normed
+
+
+@_check.once
+def _check_args(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    branch_bias: Tensor | None,
+    scale: Tensor | None,
+    row_scale: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
     name = "add_layer_norm"
     optional = {"bias": bias, "branch_bias": branch_bias, "scale": scale}
     vectors = {"weight": weight, **optional}
@@ -78,13 +99,6 @@ def add_layer_norm(
             raise ValueError(
                 f"{name}: argument '{factor_name}' is given while 'branch' is None; needs a branch to act on"
             )
-    if branch is not None:
-        x = x.to(torch.promote_types(x.dtype, branch.dtype))
-    total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
-    if branch is None:
-        total = x
-    _recompute.write(normed, total, weight, bias, eps)
-    return total, normed
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

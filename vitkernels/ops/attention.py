@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitkernels.dispatch import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import accumulate_dtype, autocast, given, nothing, wide
+from vitkernels.ops._amp import accumulate_dtype, autocast_dtype, cast, given, nothing, wide
 
 
 def attention(
@@ -44,6 +44,19 @@ def attention(
         TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.
         ValueError: shapes that do not fit, tensors on different devices, or a mask beside is_causal.
     """
+    dtype = autocast_dtype(q)
+    _check_args(q, k, v, attn_mask, is_causal, dtype)
+    if dtype is not None:
+        q, k, v = cast(dtype, q, k, v)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    out, _ = op(q, k, v, _with_four_axes(attn_mask), is_causal, scale)
+    return out
+
+
+@_check.once
+def _check_args(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, autocast: torch.dtype | None
+) -> None:
     name = "attention"
     _check.is_tensor(name, q=q, k=k, v=v, optional={"attn_mask": attn_mask})
     _check.is_floating(name, q=q, k=k, v=v)
@@ -57,11 +70,8 @@ def attention(
     _check.has_shape(name, "k", k, (batch, heads, k.shape[2], width), "q's batch, heads and width")
     _check.has_shape(name, "v", v, k.shape, "k's shape")
     _check_width(name, "q", q, width)
-    mask = _check_mask(name, attn_mask, is_causal, (batch, heads, queries, k.shape[2]))
-    q, k, v = autocast(q, k, v)  # type: ignore[assignment]
-    _check.same_dtype(name, q=q, k=k, v=v)
-    out, _ = op(q, k, v, mask, is_causal, 1 / math.sqrt(width) if scale is None else float(scale))
-    return out
+    _check_mask(name, attn_mask, is_causal, (batch, heads, queries, k.shape[2]))
+    _check.same_dtype(name, autocast, q=q, k=k, v=v)
 
 
 def attention_qkv(
@@ -85,6 +95,17 @@ def attention_qkv(
     Raises:
         TypeError, ValueError: as in `attention`; also a last axis that is not 3 * H * K.
     """
+    _check_packed(qkv, num_heads, attn_mask, is_causal)
+    dtype = autocast_dtype(qkv)
+    if dtype is not None:
+        (qkv,) = cast(dtype, qkv)
+    scale = 1 / math.sqrt(qkv.shape[2] // (3 * num_heads)) if scale is None else float(scale)
+    out, _ = op_qkv(qkv, num_heads, _with_four_axes(attn_mask), is_causal, scale)
+    return out
+
+
+@_check.once
+def _check_packed(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causal: bool) -> None:
     name = "attention_qkv"
     _check.is_tensor(name, qkv=qkv, optional={"attn_mask": attn_mask})
     _check.is_floating(name, qkv=qkv)
@@ -96,12 +117,8 @@ def attention_qkv(
         raise ValueError(
             f"{name}: argument 'qkv' has a last axis of {packed}; needs a multiple of 3 * num_heads = {3 * num_heads}"
         )
-    width = packed // (3 * num_heads)
-    _check_width(name, "qkv", qkv, width)
-    mask = _check_mask(name, attn_mask, is_causal, (batch, num_heads, tokens, tokens))
-    (qkv,) = autocast(qkv)  # type: ignore[assignment]
-    out, _ = op_qkv(qkv, num_heads, mask, is_causal, 1 / math.sqrt(width) if scale is None else float(scale))
-    return out
+    _check_width(name, "qkv", qkv, packed // (3 * num_heads))
+    _check_mask(name, attn_mask, is_causal, (batch, num_heads, tokens, tokens))
 
 
 def _check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
@@ -111,10 +128,10 @@ def _check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
         )
 
 
-def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[int, ...]) -> Tensor | None:
-    """The mask with four axes, each of size 1 or the scores'."""
+def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[int, ...]) -> None:
+    """Up to four axes, each of size 1 or the scores'."""
     if mask is None:
-        return None
+        return
     if is_causal:
         raise ValueError(f"{name}: arguments 'attn_mask' and 'is_causal' are both given; needs one of them")
     if mask.dtype != torch.bool:
@@ -130,7 +147,10 @@ def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[i
             f"{name}: argument 'attn_mask' has shape {list(mask.shape)}; "
             f"needs one that broadcasts to [B, H, Nq, Nk] = {list(scores)}"
         )
-    return mask[(None,) * (4 - mask.dim())]
+
+
+def _with_four_axes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
 
 # ------------------------------------------------------------------------------------------------------ q, k, v apart

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitkernels.dispatch import Op
 from vitkernels.ops import _check, _recompute
-from vitkernels.ops._amp import autocast, given, nothing, wide
+from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,17 +32,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.
         ValueError: shapes that do not fit, or tensors on different devices.
     """
+    dtype = autocast_dtype(x)
+    _check_args(x, weight, bias, dtype)
+    if dtype is not None:
+        uncast = x
+        x, weight, bias = cast(dtype, x, weight, bias)
+        _recompute.carry(uncast, x)
+    return op(x, weight, bias)
+
+
+@_check.once
+def _check_args(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
     _check.is_tensor("linear", x=x, weight=weight, optional={"bias": bias})
     _check.is_floating("linear", x=x, weight=weight, bias=bias)
     _check.has_rank("linear", "x", x, "[I]", at_least=True)
     _check.has_rank("linear", "weight", weight, "[O, I]")
     _check.has_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]), "x's last axis")
     _check.has_shape("linear", "bias", bias, weight.shape[:1], "weight's first axis")
-    uncast = x
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    _recompute.carry(uncast, x)
-    _check.same_dtype("linear", x=x, weight=weight, bias=bias)
-    return op(x, weight, bias)
+    _check.same_dtype("linear", autocast, x=x, weight=weight, bias=bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

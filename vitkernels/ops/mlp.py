@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitkernels.dispatch import Op
 from vitkernels.ops import _check, _recompute
-from vitkernels.ops._amp import autocast, given, nothing, wide
+from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
@@ -44,6 +44,28 @@ def mlp(
         TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.
         ValueError: shapes that do not fit, tensors on different devices, or an unknown activation.
     """
+    dtype = autocast_dtype(x)
+    _check_args(x, w1, b1, w2, b2, activation, dtype)
+    if dtype is not None:
+        uncast = x
+        x, w1, b1, w2, b2 = cast(dtype, x, w1, b1, w2, b2)
+        _recompute.carry(uncast, x)
+    # without a gradient to come, the pre-activation need not leave the cache
+    save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, w1, b1, w2, b2))
+    y, _ = op(x, w1, b1, w2, b2, activation, save or torch._C._are_functorch_transforms_active())
+    return y
+
+
+@_check.once
+def _check_args(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    autocast: torch.dtype | None,
+) -> None:
     name = "mlp"
     _check.is_tensor(name, x=x, w1=w1, w2=w2, optional={"b1": b1, "b2": b2})
     _check.is_floating(name, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
@@ -58,14 +80,7 @@ def mlp(
         raise ValueError(
             f"{name}: argument 'activation' is {activation!r}; needs one of {', '.join(map(repr, ACTIVATIONS))}"
         )
-    uncast = x
-    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)  # type: ignore[assignment]
-    _recompute.carry(uncast, x)
-    _check.same_dtype(name, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-    # without a gradient to come, the pre-activation need not leave the cache
-    save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, w1, b1, w2, b2))
-    y, _ = op(x, w1, b1, w2, b2, activation, save or torch._C._are_functorch_transforms_active())
-    return y
+    _check.same_dtype(name, autocast, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

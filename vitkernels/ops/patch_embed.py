@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitkernels.dispatch import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import accumulate_dtype, autocast, given, nothing, wide
+from vitkernels.ops._amp import accumulate_dtype, autocast_dtype, cast, given, nothing, wide
 
 NAME = "patch_embed"
 
@@ -89,8 +89,10 @@ def patch_embed(
     if std is not None and 0.0 in std:
         raise ValueError(f"{NAME}: argument 'std' is {std}; needs numbers other than 0")
     _check_values(pos_embed, keep, patches)
-    weight, bias = autocast(weight, bias)  # type: ignore[assignment]
-    _check.same_dtype(NAME, weight=weight, bias=bias)
+    dtype = autocast_dtype(weight)
+    _check.same_dtype(NAME, dtype, weight=weight, bias=bias)
+    if dtype is not None:
+        weight, bias = cast(dtype, weight, bias)
     return op(image, weight, bias, mean, std, prefix, pos_embed, keep)
 
 
