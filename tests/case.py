@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from layouts import LAYOUTS
 from torch import Tensor
+from torch.utils import checkpoint
 
 import vitkernels as vk
+from vitkernels import dispatch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -112,6 +114,19 @@ class Loss:
 
     def __call__(self, *values: Tensor) -> Tensor:
         return torch.stack([output.float().sin().sum() for output in self.outputs(values).values()]).sum()
+
+    def saving_the_op(self) -> Callable[[], Any]:
+        """A `context_fn` for `checkpoint` that saves what the op returns and lets the rest be computed again."""
+        forward_op = dispatch.OPS[self.case.op].forward_op
+
+        def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
+            save = op == forward_op
+            return checkpoint.CheckpointPolicy.MUST_SAVE if save else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+        def contexts() -> Any:
+            return checkpoint.create_selective_checkpoint_contexts(policy)
+
+        return contexts
 
     def leaves(self) -> list[Tensor]:
         return [value.clone().requires_grad_() for value in self.values]

@@ -154,14 +154,7 @@ def test_autocast(loss: Loss) -> None:
 
 
 def test_selective_checkpoint(loss: Loss) -> None:
-    forward_op = dispatch.OPS[loss.case.op].forward_op
-
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
-        save = op == forward_op
-        return checkpoint.CheckpointPolicy.MUST_SAVE if save else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-    def contexts() -> Any:
-        return checkpoint.create_selective_checkpoint_contexts(policy)
+    contexts = loss.saving_the_op()
 
     def function(*values: Tensor) -> Tensor:
         return checkpoint.checkpoint(loss, *values, use_reentrant=False, context_fn=contexts)

@@ -175,15 +175,7 @@ def test_checkpoint(loss: Loss, use_reentrant: bool) -> None:
 
 def test_selective_checkpoint(loss: Loss) -> None:
     """What a policy says to save is not computed twice."""
-    forward_op = dispatch.OPS[loss.case.op].forward_op
-
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
-        save = op == forward_op
-        return checkpoint.CheckpointPolicy.MUST_SAVE if save else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-
-    def contexts() -> Any:
-        return checkpoint.create_selective_checkpoint_contexts(policy)
-
+    contexts = loss.saving_the_op()
     with vk.record() as calls:
         grads = loss.gradients(
             lambda *leaves: checkpoint.checkpoint(loss, *leaves, use_reentrant=False, context_fn=contexts)
