@@ -8,7 +8,14 @@ namespace VK_ISA {
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileVecs = VK_VECTOR_BYTES == 64 ? 4 : 2;
 
-template <class A, int64_t M, int64_t V>
+struct Plain {  // how a product's terms are added; product_kernel.h has another way
+  template <class V>
+  VK_INLINE static V madd(V sum, V a, V b) {
+    return sum + a * b;
+  }
+};
+
+template <class A, int64_t M, int64_t V, class Terms = Plain>
 VK_INLINE void matmul_tile(int64_t k, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t b_row, A* c,
                            int64_t c_row, bool accumulate) {
   constexpr int64_t lanes = Lanes<A>::count;
@@ -24,9 +31,9 @@ VK_INLINE void matmul_tile(int64_t k, const A* a, int64_t a_row, int64_t a_col, 
     for (int64_t j = 0; j < V; ++j) row[j] = load(b + p * b_row + j * lanes);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < M; ++i) {
-      const Vec<A> value = splat(a[i * a_row + p * a_col]);
+      const Vec<A> value = splat(get<A>(a + i * a_row + p * a_col));
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < V; ++j) acc[i][j] += value * row[j];
+      for (int64_t j = 0; j < V; ++j) acc[i][j] = Terms::madd(acc[i][j], value, row[j]);
     }
   }
 #pragma GCC unroll 8
