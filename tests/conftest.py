@@ -53,7 +53,7 @@ def force_isa() -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture
 def force_library() -> Iterator[Callable[[str], None]]:
-    """A function that lets one library multiply all of the extension's matrices; the choice comes back after the test."""
+    """A function that lets one library multiply all of the extension's matrices, until the test ends."""
     skip_without("ext")
     configure = torch.ops.vitkernels_ext.configure
     before = configure("products", -1)

@@ -17,7 +17,6 @@ import vitkernels as vk
 from vitkernels import ext
 from vitkernels.products import LIBRARIES
 
-
 PRODUCTS = [case for case in CASES if case.op in ("linear", "mlp", "patch_embed")]
 
 

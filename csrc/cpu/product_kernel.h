@@ -157,21 +157,22 @@ void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t r
 // ---- the product and what follows it
 
 // Row tiles of A one after the other, in words.
-struct Tiles {
-  const float* data;
-  int64_t tile, row, col;
+struct Tiles : Left<float> {
+  int64_t tile;
 };
 
 template <class W>
 VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const float* b, float* c, bool accumulate) {
-  constexpr int64_t V = kTileVecs;
+  const auto tile = [&](auto live) VK_ALWAYS {
+    matmul_tile<float, decltype(live)::value, kTileVecs, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
+  };
   switch (rows) {
-    case 1: return matmul_tile<float, 1, V, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
-    case 2: return matmul_tile<float, 2, V, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
-    case 3: return matmul_tile<float, 3, V, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
-    case 4: return matmul_tile<float, 4, V, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
-    case 5: return matmul_tile<float, 5, V, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
-    default: return matmul_tile<float, 6, V, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
+    case 1: return tile(Count<1>{});
+    case 2: return tile(Count<2>{});
+    case 3: return tile(Count<3>{});
+    case 4: return tile(Count<4>{});
+    case 5: return tile(Count<5>{});
+    default: return tile(Count<6>{});
   }
 }
 
@@ -252,10 +253,10 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
     const int64_t rows = end - i < most ? end - i : most;
     const char* a = p.a.data + i * p.a.row * W::size;
     const int64_t row = p.a.row / per_word<W>;
-    Tiles tiles{reinterpret_cast<const float*>(a), kTileRows * row, row, 1};
+    Tiles tiles{{reinterpret_cast<const float*>(a), row, 1}, kTileRows * row};
     if (p.a.col != 1) {
       pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
-      tiles = {a_tiles, tile_words<W>(p.k), 1, kTileRows};
+      tiles = {{a_tiles, 1, kTileRows}, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
       product_block<W>(p, tiles, packed + panel * words_of<W>(p.k) * kPanel, i, rows, panel * kPanel, block, sums, spare);

@@ -153,6 +153,11 @@ VK_INLINE uint16_t to_bf16(float f) {  // to nearest, ties to even; NaN stays Na
   return f == f ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
 }
 
+VK_INLINE VecU bf16_bits(Vec<float> v) {  // the same of a vector, in the low halves
+  const VecU bits = (VecU)v;
+  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : VecU{} + 0x7fc0u;
+}
+
 template <class T>
 VK_INLINE const T* at(const char* p, int64_t i) {
   return reinterpret_cast<const T*>(p) + i;
@@ -223,10 +228,7 @@ inline void store_row(char* out, DType dtype, int64_t step, const A* in, int64_t
         for (; i + kFloats <= count; i += kFloats) {
           Vec<float> v;
           std::memcpy(&v, in + i, sizeof v);
-          VecU bits = (VecU)v;
-          bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-          bits = v == v ? bits : VecU{} + 0x7fc0u;
-          const VecH half = __builtin_convertvector(bits, VecH);
+          const VecH half = __builtin_convertvector(bf16_bits(v), VecH);
           std::memcpy(out + i * 2, &half, sizeof half);
         }
       }
