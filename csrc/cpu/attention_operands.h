@@ -25,7 +25,18 @@ void transpose(A* out, const A* in, int64_t in_row, int64_t count, int64_t width
   constexpr int64_t block = 16;
   for (int64_t i0 = 0; i0 < count; i0 += block) {
     const int64_t i1 = i0 + block < count ? i0 + block : count;
-    for (int64_t j = 0; j < width; ++j) {
+    int64_t j = 0;
+    if constexpr (kFloats == block && sizeof(A) == 4) {
+      for (; j + block <= width && i0 + block <= count; j += block) {
+        Vec<float> lanes[kFloats];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < block; ++i) lanes[i] = load(in + (i0 + i) * in_row + j);
+        transpose_lanes(lanes);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < block; ++i) store(out + (j + i) * out_row + i0, lanes[i]);
+      }
+    }
+    for (; j < width; ++j) {
       for (int64_t i = i0; i < i1; ++i) out[j * out_row + i] = in[i * in_row + j];
     }
   }

@@ -38,16 +38,28 @@ VK_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};
 }
 template <class A>
-VK_INLINE A sum(Vec<A> v) {
-  A s = 0;
-  for (int64_t i = 0; i < Lanes<A>::count; ++i) s += v[i];
-  return s;
+VK_INLINE A sum(Vec<A> v) {  // halves added to halves: lane by lane, each addition would wait for the one before
+  constexpr int64_t count = Lanes<A>::count;
+#pragma GCC unroll 4
+  for (int64_t half = count / 2; half > 0; half /= 2) {
+    Vec<A> other;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i) other[i] = v[(i + half) % count];
+    v += other;
+  }
+  return v[0];
 }
 template <class A>
 VK_INLINE A largest(Vec<A> v) {
-  A m = v[0];
-  for (int64_t i = 1; i < Lanes<A>::count; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  constexpr int64_t count = Lanes<A>::count;
+#pragma GCC unroll 4
+  for (int64_t half = count / 2; half > 0; half /= 2) {
+    Vec<A> other;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i) other[i] = v[(i + half) % count];
+    v = v > other ? v : other;
+  }
+  return v[0];
 }
 template <class A>
 VK_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
