@@ -227,8 +227,10 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq,
   }
 }
 
+// Pairs round the weights. A learned mask's gradient is a sum of terms that cancel, and would show it.
 VK_INLINE bool in_pairs(const Head& h) {
-  return kBf16Pairs && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
+  const bool added = h.mask.data && h.mask.dtype != DType::boolean;
+  return !added && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
 }
 
 template <class A>
