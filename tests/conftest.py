@@ -10,7 +10,7 @@ import torch
 from case import Loss
 from cases import SMALL
 
-from vitkernels import dispatch, ext
+from vitkernels import dispatch, ext, products
 
 BACKENDS = ("reference", "ext")  # a new backend is one more name
 ISAS = ext.ISAS
@@ -53,14 +53,17 @@ def force_isa() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
-def without_onednn() -> Iterator[None]:
-    """The extension as it is on a machine whose torch has no oneDNN: GEMMs of any size go to torch's own."""
+def force_library() -> Iterator[Callable[[str], None]]:
+    """A function that lets one library multiply all of the extension's matrices, until the test ends."""
     skip_without("ext")
     configure = torch.ops.vitkernels_ext.configure
-    before = configure("onednn", -1)
-    configure("onednn", 0)
-    yield
-    configure("onednn", before)
+    before = configure("products", -1)
+
+    def force(name: str) -> None:
+        configure("products", products.encode(dict.fromkeys(products.KINDS, name)))
+
+    yield force
+    configure("products", before)
 
 
 @pytest.fixture

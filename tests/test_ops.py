@@ -15,6 +15,9 @@ from conftest import BACKENDS, ISAS, skip_without
 
 import vitkernels as vk
 from vitkernels import ext
+from vitkernels.products import LIBRARIES
+
+PRODUCTS = [case for case in CASES if case.op in ("linear", "mlp", "patch_embed")]
 
 
 def _name(value: object) -> str | None:
@@ -34,18 +37,17 @@ def test_accuracy(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("case", "dtype"), _product(PLAIN, (torch.float32, torch.bfloat16)), ids=_name)
-def test_accuracy_on_instruction_set(case: Case, dtype: torch.dtype, isa: str, force_isa) -> None:
+def test_accuracy_on_instruction_set(case: Case, dtype: torch.dtype, isa: str, force_isa, force_library) -> None:
     force_isa(isa)
+    force_library("vitkernels")
     check_case(case, dtype, "ext")
     assert ext.isa() == isa
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    _product([case for case in CASES if "blocked gemm" in case.name], (torch.float32, torch.bfloat16)),
-    ids=_name,
-)
-def test_accuracy_without_onednn(case: Case, dtype: torch.dtype, without_onednn: None) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(("case", "dtype"), _product(PRODUCTS, (torch.float32, torch.bfloat16)), ids=_name)
+def test_accuracy_by_library(case: Case, dtype: torch.dtype, library: str, force_library) -> None:
+    force_library(library)
     check_case(case, dtype, "ext")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import skip_without
 import vitkernels as vk
 from vitkernels import products
 
-ALL = sum(products.KINDS.values())
+OWN = dict.fromkeys(products.KINDS, "vitkernels")
 
 
 @pytest.fixture
@@ -26,67 +27,77 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def configure() -> Iterator[object]:
     skip_without("ext")
     real = torch.ops.vitkernels_ext.configure
-    before = real("onednn", -1)
+    before = real("products", -1)
     yield real
-    assert real("onednn", -1) == before, "the choice is left as it was"
+    assert real("products", -1) == before, "the choice is left as it was"
 
 
-def kept(cache: Path) -> list[int]:
-    return [json.loads(path.read_text())["onednn"] for path in cache.iterdir()]
+def kept(cache: Path) -> list[products.Choice]:
+    return [json.loads(path.read_text()) for path in cache.iterdir()]
+
+
+def test_a_choice_goes_to_the_extension_and_back() -> None:
+    choices = [
+        dict(zip(products.KINDS, names, strict=True)) for names in itertools.product(products.LIBRARIES, repeat=4)
+    ]
+    assert [products.decode(products.encode(choice)) for choice in choices] == choices
+    assert len({products.encode(choice) for choice in choices}) == 81
 
 
 def test_the_first_choice_is_kept(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
     first = products.choose(configure)
     assert kept(cache) == [first]
-    assert first & ~products.served() == 0
+    assert all(first[kind] in products.candidates(kind) for kind in products.KINDS)
     monkeypatch.setattr(products, "_measure", lambda *args: pytest.fail("measured again"))
     assert products.choose(configure) == first
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_the_faster_library_is_chosen(cache: Path, configure, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
-    clock = {"now": 0.0, "onednn": 0}
+@pytest.mark.parametrize("fastest", products.LIBRARIES)
+def test_the_fastest_library_is_chosen(cache: Path, configure, monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
+    clock = {"now": 0.0, "products": 0}
 
     def turn(name: str, value: int) -> int:
-        clock["onednn"] = clock["onednn"] if value < 0 else value
-        return clock["onednn"]
+        clock["products"] = clock["products"] if value < 0 else value
+        return clock["products"]
 
-    def work(*args: object) -> object:
+    def work(kind: str, generator: torch.Generator) -> object:
         def run() -> None:
-            clock["now"] += 1.0 if bool(clock["onednn"]) == faster else 2.0
+            clock["now"] += 1.0 if products.decode(clock["products"])[kind] == fastest else 1.04
 
         return run
 
     monkeypatch.setattr(products, "_work", work)
     monkeypatch.setattr(products.time, "perf_counter", lambda: clock["now"])
-    monkeypatch.setattr(products, "served", lambda: ALL)
-    assert products.choose(turn) == (ALL if faster else 0)
+    monkeypatch.setattr(products, "candidates", lambda kind: list(products.LIBRARIES))
+    assert products.choose(turn) == dict.fromkeys(products.KINDS, fastest)
+
+
+def test_among_equals_the_extension_multiplies(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products.time, "perf_counter", lambda: 0.0)
+    assert products.choose(configure) == OWN
 
 
 def test_processes_that_measure_side_by_side_agree(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    def beaten(*args: object) -> int:
-        products._path().write_text(json.dumps({"onednn": 1}))  # another process was faster
-        return 2
+    def beaten(*args: object) -> products.Choice:
+        products._path().write_text(json.dumps(OWN))  # another process was faster
+        return dict.fromkeys(products.KINDS, "torch")
 
     monkeypatch.setattr(products, "_measure", beaten)
-    monkeypatch.setattr(products, "served", lambda: ALL)
-    assert products.choose(configure) == 1
+    assert products.choose(configure) == OWN
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"onednn": "all"}', "{}"])
+@pytest.mark.parametrize("content", ["", "[]", "3", "{}", json.dumps(dict.fromkeys(products.KINDS, "abacus"))])
 def test_a_spoilt_file_is_passed_over(cache: Path, configure, content: str) -> None:
     cache.mkdir()
     products._path().write_text(content)
-    assert products.choose(configure) == products.served()
+    assert products.choose(configure) == products.default()
 
 
-def test_without_a_cache_folder_onednn_multiplies_all_it_has(
-    tmp_path: Path, configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_cache_folder_there_is_a_default(tmp_path: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert products.choose(configure) == products.served()
+    assert products.choose(configure) == products.default()
 
 
 def test_the_random_state_is_not_touched(cache: Path, configure) -> None:
@@ -101,16 +112,29 @@ def test_backends_say_which_library_multiplies() -> None:
     assert vk.backends()["ext"] == "available"
 
 
-@pytest.mark.parametrize("onednn", [0, *products.KINDS.values()])
-def test_every_choice_gives_the_same_numbers(configure, onednn: int) -> None:
+@pytest.mark.parametrize("library", products.LIBRARIES)
+@pytest.mark.parametrize("kind", products.KINDS)
+def test_every_choice_gives_the_same_numbers(configure, kind: str, library: str) -> None:
     x, weight = torch.randn(256, 64, requires_grad=True), torch.randn(96, 64, requires_grad=True)
-    before = configure("onednn", -1)
-    configure("onednn", onednn)
+    before = configure("products", -1)
+    configure("products", products.encode(products.default() | {kind: library}))
     try:
         with vk.use("ext"):
             vk.ops.linear(x, weight).square().sum().backward()
     finally:
-        configure("onednn", before)
+        configure("products", before)
     exact = 2 * (x.double() @ weight.double().T)
     torch.testing.assert_close(x.grad.double(), exact @ weight.double(), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(weight.grad.double(), exact.T @ x.double(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [5, 64, 197, 1576])
+def test_own_products_do_not_depend_on_the_number_of_threads(force_library, rows: int) -> None:
+    force_library("vitkernels")
+    x, w1, w2 = torch.randn(rows, 96), torch.randn(200, 96), torch.randn(96, 200)
+    pre, results = x @ w1.T, []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(torch.ops.vitkernels_ext.mlp_backward(x, x, pre, w1, w2, "gelu", [True] * 5))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

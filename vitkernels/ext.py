@@ -16,7 +16,7 @@ import torch
 from vitkernels import dispatch, products
 from vitkernels.ops.rotary import why_not_fused
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _NAMESPACE = "vitkernels_ext"
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _library = torch.library.Library(_NAMESPACE, "DEF")
@@ -30,13 +30,14 @@ def why_not() -> str | None:
     except ImportError as error:
         return f"the compiled extension did not load ({error}); build it with: pip install --no-build-isolation -e ."
     configure = torch.ops.vitkernels_ext.configure
-    configure("onednn", products.choose(configure))
+    configure("products", products.encode(products.choose(configure)))
     return None
 
 
 def describe() -> str:
     """How the loaded extension works here: its instruction set, and which library multiplies what."""
-    return f"instruction set {isa()}; {products.describe(torch.ops.vitkernels_ext.configure('onednn', -1))}"
+    chosen = products.decode(torch.ops.vitkernels_ext.configure("products", -1))
+    return f"instruction set {isa()}; {products.describe(chosen)}"
 
 
 def isa(name: str | None = None) -> str:

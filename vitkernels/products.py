@@ -1,8 +1,9 @@
-"""Which library multiplies the extension's matrices on this CPU: oneDNN, or torch's own choice (MKL in most builds).
+"""Which library multiplies the extension's matrices on this CPU: the extension's own kernel, oneDNN, or torch's (MKL in
+most builds).
 
-Neither is the faster one everywhere. They are timed once on a machine and the answer is kept in the user's cache
-folder: a choice made anew in each process would make two runs of the same training differ in their last bits. Where
-nothing can be kept, oneDNN multiplies all that it has.
+None is the fastest one everywhere. They are timed once on a machine and the answer is kept in the user's cache folder:
+a choice made anew in each process would make two runs of the same training differ in their last bits. Where nothing
+can be kept, the extension multiplies float32 and oneDNN, which knows of matrix units, bfloat16.
 """
 
 from __future__ import annotations
@@ -21,15 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-# bits of `configure("onednn", ...)` (csrc/cpu/gemm.h)
-KINDS = {
-    "float32 products": 1,
-    "bfloat16 products": 2,
-    "float32 weight gradients": 4,
-    "bfloat16 weight gradients": 8,
-}
+KINDS = ("float32 products", "bfloat16 products", "float32 weight gradients", "bfloat16 weight gradients")
+LIBRARIES = ("torch", "oneDNN", "vitkernels")
+Choice = dict[str, str]  # a library for each kind
+
 _ROWS, _INPUTS, _OUTPUTS, _ROUNDS = 1024, 384, 1152, 7
-_GAIN = 1.03  # less than this much faster is noise: oneDNN stays
+_GAIN = 1.03  # less than this much faster is noise: the first in LIBRARIES' reversed order stays
 
 
 def cpu_name() -> str:
@@ -43,83 +41,99 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def served() -> int:
-    """The kinds that oneDNN has on this machine."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return 0
-    bf16 = KINDS["bfloat16 products"] | KINDS["bfloat16 weight gradients"]
-    return sum(KINDS.values()) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else sum(KINDS.values()) - bf16
+def encode(choice: Choice) -> int:
+    """What `configure("products", ...)` takes: two bits for each kind (csrc/cpu/gemm.h)."""
+    return sum(LIBRARIES.index(choice[kind]) << 2 * i for i, kind in enumerate(KINDS))
 
 
-def choose(configure: Callable[[str, int], int]) -> int:
-    """The kinds that oneDNN multiplies here, as kept from the first time or measured now.
+def decode(code: int) -> Choice:
+    return {kind: LIBRARIES[code >> 2 * i & 3] for i, kind in enumerate(KINDS)}
+
+
+def candidates(kind: str) -> list[str]:
+    """The libraries that have this kind of product here, the one preferred among equals first."""
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if kind.startswith("bfloat16"):
+        onednn = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ["vitkernels", "oneDNN", "torch"] if onednn else ["vitkernels", "torch"]
+
+
+def default() -> Choice:
+    """The choice where none can be kept."""
+    return {kind: candidates(kind)[0 if kind.startswith("float32") else 1] for kind in KINDS}
+
+
+def choose(configure: Callable[[str, int], int]) -> Choice:
+    """Who multiplies what here, as kept from the first time or measured now.
 
     Args:
         configure: the extension's own; it is left as it was.
     """
-    candidates = served()
     path = _path()
     kept = _read(path)
-    if kept is not None or candidates == 0:
-        return candidates & kept if kept is not None else 0
+    if kept is not None:
+        return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        chosen = _measure(configure, candidates)
+        chosen = _measure(configure)
         # the first process to write decides for those that measured beside it
         with contextlib.suppress(FileExistsError):
             own = path.with_suffix(f".{os.getpid()}")
-            own.write_text(json.dumps({"onednn": chosen}))
+            own.write_text(json.dumps(chosen))
             try:
                 os.link(own, path)
             finally:
                 own.unlink()
     except OSError:
-        return candidates
-    kept = _read(path)
-    return candidates if kept is None else candidates & kept
+        return default()
+    return _read(path) or default()
 
 
-def describe(chosen: int) -> str:
-    """The choice in words: "float32 products by oneDNN, float32 weight gradients by torch (MKL), ..."."""
-    other = {"float32": "torch (MKL)" if torch.backends.mkl.is_available() else "torch", "bfloat16": "torch"}
-    return ", ".join(f"{kind} by {'oneDNN' if chosen & bit else other[kind.split()[0]]}" for kind, bit in KINDS.items())
+def describe(chosen: Choice) -> str:
+    """The choice in words: "float32 products by vitkernels, bfloat16 products by oneDNN, ..."."""
+    mkl = {"float32": "torch (MKL)" if torch.backends.mkl.is_available() else "torch"}
+    names = {
+        kind: mkl.get(kind.split()[0], "torch") if library == "torch" else library for kind, library in chosen.items()
+    }
+    return ", ".join(f"{kind} by {name}" for kind, name in names.items())
 
 
 def _path() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, 3 libraries"
     return cache / "vitkernels" / f"products-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
-def _read(path: Path) -> int | None:
+def _read(path: Path) -> Choice | None:
     try:
-        kept = json.loads(path.read_text())["onednn"]
+        kept = json.loads(path.read_text())
+        known = all(kept[kind] in candidates(kind) for kind in KINDS)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return kept if isinstance(kept, int) else None
+    return {kind: kept[kind] for kind in KINDS} if known else None
 
 
-def _measure(configure: Callable[[str, int], int], candidates: int) -> int:
-    """Time each kind both ways in turns, on a ViT's shape; about a fifth of a second in all."""
-    before = configure("onednn", -1)
+def _measure(configure: Callable[[str, int], int]) -> Choice:
+    """Time each kind by each library in turns, on a ViT's shape; about a third of a second in all."""
+    before = configure("products", -1)
     generator = torch.Generator().manual_seed(0)
-    chosen = 0
+    chosen = decode(0)
     try:
         with _disable_current_modes():
-            for kind, bit in KINDS.items():
-                if candidates & bit:
-                    run = _work(kind, generator)
-                    seconds: dict[int, list[float]] = {bit: [], 0: []}
-                    for _ in range(_ROUNDS):
-                        for onednn, times in seconds.items():
-                            configure("onednn", onednn)
-                            start = time.perf_counter()
-                            run()
-                            times.append(time.perf_counter() - start)
-                    ours, other = (statistics.median(times[1:]) for times in seconds.values())
-                    chosen |= bit if ours < _GAIN * other else 0
+            for kind in KINDS:
+                run = _work(kind, generator)
+                seconds: dict[str, list[float]] = {library: [] for library in candidates(kind)}
+                for _ in range(_ROUNDS):
+                    for library, times in seconds.items():
+                        configure("products", encode(chosen | {kind: library}))
+                        start = time.perf_counter()
+                        run()
+                        times.append(time.perf_counter() - start)
+                medians = {library: statistics.median(times[1:]) for library, times in seconds.items()}
+                bound = _GAIN * min(medians.values())
+                chosen[kind] = next(library for library, median in medians.items() if median <= bound)
     finally:
-        configure("onednn", before)
+        configure("products", before)
     return chosen
 
 

@@ -1,17 +1,11 @@
 // One head of attention, tile by tile: kQueries rows of q against kKeys keys at a time, so that scores stay in L2 and
-// the N x N matrix never exists. Operands are packed to A once a head (k and v by rows and, where a product wants
-// it, transposed), which also takes care of strides and of bfloat16.
+// the N x N matrix never exists. What its products read is attention_operands.h's business.
 
 namespace vk {
 namespace VK_ISA {
 
-constexpr int64_t kQueries = 48;  // a multiple of the product's row tile
-constexpr int64_t kKeys = 512;
-
-template <class A>
-VK_INLINE int64_t padded(int64_t n) {
-  return round_up(n, Lanes<A>::count);
-}
+constexpr int64_t kQueries = 24;  // a multiple of the product's row tile, and even: with 200 keys, scores stay in L1
+constexpr int64_t kKeys = 512;    // even
 
 template <class A>
 struct Scratch {  // hands out pieces of the caller's buffer, each on its own cache line
@@ -22,32 +16,6 @@ struct Scratch {  // hands out pieces of the caller's buffer, each on its own ca
     return piece;
   }
 };
-
-// Rows [begin, begin + count) as packed rows of `padded(width)`, zeros in the padding.
-template <class A>
-void pack(A* out, const Rows& rows, int64_t begin, int64_t count, int64_t width) {
-  const int64_t row = padded<A>(width);
-  for (int64_t i = 0; i < count; ++i) {
-    load_row(out + i * row, rows.data + (begin + i) * rows.row * size_of(rows.dtype), rows.dtype, rows.col, width);
-    for (int64_t j = width; j < row; ++j) out[i * row + j] = 0;
-  }
-}
-
-// [count, width] packed rows -> [width, padded(count)], zeros in the padding.
-template <class A>
-void transpose(A* out, const A* in, int64_t count, int64_t width) {
-  const int64_t in_row = padded<A>(width), out_row = padded<A>(count);
-  constexpr int64_t block = 16;
-  for (int64_t i0 = 0; i0 < count; i0 += block) {
-    const int64_t i1 = i0 + block < count ? i0 + block : count;
-    for (int64_t j = 0; j < width; ++j) {
-      for (int64_t i = i0; i < i1; ++i) out[j * out_row + i] = in[i * in_row + j];
-    }
-  }
-  for (int64_t j = 0; j < width; ++j) {
-    for (int64_t i = count; i < out_row; ++i) out[j * out_row + i] = 0;
-  }
-}
 
 // Which keys a tile of queries sees: [0, keys) or, causal, up to the last query's own.
 VK_INLINE int64_t visible(const Head& h, int64_t query_end) {
@@ -87,19 +55,27 @@ int64_t attention_scratch(const Head& h, bool backward) {
   const int64_t tiles = kQueries * (width + block) + 2 * kQueries + block;
   const int64_t lines = 24 * (64 / int64_t(sizeof(A)));  // what rounding each piece to a cache line can add
   if (!backward) return tiles + kQueries * width + 2 * all_keys * width + lines;
-  return tiles + kQueries * (2 * width + block) + 6 * all_keys * width + lines;
+  return tiles + kQueries * (4 * width + 2 * block) + 6 * all_keys * width + lines;
 }
 
 template <class A>
-void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
+VK_INLINE A dot(const A* a, const A* b, int64_t count) {  // of whole vectors
+  Vec<A> d{};
+  for (int64_t j = 0; j < count; j += Lanes<A>::count) d += load(a + j) * load(b + j);
+  return sum<A>(d);
+}
+
+// W is the form of the operands.
+template <class A, class W>
+void head_forward(const Head& h, OutRows out, A* lse, A* buffer) {
   constexpr int64_t lanes = Lanes<A>::count;
-  const int64_t width = padded<A>(h.width);
+  const int64_t width = padded<A>(h.width), words = W::words(h.width);
   const int64_t step = h.keys < kKeys ? h.keys : kKeys;
   const int64_t block = padded<A>(step);
   Scratch<A> scratch{buffer};
   const int64_t all_keys = round_up(h.keys, kKeys < h.keys ? kKeys : lanes);
   A* v = scratch.take(all_keys * width);
-  A* k_t = scratch.take(all_keys * width);  // [width, block] for each block of keys
+  A* k_t = scratch.take(all_keys * width);  // [words, block] for each block of keys
   A* q = scratch.take(kQueries * width);
   A* acc = scratch.take(kQueries * width);
   A* scores = scratch.take(kQueries * block);
@@ -110,14 +86,14 @@ void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
 
   for (int64_t k0 = 0; k0 < h.keys; k0 += step) {  // v's place holds k until it is transposed
     const int64_t keys = k0 + step < h.keys ? step : h.keys - k0;
-    pack(v, h.k, k0, keys, h.width);
-    transpose(k_t + k0 * width, v, keys, h.width);
+    W::along(v, h.k, k0, keys, h.width);
+    transpose(k_t + k0 * width, v, width, keys, words);
   }
-  pack(v, h.v, 0, h.keys, h.width);
+  W::across(v, h.v, h.keys, h.width);
 
   for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
     const int64_t queries = q0 + kQueries < h.queries ? kQueries : h.queries - q0;
-    pack(q, h.q, q0, queries, h.width);
+    W::along(q, h.q, q0, queries, h.width);
     for (int64_t i = 0; i < queries; ++i) {
       top[i] = -A(__builtin_inf());
       total[i] = 0;
@@ -127,7 +103,7 @@ void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
     for (int64_t k0 = 0; k0 < end; k0 += step) {
       const int64_t keys = k0 + step < end ? step : end - k0;
       const int64_t row = padded<A>(keys), k_row = padded<A>(k0 + step < h.keys ? step : h.keys - k0);
-      matmul(queries, row, h.width, q, width, int64_t(1), k_t + k0 * width, k_row, scores, row, false);
+      matmul<A, W>(queries, row, words, {q, width, 1}, k_t + k0 * width, k_row, scores, row, false);
       mask_scores(h, scores, row, q0, queries, k0, keys, mask_row);
       for (int64_t i = 0; i < queries; ++i) {
         A* s = scores + i * row;
@@ -150,7 +126,8 @@ void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
         }
         top[i] = now;
       }
-      matmul(queries, width, keys, scores, row, int64_t(1), v + k0 * width, width, acc, width, true);
+      const Left<A> p = W::scores_along(scores, scores, queries, row);
+      matmul<A, W>(queries, width, W::words(keys), p, v + W::words(k0) * width, width, acc, width, true);
     }
     for (int64_t i = 0; i < queries; ++i) {
       const bool empty = !(total[i] != 0);  // NaN is not empty
@@ -163,12 +140,13 @@ void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
   }
 }
 
-template <class A>
-void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv, A* dmask,
-                        int64_t dmask_row, int64_t dmask_col, A* buffer) {
+template <class A, class W>
+void head_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv, A* dmask,
+                   int64_t dmask_row, int64_t dmask_col, A* buffer) {
   constexpr int64_t lanes = Lanes<A>::count;
-  const int64_t width = padded<A>(h.width);
-  const int64_t step = h.keys < kKeys ? h.keys : kKeys;
+  const int64_t width = padded<A>(h.width), words = W::words(h.width);
+  const bool one_block = h.keys <= kKeys;
+  const int64_t step = one_block ? h.keys : kKeys;
   const int64_t block = padded<A>(step);
   Scratch<A> scratch{buffer};
   const int64_t all_keys = round_up(h.keys, kKeys < h.keys ? kKeys : lanes);
@@ -184,42 +162,42 @@ void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRow
   A* ds = scratch.take(kQueries * block);
   A* delta = scratch.take(kQueries);
   A* mask_row = scratch.take(block);
+  A* q_space = scratch.take(kQueries * width);
+  A* g_space = scratch.take(kQueries * width);
+  A* ds_space = scratch.take(kQueries * block);
   for (int64_t j = 0; j < block; ++j) mask_row[j] = 0;
   for (int64_t i = 0; i < h.keys * width; ++i) dk_sum[i] = dv_sum[i] = 0;
 
   for (int64_t k0 = 0; k0 < h.keys; k0 += step) {
     const int64_t keys = k0 + step < h.keys ? step : h.keys - k0;
-    pack(k, h.v, k0, keys, h.width);
-    transpose(v_t + k0 * width, k, keys, h.width);
-    pack(k, h.k, k0, keys, h.width);
-    transpose(k_t + k0 * width, k, keys, h.width);
+    W::along(k, h.v, k0, keys, h.width);
+    transpose(v_t + k0 * width, k, width, keys, words);
+    W::along(k, h.k, k0, keys, h.width);
+    transpose(k_t + k0 * width, k, width, keys, words);
   }
-  pack(k, h.k, 0, h.keys, h.width);
+  W::across(k, h.k, h.keys, h.width);
 
   for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
     const int64_t queries = q0 + kQueries < h.queries ? kQueries : h.queries - q0;
-    pack(dq_sum, out, q0, queries, h.width);
-    pack(g, dout, q0, queries, h.width);
-    for (int64_t i = 0; i < queries; ++i) {
-      Vec<A> d{};
-      for (int64_t j = 0; j < width; j += lanes) d += load(g + i * width + j) * load(dq_sum + i * width + j);
-      delta[i] = sum<A>(d);
+    if (!one_block) {  // delta = sum over keys of p * dp, which is dout * out
+      Numbers<A>::along(dq_sum, out, q0, queries, h.width);
+      Numbers<A>::along(g, dout, q0, queries, h.width);
+      for (int64_t i = 0; i < queries; ++i) delta[i] = dot(g + i * width, dq_sum + i * width, width);
     }
-    pack(q, h.q, q0, queries, h.width);
+    const A* g_across = W::both(g, g_space, dout, q0, queries, h.width);
+    const A* q_across = W::both(q, q_space, h.q, q0, queries, h.width);
     const int64_t end = visible(h, q0 + queries);
     for (int64_t k0 = 0; k0 < end; k0 += step) {
       const int64_t keys = k0 + step < end ? step : end - k0;
       const int64_t row = padded<A>(keys), k_row = padded<A>(k0 + step < h.keys ? step : h.keys - k0);
-      matmul(queries, row, h.width, q, width, int64_t(1), k_t + k0 * width, k_row, p, row, false);
+      matmul<A, W>(queries, row, words, {q, width, 1}, k_t + k0 * width, k_row, p, row, false);
       mask_scores(h, p, row, q0, queries, k0, keys, mask_row);
-      matmul(queries, row, h.width, g, width, int64_t(1), v_t + k0 * width, k_row, ds, row, false);
+      matmul<A, W>(queries, row, words, {g, width, 1}, v_t + k0 * width, k_row, ds, row, false);
       for (int64_t i = 0; i < queries; ++i) {
         A *pi = p + i * row, *di = ds + i * row;
-        for (int64_t j = 0; j < row; j += lanes) {
-          const Vec<A> weight = vexp(load(pi + j) - lse[q0 + i]);
-          store(pi + j, weight);
-          store(di + j, weight * (load(di + j) - delta[i]));
-        }
+        for (int64_t j = 0; j < row; j += lanes) store(pi + j, vexp(load(pi + j) - lse[q0 + i]));
+        if (one_block) delta[i] = dot(pi, di, row);
+        for (int64_t j = 0; j < row; j += lanes) store(di + j, load(pi + j) * (load(di + j) - delta[i]));
         if (dmask) {
           A* to = dmask + (q0 + i) * dmask_row + k0 * dmask_col;
           if (dmask_col == 0) {
@@ -229,9 +207,11 @@ void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRow
           }
         }
       }
-      matmul(keys, width, queries, p, int64_t(1), row, g, width, dv_sum + k0 * width, width, true);
-      matmul(keys, width, queries, ds, int64_t(1), row, q, width, dk_sum + k0 * width, width, true);
-      matmul(queries, width, keys, ds, row, int64_t(1), k + k0 * width, width, dq_sum, width, k0 != 0);
+      const Left<A> ds_along = W::scores_along(ds_space, ds, queries, row);
+      matmul<A, W>(queries, width, W::words(keys), ds_along, k + W::words(k0) * width, width, dq_sum, width, k0 != 0);
+      const Left<A> p_t = W::scores_across(p, queries, row), ds_t = W::scores_across(ds, queries, row);
+      matmul<A, W>(keys, width, W::words(queries), p_t, g_across, width, dv_sum + k0 * width, width, true);
+      matmul<A, W>(keys, width, W::words(queries), ds_t, q_across, width, dk_sum + k0 * width, width, true);
     }
     for (int64_t i = 0; i < queries; ++i) {
       A* row = dq_sum + i * width;
@@ -245,6 +225,31 @@ void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRow
     put_row(dk, i, row, h.width);
     put_row(dv, i, dv_sum + i * width, h.width);
   }
+}
+
+// Pairs round the weights. A learned mask's gradient is a sum of terms that cancel, and would show it.
+VK_INLINE bool in_pairs(const Head& h) {
+  const bool added = h.mask.data && h.mask.dtype != DType::boolean;
+  return !added && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
+}
+
+template <class A>
+void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
+  if constexpr (kBf16Pairs && sizeof(A) == 4) {
+    if (in_pairs(h)) return head_forward<A, PairWords>(h, out, lse, buffer);
+  }
+  head_forward<A, Numbers<A>>(h, out, lse, buffer);
+}
+
+template <class A>
+void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv, A* dmask,
+                        int64_t dmask_row, int64_t dmask_col, A* buffer) {
+  if constexpr (kBf16Pairs && sizeof(A) == 4) {
+    if (in_pairs(h) && dout.dtype == DType::bf16) {
+      return head_backward<A, PairWords>(h, out, dout, lse, dq, dk, dv, dmask, dmask_row, dmask_col, buffer);
+    }
+  }
+  head_backward<A, Numbers<A>>(h, out, dout, lse, dq, dk, dv, dmask, dmask_row, dmask_col, buffer);
 }
 
 }  // namespace VK_ISA

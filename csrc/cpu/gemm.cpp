@@ -10,13 +10,23 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 namespace vk {
 namespace {
 
-int64_t onednn = 0;
+int64_t products = 0;
+constexpr int64_t kWorthIt = 1 << 20;  // multiplications from which a call of oneDNN pays: it costs 10 us more than torch's
 
-bool use_onednn(const Tensor& x, int64_t m, int64_t n, int64_t k, OneDnn f32, OneDnn bf16) {
-  // its call costs 10 us more than torch's: worth it from about a million multiplications up
-  if (!aoti_torch_cpu__linear_pointwise || m * n * k < (1 << 20)) return false;
-  return (x.scalar_type() == ScalarType::Float && (onednn & f32)) ||
-         (x.scalar_type() == ScalarType::BFloat16 && (onednn & bf16));
+Library library_for(ScalarType dtype, bool of_weight) {
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return Library::torch;
+  const int kind = (dtype == ScalarType::BFloat16 ? 1 : 0) + (of_weight ? 2 : 0);
+  return Library(products >> (2 * kind) & 3);
+}
+
+bool use_onednn(ScalarType dtype, bool of_weight, int64_t work) {
+  return aoti_torch_cpu__linear_pointwise && work >= kWorthIt && library_for(dtype, of_weight) == Library::onednn;
+}
+
+// Whether a matrix can be read as words along k: bfloat16 comes in pairs there.
+bool in_words(const Matrix& t, int64_t k, int64_t k_step, int64_t other_step) {
+  if (k_step == 1) return t.dtype == ScalarType::Float || (k % 2 == 0 && other_step % 2 == 0);
+  return other_step == 1;
 }
 
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -69,23 +79,92 @@ Tensor packed_transpose(const Tensor& t) {
 
 }  // namespace
 
-int64_t set_onednn(int64_t wanted) {
-  if (wanted >= 0) onednn = wanted;
-  return onednn;
+int64_t set_products(int64_t wanted) {
+  if (wanted >= 0) products = wanted;
+  return products;
+}
+
+bool own_product(const Matrix& a, const Matrix& b, bool of_weight) {
+  return library_for(a.dtype, of_weight) == Library::own && a.rows * a.cols * b.cols > 0 &&
+         in_words(a, a.cols, a.col, a.row) && in_words(b, a.cols, b.row, b.col);
+}
+
+void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, Follow follow) {
+  const Vector<float> bias_values(bias);
+  const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
+  const Product p{a.rows,
+                  b.cols,
+                  a.cols,
+                  dtype_of(out),
+                  {a.data, a.row, a.col},
+                  {b.data, b.row, b.col},
+                  bias_values.get(),
+                  follow.then,
+                  follow.activation,
+                  bytes(out),
+                  data(follow.pre),
+                  data(follow.activated)};
+  const Kernels<float>& kernel = kernels<float>();
+  const ProductSizes sizes = kernel.product_sizes(p);
+  const Tensor packed_b = empty(out, {sizes.packed}, ScalarType::Float);
+  float* const panels = reinterpret_cast<float*>(bytes(packed_b));
+  parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) { kernel.product_pack(p, panels, begin, end); });
+
+  // Rows are cut the same way for any number of threads, for the sake of the sums; columns where there are more threads.
+  constexpr int64_t most_parts = 32;
+  const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
+  int64_t parts = 1;
+  while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
+  const int64_t wanted = torch::stable::get_num_threads() * (p.a.col == 1 ? 3 : 1);  // for equal shares
+  const int64_t groups = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels);
+  std::vector<float> sums(follow.sums ? parts * p.n : 0);
+  parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> scratch(sizes.scratch);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / groups, group = task % groups;
+      const int64_t first = tiles * part / parts * sizes.rows, last = tiles * (part + 1) / parts * sizes.rows;
+      kernel.product(p, panels, first, std::min(last, p.m), sizes.panels * group / groups,
+                     sizes.panels * (group + 1) / groups, follow.sums ? sums.data() + part * p.n : nullptr,
+                     scratch.get());
+    }
+  });
+  if (!follow.sums) return;
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t j = 0; j < p.n; ++j) sums[j] += sums[part * p.n + j];
+  }
+  sums.resize(p.n);
+  *follow.sums = std::move(sums);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const bool vendor = use_onednn(x, x.size(0), weight.size(0), x.size(1), onednn_f32, onednn_bf16);
-  return vendor ? onednn_linear(x, weight, bias) : aten_linear(x, weight, bias);
+  const Matrix a(x), b = Matrix(weight).transposed();
+  if (own_product(a, b)) {
+    Tensor y = empty(x, {a.rows, b.cols});
+    multiply(y, a, b, bias);
+    return y;
+  }
+  return use_onednn(a.dtype, false, a.rows * a.cols * b.cols) ? onednn_linear(x, weight, bias)
+                                                              : aten_linear(x, weight, bias);
 }
 
 Tensor gradient_of_input(const Tensor& dy, const Tensor& weight) {
+  const Matrix a(dy), b(weight);
+  if (own_product(a, b)) {
+    Tensor dx = empty(dy, {a.rows, b.cols});
+    multiply(dx, a, b, std::nullopt);
+    return dx;
+  }
   return linear(dy, transposed(weight), std::nullopt);
 }
 
 Tensor gradient_of_weight(const Tensor& dy, const Tensor& x) {
-  if (!use_onednn(x, dy.size(1), x.size(1), x.size(0), onednn_f32_dw, onednn_bf16_dw))
-    return packed(torch::stable::matmul(transposed(dy), x));
+  const Matrix a = Matrix(dy).transposed(), b(x);
+  if (own_product(a, b, true)) {
+    Tensor dw = empty(x, {a.rows, b.cols});
+    multiply(dw, a, b, std::nullopt);
+    return dw;
+  }
+  if (!use_onednn(a.dtype, true, a.rows * a.cols * b.cols)) return packed(torch::stable::matmul(transposed(dy), x));
   // oneDNN wants its first operand packed and takes the second in any order: copy the smaller of the two
   if (dy.size(1) <= x.size(1)) return onednn_linear(packed_transpose(dy), transposed(x), std::nullopt);
   return packed_transpose(onednn_linear(packed_transpose(x), transposed(dy), std::nullopt));

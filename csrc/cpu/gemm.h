@@ -1,16 +1,46 @@
-// The vendor's matrix products: oneDNN where it is there and the work is worth its overhead, torch's own elsewhere.
+// Matrix products: the extension's own, oneDNN's or torch's, whichever this machine runs fastest.
 #pragma once
+#include <string>
+
 #include "tensors.h"
 
 namespace vk {
 
-// what oneDNN multiplies: products of a type, and the products that are gradients of weights (vitkernels/products.py)
-enum OneDnn { onednn_f32 = 1, onednn_bf16 = 2, onednn_f32_dw = 4, onednn_bf16_dw = 8 };
-int64_t set_onednn(int64_t wanted);  // a set of the above; a negative number asks
+// Who multiplies, two bits for each kind of product (vitkernels/products.py): float32, bfloat16, and the same for the
+// gradients of weights. A negative number asks.
+enum class Library { torch, onednn, own };
+int64_t set_products(int64_t wanted);
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);  // x w^T + b, [M,K] [N,K] -> [M,N]
 Tensor gradient_of_input(const Tensor& dy, const Tensor& weight);                          // dy w,      [M,N] [N,K] -> [M,K]
 Tensor gradient_of_weight(const Tensor& dy, const Tensor& x);                              // dy^T x,    [M,N] [M,K] -> [N,K]
 Tensor gradient_of_bias(const Tensor& dy, ScalarType dtype);                               // column sums of dy
+
+// A tensor of two axes as the kernels see it: where it lies, and its steps in elements.
+struct Matrix {
+  char* data;
+  ScalarType dtype;
+  int64_t rows, cols, row, col;
+  explicit Matrix(const Tensor& t)
+      : data(bytes(t)), dtype(t.scalar_type()), rows(t.size(0)), cols(t.size(1)), row(t.stride(0)), col(t.stride(1)) {}
+  Matrix transposed() const {
+    Matrix t = *this;
+    std::swap(t.rows, t.cols);
+    std::swap(t.row, t.col);
+    return t;
+  }
+};
+
+// Whether the extension's own kernel multiplies these two here; for the gradient of a weight or another product.
+bool own_product(const Matrix& a, const Matrix& b, bool of_weight = false);
+// What is to follow the product, in kernels.h's words; tensors are packed [m, n].
+struct Follow {
+  Then then = Then::store;
+  Activation activation = Activation::gelu;
+  const Tensor *pre = nullptr, *activated = nullptr;
+  std::vector<float>* sums = nullptr;  // filled with n column sums
+};
+// out = a b + bias, and what follows; where own_product() holds.
+void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, Follow follow = {});
 
 }  // namespace vk

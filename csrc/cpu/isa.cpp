@@ -12,6 +12,7 @@ VK_DECLARE(baseline)
 #if defined(__x86_64__)
 VK_DECLARE(avx2)
 VK_DECLARE(avx512)
+VK_DECLARE(avx512_bf16)
 #endif
 
 namespace {
@@ -23,6 +24,7 @@ int64_t highest_isa() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+  if (v4 && __builtin_cpu_supports("avx512bf16")) return 3;
   return v4 ? 2 : v3 ? 1 : 0;
 #else
   return 0;
@@ -44,6 +46,7 @@ int64_t set_isa(int64_t wanted) {
 template <>
 const Kernels<float>& kernels<float>() {
 #if defined(__x86_64__)
+  if (isa() == 3) return avx512_bf16::kernels_float();
   if (isa() == 2) return avx512::kernels_float();
   if (isa() == 1) return avx2::kernels_float();
 #endif
@@ -53,6 +56,7 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
 #if defined(__x86_64__)
+  if (isa() == 3) return avx512_bf16::kernels_double();
   if (isa() == 2) return avx512::kernels_double();
   if (isa() == 1) return avx2::kernels_double();
 #endif

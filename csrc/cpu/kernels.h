@@ -46,6 +46,36 @@ struct LayerNormBackward {
   bool needs_row_scale;
 };
 
+// C[m, n] = A[m, k] B[k, n], all of `dtype` (float32 or bfloat16), and what is done to C before it is written:
+// the bias is added, then
+//   store               out = C
+//   activate            pre = C, out = activation(C); `pre` may be `out`
+//   activate_backward   out = C * activation'(pre), activated = activation(pre) where not null, sums += out by columns
+// Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
+// out, pre and activated are packed [m, n].
+enum class Then { store, activate, activate_backward };
+
+struct Steps {
+  const char* data;
+  int64_t row, col;
+};
+
+struct Product {
+  int64_t m, n, k;
+  DType dtype;
+  Steps a, b;
+  const float* bias;
+  Then then;
+  Activation activation;
+  char *out, *pre, *activated;
+};
+
+// Of a Product on the instruction set in use: rows of a tile, tiles that go best together, panels of columns, floats of
+// the packed B and of the scratch that each thread needs.
+struct ProductSizes {
+  int64_t rows, tiles, panels, packed, scratch;
+};
+
 // One head of attention. All rows are [tokens, width]; lse is one A per query.
 struct Head {
   int64_t queries, keys, width;
@@ -81,6 +111,13 @@ struct Kernels {
   void (*activate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
                             DType dtype, int64_t rows, int64_t width);
 
+  ProductSizes (*product_sizes)(const Product&);
+  // B's panels [first, last) into `packed`
+  void (*product_pack)(const Product&, float* packed, int64_t first, int64_t last);
+  // rows [begin, end) of panels [first, last); `sums` has n columns, or is null
+  void (*product)(const Product&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                  float* sums, float* scratch);
+
   int64_t (*attention_scratch)(const Head&, bool backward);  // elements of A
   void (*attention_forward)(const Head&, OutRows out, A* lse, A* scratch);
   // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes
@@ -93,7 +130,7 @@ struct Kernels {
 template <class A>
 const Kernels<A>& kernels();  // of the instruction set in use
 
-// 0 baseline, 1 avx2, 2 avx512. A negative number asks; one above what the processor has sets the highest it has.
+// 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16. A negative number asks; one above what the processor has sets the highest it has.
 int64_t set_isa(int64_t wanted);
 
 inline int64_t size_of(DType dtype) {

@@ -1,5 +1,5 @@
-// mlp: the schemas of vitkernels/ops/mlp.py on the CPU. The vendor's products, with the activation, its derivative and
-// the first bias's gradient in one pass between them.
+// mlp: the schemas of vitkernels/ops/mlp.py on the CPU. The activation, its derivative and the first bias's gradient
+// follow the extension's own product while it is in cache; a library's product is followed by one pass that does them.
 #include "gemm.h"
 #include "ops.h"
 
@@ -25,16 +25,23 @@ Shape with_width(Shape shape, int64_t width) {
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
                                const std::string& activation, bool save) {
   const Activation kind = activation_of(activation);
-  const Tensor pre = packed(linear(matrix(x), w1, b1));
+  const Tensor rows = matrix(x);
+  const Matrix a(rows), b = Matrix(w1).transposed();
+  const bool own = own_product(a, b);
+  const Tensor pre = own ? empty(x, {a.rows, b.cols}) : packed(linear(rows, w1, b1));
   const Tensor activated = save ? empty(pre, shape_of(pre)) : pre;  // in place where nothing is to be saved
-  const DType dtype = dtype_of(pre);
-  const int64_t size = size_of(dtype);
-  with_accumulate(x.scalar_type(), [&](auto zero) {
-    parallel(pre.numel(), 16384, [&](int64_t begin, int64_t end) {
-      kernels<decltype(zero)>().activate(kind, bytes(activated) + begin * size, bytes(pre) + begin * size, dtype,
-                                         end - begin);
+  if (own) {
+    multiply(activated, a, b, b1, {Then::activate, kind, &pre});
+  } else {
+    const DType dtype = dtype_of(pre);
+    const int64_t size = size_of(dtype);
+    with_accumulate(x.scalar_type(), [&](auto zero) {
+      parallel(pre.numel(), 16384, [&](int64_t begin, int64_t end) {
+        kernels<decltype(zero)>().activate(kind, bytes(activated) + begin * size, bytes(pre) + begin * size, dtype,
+                                           end - begin);
+      });
     });
-  });
+  }
   Tensor y = torch::stable::view(packed(linear(activated, w2, b2)), with_width(shape_of(x), w2.size(0)));
   return {y, save ? torch::stable::view(pre, with_width(shape_of(x), w1.size(0))) : nothing(x)};
 }
@@ -47,10 +54,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   const Tensor g = matrix(dy), rows = matrix(x), h = packed(matrix(pre));
   const int64_t hidden = w1.size(0);
   Tensor dx = nothing(x), dw1 = nothing(x), db1 = nothing(x), dw2 = nothing(x);
-  const bool needs_dpre = needs[0] || needs[1] || needs[2];
-  const Tensor dh = needs_dpre || needs[3] ? packed(gradient_of_input(g, w2)) : nothing(x);
+  const bool needed = needs[0] || needs[1] || needs[2] || needs[3];
+  const Matrix a(g), b(w2);
+  const bool own = needed && own_product(a, b);
+  // becomes the gradient of the pre-activation in place
+  const Tensor dh = own ? empty(h, shape_of(h)) : needed ? packed(gradient_of_input(g, w2)) : nothing(x);
   const Tensor activated = needs[3] ? empty(h, shape_of(h)) : nothing(x);
-  if (needs_dpre || needs[3]) {  // dh becomes the gradient of the pre-activation in place
+  if (own) {
+    std::vector<float> sums;
+    multiply(dh, a, b, std::nullopt,
+             {Then::activate_backward, kind, &h, needs[3] ? &activated : nullptr, needs[2] ? &sums : nullptr});
+    if (needs[2]) db1 = from_values<float>(x, {hidden}, w1.scalar_type(), sums.data());
+  } else if (needed) {
     with_accumulate(x.scalar_type(), [&](auto zero) {
       using A = decltype(zero);
       const DType dtype = dtype_of(h);

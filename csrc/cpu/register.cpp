@@ -8,8 +8,8 @@ namespace vk {
 
 int64_t configure(const std::string& name, int64_t value) {
   if (name == "isa") return set_isa(value);
-  if (name == "onednn") return set_onednn(value);
-  STD_TORCH_CHECK(false, "vitkernels: configure knows 'isa' and 'onednn', not '", name, "'");
+  if (name == "products") return set_products(value);
+  STD_TORCH_CHECK(false, "vitkernels: configure knows 'isa' and 'products', not '", name, "'");
 }
 
 }  // namespace vk

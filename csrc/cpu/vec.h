@@ -38,16 +38,28 @@ VK_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};
 }
 template <class A>
-VK_INLINE A sum(Vec<A> v) {
-  A s = 0;
-  for (int64_t i = 0; i < Lanes<A>::count; ++i) s += v[i];
-  return s;
+VK_INLINE A sum(Vec<A> v) {  // halves added to halves: lane by lane, each addition would wait for the one before
+  constexpr int64_t count = Lanes<A>::count;
+#pragma GCC unroll 4
+  for (int64_t half = count / 2; half > 0; half /= 2) {
+    Vec<A> other;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i) other[i] = v[(i + half) % count];
+    v += other;
+  }
+  return v[0];
 }
 template <class A>
 VK_INLINE A largest(Vec<A> v) {
-  A m = v[0];
-  for (int64_t i = 1; i < Lanes<A>::count; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  constexpr int64_t count = Lanes<A>::count;
+#pragma GCC unroll 4
+  for (int64_t half = count / 2; half > 0; half /= 2) {
+    Vec<A> other;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i) other[i] = v[(i + half) % count];
+    v = v > other ? v : other;
+  }
+  return v[0];
 }
 template <class A>
 VK_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
@@ -153,6 +165,11 @@ VK_INLINE uint16_t to_bf16(float f) {  // to nearest, ties to even; NaN stays Na
   return f == f ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
 }
 
+VK_INLINE VecU bf16_bits(Vec<float> v) {  // the same of a vector, in the low halves
+  const VecU bits = (VecU)v;
+  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : VecU{} + 0x7fc0u;
+}
+
 template <class T>
 VK_INLINE const T* at(const char* p, int64_t i) {
   return reinterpret_cast<const T*>(p) + i;
@@ -223,10 +240,7 @@ inline void store_row(char* out, DType dtype, int64_t step, const A* in, int64_t
         for (; i + kFloats <= count; i += kFloats) {
           Vec<float> v;
           std::memcpy(&v, in + i, sizeof v);
-          VecU bits = (VecU)v;
-          bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-          bits = v == v ? bits : VecU{} + 0x7fc0u;
-          const VecH half = __builtin_convertvector(bits, VecH);
+          const VecH half = __builtin_convertvector(bf16_bits(v), VecH);
           std::memcpy(out + i * 2, &half, sizeof half);
         }
       }

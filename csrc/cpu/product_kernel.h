@@ -1,0 +1,296 @@
+// Products of whole matrices, C = A B, of float32 or bfloat16, with what follows the product done while C is in cache.
+//
+// Operands are rows of 32-bit words along k: one float32, or two bfloat16 that a word of A and a word of B multiply and
+// add at once. B is packed once for all threads, in panels of kPanel columns. A is read where it lies when its rows
+// run along k, and packed tile by tile when its columns do (the gradient of a weight). A block of C, kBlockTiles row
+// tiles by one panel, sums in cache over kDepth words of k at a time.
+
+namespace vk {
+namespace VK_ISA {
+
+constexpr int64_t kPanel = kTileVecs * kFloats;
+constexpr int64_t kBlockTiles = 20, kBlockRows = kBlockTiles * kTileRows;
+constexpr int64_t kDepth = 384;
+// What each step is where `count` goes in equal steps of at most `most`.
+VK_INLINE int64_t even_step(int64_t count, int64_t most) {
+  const int64_t steps = (count + most - 1) / most;
+  return (count + steps - 1) / steps;
+}
+constexpr int64_t kSpare = 3 * kPanel;  // what finish_row keeps of an activation
+constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
+
+struct Pairs {
+  static constexpr int64_t size = 2;  // bytes of an element
+  VK_INLINE static Vec<float> madd(Vec<float> sum, Vec<float> a, Vec<float> b) {
+#if defined(VK_BF16_PAIRS)
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const VecU odd = VecU{} + 0xffff0000u;
+    sum += (Vec<float>)((VecU)a << 16) * (Vec<float>)((VecU)b << 16);
+    return sum + (Vec<float>)((VecU)a & odd) * (Vec<float>)((VecU)b & odd);
+#endif
+  }
+};
+struct Singles : Plain {
+  static constexpr int64_t size = 4;
+};
+
+template <class W>
+constexpr int64_t per_word = 4 / W::size;
+template <class W>
+VK_INLINE int64_t words_of(int64_t k) {
+  return (k + per_word<W> - 1) / per_word<W>;
+}
+
+// ---- packing
+
+VK_INLINE void zip(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {  // a0 b0 a1 b1 ...
+#if defined(__clang__)
+  for (int i = 0; i < kFloats; ++i) {
+    low[i] = i % 2 ? b[i / 2] : a[i / 2];
+    high[i] = i % 2 ? b[(kFloats + i) / 2] : a[(kFloats + i) / 2];
+  }
+#else
+  VecI from{};
+  for (int i = 0; i < kFloats; ++i) from[i] = i % 2 * kFloats + i / 2;
+  low = __builtin_shuffle(a, b, from);
+  high = __builtin_shuffle(a, b, from + kFloats / 2);
+#endif
+}
+
+// kFloats rows of kFloats words become columns: interleaving the halves does it after log2(kFloats) rounds.
+VK_INLINE void transpose_lanes(Vec<float>* rows) {
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < kFloats; round *= 2) {
+    Vec<float> next[kFloats];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kFloats / 2; ++i) zip(rows[i], rows[i + kFloats / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kFloats; ++i) rows[i] = next[i];
+  }
+}
+
+// Words [p, 0..count) of a matrix whose rows are k and whose columns are packed; past the last k are zeros.
+VK_INLINE void interleave(Singles, float* out, const char* in, int64_t k_step, int64_t p, int64_t, int64_t count) {
+  std::memcpy(out, in + p * k_step * 4, size_t(count) * 4);
+}
+VK_INLINE void interleave(Pairs, float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
+  const bool two = 2 * p + 1 < k;
+  const char *first = in + 2 * p * k_step * 2, *second = two ? first + k_step * 2 : first;
+  int64_t j = 0;
+  for (; j + kFloats <= count; j += kFloats) {
+    VecH low, high;
+    std::memcpy(&low, first + j * 2, sizeof low);
+    std::memcpy(&high, second + j * 2, sizeof high);
+    if (!two) high = VecH{};
+    const VecU word = __builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16);
+    std::memcpy(out + j, &word, sizeof word);
+  }
+  for (; j < count; ++j) {
+    const uint32_t word = *at<uint16_t>(first, j) | (two ? uint32_t(*at<uint16_t>(second, j)) << 16 : 0);
+    std::memcpy(out + j, &word, sizeof word);
+  }
+}
+
+// Panels [first, last) of a B whose rows are packed: [panel][words][kPanel], zeros past the last column. Some rows at a
+// time, so that memory is read along them.
+template <class W>
+void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
+  constexpr int64_t at_once = 16;
+  const int64_t words = words_of<W>(p.k);
+  for (int64_t begin = 0; begin < words; begin += at_once) {
+    const int64_t end = begin + at_once < words ? begin + at_once : words;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
+      for (int64_t k = begin; k < end; ++k) {
+        float* const out = packed + (panel * words + k) * kPanel;
+        interleave(W{}, out, p.b.data + j * W::size, p.b.row, k, p.k, columns);
+        for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
+      }
+    }
+  }
+}
+
+// One panel of a B whose columns run along k.
+template <class W>
+void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns) {
+  const int64_t words = words_of<W>(k);
+  const auto word = [&](int64_t p, int64_t j) VK_ALWAYS { return in + j * column_step * W::size + p * 4; };
+  for (int64_t j0 = 0; j0 < kPanel; j0 += kFloats) {
+    int64_t p = 0;
+    for (; p + kFloats <= words; p += kFloats) {
+      Vec<float> lanes[kFloats];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kFloats; ++j) {
+        lanes[j] = Vec<float>{};
+        if (j0 + j < columns) std::memcpy(&lanes[j], word(p, j0 + j), sizeof lanes[j]);
+      }
+      transpose_lanes(lanes);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kFloats; ++i) store(out + (p + i) * kPanel + j0, lanes[i]);
+    }
+    for (; p < words; ++p) {
+      for (int64_t j = j0; j < j0 + kFloats; ++j) {
+        out[p * kPanel + j] = 0;
+        if (j < columns) std::memcpy(out + p * kPanel + j, word(p, j), 4);
+      }
+    }
+  }
+}
+
+// Row tiles of an A whose columns are packed, [tiles][words][kTileRows].
+template <class W>
+VK_INLINE int64_t tile_words(int64_t k) {
+  return words_of<W>(k) * kTileRows + kCopied;
+}
+template <class W>
+void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t rows) {
+  alignas(64) float line[kBlockRows + kCopied] = {};
+  const int64_t words = words_of<W>(k), step = tile_words<W>(k);
+  for (int64_t p = 0; p < words; ++p) {
+    interleave(W{}, line, in, k_step, p, k, rows);
+    float* tile = out + p * kTileRows;
+    for (int64_t i = 0; i < rows; i += kTileRows, tile += step) std::memcpy(tile, line + i, kCopied * sizeof(float));
+  }
+}
+
+// ---- the product and what follows it
+
+// Row tiles of A one after the other, in words.
+struct Tiles : Left<float> {
+  int64_t tile;
+};
+
+template <class W>
+VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const float* b, float* c, bool accumulate) {
+  const auto tile = [&](auto live) VK_ALWAYS {
+    matmul_tile<float, decltype(live)::value, kTileVecs, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
+  };
+  switch (rows) {
+    case 1: return tile(Count<1>{});
+    case 2: return tile(Count<2>{});
+    case 3: return tile(Count<3>{});
+    case 4: return tile(Count<4>{});
+    case 5: return tile(Count<5>{});
+    default: return tile(Count<6>{});
+  }
+}
+
+// Asks for the lines that finish_tile reads or writes: they arrive while the tile is multiplied.
+VK_INLINE void prefetch_tile(const Product& p, int64_t at, int64_t step, int64_t rows, int64_t length) {
+  for (int64_t r = 0; r < rows; ++r, at += step) {
+    for (int64_t byte = 0; byte < length; byte += 64) {
+      __builtin_prefetch(p.out + at + byte, 1);
+      if (p.then != Then::store) __builtin_prefetch(p.pre + at + byte, 1);
+      if (p.activated) __builtin_prefetch(p.activated + at + byte, 1);
+    }
+  }
+}
+
+// What follows the product, for `count` columns from column j on of one row. `spare` is kSpare of numbers.
+template <class W>
+VK_INLINE void finish_row(const Product& p, int64_t at, int64_t j, int64_t count, float* row, float* sums,
+                           float* spare) {
+  constexpr DType dtype = W::size == 4 ? DType::f32 : DType::bf16;
+  if (p.bias) {
+    each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+      using V = decltype(lane);
+      put(row + c, get<V>(row + c) + get<V>(p.bias + j + c));
+    });
+  }
+  if (p.then == Then::activate) {
+    store_row(p.pre + at, dtype, 1, row, count);
+    if (W::size != 4) load_row(row, p.pre + at, dtype, 1, count);  // activated as it is stored
+    activate_any(p.activation, row, static_cast<float*>(nullptr), row, count);
+  } else if (p.then == Then::activate_backward) {
+    float *h = spare, *value = spare + kPanel, *slope = spare + 2 * kPanel;
+    load_row(h, p.pre + at, dtype, 1, count);
+    activate_any(p.activation, value, slope, h, count);
+    each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+      using V = decltype(lane);
+      const V gradient = get<V>(row + c) * get<V>(slope + c);
+      put(row + c, gradient);
+      if (sums) put(sums + j + c, get<V>(sums + j + c) + gradient);
+    });
+    if (p.activated) store_row(p.activated + at, dtype, 1, value, count);
+  }
+  store_row(p.out + at, dtype, 1, row, count);
+}
+
+// One panel of C below `rows` rows of A; `block` holds the sums between one depth of k and the next.
+template <class W>
+void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
+                   float* sums, float* spare) {
+  const int64_t words = words_of<W>(p.k), most = even_step(words, kDepth);
+  const int64_t count = p.n - j < kPanel ? p.n - j : kPanel, step = p.n * W::size;
+  for (int64_t k = 0; k < words; k += most) {
+    const int64_t depth = words - k < most ? words - k : most;
+    const bool last = k + depth == words;
+    Tiles tile = a;
+    tile.data += k * a.col;
+    for (int64_t r = 0; r < rows; r += kTileRows, tile.data += a.tile) {
+      const int64_t live = rows - r < kTileRows ? rows - r : kTileRows, at = (i + r) * step + j * W::size;
+      float* const c = block + r * kPanel;
+      if (last) prefetch_tile(p, at, step, live, count * W::size);
+      multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
+      if (!last) continue;
+      if (count == kPanel) {  // known to the compiler
+        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, at + q * step, j, kPanel, c + q * kPanel, sums, spare);
+      } else {
+        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, at + q * step, j, count, c + q * kPanel, sums, spare);
+      }
+    }
+  }
+}
+
+template <class W>
+void product_rows(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                  float* sums, float* scratch) {
+  const int64_t most = round_up(even_step(end - begin, kBlockRows), kTileRows);
+  float *spare = scratch, *block = spare + kSpare, *a_tiles = block + kBlockRows * kPanel;
+  for (int64_t j = 0; j < kSpare; ++j) spare[j] = 0;
+  for (int64_t i = begin; i < end; i += most) {
+    const int64_t rows = end - i < most ? end - i : most;
+    const char* a = p.a.data + i * p.a.row * W::size;
+    const int64_t row = p.a.row / per_word<W>;
+    Tiles tiles{{reinterpret_cast<const float*>(a), row, 1}, kTileRows * row};
+    if (p.a.col != 1) {
+      pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
+      tiles = {{a_tiles, 1, kTileRows}, tile_words<W>(p.k)};
+    }
+    for (int64_t panel = first; panel < last; ++panel) {
+      product_block<W>(p, tiles, packed + panel * words_of<W>(p.k) * kPanel, i, rows, panel * kPanel, block, sums, spare);
+    }
+  }
+}
+
+// ---- as the table has it
+
+inline ProductSizes product_sizes(const Product& p) {
+  const int64_t words = p.dtype == DType::f32 ? words_of<Singles>(p.k) : words_of<Pairs>(p.k);
+  const int64_t panels = (p.n + kPanel - 1) / kPanel;
+  const int64_t tiles = p.a.col == 1 ? 0 : kBlockTiles * (words * kTileRows + kCopied);
+  return {kTileRows, kBlockTiles, panels, panels * words * kPanel, kSpare + kBlockRows * kPanel + tiles};
+}
+
+inline void product_pack(const Product& p, float* packed, int64_t first, int64_t last) {
+  const auto pack = [&](auto word) {
+    using W = decltype(word);
+    if (p.b.row != 1) return pack_rows<W>(p, packed, first, last);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t j = panel * kPanel;
+      pack_columns<W>(packed + panel * words_of<W>(p.k) * kPanel, p.b.data + j * p.b.col * W::size, p.b.col, p.k,
+                      p.n - j < kPanel ? p.n - j : kPanel);
+    }
+  };
+  p.dtype == DType::f32 ? pack(Singles{}) : pack(Pairs{});
+}
+
+inline void product(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                    float* sums, float* scratch) {
+  p.dtype == DType::f32 ? product_rows<Singles>(p, packed, begin, end, first, last, sums, scratch)
+                        : product_rows<Pairs>(p, packed, begin, end, first, last, sums, scratch);
+}
+
+}  // namespace VK_ISA
+}  // namespace vk
