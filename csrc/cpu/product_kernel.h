@@ -72,7 +72,8 @@ VK_INLINE void transpose_lanes(Vec<float>* rows) {
 
 // Words [p, 0..count) of a matrix whose rows are k and whose columns are packed; past the last k are zeros.
 VK_INLINE void interleave(Singles, float* out, const char* in, int64_t k_step, int64_t p, int64_t, int64_t count) {
-  std::memcpy(out, in + p * k_step * 4, size_t(count) * 4);
+  const float* const row = at<float>(in, p * k_step);
+  each<float>(count, [&](auto lane, int64_t j) VK_ALWAYS { put(out + j, get<decltype(lane)>(row + j)); });
 }
 VK_INLINE void interleave(Pairs, float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
   const bool two = 2 * p + 1 < k;
@@ -148,6 +149,9 @@ void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t r
   alignas(64) float line[kBlockRows + kCopied] = {};
   const int64_t words = words_of<W>(k), step = tile_words<W>(k);
   for (int64_t p = 0; p < words; ++p) {
+    for (int64_t byte = 0; byte < rows * W::size; byte += 64) {
+      for (int64_t q = 0; q < per_word<W>; ++q) __builtin_prefetch(in + ((p + 8) * per_word<W> + q) * k_step * W::size + byte);
+    }
     interleave(W{}, line, in, k_step, p, k, rows);
     float* tile = out + p * kTileRows;
     for (int64_t i = 0; i < rows; i += kTileRows, tile += step) std::memcpy(tile, line + i, kCopied * sizeof(float));
@@ -187,6 +191,12 @@ VK_INLINE void prefetch_tile(const Product& p, int64_t at, int64_t step, int64_t
   }
 }
 
+VK_INLINE void prefetch_rows(const float* from, int64_t step, int64_t rows, int64_t words) {
+  for (int64_t r = 0; r < rows; ++r, from += step) {
+    for (int64_t word = 0; word < words; word += 16) __builtin_prefetch(from + word);
+  }
+}
+
 // What follows the product, for `count` columns from column j on of one row. `spare` is kSpare of numbers.
 template <class W>
 VK_INLINE void finish_row(const Product& p, int64_t at, int64_t j, int64_t count, float* row, float* sums,
@@ -221,6 +231,7 @@ VK_INLINE void finish_row(const Product& p, int64_t at, int64_t j, int64_t count
 template <class W>
 void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
                    float* sums, float* spare) {
+  const bool fetch = j == 0 && a.col == 1;  // what the first panel reads comes from memory
   const int64_t words = words_of<W>(p.k), most = even_step(words, kDepth);
   const int64_t count = p.n - j < kPanel ? p.n - j : kPanel, step = p.n * W::size;
   for (int64_t k = 0; k < words; k += most) {
@@ -232,6 +243,7 @@ void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t
       const int64_t live = rows - r < kTileRows ? rows - r : kTileRows, at = (i + r) * step + j * W::size;
       float* const c = block + r * kPanel;
       if (last) prefetch_tile(p, at, step, live, count * W::size);
+      if (fetch) prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || words - k - depth > most ? most : words - k - depth);
       multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
       if (!last) continue;
       if (count == kPanel) {  // known to the compiler
