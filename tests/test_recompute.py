@@ -68,6 +68,11 @@ def keep(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recompute, "_SMALL", 0)
+
+
+@pytest.fixture(autouse=True)
 def _no_collector() -> Iterator[None]:
     """What is freed here is freed because nothing holds it."""
     gc.disable()
@@ -141,6 +146,15 @@ def test_a_plain_norm_of_strided_rows(backend: str, keep: Callable[[], None]) ->
         keep()
         assert same(got, gradients())
     assert forwards(calls) == 3
+
+
+def test_a_small_result_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer()
+    for smallest, again in ((B * N * D, 1), (B * N * D + 1, 0)):
+        monkeypatch.setattr(_recompute, "_SMALL", smallest)
+        with vk.record() as calls:
+            layer.gradients(layer.loss())
+        assert forwards(calls) == 1 + again
 
 
 def test_the_opaque_op_makes_it_again_too(keep: Callable[[], None]) -> None:

@@ -2,7 +2,8 @@
 
 `add_layer_norm` keeps its sum. The product behind it (`linear`, `mlp`) needs `normed` once more, for the gradient of
 its weight, and one pass over the sum gives the same bits. So `add_layer_norm` leaves a recipe on the tensor that it
-returns, and the product keeps what the recipe names in place of its input: one [B, N, D] less for each norm.
+returns, and the product keeps what the recipe names in place of its input: one [B, N, D] less for each norm. A small
+result is kept.
 
 There are recipes where autograd watches plain tensors and nobody else does: not in compiled code (its partitioner
 decides what is kept), under functorch's transforms or dispatch modes, nor for tensor subclasses. A recipe serves under
@@ -24,6 +25,7 @@ from torch import Tensor
 from vitkernels.dispatch import OPS
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_SMALL = 2**16  # numbers; a result of fewer is kept: making it again would take longer than its memory is worth
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +52,9 @@ class Recipe:
 
 def write(normed: Tensor, total: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     """Leave on `normed` how it was made, where that can save memory: where its sum is kept by autograd."""
-    if torch.compiler.is_compiling() or not normed.requires_grad or not _unwatched(normed, total, weight, bias):
+    if torch.compiler.is_compiling() or not normed.requires_grad or normed.numel() < _SMALL:
+        return
+    if not _unwatched(normed, total, weight, bias):
         return
     total = total.detach()
     versions = _versions(normed, total, weight, bias)
