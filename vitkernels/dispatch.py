@@ -273,7 +273,8 @@ class Op:
         return implementation.why_not(direction, args)
 
     def _run(self, direction: str, args: tuple[Any, ...]) -> Any:
-        kind = next(filter(_is_tensor, args)).device.type
+        first = args[0] if isinstance(args[0], torch.Tensor) else next(filter(_is_tensor, args))
+        kind = first.device.type
         declined: list[tuple[str, str]] = []
         for backend in order(kind):
             reason = self.why_not(backend, direction, args)

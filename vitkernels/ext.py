@@ -72,13 +72,16 @@ def _call_why_not(direction: str, args: tuple[Any, ...]) -> str | None:
 _DECLINES = {"rotary": why_not_fused}  # what an op's kernels leave to the reference
 
 
-def _why_not(op: str, direction: str, args: tuple[Any, ...]) -> str | None:
-    reason = _call_why_not(direction, args)
-    return _DECLINES[op](direction, args) if reason is None and op in _DECLINES else reason
+def _why_not(op: str) -> Callable[[str, tuple[Any, ...]], str | None]:
+    declines = _DECLINES.get(op)
+    if declines is None:
+        return _call_why_not
+    return lambda direction, args: _call_why_not(direction, args) or declines(direction, args)
 
 
 def _launcher(name: str) -> Callable[..., Any]:
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
+    return overload._op  # what calling it comes to, with one Python frame less
 
 
 def register() -> None:
@@ -87,4 +90,4 @@ def register() -> None:
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             _library.define(f"{name}{schema}")
-        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), functools.partial(_why_not, op.name))
+        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), _why_not(op.name))

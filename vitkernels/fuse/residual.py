@@ -168,7 +168,7 @@ def _step(
     # the dtype that the scaled branch has where the modules run one by one: DropPath draws in it, the sum is in it
     dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
     if widen:
-        x = x.to(torch.promote_types(x.dtype, dtype))
+        x = x if x.dtype == dtype else x.to(torch.promote_types(x.dtype, dtype))
     norm = after.norm
     return ops.add_layer_norm(
         x,
@@ -185,7 +185,7 @@ def _step(
 
 def _fits(norm: nn.Module, x: Tensor) -> bool:
     """Whether a norm that may follow can run with x's sum: a pooling between them may change the width."""
-    return parts.not_layer_norm("", norm) is None and len(norm.weight) == x.shape[-1]  # type: ignore[arg-type]
+    return parts.not_layer_norm("", norm) is None and norm.weight.shape[0] == x.shape[-1]  # type: ignore[index,return-value]
 
 
 def _scaled(branch: Tensor, scale: nn.Module | Tensor | None, drop_path: nn.Module | None) -> Tensor:

@@ -108,10 +108,10 @@ class Fused(nn.Module):
 
 
 def _why_not_call(x: Any) -> str | None:
-    if isinstance(x, torch.fx.Proxy):
-        return "traced by torch.fx"
     if not isinstance(x, Tensor):
-        return f"called with a {type(x).__name__}, not a tensor"
+        return (
+            "traced by torch.fx" if isinstance(x, torch.fx.Proxy) else f"called with a {type(x).__name__}, not a tensor"
+        )
     if torch.jit.is_tracing():
         return "traced by torch.jit"
     if x.is_nested:

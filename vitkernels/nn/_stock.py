@@ -28,7 +28,7 @@ def added(module: nn.Module) -> str | None:
         return "another forward"
     if torch_module._has_any_global_hook():
         return "a global hook"
-    return odd_weight(module)
+    return odd_weight(module) if module._parameters else None
 
 
 def odd_weight(module: nn.Module) -> str | None:
