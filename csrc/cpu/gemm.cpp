@@ -89,7 +89,16 @@ bool own_product(const Matrix& a, const Matrix& b, bool of_weight) {
          in_words(a, a.cols, a.col, a.row) && in_words(b, a.cols, b.row, b.col);
 }
 
-void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, Follow follow) {
+Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n) {
+  Product p{};
+  p.k = k;
+  p.n = n;
+  p.dtype = dtype_of(like);
+  return empty(like, {kernels<float>().product_sizes(p).packed}, ScalarType::Float);
+}
+
+void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
+              const Follow& follow, const Tensor* b_panels) {
   const Vector<float> bias_values(bias);
   const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
   const Product p{a.rows,
@@ -103,12 +112,15 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
                   follow.activation,
                   bytes(out),
                   data(follow.pre),
-                  data(follow.activated)};
+                  data(follow.activated),
+                  follow.activated_in_panels};
   const Kernels<float>& kernel = kernels<float>();
   const ProductSizes sizes = kernel.product_sizes(p);
-  const Tensor packed_b = empty(out, {sizes.packed}, ScalarType::Float);
-  float* const panels = reinterpret_cast<float*>(bytes(packed_b));
-  parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) { kernel.product_pack(p, panels, begin, end); });
+  const Tensor space = b_panels ? *b_panels : empty(out, {sizes.packed}, ScalarType::Float);
+  float* const panels = reinterpret_cast<float*>(bytes(space));
+  if (!b_panels) {
+    parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) { kernel.product_pack(p, panels, begin, end); });
+  }
 
   // Rows are cut the same way for any number of threads, for the sake of the sums; columns where there are more threads.
   constexpr int64_t most_parts = 32;

@@ -39,8 +39,11 @@ struct Follow {
   Activation activation = Activation::gelu;
   const Tensor *pre = nullptr, *activated = nullptr;
   std::vector<float>* sums = nullptr;  // filled with n column sums
+  bool activated_in_panels = false;    // `activated` is space_for_panels(m, n)
 };
-// out = a b + bias, and what follows; where own_product() holds.
-void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, Follow follow = {});
+Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n);  // of a B [k, n] in like's dtype
+// out = a b + bias, and what follows; where own_product() holds. With `panels`, they are b's and b tells its shape alone.
+void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
+              const Follow& follow = {}, const Tensor* panels = nullptr);
 
 }  // namespace vk

@@ -52,7 +52,7 @@ struct LayerNormBackward {
 //   activate            pre = C, out = activation(C); `pre` may be `out`
 //   activate_backward   out = C * activation'(pre), activated = activation(pre) where not null, sums += out by columns
 // Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
-// out, pre and activated are packed [m, n].
+// out, pre and activated are packed [m, n]; activated may be asked for as the panels of a B with m as its k instead.
 enum class Then { store, activate, activate_backward };
 
 struct Steps {
@@ -68,6 +68,7 @@ struct Product {
   Then then;
   Activation activation;
   char *out, *pre, *activated;
+  bool activated_in_panels;
 };
 
 // Of a Product on the instruction set in use: rows of a tile, tiles that go best together, panels of columns, floats of

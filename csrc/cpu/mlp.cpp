@@ -55,15 +55,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   const int64_t hidden = w1.size(0);
   Tensor dx = nothing(x), dw1 = nothing(x), db1 = nothing(x), dw2 = nothing(x);
   const bool needed = needs[0] || needs[1] || needs[2] || needs[3];
-  const Matrix a(g), b(w2);
+  const Matrix a(g), b(w2), hidden_rows(h);
   const bool own = needed && own_product(a, b);
+  // dw2 = dy^T activation(h): its right side can be written as the product wants to read it
+  const bool in_panels = own && needs[3] && own_product(a.transposed(), hidden_rows, true);
   // becomes the gradient of the pre-activation in place
   const Tensor dh = own ? empty(h, shape_of(h)) : needed ? packed(gradient_of_input(g, w2)) : nothing(x);
-  const Tensor activated = needs[3] ? empty(h, shape_of(h)) : nothing(x);
+  Tensor activated = in_panels ? space_for_panels(h, h.size(0), hidden) : needs[3] ? empty(h, shape_of(h)) : nothing(x);
   if (own) {
     std::vector<float> sums;
     multiply(dh, a, b, std::nullopt,
-             {Then::activate_backward, kind, &h, needs[3] ? &activated : nullptr, needs[2] ? &sums : nullptr});
+             {Then::activate_backward, kind, &h, needs[3] ? &activated : nullptr, needs[2] ? &sums : nullptr, in_panels});
     if (needs[2]) db1 = from_values<float>(x, {hidden}, w1.scalar_type(), sums.data());
   } else if (needed) {
     with_accumulate(x.scalar_type(), [&](auto zero) {
@@ -78,7 +80,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
       if (needs[2]) db1 = from_values<A>(x, {hidden}, w1.scalar_type(), sums.data());
     });
   }
-  if (needs[3]) dw2 = gradient_of_weight(g, activated);
+  if (in_panels) {
+    dw2 = empty(w2, {w2.size(0), hidden});
+    multiply(dw2, a.transposed(), hidden_rows, std::nullopt, {}, &activated);
+  } else if (needs[3]) {
+    dw2 = gradient_of_weight(g, activated);
+  }
+  activated = nothing(x);  // its memory may serve the next products
   if (needs[1]) dw1 = gradient_of_weight(dh, rows);
   if (needs[0]) dx = torch::stable::view(packed(gradient_of_input(dh, w1)), shape_of(x));
   return {dx, dw1, db1, dw2, needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x)};

@@ -10,6 +10,7 @@ namespace VK_ISA {
 
 constexpr int64_t kPanel = kTileVecs * kFloats;
 constexpr int64_t kBlockTiles = 20, kBlockRows = kBlockTiles * kTileRows;
+static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
 constexpr int64_t kDepth = 384;
 // What each step is where `count` goes in equal steps of at most `most`.
 VK_INLINE int64_t even_step(int64_t count, int64_t most) {
@@ -186,8 +187,23 @@ VK_INLINE void prefetch_tile(const Product& p, int64_t at, int64_t step, int64_t
     for (int64_t byte = 0; byte < length; byte += 64) {
       __builtin_prefetch(p.out + at + byte, 1);
       if (p.then != Then::store) __builtin_prefetch(p.pre + at + byte, 1);
-      if (p.activated) __builtin_prefetch(p.activated + at + byte, 1);
+      if (p.activated && !p.activated_in_panels) __builtin_prefetch(p.activated + at + byte, 1);
     }
+  }
+}
+
+// Row k of a B, `count` columns from column j on, into B's panels; `rows` is how many it has.
+VK_INLINE void put_in_panel(Singles, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
+  float* const out = panels + (j / kPanel * rows + k) * kPanel;
+  for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
+  for (int64_t c = 0; c < kPanel; c += kFloats) store(out + c, load(row + c));
+}
+VK_INLINE void put_in_panel(Pairs, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
+  float* const out = panels + (j / kPanel * words_of<Pairs>(rows) + k / 2) * kPanel;
+  for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
+  for (int64_t c = 0; c < kPanel; c += kFloats) {  // the even row comes first
+    const VecU bits = bf16_bits(load(row + c));
+    store(out + c, (Vec<float>)(k % 2 ? (VecU)load(out + c) | (bits << 16) : bits));
   }
 }
 
@@ -199,8 +215,9 @@ VK_INLINE void prefetch_rows(const float* from, int64_t step, int64_t rows, int6
 
 // What follows the product, for `count` columns from column j on of one row. `spare` is kSpare of numbers.
 template <class W>
-VK_INLINE void finish_row(const Product& p, int64_t at, int64_t j, int64_t count, float* row, float* sums,
+VK_INLINE void finish_row(const Product& p, int64_t i, int64_t j, int64_t count, float* row, float* sums,
                            float* spare) {
+  const int64_t at = (i * p.n + j) * W::size;
   constexpr DType dtype = W::size == 4 ? DType::f32 : DType::bf16;
   if (p.bias) {
     each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
@@ -222,7 +239,11 @@ VK_INLINE void finish_row(const Product& p, int64_t at, int64_t j, int64_t count
       put(row + c, gradient);
       if (sums) put(sums + j + c, get<V>(sums + j + c) + gradient);
     });
-    if (p.activated) store_row(p.activated + at, dtype, 1, value, count);
+    if (p.activated_in_panels) {
+      put_in_panel(W{}, reinterpret_cast<float*>(p.activated), i, p.m, j, count, value);
+    } else if (p.activated) {
+      store_row(p.activated + at, dtype, 1, value, count);
+    }
   }
   store_row(p.out + at, dtype, 1, row, count);
 }
@@ -247,9 +268,9 @@ void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t
       multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
       if (!last) continue;
       if (count == kPanel) {  // known to the compiler
-        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, at + q * step, j, kPanel, c + q * kPanel, sums, spare);
+        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, i + r + q, j, kPanel, c + q * kPanel, sums, spare);
       } else {
-        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, at + q * step, j, count, c + q * kPanel, sums, spare);
+        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, i + r + q, j, count, c + q * kPanel, sums, spare);
       }
     }
   }
