@@ -6,8 +6,10 @@ namespace vk {
 namespace VK_ISA {
 
 // total = x + row_scale * scale * (branch + branch_bias), as T has it, in `value` too where T is not A; returns its sum.
+// The rows at the steps are fetched meanwhile: two streams read and two written are more than the hardware follows.
 template <class A, class T>
-VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, const T* branch, T* total, A* value) {
+VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, int64_t x_step, const T* branch,
+                       int64_t branch_step, T* total, A* value) {
   const A *bias = a.branch_bias, *scale = a.scale;
   Sum<A> sum;
   const auto add = [&](auto added, int64_t j) VK_ALWAYS {
@@ -19,6 +21,8 @@ VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, co
     }
     put(value + j, v);
     sum.add(v);
+    __builtin_prefetch(x + x_step + j);
+    __builtin_prefetch(branch + branch_step + j);
   };
   if (!bias && !scale && row_scale == A(1)) {
     each<A>(a.width, [&](auto lane, int64_t j) VK_ALWAYS { add(get<decltype(lane)>(branch + j), j); });
@@ -44,11 +48,13 @@ void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_
     const A* value;
     A value_sum;
     if (a.branch.data) {
+      const T *x = row_in<T>(a.x, i, width, x_buffer), *branch = row_in<T>(a.branch, i, width, branch_buffer);
       T* total = row_out<T>(a.total, i, total_buffer);
       A* sum = in_place ? reinterpret_cast<A*>(total) : total_buffer;
       const A row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
-      value_sum = add_branch<A, T>(a, row_scale, row_in<T>(a.x, i, width, x_buffer),
-                                   row_in<T>(a.branch, i, width, branch_buffer), total, sum);
+      const bool more = i + 1 < end;
+      value_sum = add_branch<A, T>(a, row_scale, x, more && (const void*)x != x_buffer ? a.x.row : 0, branch,
+                                   more && (const void*)branch != branch_buffer ? a.branch.row : 0, total, sum);
       if (in_place && sum == total_buffer) {  // statistics are those of the sum as it is stored
         const OutRows& out = a.total;
         put_row(out, i, total_buffer, width);
