@@ -5,8 +5,9 @@
 namespace vk {
 namespace VK_ISA {
 
-// total = x + row_scale * scale * (branch + branch_bias), as T has it, in `value` too where T is not A; returns its sum.
-// The rows at the steps are fetched meanwhile: two streams read and two written are more than the hardware follows.
+// total = x + row_scale * scale * (branch + branch_bias), as T has it and in `value`, which is total where T is A;
+// returns its sum. The rows at the steps are fetched meanwhile: two streams read and two written are more than the hardware
+// follows.
 template <class A, class T>
 VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, int64_t x_step, const T* branch,
                        int64_t branch_step, T* total, A* value) {
@@ -40,7 +41,7 @@ VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, in
 
 template <class A, class T>
 void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_t end, A* scratch) {
-  constexpr bool in_place = sizeof(T) == sizeof(A);
+  constexpr bool in_place = sizeof(T) == sizeof(A);  // the sum in A is total's own row, where it lies in A
   const int64_t width = a.width;
   A *x_buffer = scratch, *branch_buffer = scratch + width, *total_buffer = scratch + 2 * width;
   A* normed_buffer = scratch + 3 * width;
@@ -51,15 +52,16 @@ void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_
       const T *x = row_in<T>(a.x, i, width, x_buffer), *branch = row_in<T>(a.branch, i, width, branch_buffer);
       T* total = row_out<T>(a.total, i, total_buffer);
       A* sum = in_place ? reinterpret_cast<A*>(total) : total_buffer;
+      const bool last = i + 1 == end;
+      const int64_t x_step = last || static_cast<const void*>(x) == x_buffer ? 0 : a.x.row;
+      const int64_t branch_step = last || static_cast<const void*>(branch) == branch_buffer ? 0 : a.branch.row;
       const A row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
-      const bool more = i + 1 < end;
-      value_sum = add_branch<A, T>(a, row_scale, x, more && (const void*)x != x_buffer ? a.x.row : 0, branch,
-                                   more && (const void*)branch != branch_buffer ? a.branch.row : 0, total, sum);
+      value_sum = add_branch<A, T>(a, row_scale, x, x_step, branch, branch_step, total, sum);
       if (in_place && sum == total_buffer) {  // statistics are those of the sum as it is stored
         const OutRows& out = a.total;
-        put_row(out, i, total_buffer, width);
-        load_row(total_buffer, out.data + i * out.row * size_of(out.dtype), out.dtype, out.col, width);
-        value_sum = row_sum(total_buffer, width);
+        put_row(out, i, sum, width);
+        load_row(sum, out.data + i * out.row * size_of(out.dtype), out.dtype, out.col, width);
+        value_sum = row_sum(sum, width);
       }
       value = sum;
     } else {
@@ -96,8 +98,8 @@ void layer_norm_forward(const LayerNormForward<A>& a, int64_t begin, int64_t end
 }
 
 // What the norm sends back to one row, beside what comes from above: g = dtotal + (dy * weight - c0 - normalised * c1)
-// * rstd, c0 and c1 being means over the row. It goes to `dx` as T has it and to `g` where that is not null; dweight and
-// dbias are added to.
+// * rstd, c0 and c1 being means over the row. It goes to `dx` as T has it and to `g` where that is not null; dweight
+// and dbias are added to.
 template <class A, class T, bool has_dtotal>
 VK_INLINE void norm_gradient(int64_t width, const A* weight, A mean, A rstd, const T* total, const T* dy,
                              const T* dtotal, T* dx, A* g, A* dweight, A* dbias) {
@@ -163,8 +165,8 @@ void layer_norm_backward_rows(const LayerNormBackward<A>& a, int64_t begin, int6
     if (a.dnormed.data) {
       const T *total = row_in<T>(a.total, i, width, total_buffer), *dy = row_in<T>(a.dnormed, i, width, dy_buffer);
       const auto gradient = [&](auto has_dtotal) VK_ALWAYS {
-        norm_gradient<A, T, decltype(has_dtotal)::value>(width, a.weight, a.mean[i], a.rstd[i], total, dy, dtotal, dx, g,
-                                                         partial, partial + width);
+        norm_gradient<A, T, decltype(has_dtotal)::value>(width, a.weight, a.mean[i], a.rstd[i], total, dy, dtotal, dx,
+                                                         g, partial, partial + width);
       };
       dtotal ? gradient(True{}) : gradient(False{});
     } else {

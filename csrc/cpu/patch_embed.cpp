@@ -131,7 +131,8 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
   const int64_t out_tokens = prefixes + grid.tokens;
   // one product and nothing to add: its result is the op's
   const bool alone = !prefix && !pos_embed && grid.batch > 0 && grid.batch <= grid.images_at_once();
-  Tensor out = alone ? nothing(image) : empty(image, {grid.batch, out_tokens, width}, wider(wider(weight.scalar_type(), prefix), pos_embed));
+  const ScalarType out_type = wider(wider(weight.scalar_type(), prefix), pos_embed);
+  Tensor out = alone ? nothing(image) : empty(image, {grid.batch, out_tokens, width}, out_type);
   const Tensor weights = flat_weight(weight);
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);

@@ -168,7 +168,7 @@ VK_INLINE uint16_t to_bf16(float f) {  // to nearest, ties to even; NaN stays Na
 VK_INLINE Vec<float> from_bf16(const uint16_t* p) {
   VecU bits;
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kFloats; ++i) bits[i] = p[i];  // one widening load; __builtin_convertvector makes it five steps
+  for (int64_t i = 0; i < kFloats; ++i) bits[i] = p[i];  // one widening load, where __builtin_convertvector makes five
   return (Vec<float>)(bits << 16);
 }
 // The floats that bfloat16 has for these, to nearest, ties to even; NaN stays NaN.
