@@ -8,6 +8,7 @@ are random and rotate among sets that together are larger than the cache. A lane
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -137,11 +138,10 @@ def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
         step = functools.partial(lane.step, sets[-1])
         each.row["memory"] = each.attempt(functools.partial(machine.peak_memory, step, bench.device))
         one_round += each.attempt(functools.partial(_seconds, lane, sets[-1], bench.device)) or 0.0
+    supply = itertools.cycle(sets)  # one for each call: a lane that came second would find the first one's in the cache
     for index in range(effort.rounds(one_round)):
         for name in _turn(list(lanes), index):
-            seconds = timed[name].attempt(
-                functools.partial(_seconds, lanes[name], sets[index % len(sets)], bench.device)
-            )
+            seconds = timed[name].attempt(functools.partial(_seconds, lanes[name], next(supply), bench.device))
             if seconds is not None:
                 timed[name].samples.append(seconds)
     if bench.device.type == "cuda" and bench.key.kind == "op":
@@ -203,8 +203,8 @@ def _sets(bench: Bench) -> int:
 
 
 def _turn(names: list[str], index: int) -> list[str]:
-    """Each round begins with another lane, and every second one runs backwards: nobody always follows the same one."""
-    start = index % max(len(names), 1)
+    """Every two rounds begin with another lane, and one of them runs backwards: nobody always follows the same one."""
+    start = index // 2 % max(len(names), 1)
     turned = names[start:] + names[:start]
     return turned[::-1] if index % 2 else turned
 

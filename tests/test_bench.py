@@ -198,11 +198,19 @@ def test_lanes_take_turns_and_inputs_rotate() -> None:
     rounds = [bench.calls[-18:][start : start + 3] for start in range(0, 18, 3)]
     for each in rounds:
         assert {name for name, _ in each} == {"a", "b", "c"}
-        assert len({index for _, index in each}) == 1, "the lanes of a round see the same inputs"
-    assert all(a[0][1] != b[0][1] for a, b in itertools.pairwise(rounds)), "the next round sees others"
+    seen = [index for _, index in bench.calls[-18:]]
+    assert all(a != b for a, b in itertools.pairwise(seen)), "a lane would find what the one before left in the cache"
     assert {each[0][0] for each in rounds} == {"a", "b", "c"}
     followed = {pair for each in rounds for pair in itertools.pairwise(name for name, _ in each)}
     assert followed == set(itertools.permutations("abc", 2))
+
+
+@pytest.mark.parametrize("names", ["ab", "abcd"])
+def test_every_lane_is_first_equally_often(names: str) -> None:
+    bench = Logged(tuple(names))
+    measure(bench, Effort(0.0, 8, 8))
+    firsts = [name for name, _ in bench.calls[-8 * len(names) :: len(names)]]
+    assert sorted(firsts) == sorted(names * (8 // len(names)))
 
 
 def test_a_lane_that_fails_is_a_row_with_its_reason() -> None:

@@ -85,10 +85,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
                                     rs.get(),
                                     needs[0] ? out_rows(dx) : kNoOut,
                                     needs[1] ? out_rows(dbranch) : kNoOut,
-                                    {needs[2], needs[3], needs[4], needs[5]},
+                                    needs[4],
+                                    needs[5],
                                     needs[6]};
     std::vector<A> row_sums(needs[6] ? rows : 0);
-    const auto sums = sum_in_parts<A>(rows, 4 * width, [&](int64_t begin, int64_t end, A* part) {
+    const int64_t kinds = needs[5] ? 4 : needs[4] ? 3 : 2;
+    const auto sums = sum_in_parts<A>(rows, kinds * width, [&](int64_t begin, int64_t end, A* part) {
       Buffer<A> scratch(kLayerNormScratch * width);
       kernels<A>().layer_norm_backward(args, begin, end, part, row_sums.data(), scratch.get());
     });

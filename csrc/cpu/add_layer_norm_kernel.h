@@ -1,36 +1,74 @@
-// Rows of add_layer_norm: everything about one row happens while it is in L1.
+// Rows of add_layer_norm: everything about one row happens while it is in L1. T is what all rows lie in, A or Half;
+// rows of anything else are converted to A beforehand, and back behind.
 #include <cmath>
 
 namespace vk {
 namespace VK_ISA {
 
-template <class A>
-void layer_norm_forward(const LayerNormForward<A>& a, int64_t begin, int64_t end, A* scratch) {
+// total = x + row_scale * scale * (branch + branch_bias), as T has it and in `value`, which is total where T is A;
+// returns its sum. The rows at the steps are fetched meanwhile: two streams read and two written are more than the hardware
+// follows.
+template <class A, class T>
+VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, int64_t x_step, const T* branch,
+                       int64_t branch_step, T* total, A* value) {
+  const A *bias = a.branch_bias, *scale = a.scale;
+  Sum<A> sum;
+  const auto add = [&](auto added, int64_t j) VK_ALWAYS {
+    using V = decltype(added);
+    V v = get<V>(x + j) + added;
+    if constexpr (sizeof(T) != sizeof(A)) {
+      v = round_bf16(v);
+      put_rounded(total + j, v);
+    }
+    put(value + j, v);
+    sum.add(v);
+    __builtin_prefetch(x + x_step + j);
+    __builtin_prefetch(branch + branch_step + j);
+  };
+  if (!bias && !scale && row_scale == A(1)) {
+    each<A>(a.width, [&](auto lane, int64_t j) VK_ALWAYS { add(get<decltype(lane)>(branch + j), j); });
+  } else {
+    each<A>(a.width, [&](auto lane, int64_t j) VK_ALWAYS {
+      using V = decltype(lane);
+      V added = get<V>(branch + j);
+      if (bias) added += get<V>(bias + j);
+      if (scale) added *= get<V>(scale + j);
+      add(row_scale * added, j);
+    });
+  }
+  return sum.total();
+}
+
+template <class A, class T>
+void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_t end, A* scratch) {
+  constexpr bool in_place = sizeof(T) == sizeof(A);  // the sum in A is total's own row, where it lies in A
   const int64_t width = a.width;
   A *x_buffer = scratch, *branch_buffer = scratch + width, *total_buffer = scratch + 2 * width;
   A* normed_buffer = scratch + 3 * width;
   for (int64_t i = begin; i < end; ++i) {
-    const A* value = row_of(a.x, i, width, x_buffer);
+    const A* value;
+    A value_sum;
     if (a.branch.data) {
-      const A* x = value;
-      const A* branch = row_of(a.branch, i, width, branch_buffer);
+      const T *x = row_in<T>(a.x, i, width, x_buffer), *branch = row_in<T>(a.branch, i, width, branch_buffer);
+      T* total = row_out<T>(a.total, i, total_buffer);
+      A* sum = in_place ? reinterpret_cast<A*>(total) : total_buffer;
+      const bool last = i + 1 == end;
+      const int64_t x_step = last || static_cast<const void*>(x) == x_buffer ? 0 : a.x.row;
+      const int64_t branch_step = last || static_cast<const void*>(branch) == branch_buffer ? 0 : a.branch.row;
       const A row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
-      A* total = row_to(a.total, i, total_buffer);
-      each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
-        using V = decltype(lane);
-        V add = get<V>(branch + j);
-        if (a.branch_bias) add += get<V>(a.branch_bias + j);
-        if (a.scale) add *= get<V>(a.scale + j);
-        put(total + j, get<V>(x + j) + row_scale * add);
-      });
-      put_row(a.total, i, total, width);
-      if (total == total_buffer) {  // statistics are those of the sum as it is stored
+      value_sum = add_branch<A, T>(a, row_scale, x, x_step, branch, branch_step, total, sum);
+      if (in_place && sum == total_buffer) {  // statistics are those of the sum as it is stored
         const OutRows& out = a.total;
-        load_row(total_buffer, out.data + i * out.row * size_of(out.dtype), out.dtype, out.col, width);
+        put_row(out, i, sum, width);
+        load_row(sum, out.data + i * out.row * size_of(out.dtype), out.dtype, out.col, width);
+        value_sum = row_sum(sum, width);
       }
-      value = total;
+      value = sum;
+    } else {
+      value = row_of(a.x, i, width, x_buffer);
+      value_sum = row_sum(value, width);
     }
-    const A mean = row_sum(value, width) / A(width);
+    const A mean = value_sum / A(width);
     Sum<A> squares;
     each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
       const auto centred = get<decltype(lane)>(value + j) - mean;
@@ -39,78 +77,124 @@ void layer_norm_forward(const LayerNormForward<A>& a, int64_t begin, int64_t end
     const A rstd = A(1) / A(std::sqrt(squares.total() / A(width) + A(a.eps)));
     a.mean[i] = mean;
     a.rstd[i] = rstd;
-    A* normed = row_to(a.normed, i, normed_buffer);
+    T* normed = row_out<T>(a.normed, i, normed_buffer);
+    const A *weight = a.weight, *bias = a.bias;
     each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
       using V = decltype(lane);
-      const V y = (get<V>(value + j) - mean) * rstd * get<V>(a.weight + j);
-      put(normed + j, a.bias ? y + get<V>(a.bias + j) : y);
+      const V y = (get<V>(value + j) - mean) * rstd * get<V>(weight + j);
+      put(normed + j, bias ? y + get<V>(bias + j) : y);
     });
-    put_row(a.normed, i, normed, width);
+    put_back<A>(a.normed, i, normed, width);
+  }
+}
+
+template <class A>
+void layer_norm_forward(const LayerNormForward<A>& a, int64_t begin, int64_t end, A* scratch) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (all_half(a.x) && all_half(a.branch) && all_half(a.normed))
+      return layer_norm_forward_rows<A, Half>(a, begin, end, scratch);
+  }
+  layer_norm_forward_rows<A, A>(a, begin, end, scratch);
+}
+
+// What the norm sends back to one row, beside what comes from above: g = dtotal + (dy * weight - c0 - normalised * c1)
+// * rstd, c0 and c1 being means over the row. It goes to `dx` as T has it and to `g` where that is not null; dweight
+// and dbias are added to.
+template <class A, class T, bool has_dtotal>
+VK_INLINE void norm_gradient(int64_t width, const A* weight, A mean, A rstd, const T* total, const T* dy,
+                             const T* dtotal, T* dx, A* g, A* dweight, A* dbias) {
+  Sum<A> s0, s1;
+  each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
+    using V = decltype(lane);
+    const V product = get<V>(dy + j) * get<V>(weight + j);
+    s0.add(product);
+    s1.add(product * ((get<V>(total + j) - mean) * rstd));
+  });
+  const A c0 = s0.total() / A(width), c1 = s1.total() / A(width);
+  each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
+    using V = decltype(lane);
+    const V normalised = (get<V>(total + j) - mean) * rstd, d = get<V>(dy + j);
+    put(dweight + j, get<V>(dweight + j) + d * normalised);
+    put(dbias + j, get<V>(dbias + j) + d);
+    V value = (d * get<V>(weight + j) - c0 - normalised * c1) * rstd;
+    if constexpr (has_dtotal) value += get<V>(dtotal + j);
+    put(dx + j, value);
+    if (g) put(g + j, value);
+  });
+}
+
+// The gradients of branch and its factors for one row, of the gradient g of total.
+template <class A, class T>
+VK_INLINE void branch_gradient(const LayerNormBackward<A>& a, int64_t i, const A* g, const T* branch, T* dbranch,
+                               A* partial, A* drow_scale) {
+  const int64_t width = a.width;
+  const A *bias = a.branch_bias, *scale = a.scale, row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
+  A* dbranch_bias = a.needs_branch_bias ? partial + 2 * width : nullptr;
+  A* dscale = a.needs_scale ? partial + 3 * width : nullptr;
+  each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
+    using V = decltype(lane);
+    V db = get<V>(g + j) * row_scale;
+    if (scale) db *= get<V>(scale + j);
+    if (dbranch_bias) put(dbranch_bias + j, get<V>(dbranch_bias + j) + db);
+    if (dbranch) put(dbranch + j, db);
+  });
+  if (!dscale && !a.needs_row_scale) return;
+  Sum<A> sum;
+  each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
+    using V = decltype(lane);
+    V value = get<V>(branch + j);
+    if (bias) value += get<V>(bias + j);
+    value *= get<V>(g + j);
+    if (dscale) put(dscale + j, get<V>(dscale + j) + value * row_scale);
+    sum.add(scale ? value * get<V>(scale + j) : value);
+  });
+  if (a.needs_row_scale) drow_scale[i] = sum.total();
+}
+
+template <class A, class T>
+void layer_norm_backward_rows(const LayerNormBackward<A>& a, int64_t begin, int64_t end, A* partial, A* drow_scale,
+                              A* scratch) {
+  const int64_t width = a.width;
+  A *total_buffer = scratch, *dy_buffer = scratch + width, *dtotal_buffer = scratch + 2 * width;
+  A *dx_buffer = scratch + 3 * width, *g_buffer = scratch + 4 * width, *dbranch_buffer = scratch + 5 * width;
+  const bool needs_branch = a.dbranch.data || a.needs_branch_bias || a.needs_scale || a.needs_row_scale;
+  A* g = needs_branch ? g_buffer : nullptr;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* dtotal = a.dtotal.data ? row_in<T>(a.dtotal, i, width, dtotal_buffer) : nullptr;
+    T* dx = a.dx.data ? row_out<T>(a.dx, i, dx_buffer) : reinterpret_cast<T*>(dx_buffer);
+    if (a.dnormed.data) {
+      const T *total = row_in<T>(a.total, i, width, total_buffer), *dy = row_in<T>(a.dnormed, i, width, dy_buffer);
+      const auto gradient = [&](auto has_dtotal) VK_ALWAYS {
+        norm_gradient<A, T, decltype(has_dtotal)::value>(width, a.weight, a.mean[i], a.rstd[i], total, dy, dtotal, dx,
+                                                         g, partial, partial + width);
+      };
+      dtotal ? gradient(True{}) : gradient(False{});
+    } else {
+      each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
+        const auto value = get<decltype(lane)>(dtotal + j);
+        put(dx + j, value);
+        if (g) put(g + j, value);
+      });
+    }
+    if (a.dx.data) put_back<A>(a.dx, i, dx, width);
+    if (needs_branch) {
+      const T* branch = a.branch.data ? row_in<T>(a.branch, i, width, total_buffer) : nullptr;
+      T* dbranch = a.dbranch.data ? row_out<T>(a.dbranch, i, dbranch_buffer) : nullptr;
+      branch_gradient<A, T>(a, i, g, branch, dbranch, partial, drow_scale);
+      if (dbranch) put_back<A>(a.dbranch, i, dbranch, width);
+    }
   }
 }
 
 template <class A>
 void layer_norm_backward(const LayerNormBackward<A>& a, int64_t begin, int64_t end, A* partial, A* drow_scale,
                          A* scratch) {
-  const int64_t width = a.width;
-  A *buffer = scratch, *dy_buffer = scratch + width, *dtotal_buffer = scratch + 2 * width, *inner = scratch + 3 * width;
-  A *dx_buffer = scratch + 4 * width, *dbranch_buffer = scratch + 5 * width;
-  A *dweight = partial, *dbias = partial + width, *dbranch_bias = partial + 2 * width, *dscale = partial + 3 * width;
-  for (int64_t i = begin; i < end; ++i) {
-    const A *total = nullptr, *dy = nullptr;
-    A mean = 0, rstd = 0, c0 = 0, c1 = 0;
-    if (a.dnormed.data) {
-      total = row_of(a.total, i, width, buffer);
-      dy = row_of(a.dnormed, i, width, dy_buffer);
-      mean = a.mean[i];
-      rstd = a.rstd[i];
-      Sum<A> s0, s1;
-      each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
-        using V = decltype(lane);
-        const V product = get<V>(dy + j) * get<V>(a.weight + j);
-        put(inner + j, product);  // stored, so that it is rounded alike here and below
-        s0.add(product);
-        s1.add(product * ((get<V>(total + j) - mean) * rstd));
-      });
-      c0 = s0.total() / A(width);
-      c1 = s1.total() / A(width);
-    }
-    const A* dtotal = a.dtotal.data ? row_of(a.dtotal, i, width, dtotal_buffer) : nullptr;
-    const A row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
-    A* dx = a.dx.data ? row_to(a.dx, i, dx_buffer) : dx_buffer;
-    A* dbranch = a.dbranch.data ? row_to(a.dbranch, i, dbranch_buffer) : nullptr;
-    each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
-      using V = decltype(lane);
-      V g{};
-      if (dy) {
-        const V normalised = (get<V>(total + j) - mean) * rstd, d = get<V>(dy + j);
-        if (a.needs_sums[0]) put(dweight + j, get<V>(dweight + j) + d * normalised);
-        if (a.needs_sums[1]) put(dbias + j, get<V>(dbias + j) + d);
-        g = (get<V>(inner + j) - c0 - normalised * c1) * rstd;
-      }
-      if (dtotal) g += get<V>(dtotal + j);
-      put(dx + j, g);
-      V db = g * row_scale;
-      if (a.scale) db *= get<V>(a.scale + j);
-      if (a.needs_sums[2]) put(dbranch_bias + j, get<V>(dbranch_bias + j) + db);
-      if (dbranch) put(dbranch + j, db);
-    });
-    if (a.dx.data) put_row(a.dx, i, dx, width);
-    if (dbranch) put_row(a.dbranch, i, dbranch, width);
-    if (a.needs_sums[3] || a.needs_row_scale) {
-      const A* branch = row_of(a.branch, i, width, buffer);
-      Sum<A> sum;
-      each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
-        using V = decltype(lane);
-        V value = get<V>(branch + j);
-        if (a.branch_bias) value += get<V>(a.branch_bias + j);
-        value *= get<V>(dx + j);
-        if (a.needs_sums[3]) put(dscale + j, get<V>(dscale + j) + value * row_scale);
-        sum.add(a.scale ? value * get<V>(a.scale + j) : value);
-      });
-      if (a.needs_row_scale) drow_scale[i] = sum.total();
-    }
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (all_half(a.dtotal) && all_half(a.dnormed) && all_half(a.total) && all_half(a.branch) && all_half(a.dx) &&
+        all_half(a.dbranch))
+      return layer_norm_backward_rows<A, Half>(a, begin, end, partial, drow_scale, scratch);
   }
+  layer_norm_backward_rows<A, A>(a, begin, end, partial, drow_scale, scratch);
 }
 
 }  // namespace VK_ISA

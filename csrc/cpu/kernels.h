@@ -35,15 +35,15 @@ struct LayerNormForward {
 };
 
 // Gradients of the above; every output may be null. `partial` is this task's [4, width] sums of dweight, dbias,
-// dbranch_bias and dscale; drow_scale gets one number a row, to be summed over each sample.
+// dbranch_bias and dscale, without the rows behind the last that is needed; drow_scale gets one number a row, to be
+// summed over each sample.
 template <class A>
 struct LayerNormBackward {
   int64_t width, rows_per_sample;
   Rows dtotal, dnormed, total, branch;
   const A *weight, *mean, *rstd, *branch_bias, *scale, *row_scale;
   OutRows dx, dbranch;
-  bool needs_sums[4];
-  bool needs_row_scale;
+  bool needs_branch_bias, needs_scale, needs_row_scale;
 };
 
 // C[m, n] = A[m, k] B[k, n], all of `dtype` (float32 or bfloat16), and what is done to C before it is written:

@@ -4,6 +4,7 @@
 #include "ops.h"
 
 #include <cstring>
+#include <type_traits>
 
 namespace vk {
 namespace {
@@ -41,7 +42,9 @@ template <class A>
 class Pixels {
  public:
   Pixels(const Tensor& image, const MaybeNumbers& mean, const MaybeNumbers& std)
-      : image_(image), data_(bytes(image)), dtype_(dtype_of(image)) {
+      : data_(bytes(image)),
+        dtype_(dtype_of(image)),
+        step_{image.stride(0), image.stride(1), image.stride(2), image.stride(3)} {
     for (int64_t c = 0; c < image.size(1); ++c) {
       const double m = mean ? (*mean)[c] : 0, s = std ? (*std)[c] : 1;
       factor_.push_back(A(1 / (s * (dtype_ == DType::u8 ? 255 : 1))));
@@ -49,24 +52,41 @@ class Pixels {
     }
     scaled_ = mean || std || dtype_ == DType::u8;
   }
-  // `count` pixels of one row of one channel: where they lie already, or in `buffer`
-  const A* row(A* buffer, int64_t b, int64_t c, int64_t y, int64_t x, int64_t count) const {
-    const int64_t step = image_.stride(3);
-    const int64_t at = b * image_.stride(0) + c * image_.stride(1) + y * image_.stride(2) + x * step;
+  // `count` pixels of one row of one channel as `dtype`: where they lie already, or in `converted`
+  const char* row(A* buffer, char* converted, DType dtype, int64_t b, int64_t c, int64_t y, int64_t x,
+                  int64_t count) const {
+    const int64_t at = b * step_[0] + c * step_[1] + y * step_[2] + x * step_[3];
     const char* in = data_ + at * size_of(dtype_);
-    if (!scaled_ && step == 1 && dtype_ == same_dtype<A>()) return reinterpret_cast<const A*>(in);
-    kernels<A>().load(buffer, in, dtype_, step, count);
+    if (!scaled_ && step_[3] == 1 && dtype_ == dtype) return in;
+    kernels<A>().load(buffer, in, dtype_, step_[3], count);
     if (scaled_) kernels<A>().scale(buffer, factor_[c], offset_[c], count);
-    return buffer;
+    if (dtype == same_dtype<A>()) return reinterpret_cast<const char*>(buffer);
+    kernels<A>().store(converted, dtype, 1, buffer, count);
+    return converted;
   }
 
  private:
-  const Tensor& image_;
   const char* data_;
   DType dtype_;
+  int64_t step_[4];
   bool scaled_;
   std::vector<A> factor_, offset_;
 };
+
+// `count` pieces of one row of pixels, each to its own patch. The usual sizes are known to the compiler: a call of
+// memcpy takes longer than so few bytes.
+void spread(char* to, int64_t to_step, const char* from, int64_t piece, int64_t count) {
+  const auto copy = [&](auto size) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_step, from + i * piece, size_t(size));
+  };
+  switch (piece) {
+    case 28: return copy(std::integral_constant<size_t, 28>());
+    case 32: return copy(std::integral_constant<size_t, 32>());
+    case 56: return copy(std::integral_constant<size_t, 56>());
+    case 64: return copy(std::integral_constant<size_t, 64>());
+    default: return copy(piece);
+  }
+}
 
 // Patches of images [begin, end) as rows of `out`, [tokens, C * P * P] in its dtype. Whole rows of pixels are converted
 // at once where neighbouring patches are all wanted.
@@ -83,15 +103,9 @@ void gather(const Tensor& out, const Grid& grid, const Pixels<A>& pixels, int64_
       char* to = bytes(out) + ((b - begin) * grid.tokens + t) * width;
       for (int64_t c = 0; c < grid.channels; ++c) {
         for (int64_t y = 0; y < grid.rows; ++y) {
-          const A* line = pixels.row(buffer.get(), b, c, patch / grid.across * grid.rows + y,
-                                     patch % grid.across * grid.columns, run * grid.columns);
-          const char* from = reinterpret_cast<const char*>(line);
-          if (dtype != same_dtype<A>()) {
-            kernels<A>().store(converted.get(), dtype, 1, line, run * grid.columns);
-            from = converted.get();
-          }
-          char* piece_to = to + (c * grid.rows + y) * piece;
-          for (int64_t i = 0; i < run; ++i) std::memcpy(piece_to + i * width, from + i * piece, piece);
+          const char* line = pixels.row(buffer.get(), converted.get(), dtype, b, c, patch / grid.across * grid.rows + y,
+                                        patch % grid.across * grid.columns, run * grid.columns);
+          spread(to + (c * grid.rows + y) * piece, width, line, piece, run);
         }
       }
     }
@@ -115,7 +129,10 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
   const Grid grid(image, weight, keep, image);
   const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0;
   const int64_t out_tokens = prefixes + grid.tokens;
-  Tensor out = empty(image, {grid.batch, out_tokens, width}, wider(wider(weight.scalar_type(), prefix), pos_embed));
+  // one product and nothing to add: its result is the op's
+  const bool alone = !prefix && !pos_embed && grid.batch > 0 && grid.batch <= grid.images_at_once();
+  const ScalarType out_type = wider(wider(weight.scalar_type(), prefix), pos_embed);
+  Tensor out = alone ? nothing(image) : empty(image, {grid.batch, out_tokens, width}, out_type);
   const Tensor weights = flat_weight(weight);
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
@@ -130,6 +147,10 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
       const Tensor patches = empty(weight, {(end - begin) * grid.tokens, grid.patch_size()});
       gather(patches, grid, pixels, begin, end);
       const Tensor tokens = packed(linear(patches, weights, bias));
+      if (alone) {
+        out = torch::stable::view(tokens, {grid.batch, out_tokens, width});
+        return;
+      }
       const DType token_dtype = dtype_of(tokens);
       parallel((end - begin) * out_tokens, 16, [&](int64_t from, int64_t to) {
         Buffer<A> row(width);
@@ -182,6 +203,29 @@ std::vector<A> position_sums(const Tensor& dout, const Grid& grid, int64_t prefi
   return sums;
 }
 
+// The rows of dout that belong to patches of images [begin, end), in weight's dtype.
+template <class A>
+Tensor patch_rows(const Tensor& dout, const Tensor& weight, const Grid& grid, int64_t begin, int64_t end) {
+  const int64_t width = dout.size(2), prefixes = dout.size(1) - grid.tokens;
+  const Tensor out = empty(weight, {(end - begin) * grid.tokens, width});
+  const DType dtype = dtype_of(dout), out_dtype = dtype_of(out);
+  const int64_t row = width * size_of(dtype), out_row = width * size_of(out_dtype);
+  parallel((end - begin) * grid.tokens, 16, [&](int64_t from, int64_t to) {
+    Buffer<A> buffer(width);
+    for (int64_t i = from; i < to; ++i) {
+      const char* source = bytes(dout) + ((begin + i / grid.tokens) * dout.size(1) + prefixes + i % grid.tokens) * row;
+      char* target = bytes(out) + i * out_row;
+      if (dtype == out_dtype) {
+        std::memcpy(target, source, size_t(row));
+        continue;
+      }
+      kernels<A>().load(buffer.get(), source, dtype, 1, width);
+      kernels<A>().store(target, out_dtype, 1, buffer.get(), width);
+    }
+  });
+  return out;
+}
+
 // Adds the patches' gradients back into images [begin, end).
 template <class A>
 void scatter(const Tensor& dimage, const Tensor& dpatches, const Grid& grid, const MaybeNumbers& std, int64_t begin,
@@ -222,13 +266,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep, const std::vector<bool>& needs) {
   const Grid grid(image, weight, keep, image);
   const Tensor dout = packed(dout_);
-  const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0, out_tokens = prefixes + grid.tokens;
+  const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0;
   const Tensor weights = flat_weight(weight);
   Tensor dimage = needs[0] ? empty(image, shape_of(image)) : nothing(weight);
   Tensor dweight = nothing(weight), dbias = nothing(weight), dprefix = nothing(weight), dpos = nothing(weight);
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    if (needs[2] || needs[3] || needs[4]) {
+    if (needs[2] && !prefix && !needs[4]) {
+      dbias = gradient_of_bias(matrix(dout), weight.scalar_type());
+    } else if (needs[2] || needs[3] || needs[4]) {
       const std::vector<A> sums = position_sums<A>(dout, grid, prefixes);
       if (needs[2]) {
         std::vector<A> bias(width);
@@ -243,20 +289,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     }
     if (!needs[0] && !needs[1]) return;
     const Pixels<A> pixels(image, mean, std);
-    const DType dtype = dtype_of(dout);
+    const bool in_place = prefixes == 0 && dout.scalar_type() == weight.scalar_type();
+    Tensor all_rows = matrix(dout);
     const bool one_part = grid.batch > 0 && grid.batch <= grid.images_at_once();
     std::vector<A> weight_sums(needs[1] && !one_part ? weight.numel() : 0);
     for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
       const int64_t end = std::min(grid.batch, begin + grid.images_at_once()), tokens = (end - begin) * grid.tokens;
-      const Tensor g = empty(weight, {tokens, width});  // the patch tokens' gradients, without the prefix's
-      parallel(tokens, 16, [&](int64_t from, int64_t to) {
-        Buffer<A> row(width);
-        for (int64_t i = from; i < to; ++i) {
-          const int64_t source = (begin + i / grid.tokens) * out_tokens + prefixes + i % grid.tokens;
-          kernels<A>().load(row.get(), bytes(dout) + source * width * size_of(dtype), dtype, 1, width);
-          kernels<A>().store(bytes(g) + i * width * size_of(dtype_of(g)), dtype_of(g), 1, row.get(), width);
-        }
-      });
+      // the patch tokens' gradients, without the prefix's
+      const Tensor g = in_place ? torch::stable::narrow(all_rows, 0, begin * grid.tokens, tokens)
+                                : patch_rows<A>(dout, weight, grid, begin, end);
       if (needs[1]) {
         const Tensor patches = empty(weight, {tokens, grid.patch_size()});
         gather(patches, grid, pixels, begin, end);

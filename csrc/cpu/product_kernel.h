@@ -78,18 +78,15 @@ VK_INLINE void interleave(Singles, float* out, const char* in, int64_t k_step, i
 }
 VK_INLINE void interleave(Pairs, float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
   const bool two = 2 * p + 1 < k;
-  const char *first = in + 2 * p * k_step * 2, *second = two ? first + k_step * 2 : first;
+  const uint16_t *first = at<uint16_t>(in, 2 * p * k_step), *second = two ? first + k_step : first;
+  const uint32_t mask = two ? 0xffffffffu : 0xffffu;
   int64_t j = 0;
   for (; j + kFloats <= count; j += kFloats) {
-    VecH low, high;
-    std::memcpy(&low, first + j * 2, sizeof low);
-    std::memcpy(&high, second + j * 2, sizeof high);
-    if (!two) high = VecH{};
-    const VecU word = __builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16);
-    std::memcpy(out + j, &word, sizeof word);
+    const VecU word = (widen(first + j) | (widen(second + j) << 16)) & mask;
+    store(out + j, (Vec<float>)word);
   }
   for (; j < count; ++j) {
-    const uint32_t word = *at<uint16_t>(first, j) | (two ? uint32_t(*at<uint16_t>(second, j)) << 16 : 0);
+    const uint32_t word = (first[j] | uint32_t(second[j]) << 16) & mask;
     std::memcpy(out + j, &word, sizeof word);
   }
 }

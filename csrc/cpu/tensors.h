@@ -51,20 +51,27 @@ auto with_accumulate(ScalarType dtype, F&& f) {
   return dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-// A vector argument in A; null where the argument is absent.
+// A vector argument in A, where it lies or converted; null where the argument is absent.
 template <class A>
 class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& t) {
     if (!t) return;
+    tensor_ = packed(*t);
+    if (dtype_of(*tensor_) == same_dtype<A>() && tensor_->numel() > 0) {
+      data_ = reinterpret_cast<const A*>(bytes(*tensor_));
+      return;
+    }
     values_.resize(std::max<int64_t>(t->numel(), 1));
-    const Tensor values = packed(*t);
-    kernels<A>().load(values_.data(), bytes(values), dtype_of(values), 1, values.numel());
+    kernels<A>().load(values_.data(), bytes(*tensor_), dtype_of(*tensor_), 1, tensor_->numel());
+    data_ = values_.data();
   }
-  const A* get() const { return values_.empty() ? nullptr : values_.data(); }
+  const A* get() const { return data_; }
 
  private:
+  std::optional<Tensor> tensor_;
   std::vector<A> values_;
+  const A* data_ = nullptr;  // of either
 };
 
 // Uninitialised memory on its own cache lines.

@@ -85,12 +85,18 @@ VK_INLINE void each(int64_t width, F body) {
   for (; j < width; ++j) body(A{}, j);
 }
 template <class A>
-struct Sum {
-  Vec<A> lanes{};
+struct Sum {  // four sums take turns: in one alone, each addition would wait for the one before
+  Vec<A> next{}, second{}, third{}, last{};
   A rest = 0;
-  VK_INLINE void add(Vec<A> v) { lanes += v; }
+  VK_INLINE void add(Vec<A> v) {
+    const Vec<A> added = next + v;
+    next = second;
+    second = third;
+    third = last;
+    last = added;
+  }
   VK_INLINE void add(A v) { rest += v; }
-  VK_INLINE A total() const { return sum<A>(lanes) + rest; }
+  VK_INLINE A total() const { return sum<A>((next + second) + (third + last)) + rest; }
 };
 template <class A>
 VK_INLINE A row_sum(const A* row, int64_t width) {
@@ -165,9 +171,43 @@ VK_INLINE uint16_t to_bf16(float f) {  // to nearest, ties to even; NaN stays Na
   return f == f ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
 }
 
-VK_INLINE VecU bf16_bits(Vec<float> v) {  // the same of a vector, in the low halves
-  const VecU bits = (VecU)v;
-  return v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : VecU{} + 0x7fc0u;
+VK_INLINE VecU widen(const uint16_t* p) {
+  VecU wide;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kFloats; ++i) wide[i] = p[i];  // one widening load, where __builtin_convertvector makes five
+  return wide;
+}
+VK_INLINE Vec<float> from_bf16(const uint16_t* p) { return (Vec<float>)(widen(p) << 16); }
+// The floats that bfloat16 has for these, to nearest, ties to even; NaN stays NaN.
+VK_INLINE Vec<float> round_bf16(Vec<float> v) {
+  VecU bits = (VecU)v;
+  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return (Vec<float>)(v == v ? bits : VecU{} + 0x7fc00000u);
+}
+VK_INLINE VecU bf16_bits(Vec<float> v) { return (VecU)round_bf16(v) >> 16; }
+VK_INLINE float round_bf16(float v) { return from_bf16(to_bf16(v)); }
+
+// bfloat16 in memory, floats in registers
+struct Half {
+  uint16_t bits;
+};
+template <class V>
+VK_INLINE V get(const Half* p) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return from_bf16(p->bits);
+  } else {
+    return from_bf16(&p->bits);
+  }
+}
+// `put` of what `round_bf16` returns
+VK_INLINE void put_rounded(Half* p, float v) { p->bits = to_bf16(v); }
+VK_INLINE void put_rounded(Half* p, Vec<float> v) {
+  const VecH half = __builtin_convertvector((VecU)v >> 16, VecH);
+  std::memcpy(p, &half, sizeof half);
+}
+template <class V>
+VK_INLINE void put(Half* p, V v) {
+  put_rounded(p, round_bf16(v));
 }
 
 template <class T>
@@ -193,10 +233,8 @@ inline void load_row(A* out, const char* in, DType dtype, int64_t step, int64_t 
     case DType::bf16:
       if (step == 1 && sizeof(A) == 4) {
         for (; i + kFloats <= count; i += kFloats) {
-          VecH half;
-          std::memcpy(&half, at<uint16_t>(in, i), sizeof half);
-          const VecU bits = __builtin_convertvector(half, VecU) << 16;
-          std::memcpy(out + i, &bits, sizeof bits);
+          const Vec<float> values = get<Vec<float>>(at<Half>(in, i));
+          std::memcpy(out + i, &values, sizeof values);
         }
       }
       for (; i < count; ++i) out[i] = A(from_bf16(*at<uint16_t>(in, i * step)));
@@ -240,8 +278,7 @@ inline void store_row(char* out, DType dtype, int64_t step, const A* in, int64_t
         for (; i + kFloats <= count; i += kFloats) {
           Vec<float> v;
           std::memcpy(&v, in + i, sizeof v);
-          const VecH half = __builtin_convertvector(bf16_bits(v), VecH);
-          std::memcpy(out + i * 2, &half, sizeof half);
+          put(reinterpret_cast<Half*>(out) + i, v);
         }
       }
       for (; i < count; ++i) reinterpret_cast<uint16_t*>(out)[i * step] = to_bf16(float(in[i]));
@@ -279,6 +316,40 @@ template <class A>
 VK_INLINE void put_row(const OutRows& rows, int64_t i, const A* row, int64_t width) {
   char* data = rows.data + i * rows.row * size_of(rows.dtype);
   if (reinterpret_cast<const char*>(row) != data) store_row(data, rows.dtype, rows.col, row, width);
+}
+
+
+// ---- the same for a kernel whose rows all lie in T: A, where others are converted, or Half, where none may be
+
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
+template <class AnyRows>
+VK_INLINE bool all_half(const AnyRows& rows) {  // or absent
+  return !rows.data || (rows.dtype == DType::bf16 && rows.col == 1);
+}
+template <class T, class A>
+VK_INLINE const T* row_in(const Rows& rows, int64_t i, int64_t width, A* buffer) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return row_of(rows, i, width, buffer);
+  } else {
+    return at<T>(rows.data, i * rows.row);
+  }
+}
+template <class T, class A>
+VK_INLINE T* row_out(const OutRows& rows, int64_t i, A* buffer) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    return row_to(rows, i, buffer);
+  } else {
+    return reinterpret_cast<T*>(rows.data) + i * rows.row;
+  }
+}
+template <class A, class T>
+VK_INLINE void put_back(const OutRows& rows, int64_t i, const T* row, int64_t width) {
+  if constexpr (sizeof(T) == sizeof(A)) put_row(rows, i, row, width);
 }
 
 }  // namespace VK_ISA
