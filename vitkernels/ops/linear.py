@@ -1,8 +1,8 @@
 """linear: y = x w^T + b, the GEMM between the fused ops.
 
-There is no fusion here worth a kernel of its own: the point is that the fastest GEMM at hand runs (cuBLAS on a GPU; on a
-CPU the extension's, oneDNN's or MKL's, as timed once on the machine), that weight and bias gradients come from one call,
-and that an x that `add_layer_norm` made is not kept for them.
+There is no fusion here worth a kernel of its own: the point is that the fastest GEMM at hand runs (cuBLAS on a GPU; the
+extension's, oneDNN's or MKL's on a CPU, as timed once on the machine), that weight and bias gradients come from one
+call, and that an x that `add_layer_norm` made is not kept for them.
 """
 
 from __future__ import annotations
