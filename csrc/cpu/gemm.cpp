@@ -116,30 +116,46 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
                   follow.activated_in_panels};
   const Kernels<float>& kernel = kernels<float>();
   const ProductSizes sizes = kernel.product_sizes(p);
-  const Tensor space = b_panels ? *b_panels : empty(out, {sizes.packed}, ScalarType::Float);
-  float* const panels = reinterpret_cast<float*>(bytes(space));
-  if (!b_panels) {
-    parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) { kernel.product_pack(p, panels, begin, end); });
-  }
-
-  // Rows are cut the same way for any number of threads, for the sake of the sums; columns where there are more threads.
+  // Rows are cut the same way for any number of threads, for the sake of the sums.
   constexpr int64_t most_parts = 32;
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
   int64_t parts = 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
-  const int64_t wanted = torch::stable::get_num_threads() * (p.a.col == 1 ? 3 : 1);  // for equal shares
-  const int64_t groups = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels);
   std::vector<float> sums(follow.sums ? parts * p.n : 0);
-  parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
-    Buffer<float> scratch(sizes.scratch);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task / groups, group = task % groups;
-      const int64_t first = tiles * part / parts * sizes.rows, last = tiles * (part + 1) / parts * sizes.rows;
-      kernel.product(p, panels, first, std::min(last, p.m), sizes.panels * group / groups,
-                     sizes.panels * (group + 1) / groups, follow.sums ? sums.data() + part * p.n : nullptr,
-                     scratch.get());
+  const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * p.n : nullptr; };
+  const int64_t threads = torch::stable::get_num_threads(), panel = sizes.packed / sizes.panels;
+  if (parts == 1 && p.a.col == 1 && !b_panels) {  // so few rows that each panel is read once: it need not leave the cache
+    constexpr int64_t cached = 1 << 17;           // floats, half of a usual L2
+    const int64_t fair = (sizes.panels + threads - 1) / threads;
+    const int64_t some = std::clamp<int64_t>(cached / panel, 1, fair), tasks = (sizes.panels + some - 1) / some;
+    parallel(tasks, 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> scratch(sizes.scratch), panels(some * panel);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task * some, last = std::min(first + some, sizes.panels);
+        kernel.product_pack(p, panels.get(), first, last);
+        kernel.product(p, panels.get(), 0, p.m, first, last, sums_of(0), scratch.get());
+      }
+    });
+  } else {
+    const Tensor space = b_panels ? *b_panels : empty(out, {sizes.packed}, ScalarType::Float);
+    float* const panels = reinterpret_cast<float*>(bytes(space));
+    if (!b_panels) {
+      parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) {
+        kernel.product_pack(p, panels + begin * panel, begin, end);
+      });
     }
-  });
+    const int64_t wanted = threads * (p.a.col == 1 ? 3 : 1);  // for equal shares
+    const int64_t groups = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels);
+    parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> scratch(sizes.scratch);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task / groups, group = task % groups;
+        const int64_t row = tiles * part / parts * sizes.rows, row_end = tiles * (part + 1) / parts * sizes.rows;
+        const int64_t first = sizes.panels * group / groups, last = sizes.panels * (group + 1) / groups;
+        kernel.product(p, panels + first * panel, row, std::min(row_end, p.m), first, last, sums_of(part), scratch.get());
+      }
+    });
+  }
   if (!follow.sums) return;
   for (int64_t part = 1; part < parts; ++part) {
     for (int64_t j = 0; j < p.n; ++j) sums[j] += sums[part * p.n + j];

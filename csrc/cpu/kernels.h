@@ -113,7 +113,7 @@ struct Kernels {
                             DType dtype, int64_t rows, int64_t width);
 
   ProductSizes (*product_sizes)(const Product&);
-  // B's panels [first, last) into `packed`
+  // B's panels [first, last) into `packed`, where the next reads them
   void (*product_pack)(const Product&, float* packed, int64_t first, int64_t last);
   // rows [begin, end) of panels [first, last); `sums` has n columns, or is null
   void (*product)(const Product&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,

@@ -102,7 +102,13 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
       for (int64_t k = begin; k < end; ++k) {
-        float* const out = packed + (panel * words + k) * kPanel;
+        const char* const later = p.b.data + ((k + at_once) * per_word<W> * p.b.row + j) * W::size;
+        for (int64_t q = 0; q < per_word<W>; ++q) {
+          for (int64_t byte = 0; byte < columns * W::size; byte += 64) {
+            __builtin_prefetch(later + q * p.b.row * W::size + byte);
+          }
+        }
+        float* const out = packed + ((panel - first) * words + k) * kPanel;
         interleave(W{}, out, p.b.data + j * W::size, p.b.row, k, p.k, columns);
         for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
       }
@@ -289,7 +295,7 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
       tiles = {{a_tiles, 1, kTileRows}, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
-      product_block<W>(p, tiles, packed + panel * words_of<W>(p.k) * kPanel, i, rows, panel * kPanel, block, sums, spare);
+      product_block<W>(p, tiles, packed + (panel - first) * words_of<W>(p.k) * kPanel, i, rows, panel * kPanel, block, sums, spare);
     }
   }
 }
@@ -309,7 +315,7 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
     if (p.b.row != 1) return pack_rows<W>(p, packed, first, last);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j = panel * kPanel;
-      pack_columns<W>(packed + panel * words_of<W>(p.k) * kPanel, p.b.data + j * p.b.col * W::size, p.b.col, p.k,
+      pack_columns<W>(packed + (panel - first) * words_of<W>(p.k) * kPanel, p.b.data + j * p.b.col * W::size, p.b.col, p.k,
                       p.n - j < kPanel ? p.n - j : kPanel);
     }
   };

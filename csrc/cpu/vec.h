@@ -261,6 +261,7 @@ inline void load_row(A* out, const char* in, DType dtype, int64_t step, int64_t 
 
 template <class A>
 inline void store_row(char* out, DType dtype, int64_t step, const A* in, int64_t count) {
+  if (count == 0) return;
   int64_t i = 0;
   switch (dtype) {
     case DType::f32:
