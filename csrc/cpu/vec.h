@@ -37,29 +37,25 @@ template <class A>
 VK_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};
 }
-template <class A>
-VK_INLINE A sum(Vec<A> v) {  // halves added to halves: lane by lane, each addition would wait for the one before
+template <class A, class F>
+VK_INLINE A fold(Vec<A> v, F combine) {  // halves with halves: lane by lane, each step would wait for the one before
   constexpr int64_t count = Lanes<A>::count;
 #pragma GCC unroll 4
   for (int64_t half = count / 2; half > 0; half /= 2) {
     Vec<A> other;
 #pragma GCC unroll 16
     for (int64_t i = 0; i < count; ++i) other[i] = v[(i + half) % count];
-    v += other;
+    v = combine(v, other);
   }
   return v[0];
 }
 template <class A>
+VK_INLINE A sum(Vec<A> v) {
+  return fold<A>(v, [](Vec<A> a, Vec<A> b) VK_ALWAYS { return a + b; });
+}
+template <class A>
 VK_INLINE A largest(Vec<A> v) {
-  constexpr int64_t count = Lanes<A>::count;
-#pragma GCC unroll 4
-  for (int64_t half = count / 2; half > 0; half /= 2) {
-    Vec<A> other;
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < count; ++i) other[i] = v[(i + half) % count];
-    v = v > other ? v : other;
-  }
-  return v[0];
+  return fold<A>(v, [](Vec<A> a, Vec<A> b) VK_ALWAYS { return a > b ? a : b; });
 }
 template <class A>
 VK_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
