@@ -19,15 +19,7 @@ ScalarType accumulate_dtype(ScalarType dtype) {
 }
 
 Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  Shape steps(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) steps[i - 1] = steps[i] * std::max<int64_t>(shape[i], 1);
-  // not new_empty: by the dispatcher, the results of a small call take longer than its work
-  AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(shape.size()), shape.data(), steps.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(),
-      like.get_device_index(), &result));
-  return Tensor(result);
+  return torch::stable::new_empty(like, shape, dtype);
 }
 
 Shape shape_of(const Tensor& t) {
