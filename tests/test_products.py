@@ -128,6 +128,35 @@ def test_every_choice_gives_the_same_numbers(configure, kind: str, library: str)
     torch.testing.assert_close(weight.grad.double(), exact.T @ x.double(), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("library", products.LIBRARIES)
+def test_the_chosen_library_is_the_one_that_multiplies(force_library, library: str, dtype: torch.dtype) -> None:
+    """Torch's products are seen by the profiler; the extension's own and oneDNN's go past it."""
+    if library not in products.candidates(f"{str(dtype).removeprefix('torch.')} products"):
+        pytest.skip(f"{library} has no {dtype} products on this machine")
+    force_library(library)
+    x, w1, w2 = (torch.randn(*shape).to(dtype) for shape in ((200, 96), (384, 96), (96, 384)))
+    with torch.profiler.profile() as profile:
+        y, pre = torch.ops.vitkernels_ext.mlp(x, w1, None, w2, None, "gelu", True)
+        torch.ops.vitkernels_ext.mlp_backward(y, x, pre, w1, w2, "gelu", [True] * 5)
+        torch.ops.vitkernels_ext.linear_backward(pre, x, w1, [True, True, True])
+    called = {event.name for event in profile.events()}
+    assert bool(called & {"aten::linear", "aten::matmul", "aten::mm", "aten::addmm"}) == (library == "torch"), called
+
+
+def test_bfloat16_heads_multiply_pairs(force_isa) -> None:
+    """Pairs round the weights, so the last bits tell; a learned mask keeps them exact."""
+    qkv, mask = torch.randn(2, 33, 96).bfloat16(), torch.randn(33, 33).bfloat16()
+
+    def out(isa: str, mask: torch.Tensor | None) -> torch.Tensor:
+        force_isa(isa)
+        mask = None if mask is None else mask[None, None]
+        return torch.ops.vitkernels_ext.attention_qkv(qkv, 2, mask, False, 0.25)[0].float()
+
+    assert not torch.equal(out("avx512_bf16", None), out("avx512", None))
+    assert (out("avx512_bf16", mask) != out("avx512", mask)).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("rows", [5, 64, 197, 1576])
 def test_own_products_do_not_depend_on_the_number_of_threads(force_library, rows: int) -> None:
     force_library("vitkernels")

@@ -1,7 +1,7 @@
 // Products of whole matrices, C = A B, of float32 or bfloat16, with what follows the product done while C is in cache.
 //
 // Operands are rows of 32-bit words along k: one float32, or two bfloat16 that a word of A and a word of B multiply and
-// add at once. B is packed once for all threads, in panels of kPanel columns. A is read where it lies when its rows
+// add at once. B is packed in panels of kPanel columns, which the caller may share among threads. A is read where it lies when its rows
 // run along k, and packed tile by tile when its columns do (the gradient of a weight). A block of C, kBlockTiles row
 // tiles by one panel, sums in cache over kDepth words of k at a time.
 
@@ -10,15 +10,16 @@ namespace VK_ISA {
 
 constexpr int64_t kPanel = kTileVecs * kFloats;
 constexpr int64_t kBlockTiles = 20, kBlockRows = kBlockTiles * kTileRows;
-static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
 constexpr int64_t kDepth = 384;
+constexpr int64_t kSpare = 3 * kPanel;  // what finish_row keeps of an activation
+constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
+static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
+
 // What each step is where `count` goes in equal steps of at most `most`.
 VK_INLINE int64_t even_step(int64_t count, int64_t most) {
   const int64_t steps = (count + most - 1) / most;
   return (count + steps - 1) / steps;
 }
-constexpr int64_t kSpare = 3 * kPanel;  // what finish_row keeps of an activation
-constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
 
 struct Pairs {
   static constexpr int64_t size = 2;  // bytes of an element
@@ -154,7 +155,9 @@ void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t r
   const int64_t words = words_of<W>(k), step = tile_words<W>(k);
   for (int64_t p = 0; p < words; ++p) {
     for (int64_t byte = 0; byte < rows * W::size; byte += 64) {
-      for (int64_t q = 0; q < per_word<W>; ++q) __builtin_prefetch(in + ((p + 8) * per_word<W> + q) * k_step * W::size + byte);
+      for (int64_t q = 0; q < per_word<W>; ++q) {
+        __builtin_prefetch(in + ((p + 8) * per_word<W> + q) * k_step * W::size + byte);
+      }
     }
     interleave(W{}, line, in, k_step, p, k, rows);
     float* tile = out + p * kTileRows;
@@ -180,11 +183,11 @@ VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const floa
     case 3: return tile(Count<3>{});
     case 4: return tile(Count<4>{});
     case 5: return tile(Count<5>{});
-    default: return tile(Count<6>{});
+    default: return tile(Count<kTileRows>{});
   }
 }
 
-// Asks for the lines that finish_tile reads or writes: they arrive while the tile is multiplied.
+// Asks for the lines that finish_row reads or writes: they arrive while the tile is multiplied.
 VK_INLINE void prefetch_tile(const Product& p, int64_t at, int64_t step, int64_t rows, int64_t length) {
   for (int64_t r = 0; r < rows; ++r, at += step) {
     for (int64_t byte = 0; byte < length; byte += 64) {
@@ -267,7 +270,10 @@ void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t
       const int64_t live = rows - r < kTileRows ? rows - r : kTileRows, at = (i + r) * step + j * W::size;
       float* const c = block + r * kPanel;
       if (last) prefetch_tile(p, at, step, live, count * W::size);
-      if (fetch) prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || words - k - depth > most ? most : words - k - depth);
+      if (fetch) {  // the same rows' next words or, after the last, the next block's first
+        const int64_t left = words - k - depth;
+        prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
+      }
       multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
       if (!last) continue;
       if (count == kPanel) {  // known to the compiler
@@ -295,7 +301,8 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
       tiles = {{a_tiles, 1, kTileRows}, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
-      product_block<W>(p, tiles, packed + (panel - first) * words_of<W>(p.k) * kPanel, i, rows, panel * kPanel, block, sums, spare);
+      const float* const b = packed + (panel - first) * words_of<W>(p.k) * kPanel;
+      product_block<W>(p, tiles, b, i, rows, panel * kPanel, block, sums, spare);
     }
   }
 }
@@ -314,9 +321,9 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
     using W = decltype(word);
     if (p.b.row != 1) return pack_rows<W>(p, packed, first, last);
     for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t j = panel * kPanel;
-      pack_columns<W>(packed + (panel - first) * words_of<W>(p.k) * kPanel, p.b.data + j * p.b.col * W::size, p.b.col, p.k,
-                      p.n - j < kPanel ? p.n - j : kPanel);
+      const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
+      float* const out = packed + (panel - first) * words_of<W>(p.k) * kPanel;
+      pack_columns<W>(out, p.b.data + j * p.b.col * W::size, p.b.col, p.k, columns);
     }
   };
   p.dtype == DType::f32 ? pack(Singles{}) : pack(Pairs{});

@@ -315,7 +315,6 @@ VK_INLINE void put_row(const OutRows& rows, int64_t i, const A* row, int64_t wid
   if (reinterpret_cast<const char*>(row) != data) store_row(data, rows.dtype, rows.col, row, width);
 }
 
-
 // ---- the same for a kernel whose rows all lie in T: A, where others are converted, or Half, where none may be
 
 struct True {
