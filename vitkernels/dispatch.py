@@ -228,7 +228,7 @@ class Op:
 
     def _define(self, name: str, schema: str, direction: str, fake: Callable[..., Any]) -> Any:
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, lambda *args: self._run(direction, args), "CompositeExplicitAutograd")
+        _library.impl(name, lambda *args: self.run(direction, args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
         return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
@@ -248,19 +248,19 @@ class Op:
             if forward_ad._current_level >= 0:
                 self.function.jvp()  # refuses, where the bare op would answer with a tangent of zeros
             return self.forward_op(*args)
-        plain, function = _look_at(args)
+        plain, function = look_at(args)
         if function:
             return self.apply_plain(*args) if plain else self.function.apply(*args)
-        return self._run("forward", args) if plain else self.forward_op(*args)
+        return self.run("forward", args) if plain else self.forward_op(*args)
 
     def backward(self, *args: Any) -> Any:
         """The backward op; asking for its own gradient raises."""
         if torch.compiler.is_compiling():
             return self.backward_op(*args)
-        plain, function = _look_at(args)
+        plain, function = look_at(args)
         if function:
             return self.backward_function.apply(*args)
-        return self._run("backward", args) if plain else self.backward_op(*args)
+        return self.run("backward", args) if plain else self.backward_op(*args)
 
     def why_not(self, backend: str, direction: str, args: tuple[Any, ...]) -> str | None:
         """A sentence that says why a backend cannot serve this call, or None when it can."""
@@ -272,7 +272,8 @@ class Op:
             return f"no {backend} kernel is registered for {self.name}"
         return implementation.why_not(direction, args)
 
-    def _run(self, direction: str, args: tuple[Any, ...]) -> Any:
+    def run(self, direction: str, args: tuple[Any, ...]) -> Any:
+        """Launch the first backend that can serve a plain call; direction is "forward" or "backward"."""
         first = args[0] if isinstance(args[0], torch.Tensor) else next(filter(_is_tensor, args))
         kind = first.device.type
         declined: list[tuple[str, str]] = []
@@ -302,7 +303,7 @@ def _is_tensor(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor)
 
 
-def _look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
+def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     """Whether the call is plain, and whether it needs an autograd Function; one look, at every call.
 
     A call is plain where nobody looks on: tensors of memory, no transform, no dispatch mode, no profiler. Such a call
@@ -327,16 +328,28 @@ def _look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
 
 
 def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` of the Function of plain calls, which spends less time: there is no `setup_context` and no transform."""
+    """`apply` of the Function of plain calls; it needs no `setup_context` of torch's and no transforms."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = op._run("forward", args)
-        ctx.backends = _scope.get()
+        output = op.run("forward", args)
         setup_context(ctx, args, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(_scoped(gradients))}
-    function: Any = type(op.name, (torch.autograd.Function,), members)
+    return plain_function(op.name, forward, gradients)
+
+
+def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of an autograd Function for plain calls, (ctx, *args) -> outputs and (ctx, *grad_outputs) -> grads.
+
+    Its backward pass asks the backends that its forward pass asked.
+    """
+
+    def forward_in_scope(ctx: Any, *args: Any) -> Any:
+        ctx.backends = _scope.get()
+        return forward(ctx, *args)
+
+    members = {"forward": staticmethod(forward_in_scope), "backward": staticmethod(_scoped(backward))}
+    function: Any = type(name, (torch.autograd.Function,), members)
     # the base's own: what Function's adds to it serves setup_context and transforms
     return super(torch.autograd.Function, function).apply
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from vitkernels import dispatch
-from vitkernels.fuse import parts
 from vitkernels.fuse.swap import Fused
 from vitkernels.nn import Block
+from vitkernels.residual import genuine
 
 _OWN_PARTS = (("attn", "linear, attention, linear"), ("mlp", "mlp"), ("residual", "add_layer_norm"))
 
@@ -124,7 +124,7 @@ def explain(model: nn.Module) -> Explanation:
             reason = known[name].declined or "not fused"
             found = [Row(_join(name, block), "", "", "", reason) for block in inner or [""]]
         elif _looks_like_block(module):
-            found = [Row(name, "", "", "", f"no rule for {parts.owner_name(module)}")]
+            found = [Row(name, "", "", "", f"no rule for {genuine.owner_name(module)}")]
             inner = [""]
         else:
             continue

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Branch, Part
-from vitkernels.fuse.sublayers import called, join_heads
 from vitkernels.fuse.swap import Fused, branch_of
-from vitkernels.nn._stock import odd_weight
+from vitkernels.residual import parts
+from vitkernels.residual.genuine import why_not_weights
+from vitkernels.residual.stream import Branch, Part
+from vitkernels.residual.sublayers import attention_step, join_heads, why_not_linears
 
 
 class Masks(NamedTuple):
@@ -86,10 +86,10 @@ class FusedMultiheadAttention(Fused):
 
     def why_not_now(self) -> str | None:
         attn: Any = self
-        return odd_weight(self) or called(out_proj=attn.out_proj)
+        return why_not_weights(self) or why_not_linears(out_proj=attn.out_proj)
 
     def output(
-        self, query: Tensor, key: Tensor, value: Tensor, masks: Masks, split: bool
+        self, query: Tensor, key: Tensor, value: Tensor, masks: Masks, bias_apart: bool
     ) -> tuple[Tensor, Tensor | None]:
         """[B, N, D], or [N, B, D] without batch_first, as the query; as `parts.last_linear`."""
         attn: Any = self
@@ -109,19 +109,28 @@ class FusedMultiheadAttention(Fused):
             else:
                 out = ops.attention(q, k, v, attn_mask=mask, is_causal=is_causal)
             tokens = join_heads(out)
-        if attn.batch_first and attn.training and not split:
+        if attn.batch_first and attn.training and not bias_apart:
             # torch's own result lies in memory as [N, B, D], and a dropout after it draws in that order
             return parts.linear(attn.out_proj, tokens.transpose(0, 1)).transpose(0, 1), None
-        return parts.last_linear(attn.out_proj, _batch_first(attn, tokens), split)
+        return parts.last_linear(attn.out_proj, _batch_first(attn, tokens), bias_apart)
 
     def branch(self, masks: Masks = NO_MASKS, memory: Tensor | None = None, **options: Any) -> Branch:
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+        attn: Any = self
+
+        def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
             keys = x if memory is None else memory
-            return self.output(x, keys, keys, masks, split)
+            return self.output(x, keys, keys, masks, bias_apart)
 
         if _dropout(self) > 0:
             return Branch(run, "linear, linear", self, "a dropout of attention's weights")
-        return Branch(run, "linear, attention, linear", self)
+        step = None
+        # [N, B, D] goes by `run`: the tokens' axes are exchanged behind the projection
+        if memory is None and attn.batch_first and attn.in_proj_weight is not None and not _own_keys(attn):
+            is_causal = masks.is_causal and masks.key_padding_mask is None
+            options = {"attn_mask": _taking_part(attn, masks), "is_causal": is_causal}
+            packed = (attn.in_proj_weight, attn.in_proj_bias)
+            step = attention_step(lambda: packed, attn.out_proj, attn.num_heads, **options)
+        return Branch(run, "linear, attention, linear", self, step=step)
 
     def parts(self) -> list[Part]:
         branch, why_not = self.branch(), self.why_not_now()

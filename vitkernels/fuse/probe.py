@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, restore, swap
+from vitkernels.residual import known
 
 Keywords = Callable[[nn.Module, Tensor], dict[str, Any]]
 
@@ -28,6 +29,7 @@ def difference(module: nn.Module, mixin: type[Fused], keywords: Keywords = lambd
     generator = torch.Generator().manual_seed(0)
     try:
         twin = _random_copy(module, generator)
+        known.try_out(twin)
         device = next(twin.parameters(), torch.empty(0)).device
         tokens = torch.randn(2, 5, _width(twin), generator=generator).to(device)
         arguments = keywords(twin, tokens)

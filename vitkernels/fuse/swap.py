@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import dispatch
-from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Border, Branch, Part
+from vitkernels.residual import parts
+from vitkernels.residual.genuine import acts, owner, owner_name, replaced, why_not_around
+from vitkernels.residual.stream import Branch, Part, Sublayer, pre_norm
 
 
 @dataclass
@@ -28,13 +29,11 @@ class State:
     Attributes:
         residual_dtype: dtype of the residual stream; None for the stock model's.
         backends: the order of backends that its calls ask; None for the process's.
-        border: what follows the module, where that is known.
         fallbacks: why calls went to the stock `forward`, and how many.
     """
 
     residual_dtype: torch.dtype | None = None
     backends: tuple[str, ...] | None = None
-    border: Border | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
 
 
@@ -76,10 +75,6 @@ class Fused(nn.Module):
         """
         return [""] if cls.is_block else []
 
-    def entry(self) -> Border | None:
-        """The norm that the module begins with, for the block before it; None where it begins with something else."""
-        return None
-
     def declines(self, x: Any, why_not: Callable[[], str | None] = lambda: None) -> bool:
         """Whether this call belongs to the stock `forward`; the reason is kept for `explain`.
 
@@ -87,13 +82,16 @@ class Fused(nn.Module):
             x: the call's first argument.
             why_not: the caller's own reason, or None; asked only of real tensors.
         """
-        reason = _why_not_call(x) or why_not()
+        reason = why_not_around() or self._why_not_own() or _why_not_call(x) or why_not()
         if reason is None:
             return False
         if not torch.compiler.is_compiling():
             counts = self._vitkernels.fallbacks
             counts[reason] = counts.get(reason, 0) + 1
         return True
+
+    def _why_not_own(self) -> str | None:
+        return f"somebody replaced the forward of {owner_name(self)}" if replaced(owner(self)) else None
 
     def backend(self) -> contextlib.AbstractContextManager[object]:
         """The order of backends that `fuse` was given, around a call."""
@@ -107,6 +105,28 @@ class Fused(nn.Module):
         return _make, (_mixin(type(self)), self.stock), self.__dict__.copy()
 
 
+class PreNormBlock(Fused):
+    """A Transformer block made of residual steps with the norm in front; a mixin says which in `sublayers`."""
+
+    is_block = True
+
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        """The residual steps of a call, in order; the options are what `run` was given."""
+        raise NotImplementedError
+
+    def why_not_joined(self) -> str | None:
+        """Why a call with tokens alone is more than `sublayers()` in a row, or None where it is that."""
+        return "somebody replaced its forward" if replaced(owner(self)) else None
+
+    def run(self, x: Tensor, **options: Any) -> Tensor:
+        """The block on its tokens, [B, N, D] to the same."""
+        with self.backend():
+            return pre_norm(x, self.sublayers(**options), self._vitkernels.residual_dtype)
+
+    def parts(self) -> list[Part]:
+        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
+
+
 def _why_not_call(x: Any) -> str | None:
     if not isinstance(x, Tensor):
         return (
@@ -118,15 +138,7 @@ def _why_not_call(x: Any) -> str | None:
         return "called with a nested tensor"
     if not x.is_floating_point():
         return f"called with {x.dtype}"
-    return None
-
-
-def following(block: Fused) -> Border | None:
-    """What follows the block, for its last add to run with; None where a hook may write into what the block returns.
-
-    The norm's backward pass needs the sum as it was: a hook that may change it in place gets one that nobody needs.
-    """
-    return None if block._forward_hooks and parts.added(block) is not None else block._vitkernels.border
+    return f"called with a {type(x).__name__}, which acts itself" if acts(type(x)) else None
 
 
 def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Branch:
@@ -140,12 +152,12 @@ def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | No
     """
     why_not: str | None
     if isinstance(child, Fused):
-        why_not = parts.obstacle(name, child) or child.why_not_now()
+        why_not = parts.why_not_part(name, child) or child.why_not_now()
         if why_not is None:
             return child.branch(**options)
     else:
         why_not = f"{name} is {type(child).__name__}, which is not fused"
-    return Branch(lambda x, split: (child(x, **options) if call is None else call(x), None), "", None, why_not)
+    return Branch(lambda x, bias_apart: (child(x, **options) if call is None else call(x), None), "", None, why_not)
 
 
 _classes: dict[tuple[type, type], type[Fused]] = {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import itertools
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +10,11 @@ import torch
 from torch import nn
 
 from vitkernels import dispatch
-from vitkernels.fuse import parts, rules
-from vitkernels.fuse.norm import FusedLayerNorm
+from vitkernels.fuse import rules
 from vitkernels.fuse.probe import difference
 from vitkernels.fuse.swap import Fused, hidden, is_swapped, keep_scriptable, restore, swap
 from vitkernels.nn import Attention, Block, Mlp, PatchEmbed
+from vitkernels.residual import genuine
 
 OWN = (Attention, Block, Mlp, PatchEmbed)  # built on the ops already
 
@@ -45,8 +43,7 @@ def fuse(
     Parameters, buffers, state_dict keys, hooks, `isinstance` and results stay what they are; `unfuse` is the way back.
     Modules are known by the class that defines their `forward`, or by their structure. A call that a kernel cannot
     serve (a hook on an inner module, an attention dropout in training) runs the module's own code: `explain` says so.
-    Fusing a model again changes its options. What a block returns is kept for its backward pass: code that writes into
-    it while training (`x[:, 1:5] = prompts`) writes into a clone, or the backward pass says so.
+    Fusing a model again changes its options.
 
     Args:
         model: with blocks of timm, transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch in it;
@@ -79,7 +76,6 @@ def fuse(
     for each in fusable:
         if not isinstance(each.module, Fused):
             swap(each.module, each.match.rule.mixin)
-    before += _join(model)
     for module in model.modules():
         if isinstance(module, Fused):
             module._vitkernels.residual_dtype, module._vitkernels.backends = residual_dtype, order
@@ -124,8 +120,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         declined = match.declined
         if declined is None and "forward" in vars(module) and not isinstance(module, Fused):
             declined = "a forward of its own, which another class would not change"
-        if declined is None and match.certain and parts.is_patched(module):
-            declined = f"somebody replaced the forward of {parts.owner_name(module)}"
+        if declined is None and match.certain and genuine.replaced(genuine.owner(module)):
+            declined = f"somebody replaced the forward of {genuine.owner_name(module)}"
         if declined is None and not isinstance(module, Fused):
             declined = hidden(module, match.rule.mixin)
         if declined is None and not match.certain and not isinstance(module, Fused):
@@ -179,42 +175,6 @@ def _nothing(model: nn.Module, found: list[Candidate]) -> str:
         "transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch"
         + (f" ({reasons})" if reasons else "")
     )
-
-
-# ------------------------------------------------------------------------------------------------------- borders
-
-
-def _join(model: nn.Module) -> list[nn.Module]:
-    """Tell each block what follows it, and swap the norms that follow last ones; returns those."""
-    swapped: list[nn.Module] = []
-    for parent in list(model.modules()):
-        if isinstance(parent, nn.Sequential | nn.ModuleList):
-            children = list(parent)
-            for block, following in itertools.pairwise(children):
-                if isinstance(block, Fused) and isinstance(following, Fused):
-                    block._vitkernels.border = following.entry()
-        for blocks_path, norm_path, *owners in rules.tails():
-            if owners and parts.owner(parent).__name__ not in owners:
-                continue
-            last, norm = _last(_resolve(parent, blocks_path)), _resolve(parent, norm_path)
-            if not isinstance(last, Fused) or not isinstance(norm, nn.Module):
-                continue
-            if not isinstance(norm, Fused) and parts.not_layer_norm("norm", norm) is None:
-                swapped.append(swap(norm, FusedLayerNorm))
-            if isinstance(norm, Fused):
-                last._vitkernels.border = norm.entry()
-    return swapped
-
-
-def _resolve(module: nn.Module, path: str) -> object:
-    try:
-        return operator.attrgetter(path)(module)
-    except AttributeError:
-        return None
-
-
-def _last(blocks: object) -> object:
-    return blocks[-1] if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) else None
 
 
 def _require_all(model: nn.Module, before: list[nn.Module]) -> None:

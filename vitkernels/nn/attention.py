@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.nn import _check
-from vitkernels.nn._stock import is_stock, layer_norm, linear
+from vitkernels.residual import parts
+from vitkernels.residual.stream import Branch
+from vitkernels.residual.sublayers import (
+    ATTENTION,
+    attention_step,
+    join_heads,
+    joined,
+    linear_step,
+    split_heads,
+    why_not_linears,
+)
 
 
 class Attention(nn.Module):
@@ -52,25 +65,33 @@ class Attention(nn.Module):
         Returns:
             [B, N, D].
         """
-        return linear(self.proj, self._heads(x, attn_mask, is_causal))
+        return self.branch(attn_mask=attn_mask, is_causal=is_causal).run(x, False)[0]
 
-    def branch(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """forward(x) in two parts, proj's product and its bias, for an op that adds the bias on its way."""
-        heads = self._heads(x, attn_mask, is_causal)
-        if is_stock(self.proj, nn.Linear):
-            return ops.linear(heads, self.proj.weight), self.proj.bias
-        return self.proj(heads), None
+    def branch(self, **options: Any) -> Branch:
+        """The module as the branch of a residual step; the options are forward's."""
+        why_not = why_not_linears(qkv=self.qkv, proj=self.proj)
+        is_plain = parts.is_identity(self.q_norm) and parts.is_identity(self.k_norm)
 
-    def _heads(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        def attend(qkv: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            return parts.last_linear(self.proj, self._heads(qkv, is_plain, **options), bias_apart)
+
+        packed = functools.partial(joined, self.qkv)
+        step = attention_step(packed, self.proj, self.num_heads, **options) if is_plain else linear_step(packed, attend)
+        return Branch(
+            lambda x, bias_apart: attend(parts.linear(self.qkv, x), bias_apart),
+            ATTENTION,
+            self.qkv,
+            why_not,
+            step=step if why_not is None else None,
+        )
+
+    def _heads(self, qkv: Tensor, is_plain: bool, **options: Any) -> Tensor:
         """The heads' outputs side by side, [B, N, D]."""
-        qkv = linear(self.qkv, x)
-        if is_stock(self.q_norm, nn.Identity) and is_stock(self.k_norm, nn.Identity):
-            return ops.attention_qkv(qkv, self.num_heads, attn_mask=attn_mask, is_causal=is_causal)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = layer_norm(self.q_norm, q), layer_norm(self.k_norm, k)
-        return ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal).transpose(1, 2).flatten(2)
+        if is_plain:
+            return ops.attention_qkv(qkv, self.num_heads, **options)
+        q, k, v = split_heads(qkv, self.num_heads)
+        q, k = parts.layer_norm(self.q_norm, q).to(v.dtype), parts.layer_norm(self.k_norm, k).to(v.dtype)
+        return join_heads(ops.attention(q, k, v, **options))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.nn import _check
-from vitkernels.nn._stock import is_layer_norm, is_stock, layer_norm, operand_dtype
 from vitkernels.nn.attention import Attention
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.layer_scale import LayerScale
 from vitkernels.nn.mlp import Mlp
+from vitkernels.residual import parts
+from vitkernels.residual.genuine import why_not_around
+from vitkernels.residual.stream import Branch, Sublayer, pre_norm
 
 
 class Block(nn.Module):
@@ -59,75 +61,34 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        normed: Tensor | None = None,
-        next_norm: nn.Module | None = None,
-        next_dtype: torch.dtype | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Run the block; the keywords let two neighbours share one pass over memory at their border.
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Run the block.
 
         Args:
             x: [B, N, D].
             attn_mask, is_causal: as in `ops.attention`.
-            normed: norm1(x), where whoever made x has it already.
-            next_norm: the norm that comes next; a LayerNorm runs together with this block's last residual add.
-            next_dtype: the dtype of its result; x's by default.
 
         Returns:
-            The block's output, [B, N, D]; with next_norm, (output, next_norm(output)).
+            [B, N, D].
         """
-        if normed is None:
-            normed = layer_norm(self.norm1, x, self.norm1_dtype(x))
-        mlp_dtype = operand_dtype(self.mlp.fc1, x) if is_stock(self.mlp, Mlp) else None
-        masked = attn_mask is not None or is_causal
-        options = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
-        x, normed = _add_norm(x, normed, self.attn, self.ls1, self.drop_path1, self.norm2, mlp_dtype, **options)
-        if next_norm is None:
-            return x + self.drop_path2(self.ls2(self.mlp(normed)))
-        return _add_norm(x, normed, self.mlp, self.ls2, self.drop_path2, next_norm, next_dtype)
+        options = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        if why_not_around() is not None:  # every module is called, and seen
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **options)))
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return pre_norm(x, self.sublayers(**options))
 
-    def norm1_dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype in which the attention wants norm1(x); None for x's."""
-        return operand_dtype(self.attn.qkv, x) if is_stock(self.attn, Attention) else None
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        """The block's residual steps; the options are forward's."""
+        return [
+            Sublayer("attn", self.norm1, _branch("attn", self.attn, **options), self.ls1, self.drop_path1),
+            Sublayer("mlp", self.norm2, _branch("mlp", self.mlp), self.ls2, self.drop_path2),
+        ]
 
 
-def _add_norm(
-    x: Tensor,
-    normed: Tensor,
-    layer: nn.Module,
-    scale: nn.Module,
-    drop_path: nn.Module,
-    norm: nn.Module,
-    out_dtype: torch.dtype | None,
-    **options: Tensor | bool | None,
-) -> tuple[Tensor, Tensor]:
-    """total = x + drop_path(scale(layer(normed))), and norm(total): one op where all of them are stock."""
-    if not (
-        is_stock(layer, Attention, Mlp)
-        and is_stock(scale, LayerScale, nn.Identity)
-        and is_stock(drop_path, DropPath, nn.Identity)
-        and is_layer_norm(norm)
-    ):
-        total = x + drop_path(scale(layer(normed, **options)))
-        return total, layer_norm(norm, total, out_dtype)
-    branch, bias = layer.branch(normed, **options)  # type: ignore[operator]  # mypy joins the two to Module
-    gamma = scale.gamma if isinstance(scale, LayerScale) else None
-    # drawn in the dtype that the scaled branch has where the modules run one by one
-    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
-    factor = drop_path.factor(branch, dtype) if isinstance(drop_path, DropPath) else None
-    return ops.add_layer_norm(
-        x,
-        branch,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        branch_bias=bias,
-        scale=gamma,
-        row_scale=factor,
-        out_dtype=out_dtype,
-    )
+def _branch(name: str, layer: nn.Module, **options: Any) -> Branch:
+    """A sub-layer by its parts, or called as it is where it may not be read."""
+    kind = Attention if name == "attn" else Mlp
+    why_not = parts.why_not_part(name, layer, kind)
+    if why_not is None:
+        return layer.branch(**options)  # type: ignore[operator]
+    return Branch(lambda x, bias_apart: (layer(x, **options), None), "", None, why_not)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.nn import _check
-from vitkernels.nn._stock import is_stock
+from vitkernels.residual import known
+from vitkernels.residual.stream import Branch
+from vitkernels.residual.sublayers import mlp_branch
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -25,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+known.FUNCTIONS.update({function: name for name, function in ACTIVATIONS.items()})
 
 
 class Mlp(nn.Module):
@@ -60,17 +62,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., O]."""
-        if is_stock(self.fc1, nn.Linear) and is_stock(self.fc2, nn.Linear):
-            fc1, fc2 = self.fc1, self.fc2
-            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=self.activation)
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        return self.branch().run(x, False)[0]
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """forward(x) in two parts, fc2's product and its bias, for an op that adds the bias on its way."""
-        if is_stock(self.fc1, nn.Linear) and is_stock(self.fc2, nn.Linear):
-            fc1, fc2 = self.fc1, self.fc2
-            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, None, activation=self.activation), fc2.bias
-        return self(x), None
+    def branch(self) -> Branch:
+        """The module as the branch of a residual step."""
+        return mlp_branch(self.fc1, ACTIVATIONS[self.activation], self.fc2)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.nn import _check
-from vitkernels.nn._stock import is_stock
+from vitkernels.residual import parts
 
 
 class PatchEmbed(nn.Module):
@@ -65,7 +65,7 @@ class PatchEmbed(nn.Module):
         Returns:
             [B, R + N, D].
         """
-        if is_stock(self.proj, nn.Conv2d):
+        if parts.why_not_part("", self.proj, nn.Conv2d) is None:
             return ops.patch_embed(
                 image,
                 self.proj.weight,

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitkernels.nn import _check
-from vitkernels.nn._stock import is_stock, layer_norm
 from vitkernels.nn.block import Block
 from vitkernels.nn.mlp import ACTIVATIONS
 from vitkernels.nn.patch_embed import PatchEmbed, place
 from vitkernels.nn.pos_embed import resize_pos_embed
+from vitkernels.residual import parts
+from vitkernels.residual.chain import why_not_joined
+from vitkernels.residual.genuine import owner, why_not_read
+from vitkernels.residual.stream import pre_norm
 
 POOLS = ("token", "avg", "")
 
@@ -162,31 +165,20 @@ class VisionTransformer(nn.Module):
     def forward_features(self, image: Tensor) -> Tensor:
         """The tokens after the last block and norm, [B, R + N, D], class token and registers first."""
         x = self._embed(image)
-        if not is_stock(self.blocks, nn.Sequential):
-            return layer_norm(self.norm, self.blocks(x))
-        normed: Tensor | None = None
-        blocks = list(self.blocks)
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            if self.grad_checkpointing:
+        if self.grad_checkpointing and why_not_read(self.blocks) is None:
+            for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-            elif not is_stock(block, Block):
-                x = block(x)  # its neighbour handed it nothing: see _border
-            else:
-                norm, dtype = self._border(following, x)
-                if norm is None:
-                    x, normed = block(x, normed=normed), None
-                else:
-                    x, normed = block(x, normed=normed, next_norm=norm, next_dtype=dtype)
-        return layer_norm(self.norm, x) if normed is None else normed
+        elif self._is_one_stream(x):
+            return pre_norm(x, [step for block in self.blocks for step in block.sublayers()], last_norm=self.norm)  # type: ignore[operator]
+        else:
+            x = self.blocks(x)
+        return parts.layer_norm(self.norm, x)
 
-    def _border(self, following: nn.Module | None, x: Tensor) -> tuple[nn.Module | None, torch.dtype | None]:
-        """The norm that a block may run with its last add, and its result's dtype; none where that norm belongs to a
-        module that must be called as a whole."""
-        if following is None:
-            return self.norm, None
-        if is_stock(following, Block):
-            return following.norm1, following.norm1_dtype(x)
-        return None, None
+    def _is_one_stream(self, x: Tensor) -> bool:
+        """Whether the blocks' residual steps may run in a row, with nobody between two blocks."""
+        if parts.why_not_part("blocks", self.blocks, nn.Sequential) is not None:
+            return False
+        return all(owner(block) is Block and why_not_joined(block, x) is None for block in self.blocks)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify features.
@@ -202,7 +194,7 @@ class VisionTransformer(nn.Module):
             x = x[:, 0]
         elif self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(dim=1)
-        x = layer_norm(self.fc_norm, x)
+        x = parts.layer_norm(self.fc_norm, x)
         return x if pre_logits else self.head(x)
 
     def _embed(self, image: Tensor) -> Tensor:
@@ -212,7 +204,7 @@ class VisionTransformer(nn.Module):
         table = resize_pos_embed(self.pos_embed, self.grid_size, grid, self._pos_prefixes)[0]
         prefixes = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = torch.cat(prefixes) if prefixes else None
-        if is_stock(self.patch_embed, PatchEmbed):
+        if parts.why_not_part("", self.patch_embed, PatchEmbed) is None:
             return self.patch_embed(image, prefix, table)
         return place(self.patch_embed(image), prefix, table)
 

@@ -4,20 +4,21 @@
     normed = (total - mean) / sqrt(var + eps) * weight + bias
 
 Every Transformer sub-layer ends in the first line and the next one begins with the second, so one op serves both:
-`normed` feeds the next sub-layer, `total` goes on as its residual and is what backward passes keep: `linear` and `mlp`
-make `normed` again from it (`_recompute.py`). LayerNorm is Ba et al. 2016, LayerScale Touvron et al. 2021 (CaiT),
+`normed` feeds the next sub-layer, `total` goes on as its residual and is what backward passes keep (`_steps.py` makes
+`normed` again from it). LayerNorm is Ba et al. 2016, LayerScale Touvron et al. 2021 (CaiT),
 DropPath Huang et al. 2016 (stochastic depth).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkernels.dispatch import Op
-from vitkernels.ops import _check, _recompute
+from vitkernels.ops import _check
 from vitkernels.ops._amp import accumulate_dtype, given, nothing, wide
 
 
@@ -48,25 +49,23 @@ def add_layer_norm(
         out_dtype: dtype of normed; the default is total's. A consumer that multiplies in bfloat16 wants it so.
 
     Returns:
-        (total, normed), both of x's shape. With branch=None total is x itself. A `normed` that was written into
-        through .data or numpy, where no change is counted, must be cloned before `linear` or `mlp`.
+        (total, normed), both of x's shape. With branch=None total is x itself.
 
     Raises:
         TypeError: an argument that is no floating-point tensor.
         ValueError: shapes that do not fit, tensors on different devices, or a factor without a branch.
     """
-    _check_args(x, branch, weight, bias, branch_bias, scale, row_scale, out_dtype)
+    check(x, branch, weight, bias, branch_bias, scale, row_scale, out_dtype)
     if branch is not None and branch.dtype != x.dtype:
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
     if branch is None:
         total = x
-    _recompute.write(normed, total, weight, bias, eps)
     return total, normed
 
 
 @_check.once
-def _check_args(
+def check(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor,
@@ -104,16 +103,8 @@ def _check_args(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, branch, weight, _, _, branch_bias, scale, row_scale, _ = inputs
     total, _, mean, rstd = output
-    needs_branch = any(factor is not None and factor.requires_grad for factor in (scale, row_scale))
     ctx.save_for_backward(
-        x if branch is None else total,
-        branch if needs_branch else None,
-        weight,
-        mean,
-        rstd,
-        branch_bias if needs_branch else None,
-        scale,
-        row_scale,
+        *kept(x if branch is None else total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
     )
     ctx.branch_dtype = None if branch is None else branch.dtype
     summed = any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale))
@@ -123,19 +114,69 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = _recompute.saved_tensors(ctx)
-    x_, branch_, weight_, bias_, _, branch_bias_, scale_, row_scale_, _ = ctx.needs_input_grad
-    needs = [x_, branch_, weight_, bias_, branch_bias_, scale_, row_scale_]
     if ctx.branch_dtype is None:
-        dtotal = None
+        dtotal = None  # x itself is the sum, and has its gradient from elsewhere
+    return *backward(ctx.needs_input_grad, dtotal, dnormed, saved_tensors(ctx), ctx.branch_dtype), None
+
+
+KEPT = 8  # tensors
+
+
+def kept(
+    total: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_bias: Tensor | None,
+    scale: Tensor | None,
+    row_scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """What is kept for `backward`: the branch only where a factor's gradient needs it."""
+    needs_branch = any(factor is not None and factor.requires_grad for factor in (scale, row_scale))
+    factors = (branch_bias if needs_branch else None, scale, row_scale)
+    return total, branch if needs_branch else None, weight, mean, rstd, *factors
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """ctx.saved_tensors of a backward pass that reads a sum; one that was written into is named."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "add_layer_norm: its sum, its norm's weight or bias, a factor, or the weight of the product behind it was "
+            "written into; the backward pass needs it unchanged: clone it first (x = x.clone())"
+        ) from error
+
+
+def backward(
+    needs_input_grad: Sequence[bool],
+    dtotal: Tensor | None,
+    dnormed: Tensor | None,
+    saved: Sequence[Any],
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, branch, weight, bias, eps, branch_bias, scale and row_scale.
+
+    Args:
+        needs_input_grad: of these.
+        dtotal, dnormed: of the results; None for zeros.
+        saved: what `kept` gave.
+        branch_dtype: the branch's; None without one, where x's gradient takes dtotal along.
+    """
     if dtotal is None and dnormed is None:
-        return (None,) * 9
+        return (None,) * 8
+    total, branch, weight, mean, rstd, branch_bias, scale, row_scale = saved
+    x_, branch_, weight_, bias_, _, branch_bias_, scale_, row_scale_ = needs_input_grad[:8]
+    needs = [x_, branch_, weight_, bias_, branch_bias_, scale_, row_scale_]
     # where nothing scales the branch and dtypes agree, its gradient is x's: the same tensor, not a second pass
-    shared = scale is None and row_scale is None and ctx.branch_dtype == total.dtype
+    shared = scale is None and row_scale is None and branch_dtype == total.dtype
     if shared:
         needs[:2] = [x_ or branch_, False]
     dx, dbranch, dweight, dbias, dbranch_bias, dscale, drow_scale = op.backward(
-        dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, ctx.branch_dtype, needs
+        dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
     )
     return (
         given(x_, dx),
@@ -146,7 +187,6 @@ def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any)
         given(branch_bias_, dbranch_bias),
         given(scale_, dscale),
         given(row_scale_, drow_scale),
-        None,
     )
 
 

@@ -95,17 +95,24 @@ def attention_qkv(
     Raises:
         TypeError, ValueError: as in `attention`; also a last axis that is not 3 * H * K.
     """
-    _check_packed(qkv, num_heads, attn_mask, is_causal)
+    check_packed(qkv, num_heads, attn_mask, is_causal)
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         (qkv,) = cast(dtype, qkv)
-    scale = 1 / math.sqrt(qkv.shape[2] // (3 * num_heads)) if scale is None else float(scale)
-    out, _ = op_qkv(qkv, num_heads, _with_four_axes(attn_mask), is_causal, scale)
+    out, _ = op_qkv(qkv, *packed_options(qkv, num_heads, attn_mask, is_causal, scale))
     return out
 
 
+def packed_options(
+    qkv: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[int, Tensor | None, bool, float]:
+    """What the schema of `op_qkv` has after qkv."""
+    scale = 1 / math.sqrt(qkv.shape[2] // (3 * num_heads)) if scale is None else float(scale)
+    return num_heads, _with_four_axes(mask), is_causal, scale
+
+
 @_check.once
-def _check_packed(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causal: bool) -> None:
+def check_packed(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causal: bool) -> None:
     name = "attention_qkv"
     _check.is_tensor(name, qkv=qkv, optional={"attn_mask": attn_mask})
     _check.is_floating(name, qkv=qkv)

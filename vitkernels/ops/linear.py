@@ -1,8 +1,8 @@
 """linear: y = x w^T + b, the GEMM between the fused ops.
 
 There is no fusion here worth a kernel of its own: the point is that the fastest GEMM at hand runs (cuBLAS on a GPU; the
-extension's, oneDNN's or MKL's on a CPU, as timed once on the machine), that weight and bias gradients come from one
-call, and that an x that `add_layer_norm` made is not kept for them.
+extension's, oneDNN's or MKL's on a CPU, as timed once on the machine), and that weight and bias gradients come from one
+call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.dispatch import Op
-from vitkernels.ops import _check, _recompute
+from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
 
 
@@ -33,16 +33,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes that do not fit, or tensors on different devices.
     """
     dtype = autocast_dtype(x)
-    _check_args(x, weight, bias, dtype)
+    check(x, weight, bias, dtype)
     if dtype is not None:
-        uncast = x
         x, weight, bias = cast(dtype, x, weight, bias)
-        _recompute.carry(uncast, x)
     return op(x, weight, bias)
 
 
 @_check.once
-def _check_args(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
     _check.is_tensor("linear", x=x, weight=weight, optional={"bias": bias})
     _check.is_floating("linear", x=x, weight=weight, bias=bias)
     _check.has_rank("linear", "x", x, "[I]", at_least=True)
@@ -54,14 +52,14 @@ def _check_args(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _ = inputs
-    _recompute.save(ctx, x, weight)
+    ctx.save_for_backward(x, weight)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None
-    x, weight = _recompute.saved(ctx)
+    x, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = op.backward(dy, x, weight, needs)
     return tuple(given(need, grad) for need, grad in zip(needs, grads, strict=True))

@@ -1,8 +1,8 @@
 """mlp: the Transformer's feed-forward, y = activation(x w1^T + b1) w2^T + b2.
 
 The activation runs in the first GEMM's epilogue and its derivative, with b1's gradient, in the epilogue of the second
-one's backward. Only the pre-activation is saved; the activation is recomputed from it, and an x that
-`add_layer_norm` made from its sum. Vaswani et al. 2017 with GELU from Hendrycks and Gimpel 2016.
+one's backward. Only the pre-activation is saved; the activation is recomputed from it. Vaswani et al. 2017 with GELU
+from Hendrycks and Gimpel 2016.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.dispatch import Op
-from vitkernels.ops import _check, _recompute
+from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
@@ -45,11 +45,9 @@ def mlp(
         ValueError: shapes that do not fit, tensors on different devices, or an unknown activation.
     """
     dtype = autocast_dtype(x)
-    _check_args(x, w1, b1, w2, b2, activation, dtype)
+    check(x, w1, b1, w2, b2, activation, dtype)
     if dtype is not None:
-        uncast = x
         x, w1, b1, w2, b2 = cast(dtype, x, w1, b1, w2, b2)
-        _recompute.carry(uncast, x)
     # without a gradient to come, the pre-activation need not leave the cache
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, w1, b1, w2, b2))
     y, _ = op(x, w1, b1, w2, b2, activation, save or torch._C._are_functorch_transforms_active())
@@ -57,7 +55,7 @@ def mlp(
 
 
 @_check.once
-def _check_args(
+def check(
     x: Tensor,
     w1: Tensor,
     b1: Tensor | None,
@@ -86,7 +84,7 @@ def _check_args(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w1, _, w2, _, ctx.activation, _ = inputs
     _, pre = output
-    _recompute.save(ctx, x, w1, pre, w2)
+    ctx.save_for_backward(x, w1, pre, w2)
     ctx.mark_non_differentiable(pre)
     ctx.set_materialize_grads(False)
 
@@ -95,7 +93,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 7
     needs = list(ctx.needs_input_grad[:5])
-    x, w1, pre, w2 = _recompute.saved(ctx)
+    x, w1, pre, w2 = ctx.saved_tensors
     grads = op.backward(dy, x, pre, w1, w2, ctx.activation, needs)
     return *(given(need, grad) for need, grad in zip(needs, grads, strict=True)), None, None
 

@@ -1,7 +1,7 @@
 """One file of rules for each ecosystem: which of its modules are served, by what mixin, and in what they may differ.
 
-To add an ecosystem, add a file here: it defines `RULES`, and `TAILS` where a norm follows its blocks. No file imports
-the ecosystem: modules are known by the class that defines their `forward`, and by their structure.
+To add an ecosystem, add a file here: it defines `RULES`. No file imports the ecosystem: modules are known by the class
+that defines their `forward`, and by their structure.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.fuse import parts
 from vitkernels.fuse.swap import Fused
+from vitkernels.residual import genuine
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,10 @@ class Match:
 
 
 @functools.cache
-def _ecosystems() -> tuple[tuple[Rule, ...], tuple[tuple[str, ...], ...]]:
-    rules: list[Rule] = []
-    tails: list[tuple[str, ...]] = []
-    for found in pkgutil.iter_modules(__path__):
-        page = importlib.import_module(f"{__name__}.{found.name}")
-        rules += getattr(page, "RULES", ())
-        tails += getattr(page, "TAILS", ())
-    return tuple(rules), tuple(dict.fromkeys(tails))
-
-
 def all_rules() -> tuple[Rule, ...]:
     """The rules of every ecosystem."""
-    return _ecosystems()[0]
-
-
-def tails() -> tuple[tuple[str, ...], ...]:
-    """Paths in a model: of its blocks, and of the norm that their last one feeds; then the models' classes, if few."""
-    return _ecosystems()[1]
+    pages = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return tuple(rule for page in pages for rule in page.RULES)
 
 
 def match(module: nn.Module) -> Match | None:
@@ -85,19 +71,19 @@ def match(module: nn.Module) -> Match | None:
 
 def _names(module: nn.Module) -> set[str]:
     """What the owners of rules are held against: the module's owner, and for a Sequential each class that made it."""
-    if parts.owner(module) is not nn.Sequential:
-        return {parts.owner_name(module)}
-    return {f"{cls.__module__}.{cls.__qualname__}" for cls in parts.stock_type(module).__mro__}
+    if genuine.owner(module) is not nn.Sequential:
+        return {genuine.owner_name(module)}
+    return {genuine.name_of(cls) for cls in genuine.stock_type(module).__mro__}
 
 
 def _relative(module: nn.Module) -> Match | None:
     """A block that no rule serves, but whose base class or structure one knows: in what it differs."""
-    bases = {f"{base.__module__}.{base.__qualname__}" for base in parts.stock_type(module).__mro__}
+    bases = {genuine.name_of(base) for base in genuine.stock_type(module).__mro__}
     for rule in all_rules():
         if not rule.mixin.is_block:
             continue
         if bases & rule.owners:
-            return Match(rule, rule.contract(module) or f"forward is {parts.owner_name(module)}'s own", True)
+            return Match(rule, rule.contract(module) or f"forward is {genuine.owner_name(module)}'s own", True)
         if rule.structure is not None and rule.structure(module):
             return Match(rule, rule.contract(module), False)
     return None
@@ -122,7 +108,7 @@ def differs(
         optional: what it may have beside them.
         parameters: its own parameters that the mixin knows.
     """
-    found = list(inspect.signature(parts.owner(module).forward).parameters)[1:]
+    found = list(inspect.signature(genuine.owner(module).forward).parameters)[1:]
     if found != list(arguments):
         return f"forward takes ({', '.join(found)}), not ({', '.join(arguments)})"
     names = {name for name, child in module._modules.items() if child is not None}

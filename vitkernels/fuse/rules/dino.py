@@ -7,6 +7,7 @@ runs their own code, around fused attention and feed-forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,23 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import (
+from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.residual import genuine, known, parts
+from vitkernels.residual.stream import Branch, Part, Step, Sublayer
+from vitkernels.residual.sublayers import (
     ATTENTION,
     ROTARY,
-    called,
+    attention_step,
     dropped,
+    gated_branch,
     join_heads,
+    linear_step,
     mlp_branch,
     plain_rotary,
     rotary,
     split_heads,
+    why_not_linears,
 )
-from vitkernels.fuse.swap import Fused, branch_of, following
 
-parts.LINEARS.add("LinearKMaskedBias")
+known.LINEARS.add("dinov3.layers.attention.LinearKMaskedBias")
+known.LAYER_SCALES.update(dict.fromkeys((f"dinov{n}.layers.layer_scale.LayerScale" for n in (2, 3)), "gamma"))
+known.DROP_PATHS["dinov2.layers.drop_path.DropPath"] = known.draw_bernoulli
 Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with samples and heads in front
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -54,14 +60,27 @@ class FusedAttention(Fused):
     def branch(self, **options: Any) -> Branch:
         attn: Any = self
 
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            return parts.last_linear(attn.proj, self.attend(_project(attn.qkv, x), **options), split)
+        def finish(qkv: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            return parts.last_linear(attn.proj, self.attend(qkv, **options), bias_apart)
 
-        def why_not() -> str | None:
-            return (None if _is_masked(attn.qkv) else called(qkv=attn.qkv)) or called(proj=attn.proj)
-
-        branch = Branch(run, self.steps, attn.qkv, why_not)
+        why_not = (None if _is_masked(attn.qkv) else why_not_linears(qkv=attn.qkv)) or why_not_linears(proj=attn.proj)
+        branch = Branch(
+            lambda x, bias_apart: finish(_project(attn.qkv, x), bias_apart),
+            self.steps,
+            attn.qkv,
+            why_not,
+            step=self.step(finish, **options) if why_not is None else None,
+        )
         return dropped(branch, getattr(attn, "proj_drop", None))
+
+    def step(
+        self, finish: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]], is_causal: bool = False, **options: Any
+    ) -> Step:
+        """The branch with its norm as one Function, where both Linears may be read; finish is all behind qkv's."""
+        attn: Any = self
+        if any(option is not None for option in options.values()):
+            return linear_step(lambda: _packed(attn.qkv), finish)
+        return attention_step(lambda: _packed(attn.qkv), attn.proj, attn.num_heads, is_causal=is_causal)
 
     def attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
         """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
@@ -131,14 +150,21 @@ def _biased(attn_bias: Any) -> str | None:
 
 def _is_masked(qkv: Any) -> bool:
     """Whether this is DINOv3's LinearKMaskedBias, and may be read around."""
-    return parts.owner(qkv).__name__ == "LinearKMaskedBias" and parts.obstacle("qkv", qkv) is None
+    kind = genuine.owner(qkv)
+    named = kind.__name__ == "LinearKMaskedBias" and issubclass(kind, nn.Linear)  # of a block that was tried, or Meta's
+    return named and parts.why_not_part("qkv", qkv) is None
 
 
 def _project(qkv: Any, x: Tensor) -> Tensor:
-    if not _is_masked(qkv):
-        return parts.linear(qkv, x)
+    return ops.linear(x, *_packed(qkv)) if _is_masked(qkv) else parts.linear(qkv, x)
+
+
+def _packed(qkv: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a Linear that may be read."""
+    if not _is_masked(qkv) or qkv.bias is None:
+        return qkv.weight, qkv.bias
     # the mask is read at each call: it is NaN until the model's weights are there
-    return ops.linear(x, qkv.weight, None if qkv.bias is None else qkv.bias * qkv.bias_mask.to(qkv.bias.dtype))
+    return qkv.weight, qkv.bias * qkv.bias_mask.to(qkv.bias.dtype)
 
 
 def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Rule:
@@ -184,32 +210,24 @@ class FusedSwiGLU(FusedMlp):
     def branch(self, **options: Any) -> Branch:
         ffn: Any = self
 
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            if packed:
-                gate, value = parts.linear(ffn.w12, x).chunk(2, dim=-1)
-            else:
-                gate, value = parts.linear(ffn.w1, x), parts.linear(ffn.w2, x)
-            return parts.last_linear(ffn.w3, F.silu(gate) * value, split)
+        def gate(both: Tensor) -> Tensor:
+            first, second = both.chunk(2, dim=-1)
+            return F.silu(first) * second
 
-        packed = getattr(ffn, "w12", None) is not None
-        names = ("w12", "w3") if packed else ("w1", "w2", "w3")
-        linears = {name: getattr(ffn, name) for name in names}
-        return Branch(run, "linear, gate of torch, linear", linears[names[0]], lambda: called(**linears))
+        names = ("w12",) if getattr(ffn, "w12", None) is not None else ("w1", "w2")
+        return gated_branch({name: getattr(ffn, name) for name in names}, gate, {"w3": ffn.w3})
 
 
 # ----------------------------------------------------------------------------------------------------------- block
 
 
-class FusedBlock(Fused):
+class FusedBlock(PreNormBlock):
     """dinov2.layers.block.Block, its adds run with the norms that follow them."""
-
-    is_block = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x, self.why_not_now):
             return super().forward(x)
-        with self.backend():
-            return self._stream(x)
+        return self.run(x)
 
     def why_not_now(self) -> str | None:
         block: Any = self
@@ -221,11 +239,7 @@ class FusedBlock(Fused):
         """The rate up to which the block drops paths of the whole batch."""
         return 0.1
 
-    def _stream(self, x: Tensor, **options: Any) -> Tensor:
-        state = self._vitkernels
-        return pre_norm(x, self._sublayers(**options), following(self), state.residual_dtype)
-
-    def _sublayers(self, **options: Any) -> list[Sublayer]:
+    def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
         drop_path = getattr(block, "drop_path1", None)  # DINOv2 uses the first one twice
         return [
@@ -233,15 +247,11 @@ class FusedBlock(Fused):
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.ls2, drop_path),
         ]
 
-    def entry(self) -> Border:
-        first = self._sublayers()[0]
-        return Border(first.norm, first.branch.first)
-
     def parts(self) -> list[Part]:
         why_not = self.why_not_now()
         if why_not is None:
-            return [part for sublayer in self._sublayers() for part in sublayer.parts()]
-        return [Part("residual", "", why_not), *(each.branch.part(each.name) for each in self._sublayers())]
+            return super().parts()
+        return [Part("residual", "", why_not), *(each.branch.part(each.name) for each in self.sublayers())]
 
 
 class FusedNestedTensorBlock(FusedBlock):
@@ -251,8 +261,7 @@ class FusedNestedTensorBlock(FusedBlock):
         tensors = x_or_x_list if isinstance(x_or_x_list, list) else [x_or_x_list]
         if any(self.declines(x, lambda: self.why_not_now() or self._dropped(x_or_x_list)) for x in tensors):
             return super(FusedBlock, self).forward(x_or_x_list)
-        with self.backend():
-            outputs = [self._stream(x) for x in tensors]
+        outputs = [self.run(x) for x in tensors]
         return outputs if isinstance(x_or_x_list, list) else outputs[0]
 
     def _dropped(self, x_or_x_list: Any) -> str | None:
@@ -269,8 +278,7 @@ class FusedSelfAttentionBlock(FusedBlock):
         if any(self.declines(x, self.why_not_now) for x in tensors):
             return super(FusedBlock, self).forward(x_or_x_list, rope_or_rope_list)
         ropes = rope_or_rope_list if is_list and rope_or_rope_list is not None else [rope_or_rope_list] * len(tensors)
-        with self.backend():
-            outputs = [self._stream(x, rope=rope) for x, rope in zip(tensors, ropes, strict=True)]
+        outputs = [self.run(x, rope=rope) for x, rope in zip(tensors, ropes, strict=True)]
         return outputs if is_list else outputs[0]
 
     def _dense_up_to(self) -> float:

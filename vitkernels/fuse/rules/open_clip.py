@@ -13,20 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts
 from vitkernels.fuse.multihead import NO_MASKS, Masks, not_call
-from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, dropped, join_heads, mlp_branch, split_heads
-from vitkernels.fuse.swap import Fused, branch_of, following
-from vitkernels.nn._stock import odd_weight
+from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.residual import known, parts
+from vitkernels.residual.genuine import why_not_weights
+from vitkernels.residual.stream import Branch, Part, Sublayer
+from vitkernels.residual.sublayers import dropped, join_heads, linear_step, mlp_branch, split_heads, why_not_linears
 
-TAILS = (
-    ("transformer.resblocks", "ln_post"),
-    ("transformer.resblocks", "ln_final"),
-    ("cross_attn", "ln_final"),  # CoCa, whose blocks and cross-attentions take turns
-)
-
+_OWN = "open_clip.transformer"
+known.LAYER_NORMS.update({f"{_OWN}.LayerNorm": lambda norm: None, f"{_OWN}.LayerNormFp32": lambda norm: None})
+known.LAYER_SCALES[f"{_OWN}.LayerScale"] = "gamma"
+known.ACTIVATIONS[f"{_OWN}.QuickGELU"] = lambda act: "quick_gelu"
 
 # ------------------------------------------------------------------------------------------------------- attention
 
@@ -35,7 +33,7 @@ class FusedAttention(Fused):
     """open_clip.transformer.Attention: one raw projection, norms of q and k, a factor for each head, a norm inside."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        if self.declines(x, lambda: self.why_not_now() or _not_mask(self, x, attn_mask)):
+        if self.declines(x, lambda: self.why_not_now() or _why_not_mask(self, x, attn_mask)):
             return super().forward(x, attn_mask)
         with self.backend():
             return self.branch(attn_mask=attn_mask).run(x, False)[0]
@@ -44,22 +42,28 @@ class FusedAttention(Fused):
         attn: Any = self
         if attn.logit_scale is not None:
             return "scaled cosine attention"
-        return odd_weight(self) or (None if parts.drops_nothing(attn.attn_drop) else "a dropout of attention's weights")
+        return why_not_weights(self) or (
+            None if parts.drops_nothing(attn.attn_drop) else "a dropout of attention's weights"
+        )
 
     def branch(self, attn_mask: Tensor | None = None, **options: Any) -> Branch:
         attn: Any = self
 
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            heads = parts.layer_norm(attn.ln_inner, self._heads(x, _taking_part(attn, attn_mask)))
-            return parts.last_linear(attn.out_proj, heads, split)
+        def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            return finish(ops.linear(x, attn.in_proj_weight, attn.in_proj_bias), bias_apart)
 
-        branch = Branch(run, "linear, attention, linear", None, lambda: called(out_proj=attn.out_proj))
-        return dropped(branch, attn.out_drop)
+        def finish(qkv: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            heads = parts.layer_norm(attn.ln_inner, self._heads(qkv, _taking_part(attn, attn_mask)))
+            return parts.last_linear(attn.out_proj, heads, bias_apart)
 
-    def _heads(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, N, D] to the heads' outputs side by side, [B, N, D]."""
+        why_not = why_not_linears(out_proj=attn.out_proj)
+        packed = (attn.in_proj_weight, attn.in_proj_bias)
+        step = None if why_not else linear_step(lambda: packed, finish)
+        return dropped(Branch(run, "linear, attention, linear", None, why_not, step=step), attn.out_drop)
+
+    def _heads(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
         attn: Any = self
-        qkv = ops.linear(x, attn.in_proj_weight, attn.in_proj_bias)
         if parts.is_identity(attn.ln_q) and parts.is_identity(attn.ln_k) and attn.head_scale is None:
             return ops.attention_qkv(qkv, attn.num_heads, attn_mask=mask)
         q, k, v = split_heads(qkv, attn.num_heads)
@@ -72,7 +76,7 @@ class FusedAttention(Fused):
         return [Part("", "", why_not) if why_not else self.branch().part("")]
 
 
-def _not_mask(attn: Any, x: Tensor, mask: Tensor | None) -> str | None:
+def _why_not_mask(attn: Any, x: Tensor, mask: Tensor | None) -> str | None:
     """Why the call's mask is left to torch's own error, or None when it fits."""
     if x.dim() != 3:
         return f"called with shape {list(x.shape)}"
@@ -93,19 +97,12 @@ def _taking_part(attn: Any, mask: Tensor | None) -> Tensor | None:
 # ----------------------------------------------------------------------------------------------------------- block
 
 
-class _FusedBlock(Fused):
+class _FusedBlock(PreNormBlock):
     """What the two blocks share: the feed-forward, and the adds, which run with the norms that follow them."""
 
-    is_block = True
-
-    def first_branch(self) -> Branch:
+    def first_branch(self, **options: Any) -> Branch:
         """The attention's; a call's masks are keywords."""
         raise NotImplementedError
-
-    def stream(self, x: Tensor, **options: Any) -> Tensor:
-        state = self._vitkernels
-        with self.backend():
-            return pre_norm(x, self.sublayers(**options), following(self), state.residual_dtype)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
@@ -114,25 +111,18 @@ class _FusedBlock(Fused):
             Sublayer("mlp", block.ln_2, _feed_forward(block.mlp), block.ls_2),
         ]
 
-    def entry(self) -> Border:
-        first = self.sublayers()[0]
-        return Border(first.norm, first.branch.first)
-
-    def parts(self) -> list[Part]:
-        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
-
 
 def _feed_forward(mlp: Any) -> Branch:
-    why_not = parts.obstacle("mlp", mlp, nn.Sequential)
+    why_not = parts.why_not_part("mlp", mlp, nn.Sequential)
     if why_not is not None:
-        return Branch(lambda x, split: (mlp(x), None), "", None, why_not)
+        return Branch(lambda x, bias_apart: (mlp(x), None), "", None, why_not)
     inner = getattr(mlp, "ln", None)
     if inner is None or parts.is_identity(inner):
         return mlp_branch(mlp.c_fc, mlp.gelu, mlp.c_proj, names=("c_fc", "c_proj"))
 
-    def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+    def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
         hidden = parts.layer_norm(inner, mlp.gelu(parts.linear(mlp.c_fc, x)))
-        return parts.last_linear(mlp.c_proj, hidden, split)
+        return parts.last_linear(mlp.c_proj, hidden, bias_apart)
 
     return Branch(run, "linear, linear", mlp.c_fc, "a norm between c_fc and c_proj")
 
@@ -158,18 +148,17 @@ class FusedResidualAttentionBlock(_FusedBlock):
             return super().forward(q_x, k_x, v_x, attn_mask)
         with self.backend():
             memory = parts.layer_norm(block.ln_1_kv, k_x) if crosses and k_x is not None else None
-            return self.stream(q_x, masks=masks, memory=memory)
+            return self.run(q_x, masks=masks, memory=memory)
 
-    def first_branch(self, masks: Masks = NO_MASKS, memory: Tensor | None = None) -> Branch:
+    def first_branch(  # type: ignore[override]
+        self, masks: Masks = NO_MASKS, memory: Tensor | None = None
+    ) -> Branch:
         block: Any = self
 
         def call(x: Tensor) -> Tensor:
             return block.attention(q_x=x, k_x=memory, v_x=memory, attn_mask=masks.attn_mask)
 
         return branch_of("attn", block.attn, call, masks=masks, memory=memory)
-
-    def entry(self) -> Border:
-        return Border(self.ln_1, self.attn)  # type: ignore[arg-type]
 
 
 class FusedCustomBlock(_FusedBlock):
@@ -178,9 +167,9 @@ class FusedCustomBlock(_FusedBlock):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         block: Any = self
         fused = isinstance(block.attn, FusedAttention)
-        if self.declines(x, lambda: _not_mask(block.attn, x, attn_mask) if fused else None):
+        if self.declines(x, lambda: _why_not_mask(block.attn, x, attn_mask) if fused else None):
             return super().forward(x, attn_mask)
-        return self.stream(x, attn_mask=attn_mask)
+        return self.run(x, attn_mask=attn_mask)
 
     def first_branch(self, **options: Any) -> Branch:
         block: Any = self
@@ -188,11 +177,11 @@ class FusedCustomBlock(_FusedBlock):
         if parts.is_identity(block.ln_attn):
             return branch
         return dataclasses.replace(
-            branch, run=lambda x, split: (parts.layer_norm(block.ln_attn, branch.run(x, False)[0]), None)
+            branch, run=lambda x, bias_apart: (parts.layer_norm(block.ln_attn, branch.run(x, False)[0]), None)
         )
 
 
-def _not_feed_forward(mlp: Any) -> str | None:
+def _why_not_feed_forward(mlp: Any) -> str | None:
     names = list(mlp._modules)
     known = (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"])
     return None if names in known else f"its mlp is made of {', '.join(names)}"
@@ -204,13 +193,13 @@ RULES = (
         FusedResidualAttentionBlock,
         frozenset({"open_clip.transformer.ResidualAttentionBlock"}),
         lambda block: (
-            differs(block, ("q_x", "k_x", "v_x", "attn_mask"), _STEPS, ("ln_1_kv",)) or _not_feed_forward(block.mlp)
+            differs(block, ("q_x", "k_x", "v_x", "attn_mask"), _STEPS, ("ln_1_kv",)) or _why_not_feed_forward(block.mlp)
         ),
     ),
     Rule(
         FusedCustomBlock,
         frozenset({"open_clip.transformer.CustomResidualAttentionBlock"}),
-        lambda block: differs(block, ("x", "attn_mask"), (*_STEPS, "ln_attn")) or _not_feed_forward(block.mlp),
+        lambda block: differs(block, ("x", "attn_mask"), (*_STEPS, "ln_attn")) or _why_not_feed_forward(block.mlp),
     ),
     Rule(
         FusedAttention,

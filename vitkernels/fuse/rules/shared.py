@@ -1,15 +1,18 @@
-"""What every ecosystem has: the convolution that cuts an image into patches."""
+"""What every ecosystem has: the convolution that cuts an image into patches, and blocks in an nn.Sequential."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.residual import Part
-from vitkernels.fuse.rules import Rule
-from vitkernels.fuse.swap import Fused
+from vitkernels.fuse.rules import Rule, match
+from vitkernels.fuse.sequential import FusedSequential
+from vitkernels.fuse.swap import Fused, PreNormBlock
+from vitkernels.residual.genuine import name_of
+from vitkernels.residual.stream import Part
 
 
 class FusedPatchConv(Fused):
@@ -55,4 +58,15 @@ def _is_patch_conv(conv: Any) -> str | None:
     return _not_patches(conv) or (None if min(conv.kernel_size) >= 7 else "its patches are smaller than 7")
 
 
-RULES = (Rule(FusedPatchConv, frozenset({f"{nn.Conv2d.__module__}.Conv2d"}), _is_patch_conv),)
+def _why_not_blocks(sequential: Any) -> str | None:
+    """None for two blocks or more, side by side, that can be run as one stream."""
+    kinds = [match(each) for each in sequential]
+    blocks = [
+        kind is not None and kind.declined is None and issubclass(kind.rule.mixin, PreNormBlock) for kind in kinds
+    ]
+    neighbours = any(one and other for one, other in itertools.pairwise(blocks))
+    return None if neighbours else "it holds no blocks side by side"
+
+
+SEQUENTIAL = Rule(FusedSequential, frozenset({name_of(nn.Sequential)}), _why_not_blocks)
+RULES = (Rule(FusedPatchConv, frozenset({name_of(nn.Conv2d)}), _is_patch_conv), SEQUENTIAL)

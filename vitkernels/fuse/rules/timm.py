@@ -5,36 +5,38 @@ Read from timm 1.0.31. EVA's and BEiT's blocks, built on the same pieces, are in
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts, sublayers
-from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, join_heads, split_heads
-from vitkernels.fuse.swap import Fused, branch_of, following
+from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.residual import known, parts, sublayers
+from vitkernels.residual.stream import Branch, Part, Step, Sublayer
+from vitkernels.residual.sublayers import attention_step, join_heads, linear_step, split_heads, why_not_linears
 
-TAILS = (("blocks", "norm"), ("blocks", "fc_norm"))
-
-
-def _drop_path(module: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    keep = 1 - module.drop_prob  # type: ignore[operator]
-    factor = tokens.new_empty(tokens.shape[0], dtype=dtype).bernoulli_(keep)
-    return factor.div_(keep) if getattr(module, "scale_by_keep", True) and keep > 0 else factor
-
-
-parts.DROP_PATHS["DropPath"] = _drop_path
-parts.ACTIVATIONS["GELUTanh"] = lambda act: "gelu_tanh"
+known.LAYER_NORMS.update(
+    {
+        "timm.layers.norm.LayerNorm": lambda norm: "runs timm's fast norm" if norm._fast_norm else None,
+        "timm.layers.norm.LayerNormFp32": lambda norm: None,
+    }
+)
+known.LAYER_SCALES["timm.layers.layer_scale.LayerScale"] = "gamma"
+known.DROP_PATHS["timm.layers.drop.DropPath"] = known.draw_bernoulli
+known.ACTIVATIONS.update(
+    {
+        "timm.layers.activations.GELU": lambda act: "gelu",
+        "timm.layers.activations.GELUTanh": lambda act: "gelu_tanh",
+        "timm.layers.activations.QuickGELU": lambda act: "quick_gelu",
+    }
+)
 
 
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-def two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
+def why_not_two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
     """Whether a call asks for what timm itself answers in two ways."""
     return "called with attn_mask and is_causal" if attn_mask is not None and is_causal else None
 
@@ -45,48 +47,84 @@ class FusedAttention(Fused):
     steps: ClassVar[str] = sublayers.ATTENTION
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.declines(x, lambda: self.why_not_now() or two_masks(attn_mask, is_causal)):
+        if self.declines(x, lambda: self.why_not_now() or why_not_two_masks(attn_mask, is_causal)):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.run(x, attn_mask=attn_mask, is_causal=is_causal)
+
+    def run(self, x: Tensor, **options: Any) -> Tensor:
+        """The module on [B, N, D]; the options are its forward's."""
         with self.backend():
-            return self.output(x, self.heads(x, attn_mask=attn_mask, is_causal=is_causal), False)[0]
+            return self.output(x, self.attend(self.project(x), **options), False)[0]
 
     def why_not_now(self) -> str | None:
         """Why the attention between its projections cannot run fused now, or None when it can."""
         attn: Any = self
         return None if parts.drops_nothing(attn.attn_drop) else "a dropout of attention's weights"
 
-    def heads(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """[B, N, D] to the heads' outputs side by side, [B, N, H * K]."""
+    def project(self, x: Tensor) -> Tensor:
+        """[B, N, D] to q, k and v side by side."""
+        return parts.linear(self.qkv, x)  # type: ignore[arg-type]
+
+    def packed(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of `project`, where its Linears may be read."""
         attn: Any = self
-        qkv = parts.linear(attn.qkv, x)
-        if parts.is_identity(attn.q_norm) and parts.is_identity(attn.k_norm):
+        return attn.qkv.weight, attn.qkv.bias
+
+    def is_plain(self) -> bool:
+        """Whether nothing happens to q and k between the projection and the scores."""
+        attn: Any = self
+        return parts.is_identity(attn.q_norm) and parts.is_identity(attn.k_norm)
+
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """What `project` gave to the heads' outputs side by side, [B, N, H * K]."""
+        attn: Any = self
+        if self.is_plain():
             return ops.attention_qkv(qkv, attn.num_heads, attn_mask=attn_mask, is_causal=is_causal)
         q, k, v = split_heads(qkv, attn.num_heads)
         q, k = parts.layer_norm(attn.q_norm, q).to(v.dtype), parts.layer_norm(attn.k_norm, k).to(v.dtype)
         return join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
 
-    def output(self, x: Tensor, heads: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-        """What follows the heads: norm, gate, projection and dropout; as `parts.last_linear`."""
+    def output(self, x: Tensor | None, heads: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+        """What follows the heads: norm, gate (which reads x), projection and dropout; as `parts.last_linear`."""
         attn: Any = self
         if not parts.is_identity(getattr(attn, "norm", None)):
             heads = parts.layer_norm(attn.norm, heads)
         if getattr(attn, "gate", None) is not None:
-            heads = heads * parts.linear(attn.gate, x).sigmoid()
+            heads = heads * parts.linear(attn.gate, x).sigmoid()  # type: ignore[arg-type]
         if parts.drops_nothing(attn.proj_drop):
-            return parts.last_linear(attn.proj, heads, split)
+            return parts.last_linear(attn.proj, heads, bias_apart)
         return attn.proj_drop(parts.linear(attn.proj, heads)), None
 
     def branch(self, **options: Any) -> Branch:
         attn: Any = self
+        names = ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")
+        linears = {name: attn._modules.get(name) for name in names}
+        why_not = why_not_linears(**{name: linear for name, linear in linears.items() if linear is not None})
 
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            return self.output(x, self.heads(x, **options), split)
+        def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            return self.output(x, self.attend(self.project(x), **options), bias_apart)
 
-        def why_not() -> str | None:
-            linears = {name: attn._modules.get(name) for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")}
-            return called(**{name: linear for name, linear in linears.items() if linear is not None})
+        return Branch(
+            run,
+            self.steps,
+            linears["qkv"] or linears["q_proj"],
+            why_not,
+            step=self.step(**options) if why_not is None and linears["gate"] is None else None,
+        )
 
-        return Branch(run, self.steps, attn.qkv, why_not)
+    def step(self, **options: Any) -> Step:
+        """The branch with its norm as one Function, where all Linears may be read and there is no gate."""
+        attn: Any = self
+        ends_plain = parts.is_identity(getattr(attn, "norm", None)) and parts.drops_nothing(attn.proj_drop)
+        if ends_plain and self.is_plain():
+            return attention_step(self.packed, attn.proj, attn.num_heads, **self.plain_options(**options))
+        return linear_step(
+            self.packed, lambda qkv, bias_apart: self.output(None, self.attend(qkv, **options), bias_apart)
+        )
+
+    def plain_options(self, **options: Any) -> dict[str, Any]:
+        """The keywords of `ops.attention_qkv` for a call with these options."""
+        return options
 
     def parts(self) -> list[Part]:
         branch = self.branch()
@@ -111,41 +149,33 @@ ATTENTION = Rule(
 class FusedMlp(Fused):
     """timm.layers.mlp.Mlp on `ops.mlp`; its gated relatives change what happens between the products."""
 
-    gated = False
-
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
             return super().forward(x)
         with self.backend():
-            return self.output(x, False)[0]
+            return self.branch().run(x, False)[0]
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """fc1 and the activation, where they run one by one."""
-        mlp: Any = self
-        return mlp.act(parts.linear(mlp.fc1, x))
-
-    def output(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-        """The feed-forward; as `parts.last_linear`."""
-        mlp: Any = self
-        split = split and parts.drops_nothing(mlp.drop2)
-        if not self.gated and parts.is_identity(mlp.norm):
-            out, bias = sublayers.mlp(x, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1, split)
-        else:
-            hidden = parts.layer_norm(mlp.norm, mlp.drop1(self.hidden(x)))
-            out, bias = parts.last_linear(mlp.fc2, hidden, split)
-        return (out, bias) if split else (mlp.drop2(out), None)
-
-    def branch(self, **options: Any) -> Branch:
+    def inner(self) -> Branch:
+        """All but the last dropout."""
         mlp: Any = self
         if parts.is_identity(mlp.norm):
-            inside = functools.partial(sublayers.not_mlp, mlp.fc1, mlp.act, mlp.fc2, mlp.drop1)
-            return Branch(self.output, "mlp", mlp.fc1, inside, "linear, linear")
+            return sublayers.mlp_branch(mlp.fc1, mlp.act, mlp.fc2, mlp.drop1)
+
+        def finish(hidden: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            hidden = parts.layer_norm(mlp.norm, mlp.drop1(mlp.act(hidden)))
+            return parts.last_linear(mlp.fc2, hidden, bias_apart)
+
+        why_not = parts.why_not_layer_norm("norm", mlp.norm) or why_not_linears(fc1=mlp.fc1, fc2=mlp.fc2)
         return Branch(
-            self.output,
+            lambda x, bias_apart: finish(parts.linear(mlp.fc1, x), bias_apart),
             "linear, activation of torch, add_layer_norm, linear",
             mlp.fc1,
-            lambda: parts.not_layer_norm("norm", mlp.norm) or called(fc1=mlp.fc1, fc2=mlp.fc2),
+            why_not,
+            step=linear_step(lambda: sublayers.joined(mlp.fc1), finish) if why_not is None else None,
         )
+
+    def branch(self, **options: Any) -> Branch:
+        return sublayers.dropped(self.inner(), self.drop2)  # type: ignore[arg-type]
 
     def parts(self) -> list[Part]:
         return [self.branch().part("")]
@@ -154,53 +184,45 @@ class FusedMlp(Fused):
 class FusedGluMlp(FusedMlp):
     """timm.layers.mlp.GluMlp: the products are ours, the gate between them is torch's."""
 
-    gated = True
-
-    def hidden(self, x: Tensor) -> Tensor:
+    def gate(self, both: Tensor) -> Tensor:
         mlp: Any = self
-        first, second = parts.linear(mlp.fc1, x).chunk(2, dim=-1)
-        return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+        first, second = both.chunk(2, dim=-1)
+        hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+        return parts.layer_norm(mlp.norm, mlp.drop1(hidden)) if not parts.is_identity(mlp.norm) else mlp.drop1(hidden)
 
-    def branch(self, **options: Any) -> Branch:
-        mlp: Any = self
-        return Branch(self.output, "linear, gate of torch, linear", mlp.fc1, lambda: called(fc1=mlp.fc1, fc2=mlp.fc2))
+    def first(self) -> dict[str, nn.Module]:
+        """The Linears before the gate, by name."""
+        return {"fc1": self.fc1}  # type: ignore[dict-item]
+
+    def inner(self) -> Branch:
+        return sublayers.gated_branch(self.first(), self.gate, {"fc2": self.fc2})  # type: ignore[dict-item]
 
 
 class FusedSwiGLU(FusedGluMlp):
     """timm.layers.mlp.SwiGLU: as GluMlp, with the gate's projection apart."""
 
-    def hidden(self, x: Tensor) -> Tensor:
-        mlp: Any = self
-        return mlp.act(parts.linear(mlp.fc1_g, x)) * parts.linear(mlp.fc1_x, x)
+    gate_last = False
 
-    def branch(self, **options: Any) -> Branch:
-        mlp: Any = self
-        return Branch(
-            self.output,
-            "linear, gate of torch, linear",
-            mlp.fc1_x,
-            lambda: called(fc1_g=mlp.fc1_g, fc1_x=mlp.fc1_x, fc2=mlp.fc2),
-        )
+    def first(self) -> dict[str, nn.Module]:
+        return {"fc1_g": self.fc1_g, "fc1_x": self.fc1_x}  # type: ignore[dict-item]
 
 
-class FusedGeGluMlp(FusedGluMlp):
+class FusedGeGluMlp(FusedMlp):
     """ViTamin's GeGluMlp: with a norm of its own in front."""
 
-    def output(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
+    def inner(self) -> Branch:
         mlp: Any = self
-        x = parts.layer_norm(mlp.norm, x)
-        hidden = mlp.drop1(mlp.act(parts.linear(mlp.w0, x)) * parts.linear(mlp.w1, x))
-        if parts.drops_nothing(mlp.drop2):
-            return parts.last_linear(mlp.w2, hidden, split)
-        return mlp.drop2(parts.linear(mlp.w2, hidden)), None
 
-    def branch(self, **options: Any) -> Branch:
-        mlp: Any = self
+        def gate(both: Tensor) -> Tensor:
+            first, second = both.chunk(2, dim=-1)
+            return mlp.drop1(mlp.act(first) * second)
+
+        inner = sublayers.gated_branch({"w0": mlp.w0, "w1": mlp.w1}, gate, {"w2": mlp.w2})
         return Branch(
-            self.output,
-            "add_layer_norm, linear, gate of torch, linear",
+            lambda x, bias_apart: inner.run(parts.layer_norm(mlp.norm, x), bias_apart),
+            f"add_layer_norm, {inner.ops}",
             None,
-            lambda: called(w0=mlp.w0, w1=mlp.w1, w2=mlp.w2),
+            inner.why_not,
         )
 
 
@@ -226,33 +248,20 @@ GEGLU_MLP = Rule(
 # ----------------------------------------------------------------------------------------------------------- block
 
 
-class FusedBlock(Fused):
+class FusedBlock(PreNormBlock):
     """timm.models.vision_transformer.Block, its adds run with the norms that follow them."""
 
-    is_block = True
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.declines(x, lambda: two_masks(attn_mask, is_causal)):
+        if self.declines(x, lambda: why_not_two_masks(attn_mask, is_causal)):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        with self.backend():
-            state = self._vitkernels
-            sublayers = self.sublayers(attn_mask=attn_mask, is_causal=is_causal)
-            return pre_norm(x, sublayers, following(self), state.residual_dtype)
+        return self.run(x, attn_mask=attn_mask, is_causal=is_causal)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
-        """The residual steps; the options are the attention's."""
         block: Any = self
         return [
             Sublayer("attn", block.norm1, branch_of("attn", block.attn, **options), block.ls1, block.drop_path1),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.ls2, block.drop_path2),
         ]
-
-    def entry(self) -> Border:
-        first = self.sublayers()[0]
-        return Border(first.norm, first.branch.first)
-
-    def parts(self) -> list[Part]:
-        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
 
 
 BLOCK = Rule(

@@ -11,28 +11,35 @@ import torch
 from torch import Tensor
 
 from vitkernels import ops
-from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Branch, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, two_masks
-from vitkernels.fuse.sublayers import ATTENTION, ROTARY, called, join_heads, packed_projection, rotary, split_heads
-from vitkernels.fuse.swap import branch_of, following
+from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, why_not_two_masks
+from vitkernels.fuse.swap import branch_of
+from vitkernels.residual import parts
+from vitkernels.residual.stream import Sublayer
+from vitkernels.residual.sublayers import (
+    ATTENTION,
+    ROTARY,
+    join_heads,
+    joined,
+    projected,
+    rotary,
+    split_heads,
+    why_not_linears,
+)
 
 
 def _attended(attn: FusedAttention, x: Tensor, why_not: str | None = None, **options: Any) -> Tensor:
     """What an attention's forward does with the arguments that are its own, beside why it may not run fused."""
     if attn.declines(x, lambda: attn.why_not_now() or why_not):
         return super(FusedAttention, attn).forward(x, **options)
-    with attn.backend():
-        return attn.output(x, attn.heads(x, **options), False)[0]
+    return attn.run(x, **options)
 
 
 def _stepped(block: FusedBlock, x: Tensor, why_not: str | None = None, **options: Any) -> Tensor:
     """The same of a block's."""
     if block.declines(x, lambda: why_not):
         return super(FusedBlock, block).forward(x, **options)
-    with block.backend():
-        return pre_norm(x, block.sublayers(**options), following(block), block._vitkernels.residual_dtype)
+    return block.run(x, **options)
 
 
 class FusedRopeAttention(FusedAttention):
@@ -43,41 +50,52 @@ class FusedRopeAttention(FusedAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        why_not = two_masks(attn_mask, is_causal)
+        why_not = why_not_two_masks(attn_mask, is_causal)
         return _attended(self, x, why_not, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
     def why_not_now(self) -> str | None:
         attn: Any = self
         if getattr(attn, "q_bias", None) is not None:  # timm reads qkv's weight, past anything hung on the module
-            return super().why_not_now() or called(qkv=attn.qkv)
+            return super().why_not_now() or why_not_linears(qkv=attn.qkv)
         return super().why_not_now()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, each [B, H, N, K]."""
+    def _projections(self) -> dict[str, Any]:
+        """The Linears of q, k and v where there are three."""
+        attn: Any = self
+        return {"q_proj": attn.q_proj, "k_proj": attn.k_proj, "v_proj": attn.v_proj}
+
+    def project(self, x: Tensor) -> Tensor:
+        attn: Any = self
+        if getattr(attn, "q_bias", None) is not None:
+            return ops.linear(x, *self.packed())
+        return projected(x, *self._projections().values()) if attn.qkv is None else parts.linear(attn.qkv, x)
+
+    def packed(self) -> tuple[Tensor, Tensor | None]:
         attn: Any = self
         if attn.qkv is None:
-            if getattr(attn, "num_kv_groups", 1) > 1:
-                return self._grouped(x)
-            return split_heads(packed_projection(x, attn.q_proj, attn.k_proj, attn.v_proj), attn.num_heads)
+            return joined(*self._projections().values())
         if getattr(attn, "q_bias", None) is None:
-            return split_heads(parts.linear(attn.qkv, x), attn.num_heads)
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        return split_heads(ops.linear(x, attn.qkv.weight, bias), attn.num_heads)
+            return attn.qkv.weight, attn.qkv.bias
+        return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
-    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Grouped-query attention (Ainslie et al. 2023): several heads of q share one of k and v."""
+    def is_plain(self) -> bool:
+        return False
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each [B, H, N, K]; of k and v there are fewer where several heads of q share one of them
+        (grouped-query attention, Ainslie et al. 2023)."""
         attn: Any = self
-        q, k, v = (
-            parts.linear(linear, x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-            for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
-        )
+        if getattr(attn, "num_kv_groups", 1) == 1:
+            return split_heads(qkv, attn.num_heads)
+        widths = [each.out_features for each in self._projections().values()]
+        q, k, v = (each.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each in qkv.split(widths, dim=-1))
         return q, k, v
 
-    def heads(  # type: ignore[override]
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    def attend(  # type: ignore[override]
+        self, qkv: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         attn: Any = self
-        q, k, v = self.project(x)
+        q, k, v = self.heads(qkv)
         q, k = parts.layer_norm(attn.q_norm, q), parts.layer_norm(attn.k_norm, k)
         if rope is not None:
             half, prefix = getattr(attn, "rotate_half", False), attn.num_prefix_tokens
@@ -88,12 +106,6 @@ class FusedRopeAttention(FusedAttention):
         q, k = q.to(v.dtype), k.to(v.dtype)
         return join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
 
-    def branch(self, **options: Any) -> Branch:
-        attn: Any = self
-        branch = super().branch(**options)
-        branch.first = attn.q_proj if attn.qkv is None else attn.qkv
-        return branch
-
 
 class FusedBeitAttention(FusedRopeAttention):
     """timm.models.beit.Attention: a learned bias of relative positions on the scores, with its gradient."""
@@ -103,12 +115,12 @@ class FusedBeitAttention(FusedRopeAttention):
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return _attended(self, x, shared_rel_pos_bias=shared_rel_pos_bias)
 
-    def heads(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def attend(self, qkv: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         attn: Any = self
         bias = None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return join_heads(ops.attention(*self.project(x), attn_mask=bias))
+        return join_heads(ops.attention(*self.heads(qkv), attn_mask=bias))
 
 
 class FusedRelPosAttention(FusedAttention):
@@ -117,9 +129,12 @@ class FusedRelPosAttention(FusedAttention):
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return _attended(self, x, shared_rel_pos=shared_rel_pos)
 
-    def heads(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def attend(self, qkv: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().attend(qkv, **self.plain_options(shared_rel_pos=shared_rel_pos))
+
+    def plain_options(self, shared_rel_pos: Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
         attn: Any = self
-        return super().heads(x, shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias())
+        return {"attn_mask": shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias()}
 
 
 class FusedRelPosBlock(FusedBlock):
@@ -135,7 +150,7 @@ class FusedEvaBlock(FusedBlock):
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        why_not = two_masks(attn_mask, is_causal)
+        why_not = why_not_two_masks(attn_mask, is_causal)
         return _stepped(self, x, why_not, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:

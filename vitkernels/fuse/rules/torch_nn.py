@@ -11,31 +11,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitkernels.fuse.multihead import NO_MASKS, FusedMultiheadAttention, Masks, attention_branch, not_call
-from vitkernels.fuse.parts import owner, stock_type
-from vitkernels.fuse.residual import Border, Part, Sublayer, post_norm, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import dropped, mlp_branch
-from vitkernels.fuse.swap import Fused, following
+from vitkernels.fuse.swap import PreNormBlock
+from vitkernels.residual.genuine import owner, stock_type
+from vitkernels.residual.stream import Sublayer, post_norm
+from vitkernels.residual.sublayers import dropped, mlp_branch
 
-TAILS = (("layers", "norm"),)
 
+class FusedLayer(PreNormBlock):
+    """What the layers of encoder and decoder share; their norms stand in front or behind."""
 
-class FusedLayer(Fused):
-    """What the layers of encoder and decoder share."""
-
-    is_block = True
-
-    def sublayers(self) -> list[Sublayer]:
-        """The layer's residual steps, in order."""
-        raise NotImplementedError
-
-    def run(self, x: Tensor, sublayers: list[Sublayer]) -> Tensor:
+    def run(self, x: Tensor, **options: Any) -> Tensor:
         """The layer on its tokens: [B, N, D], or [N, B, D] without batch_first, to the same."""
-        state = self._vitkernels
+        if self.norm_first:
+            return super().run(x, **options)
         with self.backend():
-            if self.norm_first:
-                return pre_norm(x, sublayers, following(self), state.residual_dtype)
-            return post_norm(x, sublayers, state.residual_dtype)
+            return post_norm(x, self.sublayers(**options), self._vitkernels.residual_dtype)
+
+    def why_not_joined(self) -> str | None:
+        layer: Any = self
+        if not layer.norm_first:
+            return "its norms stand behind"
+        return super().why_not_joined() or (None if layer.self_attn.batch_first else "its tokens are [N, B, D]")
 
     def self_attention(self, masks: Masks) -> Sublayer:
         layer: Any = self
@@ -46,13 +43,6 @@ class FusedLayer(Fused):
         layer: Any = self
         branch = mlp_branch(layer.linear1, layer.activation, layer.linear2, layer.dropout, ("linear1", "linear2"))
         return Sublayer("feed_forward", norm, dropped(branch, dropout))
-
-    def entry(self) -> Border | None:
-        layer: Any = self
-        return Border(layer.norm1, layer.self_attn) if layer.norm_first else None
-
-    def parts(self) -> list[Part]:
-        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
 
 
 class FusedEncoderLayer(FusedLayer):
@@ -68,15 +58,18 @@ class FusedEncoderLayer(FusedLayer):
         masks = Masks(src_mask, src_key_padding_mask, is_causal)
         if self.declines(src, lambda: not_call(self.self_attn, src, src, masks)):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        return self.run(src, self.sublayers(masks))
+        return self.run(src, masks=masks)
 
-    def sublayers(self, masks: Masks = NO_MASKS) -> list[Sublayer]:
+    def sublayers(self, masks: Masks = NO_MASKS) -> list[Sublayer]:  # type: ignore[override]
         layer: Any = self
         return [self.self_attention(masks), self.feed_forward(layer.norm2, layer.dropout2)]
 
 
 class FusedDecoderLayer(FusedLayer):
     """torch.nn.TransformerDecoderLayer: attention to its own tokens, to the encoder's memory, and feed-forward."""
+
+    def why_not_joined(self) -> str | None:
+        return "it reads an encoder's memory"
 
     def forward(
         self,
@@ -106,9 +99,11 @@ class FusedDecoderLayer(FusedLayer):
                 tgt_is_causal,
                 memory_is_causal,
             )
-        return self.run(tgt, self.sublayers(own, memory, cross))
+        return self.run(tgt, own=own, memory=memory, cross=cross)
 
-    def sublayers(self, own: Masks = NO_MASKS, memory: Tensor | None = None, cross: Masks = NO_MASKS) -> list[Sublayer]:
+    def sublayers(  # type: ignore[override]
+        self, own: Masks = NO_MASKS, memory: Tensor | None = None, cross: Masks = NO_MASKS
+    ) -> list[Sublayer]:
         layer: Any = self
         attention = attention_branch("multihead_attn", layer.multihead_attn, cross, memory)
         return [

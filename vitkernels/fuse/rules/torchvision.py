@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.fuse import parts
 from vitkernels.fuse.multihead import attention_branch
-from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import dropped, mlp_branch
-from vitkernels.fuse.swap import Fused, branch_of, following
-
-TAILS = (("layers", "ln"),)
+from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.residual import genuine
+from vitkernels.residual.stream import Branch, Part, Sublayer
+from vitkernels.residual.sublayers import dropped, mlp_branch
 
 
 class FusedMLP(Fused):
@@ -38,19 +36,15 @@ class FusedMLP(Fused):
         return [Part("", branch.ops, branch.why_not)]
 
 
-class FusedEncoderBlock(Fused):
+class FusedEncoderBlock(PreNormBlock):
     """torchvision.models.vision_transformer.EncoderBlock, its adds run with the norms that follow them."""
-
-    is_block = True
 
     def forward(self, input: Tensor) -> Tensor:
         if self.declines(input, lambda: None if input.dim() == 3 else "called without a batch"):
             return super().forward(input)
-        state = self._vitkernels
-        with self.backend():
-            return pre_norm(input, self.sublayers(), following(self), state.residual_dtype)
+        return self.run(input)
 
-    def sublayers(self) -> list[Sublayer]:
+    def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
         attention = attention_branch("self_attention", block.self_attention)
         return [
@@ -58,22 +52,15 @@ class FusedEncoderBlock(Fused):
             Sublayer("mlp", block.ln_2, branch_of("mlp", block.mlp)),
         ]
 
-    def entry(self) -> Border:
-        block: Any = self
-        return Border(block.ln_1, block.self_attention)
 
-    def parts(self) -> list[Part]:
-        return [part for sublayer in self.sublayers() for part in sublayer.parts()]
-
-
-def _not_two_linears(mlp: nn.Module) -> str | None:
+def _why_not_two_linears(mlp: nn.Module) -> str | None:
     """In what an MLP is not the one that a Transformer has; None in nothing."""
-    kinds = [parts.owner(child) for child in mlp.children()]
+    kinds = [genuine.owner(child) for child in mlp.children()]
     known = len(kinds) == 5 and kinds[0] is kinds[3] is nn.Linear and kinds[2] is kinds[4] is nn.Dropout
     return None if known else "it is not Linear, activation, Dropout, Linear, Dropout"
 
 
-MLP = Rule(FusedMLP, frozenset({"torchvision.ops.misc.MLP"}), _not_two_linears)
+MLP = Rule(FusedMLP, frozenset({"torchvision.ops.misc.MLP"}), _why_not_two_linears)
 BLOCK = Rule(
     FusedEncoderBlock,
     frozenset({"torchvision.models.vision_transformer.EncoderBlock"}),

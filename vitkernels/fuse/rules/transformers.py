@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, pre_norm
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers_parts import (
     CLIP,
@@ -25,26 +22,15 @@ from vitkernels.fuse.rules.transformers_parts import (
     owners,
     without_positions,
 )
-from vitkernels.fuse.sublayers import dropped
-from vitkernels.fuse.swap import Fused, branch_of, following
+from vitkernels.fuse.swap import PreNormBlock, branch_of
+from vitkernels.residual import known
+from vitkernels.residual.stream import Branch, Sublayer
+from vitkernels.residual.sublayers import dropped
 
-TAILS = (
-    ("layers", "layernorm"),
-    ("decoder_layers", "decoder_norm"),
-    ("encoder.layer", "layernorm"),
-    ("model.layer", "norm"),
-    ("encoder.layers", "final_layer_norm"),
-    ("encoder.layers", "post_layernorm", "SiglipVisionModel", "Siglip2VisionModel"),  # CLIP's reads one token alone
+known.DROP_PATHS.update(
+    dict.fromkeys(owners("DropPath", DINOV2 | DINOV3 | {"dinov3_vit": "Dinov3ViT"}), known.draw_uniform)
 )
-
-
-def _drop_path(module: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    keep = 1 - module.drop_prob  # type: ignore[operator]
-    return (torch.rand(tokens.shape[0], dtype=dtype, device=tokens.device) + keep).floor().div(keep)
-
-
-parts.DROP_PATHS.update({f"{name}DropPath": _drop_path for name in (*DINOV2.values(), "Dinov3ViT", "EomtDinov3")})
-parts.LAYER_SCALES.update({f"{name}LayerScale": "lambda1" for name in (DINOV2 | DINOV3).values()})
+known.LAYER_SCALES.update(dict.fromkeys(owners("LayerScale", DINOV2 | DINOV3), "lambda1"))
 
 
 def _attention(
@@ -53,44 +39,34 @@ def _attention(
     """The attention as a branch: by its parts where they serve this call, else by `call`, as the layer itself does."""
     why_not = attn.why_not_call(mask, options) if isinstance(attn, FusedAttention) else None
     if why_not is not None:
-        return Branch(lambda x, split: (call(x), None), "", None, why_not)
+        return Branch(lambda x, bias_apart: (call(x), None), "", None, why_not)
     return branch_of(name, attn, call, attention_mask=mask, **options)
 
 
-class FusedLayer(Fused):
-    """What the layers share: pre-norm, attention, feed-forward."""
+_NO_OPTIONS: Mapping[str, Any] = {}
 
-    is_block = True
+
+class FusedLayer(PreNormBlock):
+    """What the layers share: pre-norm, attention, feed-forward."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if self.declines(hidden_states):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        return self.run(hidden_states, attention_mask, kwargs)
+        return self.run(hidden_states, mask=attention_mask, options=kwargs)
 
-    def run(self, x: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
-        """The layer on [B, N, D]."""
-        with self.backend():
-            state = self._vitkernels
-            # a layer that is checkpointed ends on its own: what follows it lies outside
-            border = None if self.training and getattr(self, "gradient_checkpointing", False) else following(self)
-            return pre_norm(x, self.sublayers(mask, options), border, state.residual_dtype)
-
-    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+    def sublayers(  # type: ignore[override]
+        self, mask: Tensor | None = None, options: Mapping[str, Any] = _NO_OPTIONS
+    ) -> list[Sublayer]:
         """The residual steps of a call with this mask and these keywords."""
         raise NotImplementedError
-
-    def entry(self) -> Border:
-        first = self.sublayers(None, {})[0]
-        return Border(first.norm, first.branch.first)
-
-    def parts(self) -> list[Part]:
-        return [part for sublayer in self.sublayers(None, {}) for part in sublayer.parts()]
 
 
 class FusedViTLayer(FusedLayer):
     """ViTLayer and its copies: a dropout after each sub-layer."""
 
-    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+    def sublayers(  # type: ignore[override]
+        self, mask: Tensor | None = None, options: Mapping[str, Any] = _NO_OPTIONS
+    ) -> list[Sublayer]:
         layer: Any = self
         attention = _attention(
             "attention", layer.attention, mask, options, lambda x: layer.attention(x, mask, **options)[0]
@@ -104,7 +80,9 @@ class FusedViTLayer(FusedLayer):
 class FusedDinoLayer(FusedLayer):
     """Dinov2Layer and its copy: LayerScale, and one DropPath for both sub-layers."""
 
-    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+    def sublayers(  # type: ignore[override]
+        self, mask: Tensor | None = None, options: Mapping[str, Any] = _NO_OPTIONS
+    ) -> list[Sublayer]:
         layer: Any = self
         attention = _attention(
             "attention", layer.attention, mask, options, lambda x: layer.attention(x, attention_mask=mask, **options)[0]
@@ -128,13 +106,15 @@ class FusedRopeLayer(FusedDinoLayer):
         options = {"position_embeddings": position_embeddings, **kwargs}
         if self.declines(hidden_states, lambda: without_positions(position_embeddings)):
             return super(FusedLayer, self).forward(hidden_states, attention_mask, **options)
-        return self.run(hidden_states, attention_mask, options)
+        return self.run(hidden_states, mask=attention_mask, options=options)
 
 
 class FusedClipLayer(FusedLayer):
     """CLIPEncoderLayer and its copies, of the image's tower and of the text's."""
 
-    def sublayers(self, mask: Tensor | None, options: Mapping[str, Any]) -> list[Sublayer]:
+    def sublayers(  # type: ignore[override]
+        self, mask: Tensor | None = None, options: Mapping[str, Any] = _NO_OPTIONS
+    ) -> list[Sublayer]:
         layer: Any = self
         attention = _attention(
             "self_attn",

@@ -6,6 +6,7 @@ differ in speed alone, and in what they do with `is_causal`. The layers around t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,12 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts, sublayers
-from vitkernels.fuse.residual import Branch, Part
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import ATTENTION, ROTARY, called, join_heads, packed_projection, rotary, split_heads
 from vitkernels.fuse.swap import Fused
-from vitkernels.nn._stock import IDLE_HOOKS
+from vitkernels.residual import known, parts, sublayers
+from vitkernels.residual.genuine import IDLE_HOOKS
+from vitkernels.residual.stream import Branch, Part, Step
+from vitkernels.residual.sublayers import (
+    ATTENTION,
+    ROTARY,
+    attention_step,
+    join_heads,
+    joined,
+    linear_step,
+    projected,
+    rotary,
+    split_heads,
+    why_not_linears,
+)
 
 
 def owners(suffix: str, families: Mapping[str, str]) -> frozenset[str]:
@@ -41,16 +53,22 @@ DINOV3 = {"dinov3_vit": "DINOv3ViT", "eomt_dinov3": "EomtDinov3"}
 CLIP = {"clip": "CLIP", "metaclip_2": "MetaClip2", "altclip": "AltCLIP", "clipseg": "CLIPSeg", "x_clip": "XCLIP"}
 SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
 
+
+def _formula(name: str, act: nn.Module) -> str:
+    return name
+
+
 # activation modules, by the formula they compute
-parts.ACTIVATIONS.update(
-    {
-        "GELUActivation": lambda act: "gelu",
-        "GELUTanh": lambda act: "gelu_tanh",
-        "NewGELUActivation": lambda act: "gelu_tanh",
-        "FastGELUActivation": lambda act: "gelu_tanh",
-        "QuickGELUActivation": lambda act: "quick_gelu",
-        "SiLUActivation": lambda act: "silu",
-    }
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "SiLUActivation": "silu",
+}
+known.ACTIVATIONS.update(
+    {f"transformers.activations.{name}": functools.partial(_formula, kind) for name, kind in _ACTIVATIONS.items()}
 )
 
 
@@ -140,13 +158,18 @@ class FusedAttention(Fused):
         return bool(attn.is_causal if asked is None else asked)
 
     def run(
-        self, x: Tensor, split: bool, mask: Tensor | None, options: Mapping[str, Any]
+        self, x: Tensor, bias_apart: bool, mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The module on [B, N, D]; as `parts.last_linear`."""
         attn: Any = self
-        packed = packed_projection(x, attn.q_proj, attn.k_proj, attn.v_proj)
+        return self.finish(projected(x, attn.q_proj, attn.k_proj, attn.v_proj), bias_apart, mask, options)
+
+    def finish(
+        self, packed: Tensor, bias_apart: bool, mask: Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What follows the projections, whose results stand side by side."""
         heads = self.attend(packed, mask, self.is_causal_now(mask, options), options)
-        return parts.last_linear(getattr(attn, self.spelling.out), heads, split)
+        return parts.last_linear(getattr(self, self.spelling.out), heads, bias_apart)
 
     def attend(self, packed: Tensor, mask: Tensor | None, is_causal: bool, options: Mapping[str, Any]) -> Tensor:
         """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
@@ -155,13 +178,30 @@ class FusedAttention(Fused):
 
     def branch(self, attention_mask: Tensor | None = None, **options: Any) -> Branch:
         attn: Any = self
-        projections = called(q_proj=attn.q_proj, k_proj=attn.k_proj, v_proj=attn.v_proj)
+        projections = {"q_proj": attn.q_proj, "k_proj": attn.k_proj, "v_proj": attn.v_proj}
+        why_not = why_not_linears(**projections)
+        reader = attn.q_proj if why_not is None else None
+        why_not = why_not or why_not_linears(**{self.spelling.out: getattr(attn, self.spelling.out)})
         return Branch(
-            lambda x, split: self.run(x, split, attention_mask, options),
+            lambda x, bias_apart: self.run(x, bias_apart, attention_mask, options),
             self.steps,
-            attn.q_proj if projections is None else None,
-            projections or called(**{self.spelling.out: getattr(attn, self.spelling.out)}),
+            reader,
+            why_not,
+            step=self.step(attention_mask, options) if why_not is None else None,
         )
+
+    def packed(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the three projections as one."""
+        attn: Any = self
+        return joined(attn.q_proj, attn.k_proj, attn.v_proj)
+
+    def step(self, mask: Tensor | None, options: Mapping[str, Any]) -> Step:
+        """The branch with its norm as one Function, where all Linears may be read."""
+        out, heads, scale = (
+            getattr(self, name) for name in (self.spelling.out, self.spelling.heads, self.spelling.scale)
+        )
+        is_causal = self.is_causal_now(mask, options)
+        return attention_step(self.packed, out, heads, attn_mask=mask, is_causal=is_causal, scale=scale)
 
     def parts(self) -> list[Part]:
         branch = self.branch()
@@ -219,6 +259,9 @@ class FusedRopeAttention(FusedAttention):
         rest = {name: value for name, value in options.items() if name != "position_embeddings"}
         return super().why_not_call(mask, rest)
 
+    def step(self, mask: Tensor | None, options: Mapping[str, Any]) -> Step:
+        return linear_step(self.packed, lambda packed, bias_apart: self.finish(packed, bias_apart, mask, options))
+
     def attend(self, packed: Tensor, mask: Tensor | None, is_causal: bool, options: Mapping[str, Any]) -> Tensor:
         cos, sin = options["position_embeddings"]
         q, k, v = split_heads(packed, getattr(self, self.spelling.heads))
@@ -250,16 +293,11 @@ class FusedMlp(Fused):
         if self.declines(hidden_states):
             return super().forward(hidden_states)
         with self.backend():
-            return self.run(hidden_states, False)[0]
-
-    def run(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-        """The module on [..., D]; as `parts.last_linear`."""
-        first, act, last = (getattr(self, name) for name in self.names)
-        return sublayers.mlp(x, first, act, last, split=split)
+            return self.branch().run(hidden_states, False)[0]
 
     def branch(self, **options: Any) -> Branch:
         first, act, last = (getattr(self, name) for name in self.names)
-        return Branch(self.run, "mlp", first, lambda: sublayers.not_mlp(first, act, last), "linear, linear")
+        return sublayers.mlp_branch(first, act, last, names=(self.names[0], self.names[2]))
 
     def parts(self) -> list[Part]:
         return [self.branch().part("")]
@@ -280,16 +318,15 @@ class FusedGatedMlp(FusedMlp):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
-    def run(self, x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-        mlp: Any = self
-        hidden = mlp.act_fn(parts.linear(mlp.gate_proj, x)) * parts.linear(mlp.up_proj, x)
-        return parts.last_linear(mlp.down_proj, hidden, split)
-
     def branch(self, **options: Any) -> Branch:
         mlp: Any = self
-        why_not = called(gate_proj=mlp.gate_proj, up_proj=mlp.up_proj, down_proj=mlp.down_proj)
-        first = mlp.gate_proj if why_not is None else None
-        return Branch(self.run, "linear, gate of torch, linear", first, why_not)
+
+        def gate(both: Tensor) -> Tensor:
+            first, second = both.chunk(2, dim=-1)
+            return mlp.act_fn(first) * second
+
+        projections = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
+        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj})
 
 
 def _has_mlp_parts(module: nn.Module) -> bool:

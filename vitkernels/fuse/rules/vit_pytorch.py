@@ -7,16 +7,17 @@ Read from vit-pytorch 1.26.11. The package repeats these classes in every file, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse import parts
-from vitkernels.fuse.residual import Border, Branch, Part, Sublayer, normalise, pre_norm
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.sublayers import called, dropped, mlp_branch
 from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.residual import genuine, parts
+from vitkernels.residual.stream import Branch, Part, Sublayer, normed_branch, pre_norm
+from vitkernels.residual.sublayers import attention_step, dropped, joined, linear_step, mlp_branch, why_not_linears
 
 _NO_NORM = nn.Identity()  # before a sub-layer that is called whole, its own norm inside
 
@@ -31,14 +32,13 @@ class _NormedBranch(Fused):
         if self.declines(x, lambda: self.why_not_now() or _not_tokens(x)):
             return super().forward(x)
         with self.backend():
-            branch = self.branch()
-            return branch.run(normalise(x, self.norm_module(), branch.first), False)[0]
+            return normed_branch(x, self.norm_module(), self.branch())
 
     def parts(self) -> list[Part]:
         why_not = self.why_not_now()
         if why_not is not None:
             return [Part("", "", why_not)]
-        norm = parts.not_layer_norm("norm", self.norm_module())
+        norm = parts.why_not_layer_norm("norm", self.norm_module())
         return [Part("norm", "" if norm else "add_layer_norm", norm), self.branch().part("")]
 
 
@@ -59,26 +59,37 @@ class FusedAttention(_NormedBranch):
         attn: Any = self
         if not parts.drops_nothing(getattr(attn, "dropout", None)):
             return "a dropout of attention's weights"
-        return parts.obstacle("attend", attn.attend, nn.Softmax)
+        return parts.why_not_part("attend", attn.attend, nn.Softmax)
 
     def branch(self, **options: Any) -> Branch:
         attn: Any = self
         projection, dropout = _projection(attn.to_out)
 
-        def run(x: Tensor, split: bool) -> tuple[Tensor, Tensor | None]:
-            heads = ops.attention_qkv(parts.linear(attn.to_qkv, x), attn.heads, scale=attn.scale)
-            return parts.last_linear(projection, heads, split)
+        def finish(qkv: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            heads = ops.attention_qkv(qkv, attn.heads, scale=attn.scale)
+            return parts.last_linear(projection, heads, bias_apart)
 
-        def why_not() -> str | None:
-            unread = None if parts.is_identity(projection) else called(to_out=projection)
-            return called(to_qkv=attn.to_qkv) or unread
-
-        return dropped(Branch(run, "linear, attention, linear", attn.to_qkv, why_not), dropout)
+        is_last = parts.is_identity(projection)
+        unread = None if is_last else why_not_linears(to_out=projection)
+        why_not = why_not_linears(to_qkv=attn.to_qkv) or unread
+        step = None
+        if why_not is None:
+            packed = functools.partial(joined, attn.to_qkv)
+            whole = attention_step(packed, projection, attn.heads, scale=attn.scale)
+            step = linear_step(packed, finish) if is_last else whole
+        branch = Branch(
+            lambda x, bias_apart: finish(parts.linear(attn.to_qkv, x), bias_apart),
+            "linear, attention, linear",
+            attn.to_qkv,
+            why_not,
+            step=step,
+        )
+        return dropped(branch, dropout)
 
 
 def _projection(out: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """The projection of the heads, and the dropout after it: `to_out` is a Linear, both in a Sequential, or nothing."""
-    if parts.obstacle("to_out", out, nn.Sequential) is None:
+    if parts.why_not_part("to_out", out, nn.Sequential) is None:
         return out[0], out[1]  # type: ignore[index]
     return out, None
 
@@ -87,7 +98,7 @@ def _attention_differs(attn: Any) -> str | None:
     difference = differs(attn, ("x",), ("norm", "attend", "to_qkv", "to_out"), ("dropout",))
     if difference is not None:
         return difference
-    if parts.owner(attn.to_out) is nn.Sequential and len(attn.to_out) != 2:
+    if genuine.owner(attn.to_out) is nn.Sequential and len(attn.to_out) != 2:
         return f"to_out has {len(attn.to_out)} parts, not 2"
     return None if isinstance(getattr(attn, "scale", None), float) else "it has no scale that is a float"
 
@@ -110,7 +121,7 @@ class FusedFeedForward(_NormedBranch):
         return self.net[0]  # type: ignore[index,return-value]
 
     def why_not_now(self) -> str | None:
-        return parts.obstacle("net", self.net, nn.Sequential)  # type: ignore[arg-type]
+        return parts.why_not_part("net", self.net, nn.Sequential)  # type: ignore[arg-type]
 
     def branch(self, **options: Any) -> Branch:
         _, fc1, act, *rest = self.net  # type: ignore[misc]
@@ -154,8 +165,7 @@ class FusedTransformer(Fused):
         with self.backend():
             norm: Any = getattr(self, "norm", None)
             sublayers = [sublayer for block in self._blocks() for sublayer in block]
-            x = pre_norm(x, sublayers, None if norm is None else Border(norm), self._vitkernels.residual_dtype)
-            return x if norm is None else normalise(x, norm)
+            return pre_norm(x, sublayers, self._vitkernels.residual_dtype, last_norm=norm)
 
     def _blocks(self) -> list[tuple[Sublayer, Sublayer]]:
         return [(_sublayer("attn", attn), _sublayer("ff", ff)) for attn, ff in self.layers]  # type: ignore[union-attr]
@@ -168,11 +178,11 @@ class FusedTransformer(Fused):
             for part in _rows(module, sublayer)
         ]
         norm: Any = getattr(self, "norm", None)
-        return rows if norm is None else [*rows, Part("norm", "add_layer_norm", parts.not_layer_norm("norm", norm))]
+        return rows if norm is None else [*rows, Part("norm", "add_layer_norm", parts.why_not_layer_norm("norm", norm))]
 
 
 def _sublayer(name: str, module: nn.Module) -> Sublayer:
-    whole = not isinstance(module, _NormedBranch) or parts.obstacle(name, module) or module.why_not_now()
+    whole = not isinstance(module, _NormedBranch) or parts.why_not_part(name, module) or module.why_not_now()
     norm = _NO_NORM if whole else module.norm_module()  # type: ignore[operator]
     return Sublayer(name, norm, branch_of(name, module))
 
@@ -192,7 +202,7 @@ def _transformer_differs(transformer: Any) -> str | None:
     known = (_attention_differs(attn) is None or _feed_forward_differs(ff) is None for attn, ff in transformer.layers)
     if not transformer.layers or any(known):
         return None
-    attn, ff = (parts.stock_type(each).__name__ for each in transformer.layers[0])
+    attn, ff = (genuine.stock_type(each).__name__ for each in transformer.layers[0])
     return f"its layers are {attn} and {ff}, of which nothing is known"
 
 

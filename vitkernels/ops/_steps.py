@@ -1,0 +1,348 @@
+"""Steps of a residual stream, each one autograd Function: add, norm, and the products that read the norm.
+
+    total  = x + row_scale[b] * scale * (branch + branch_bias)
+    result = product(layer_norm(total))
+
+where the product is `linear`, `mlp`, or attention between its two projections. A step computes what the ops one by one
+compute, through the same kernels (`vk.record` shows them), and costs autograd one node in place of two to four. It also
+keeps less: `normed` is made again from `total`, which is kept anyway (one pass over memory gives the same bits), and
+under autocast weights are cast again instead of kept as copies.
+
+The Functions serve plain calls. Where somebody looks on (tracing, functorch, tensor subclasses, profilers) the ops run
+one by one: a compiler's partitioner decides itself what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitkernels import dispatch, ops
+from vitkernels.ops import _check
+from vitkernels.ops._amp import autocast_dtype, cast, cast_dtype
+from vitkernels.ops.add_layer_norm import KEPT, saved_tensors
+from vitkernels.ops.add_layer_norm import backward as norm_backward
+from vitkernels.ops.add_layer_norm import check as check_norm
+from vitkernels.ops.add_layer_norm import kept as kept_of_norm
+from vitkernels.ops.add_layer_norm import op as op_norm
+from vitkernels.ops.attention import check_packed, op_qkv, packed_options
+from vitkernels.ops.linear import check as check_linear
+from vitkernels.ops.linear import op as op_linear
+from vitkernels.ops.mlp import check as check_mlp
+from vitkernels.ops.mlp import op as op_mlp
+
+_SMALL = 2**16  # elements; a norm's result of fewer is kept: making it again would take longer than its memory is worth
+
+
+class Norm(NamedTuple):
+    """A LayerNorm's weight, [D], bias, [D] or None, and eps."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class Added(NamedTuple):
+    """What a step adds to the stream: the branch of the sub-layer before it, [B, N, D], and its factors.
+
+    Attributes are those of `ops.add_layer_norm`: the bias of the branch's projection, [D]; LayerScale's gamma, [D];
+    DropPath's factor of each sample, [B].
+    """
+
+    branch: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    row_scale: Tensor | None = None
+
+
+_NOTHING_ADDED = (None, None, None, None)
+
+
+def add_norm(x: Tensor, added: Added | None, norm: Norm, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(total, normed) by `ops.add_layer_norm`."""
+    branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
+    return ops.add_layer_norm(
+        x,
+        branch,
+        *norm,
+        branch_bias=branch_bias,
+        scale=scale,
+        row_scale=row_scale,
+        out_dtype=out_dtype,
+    )
+
+
+def linear(x: Tensor, added: Added | None, norm: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(total, `ops.linear` of its norm).
+
+    Args:
+        x: residual stream, [B, N, D].
+        added: what is added to it first; None for nothing.
+        norm: of the sum.
+        weight, bias: as in `ops.linear`.
+
+    Returns:
+        [B, N, D] and [B, N, O].
+
+    Raises:
+        TypeError, ValueError: as `ops.add_layer_norm` and `ops.linear`.
+    """
+    return _LINEAR(x, added, norm, (weight, bias))
+
+
+def mlp(
+    x: Tensor,
+    added: Added | None,
+    norm: Norm,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(total, `ops.mlp` of its norm); arguments as in `linear`, weights and activation as in `ops.mlp`."""
+    return _MLP(x, added, norm, (*weights, activation))
+
+
+def attention(
+    x: Tensor,
+    added: Added | None,
+    norm: Norm,
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None],
+    num_heads: int,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(total, self-attention of its norm): the packed projection, `ops.attention_qkv` and the projection of the heads.
+
+    Args:
+        x, added, norm: as in `linear`.
+        qkv, proj: weight and bias of the projections, as nn.Linear stores them; [3 * D, D] and [D, D].
+        num_heads, attn_mask, is_causal, scale: as in `ops.attention_qkv`.
+    """
+    return _ATTENTION(x, added, norm, (*qkv, *proj, num_heads, attn_mask, is_causal, scale))
+
+
+# ------------------------------------------------------------------------------------------------------- one step
+
+
+class _Step:
+    """A norm, and a product that reads it, as one autograd Function.
+
+    Args:
+        name: of the Function.
+        check: (x, autocast's dtype, *arguments), which raises.
+        ops: (normed, *arguments) -> result, through the public ops.
+        forward: (normed, dtype, learns, *arguments) -> (result, what its backward keeps); learns: whether there is one.
+        backward: (dresult, normed, dtype, needs of normed and of the arguments, arguments, kept) -> gradients of normed
+            and of the arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        check: Callable[..., None],
+        ops: Callable[..., Tensor],
+        forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+        backward: Callable[..., Sequence[Tensor | None]],
+    ) -> None:
+        self.check, self.ops, self.forward, self.backward = check, ops, forward, backward
+        self.apply = dispatch.plain_function(name, self._forward, self._backward)
+
+    def __call__(self, x: Tensor, added: Added | None, norm: Norm, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
+        plain, function = False, False
+        if not torch.compiler.is_compiling():
+            plain, function = dispatch.look_at((x, branch, *norm, branch_bias, scale, row_scale, *arguments))
+        dtype = autocast_dtype(x)
+        if not plain:
+            total, normed = add_norm(x, added, norm, None if dtype is None else cast_dtype(x, dtype))
+            return total, self.ops(normed, *arguments)
+        check_norm(x, branch, norm.weight, norm.bias, branch_bias, scale, row_scale, dtype)
+        self.check(x, dtype, *arguments)
+        if branch is not None and branch.dtype != x.dtype:
+            x = x.to(torch.promote_types(x.dtype, branch.dtype))
+        inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, dtype, *arguments)
+        if function:
+            return self.apply(*inputs)
+        return self._run(False, *inputs)[:2]
+
+    def _run(self, learns: bool, *inputs: Any) -> tuple[Any, ...]:
+        """total, result, normed, the norm's statistics, and what the product's backward keeps."""
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
+        normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
+        total, normed, *statistics = op_norm.run(
+            "forward", (x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype)
+        )
+        result, kept = self.forward(normed, dtype, learns, *arguments)
+        return x if branch is None else total, result, normed, statistics, kept
+
+    def _forward(self, ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        total, result, normed, statistics, kept = self._run(True, *inputs)
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
+        tensors = [each if isinstance(each, Tensor) else None for each in arguments]
+        again = normed.numel() >= _SMALL and not normed.is_cuda  # on GPUs the pass costs more than the memory is worth
+        ctx.save_for_backward(
+            None if again else normed,
+            bias,
+            *kept_of_norm(total, branch, weight, *statistics, branch_bias, scale, row_scale),
+            *tensors,
+            *kept,
+        )
+        ctx.rest = [None if isinstance(each, Tensor) else each for each in arguments]
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.eps, ctx.dtype, ctx.normed_dtype = eps, dtype, normed.dtype
+        if not any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale)):
+            ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
+        ctx.set_materialize_grads(False)
+        return total, result
+
+    def _backward(self, ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[Tensor | None, ...]:
+        normed, bias, *saved = saved_tensors(ctx)
+        of_norm, tensors = saved[:KEPT], saved[KEPT:]
+        count = len(ctx.rest)
+        arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], ctx.rest, strict=True)]
+        needs = ctx.needs_input_grad
+        needs_normed, needs_arguments = any(needs[:8]), needs[9:]
+        dnormed: Tensor | None = None
+        grads: Sequence[Tensor | None] = [None] * count
+        if dresult is not None:
+            if normed is None:
+                normed = _again(ctx, of_norm, bias, reads=needs_arguments[0])
+            dnormed, *grads = self.backward(
+                dresult, normed, ctx.dtype, [needs_normed, *needs_arguments], arguments, tensors[count:]
+            )
+        above = norm_backward(needs, dtotal, dnormed, of_norm, ctx.branch_dtype) if needs_normed else (None,) * 8
+        return *above, None, *grads
+
+
+def _again(ctx: Any, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
+    """The norm's result once more, a forward launch of add_layer_norm; without contents where nothing reads it."""
+    total, _, weight, *_ = of_norm
+    if not reads:
+        return total.new_empty(total.shape, dtype=ctx.normed_dtype)
+    with torch.no_grad():
+        return op_norm(total, None, weight, bias, ctx.eps, None, None, None, ctx.normed_dtype)[1]
+
+
+def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
+    return tensors if dtype is None else cast(dtype, *tensors)
+
+
+def _given(needs: Sequence[bool], grads: Sequence[Tensor], like: Sequence[Any]) -> list[Tensor | None]:
+    """The gradients that are needed, in the dtypes of what they are gradients of; in pairs with `like`."""
+    pairs = zip(needs, grads, like, strict=True)
+    return [grad.to(each.dtype) if need else None for need, grad, each in pairs]
+
+
+# --------------------------------------------------------------------------------------------------------- linear
+
+
+def _check_linear(x: Tensor, dtype: torch.dtype | None, weight: Tensor, bias: Tensor | None) -> None:
+    check_linear(x, weight, bias, dtype)
+
+
+def _linear(
+    normed: Tensor, dtype: torch.dtype | None, learns: bool, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return op_linear.run("forward", (normed, *_cast(dtype, weight, bias))), ()
+
+
+def _linear_backward(dy, normed, dtype, needs, arguments, kept):
+    dx, *grads = op_linear.backward(dy, normed, _cast(dtype, arguments[0])[0], list(needs))
+    return dx if needs[0] else None, *_given(needs[1:], grads, arguments)
+
+
+_LINEAR = _Step("linear_step", _check_linear, ops.linear, _linear, _linear_backward)
+
+
+# ------------------------------------------------------------------------------------------------------------ mlp
+
+
+def _check_mlp(x: Tensor, dtype: torch.dtype | None, *arguments: Any) -> None:
+    check_mlp(x, *arguments, dtype)
+
+
+def _mlp_ops(normed: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
+    return ops.mlp(normed, w1, b1, w2, b2, activation=activation)
+
+
+def _mlp(normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    *weights, activation = arguments
+    y, pre = op_mlp.run("forward", (normed, *_cast(dtype, *weights), activation, learns))
+    return y, (pre,)
+
+
+def _mlp_backward(dy, normed, dtype, needs, arguments, kept):
+    *weights, activation = arguments
+    w1, _, w2, _ = weights
+    w1, w2 = _cast(dtype, w1, w2)
+    dx, *grads = op_mlp.backward(dy, normed, *kept, w1, w2, activation, list(needs[:5]))
+    return dx if needs[0] else None, *_given(needs[1:5], grads, weights), None
+
+
+_MLP = _Step("mlp_step", _check_mlp, _mlp_ops, _mlp, _mlp_backward)
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+@_check.once
+def _check_attention(
+    x: Tensor,
+    dtype: torch.dtype | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    num_heads: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> None:
+    _check.has_rank("attention", "x", x, "[B, N, D]")
+    check_linear(x, qkv_weight, qkv_bias, dtype)
+    packed = x.new_empty(1).expand(*x.shape[:2], qkv_weight.shape[0])  # as the projection will be
+    check_packed(packed, num_heads, attn_mask, is_causal)
+    check_linear(packed[..., : qkv_weight.shape[0] // 3], proj_weight, proj_bias, dtype)
+
+
+def _attention_ops(normed: Tensor, *arguments: Any) -> Tensor:
+    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
+    qkv = ops.linear(normed, qkv_weight, qkv_bias)
+    heads = ops.attention_qkv(qkv, num_heads, attn_mask=mask, is_causal=is_causal, scale=scale)
+    return ops.linear(heads, proj_weight, proj_bias)
+
+
+def _attention(
+    normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
+    qkv = op_linear.run("forward", (normed, *_cast(dtype, qkv_weight, qkv_bias)))
+    options = packed_options(qkv, num_heads, mask, is_causal, scale)
+    heads, *statistics = op_qkv.run("forward", (qkv, *options))
+    out = op_linear.run("forward", (heads, *_cast(dtype, proj_weight, proj_bias)))
+    return out, (qkv, heads, *statistics)
+
+
+def _attention_backward(dy, normed, dtype, needs, arguments, kept):
+    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
+    qkv, heads, *statistics = kept
+    inner = needs[0] or needs[1] or needs[2] or needs[6]
+    dheads, *proj = op_linear.backward(dy, heads, _cast(dtype, proj_weight)[0], [inner, *needs[3:5]])
+    grads: list[Tensor | None] = [None] * 9
+    grads[3:5] = _given(needs[3:5], proj, (proj_weight, proj_bias))
+    if inner:
+        options = packed_options(qkv, num_heads, mask, is_causal, scale)
+        dqkv, dmask = op_qkv.backward(dheads, qkv, heads, *statistics, *options, needs[6])
+        dx, *packed = op_linear.backward(dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
+        grads[0] = dx if needs[0] else None
+        grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
+        grads[6] = dmask.reshape(mask.shape) if needs[6] else None
+    return grads
+
+
+_ATTENTION = _Step("attention_step", _check_attention, _attention_ops, _attention, _attention_backward)

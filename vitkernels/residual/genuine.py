@@ -1,0 +1,196 @@
+"""Whether calling a module does what its class's own text does with the module's parameters, and nothing else.
+
+A fused module computes with its children's parameters in place of calling the children. That is the same only while
+nobody looks on or changes something: a hook, a forward replaced on the module or on its class, a weight that acts when
+it is multiplied, a mode that sees every torch function, a torch function that somebody replaced. Everything here
+answers with the reason, or with None where the parameters may be read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+import torch.fx._symbolic_trace
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_MODULE_CALL = nn.Module.__call__
+# What knows other libraries' forward hooks that stay on a module and do nothing in the call at hand.
+IDLE_HOOKS: list[Callable[[Callable[..., Any]], bool]] = []
+
+
+def stock_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class before it was swapped for a fused one."""
+    return getattr(type(module), "stock", type(module))
+
+
+def owner(module: nn.Module) -> type[nn.Module]:
+    """The class that defines what the module computes: of its bases, the first one with a `forward`."""
+    cls = type(module)
+    if "forward" in cls.__dict__ and "stock" not in cls.__dict__:  # most; a fused class has its mixin's
+        return cls
+    for cls in stock_type(module).__mro__:
+        if "forward" in cls.__dict__:
+            return cls
+    raise AssertionError("nn.Module defines forward")
+
+
+def name_of(cls: type) -> str:
+    """ "package.module.Class"."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def owner_name(module: nn.Module) -> str:
+    """`owner`, as "package.module.Class"."""
+    return name_of(owner(module))
+
+
+# ----------------------------------------------------------------------------------------------------- one module
+
+
+def why_not_read(module: nn.Module) -> str | None:
+    """Why this module must be called, in a word or two ("a hook"); None where its parameters may be read.
+
+    Asked of every part of a block at every call.
+    """
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    hooks = module._forward_hooks
+    if hooks and not all(any(idle(hook) for idle in IDLE_HOOKS) for hook in hooks.values()):
+        return "a hook"
+    if "forward" in module.__dict__ or replaced(owner(module)):
+        return "another forward"
+    if type(module).__call__ is not _MODULE_CALL:
+        return "a __call__ of its own"
+    if module._parameters:
+        reason = why_not_weights(module)
+        if reason is not None:
+            return reason
+    return _watched()
+
+
+def why_not_weights(module: nn.Module) -> str | None:
+    """Which of the module's own parameters is a tensor that acts (sharded, quantized); None for none."""
+    for weight in module._parameters.values():
+        kind = type(weight)
+        if kind is not nn.Parameter and kind is not type(None) and acts(kind):
+            return f"a {kind.__name__} weight"
+    return None
+
+
+_forwards: dict[type, tuple[Any, bool]] = {}  # of each class: the forward that was judged, and the judgement
+
+
+def replaced(cls: type) -> bool:
+    """Whether somebody gave a class another `forward` than the one in its own text."""
+    forward = cls.__dict__["forward"]
+    judged = _forwards.get(cls)
+    if judged is None or judged[0] is not forward:
+        judged = _forwards[cls] = forward, not _is_own(cls, forward)
+    return judged[1]
+
+
+replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked while tracing, not traced
+
+
+def _is_own(cls: type, forward: Any) -> bool:
+    """Whether a function stands in the class's text: by its module's globals and its code's name, which wrappers that
+    copy the other names cannot have."""
+    home = sys.modules.get(cls.__module__)
+    if type(forward) is not FunctionType or home is None or forward.__globals__ is not vars(home):
+        return False
+    name = f"{cls.__qualname__}.forward"
+    return name == forward.__qualname__ == getattr(forward.__code__, "co_qualname", name)  # Python 3.11 and later
+
+
+_acting: dict[type, bool] = {Tensor: False, nn.Parameter: False, nn.Buffer: False}
+
+
+def acts(kind: type) -> bool:
+    """Whether a class of tensors does something of its own when torch functions are called on it."""
+    known = _acting.get(kind)
+    if known is None:
+        known = _acting[kind] = _has_behaviour(kind)
+    return known
+
+
+acts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _has_behaviour(kind: Any) -> bool:
+    if not issubclass(kind, Tensor) or hasattr(kind, "__tensor_flatten__"):
+        return True
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    inert = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+    return function not in inert
+
+
+# -------------------------------------------------------------------------------------------- around all modules
+
+_BUILTIN = ("linear", "gelu", "scaled_dot_product_attention", "conv2d")
+_PYTHON = ("layer_norm", "relu", "silu", "softmax", "multi_head_attention_forward")
+_FUNCTIONS: dict[str, Any] = {name: getattr(F, name) for name in (*_BUILTIN, *_PYTHON)}
+
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+
+
+def _watched() -> str | None:
+    """Who looks on at every module's call; None for nobody."""
+    if any(_GLOBAL_HOOKS):
+        return "a global hook"
+    if torch._C._len_torch_function_stack():
+        mode = _acting_mode()
+        if mode is not None:
+            return f"an active {mode}"
+    if not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag:
+        return "traced by torch.fx"
+    return None
+
+
+def why_not_around() -> str | None:
+    """What is active around a call that sees, or changes, what every module computes; None for nothing."""
+    return _watched() or _replaced_function()
+
+
+def _acting_mode() -> str | None:
+    """The first mode that sees torch functions, but for those that say on which device tensors are made."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    kinds = [type(mode) for mode in modes if type(mode) is not torch.utils._device.DeviceContext]
+    return kinds[0].__name__ if kinds else None
+
+
+_acting_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _replaced_function() -> str | None:
+    """Which function of torch that modules call somebody replaced (counters of FLOPs, quantizers); None for none."""
+    if nn.Module.__call__ is not _MODULE_CALL or not _call_is_own:
+        return "somebody replaced torch.nn.Module.__call__"
+    for name, own in _FUNCTIONS.items():
+        if getattr(F, name) is not own or name in _replaced_at_import:
+            return f"somebody replaced torch.nn.functional.{name}"
+    return None
+
+
+_replaced_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_call_is_own = getattr(_MODULE_CALL, "__globals__", None) is vars(torch_module)
+_replaced_at_import = {
+    name
+    for name, function in _FUNCTIONS.items()
+    if not (
+        isinstance(function, BuiltinFunctionType)
+        if name in _BUILTIN
+        else getattr(function, "__globals__", None) is vars(F)
+    )
+}

@@ -1,0 +1,171 @@
+"""Reading the parts of other libraries' modules, and computing with them through the ops.
+
+A fused module runs its children's arithmetic inside its own ops. It may do so only while calling the child would do
+nothing else: `why_not_part` says what else it would do, and every function here calls the child as it is while there is
+a reason to. What a class computes is settled by the class that defines its `forward` (`genuine.owner`): a subclass that
+adds a method stays known, one that changes `forward` (LoRA, quantized Linears) does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.ops._amp import autocast_dtype
+from vitkernels.residual import known
+from vitkernels.residual.genuine import name_of, owner, owner_name, stock_type, why_not_read
+
+
+def why_not_part(name: str, module: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
+    """Why the module must be called, not read around, in words like "LoRA on qkv"; None when it may be read.
+
+    Args:
+        name: what its parent calls it.
+        module: the part.
+        kind: the class whose `forward` it must have; None where the caller has looked already.
+    """
+    if kind is not None and owner(module) is not kind:
+        if hasattr(module, "base_layer"):
+            return f"LoRA on {name}" if hasattr(module, "lora_A") else f"an adapter on {name}"
+        return f"{name} is {_told_apart(stock_type(module), kind.__name__)}, not {kind.__name__}"
+    extra = why_not_read(module)
+    return None if extra is None else f"{extra} on {name}"
+
+
+def _told_apart(kind: type[nn.Module], name: str) -> str:
+    """A class's name; qualified where it is the name of what it is not, as quantized Linears have it."""
+    return name_of(kind) if kind.__name__ == name else kind.__name__
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether the module is absent, or hands its input on."""
+    return module is None or (owner(module) is nn.Identity and why_not_read(module) is None)
+
+
+def dropout_rate(module: nn.Module | None) -> float:
+    """The rate at which a Dropout (or an Identity in its place) drops now: 0 in eval."""
+    return float(getattr(module, "p", 0.0)) if module is not None and module.training else 0.0
+
+
+def drops_nothing(module: nn.Module | None) -> bool:
+    """Whether calling this Dropout, Identity or None would change nothing."""
+    if module is None or is_identity(module):
+        return True
+    return owner(module) is nn.Dropout and why_not_read(module) is None and dropout_rate(module) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------- LayerNorm
+
+
+def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
+    """Why `ops.add_layer_norm` cannot stand for this norm, or None when it can."""
+    known_why_not = known.LAYER_NORMS.get(owner_name(norm))
+    if known_why_not is None or not isinstance(norm, nn.LayerNorm):
+        return f"{name} is {_told_apart(stock_type(norm), 'LayerNorm')}, not LayerNorm"
+    reason = known_why_not(norm)
+    if reason is not None:
+        return f"{name} {reason}"
+    if norm.weight is None or len(norm.normalized_shape) != 1 or norm.weight.shape != norm.normalized_shape:
+        return f"{name} has no weight of its last axis"
+    return why_not_part(name, norm)
+
+
+def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """norm(x); where it may be read, rounded to the dtype that its consumer multiplies in."""
+    if why_not_layer_norm("norm", norm) is not None:
+        return norm(x)
+    return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------- Linear
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), through `ops.linear` where it is a Linear that may be read."""
+    if why_not_part("", module, nn.Linear) is not None:
+        return module(x)
+    return ops.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+
+
+def last_linear(module: nn.Module, x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+    """module(x); with `bias_apart`, its bias beside it for an op that adds it on its way, or None where it is in."""
+    if not bias_apart or why_not_part("", module, nn.Linear) is not None:
+        return linear(module, x), None
+    return ops.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]
+
+
+def operand_dtype(reader: nn.Module | None, x: Tensor) -> torch.dtype | None:
+    """The dtype in which a norm hands x's normalised values to `reader`; None leaves them in x's.
+
+    Under autocast a Linear (or the products of an nn.MultiheadAttention) would round them anyway, so they are written
+    rounded. Any other module gets them as the norm itself would hand them over: on CUDA, autocast has it answer in
+    float32.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
+        return None
+    if reader is not None and _rounds(owner(reader)) and why_not_part("", reader) is None:
+        return dtype
+    return torch.float32 if x.is_cuda else None
+
+
+def _rounds(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class round what they are given to autocast's dtype."""
+    return kind in (nn.Linear, nn.MultiheadAttention) or name_of(kind) in known.LINEARS
+
+
+# ------------------------------------------------------------------------------------------------------ activation
+
+
+def activation(act: nn.Module | Callable[..., Tensor]) -> str | None:
+    """The name by which `ops.mlp` knows an activation, or None where it does not."""
+    if not isinstance(act, nn.Module):
+        return known.FUNCTIONS.get(act)
+    name = known.ACTIVATIONS.get(owner_name(act))
+    return name(act) if name is not None and why_not_read(act) is None else None
+
+
+# ------------------------------------------------------------------------------------------- LayerScale and DropPath
+
+
+def scale_parameter(module: nn.Module | Tensor | None) -> Tensor | None:
+    """LayerScale's parameter, [D]; None for an Identity, None or a module that `why_not_scale` declines."""
+    if module is None or isinstance(module, Tensor):
+        return module
+    name = known.scale_name(module)
+    return None if name is None else getattr(module, name)
+
+
+def why_not_scale(name: str, module: nn.Module | Tensor | None) -> str | None:
+    """Why the module cannot be read as a LayerScale (or nothing), or None when it can."""
+    if module is None or (not isinstance(module, Tensor) and is_identity(module)):
+        return None
+    if not isinstance(module, Tensor):
+        if known.scale_name(module) is None:
+            return f"{name} is {_told_apart(stock_type(module), 'LayerScale')}, not LayerScale"
+        reason = why_not_part(name, module)
+        if reason is not None:
+            return reason
+    gamma = scale_parameter(module)
+    return None if gamma is not None and gamma.dim() == 1 else f"{name} has no factor for each feature"
+
+
+def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:
+    """Why the module cannot be read as a DropPath (or nothing), or None when it can."""
+    if module is None or is_identity(module):
+        return None
+    if known.drop_path_draw(module) is None:
+        return f"{name} is {_told_apart(stock_type(module), 'DropPath')}, not DropPath"
+    return why_not_part(name, module)
+
+
+def drop_path_factor(module: nn.Module | None, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """DropPath's factor of each sample, [B], drawn as the module would draw it; None where nothing is dropped."""
+    if module is None or not module.training or not getattr(module, "drop_prob", None):
+        return None
+    draw = known.drop_path_draw(module)
+    assert draw is not None, "asked before: why_not_drop_path"
+    return draw(module, tokens, dtype)

@@ -1,0 +1,195 @@
+"""Residual streams: each sub-layer's add, LayerScale and DropPath run together with the LayerNorm that comes next.
+
+A pre-norm block computes x + drop_path(scale(branch(norm(x)))) twice. What a sub-layer adds waits for the norm of the
+next one, and both are one pass over memory, with the products behind them one autograd Function (`ops/_steps.py`). The
+last sub-layer's add stands alone. A call depends on its tokens and on the modules that it was given: blocks share the
+pass at their border only where they are run by one call of `pre_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.ops import _steps
+from vitkernels.ops._amp import autocast_dtype
+from vitkernels.ops._steps import Added, Norm
+from vitkernels.residual import parts
+
+# (stream, what is added to it first, norm, bias_apart) -> (sum, branch, bias)
+Step = Callable[[Tensor, Added | None, Norm, bool], tuple[Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A row of `explain`: a part of a module, the ops that serve it, and what of it is not fused.
+
+    Attributes:
+        name: the part, as its module calls it; "" for the module itself.
+        ops: the ops, "attention_qkv, linear"; "" where none runs.
+        why_not: what is not fused, or None.
+        module: the block within the module that the part belongs to ("layers.0"); "" for the module itself.
+    """
+
+    name: str
+    ops: str
+    why_not: str | None = None
+    module: str = ""
+
+
+@dataclass(slots=True)
+class Branch:
+    """How a sub-layer's branch is computed.
+
+    Attributes:
+        run: (normed tokens [B, N, D], bias_apart) -> (branch, bias): with `bias_apart` the last Linear's bias comes
+            beside the branch, for an op that adds it on its way; None where it is in, or where there is none.
+        ops: the ops that `run` calls, for `explain`.
+        reader: the Linear that reads the normed tokens; None where a module gets them whole.
+        reason: what of the branch is not fused, or how to find out: a call need not, `explain` does.
+        otherwise: the ops that `run` calls while something is not; the same by default.
+        step: the same with the add and the norm before it, as one autograd Function; None where there is none.
+    """
+
+    run: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+    ops: str
+    reader: nn.Module | None = None
+    reason: str | Callable[[], str | None] | None = None
+    otherwise: str | None = None
+    step: Step | None = None
+
+    @property
+    def why_not(self) -> str | None:
+        """What of the branch is not fused now, or None."""
+        return self.reason() if callable(self.reason) else self.reason
+
+    def part(self, name: str) -> Part:
+        """The row of `explain`."""
+        why_not = self.why_not
+        ops = self.ops if why_not is None or self.otherwise is None else self.otherwise
+        return Part(name, ops, why_not)
+
+
+@dataclass(slots=True)
+class Sublayer:
+    """One residual step of a block, by its parts; `name` is what `explain` calls it ("attn")."""
+
+    name: str
+    norm: nn.Module
+    branch: Branch
+    scale: nn.Module | Tensor | None = None
+    drop_path: nn.Module | None = None
+
+    def parts(self) -> list[Part]:
+        """The rows of `explain`: the branch, and the residual add with its norm."""
+        reasons = (
+            parts.why_not_layer_norm(f"the norm of {self.name}", self.norm),
+            parts.why_not_scale(f"the scale of {self.name}", self.scale),
+            parts.why_not_drop_path(f"the drop path of {self.name}", self.drop_path),
+        )
+        why_not = next((reason for reason in reasons if reason is not None), None)
+        residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
+        return [self.branch.part(self.name), residual]
+
+
+def pre_norm(
+    x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | None = None, last_norm: nn.Module | None = None
+) -> Tensor:
+    """x = x + drop_path(scale(branch(norm(x)))) for each sub-layer, [B, N, D] to the same.
+
+    Args:
+        x: the residual stream.
+        sublayers: the steps, in order; of one block or of several.
+        dtype: of the residual stream under autocast; None leaves it as the modules one by one would have it.
+        last_norm: the norm of the sum, where the one who calls owns it too; its result is returned.
+    """
+    dtype = _stream_dtype(x, dtype)
+    if dtype is not None:
+        x = x.to(dtype)
+    last = None if last_norm is None else _readable(last_norm, x.shape[-1])
+    norms = [_readable(each.norm, x.shape[-1]) for each in sublayers]
+    added: Added | None = None
+    for sublayer, norm, following in zip(sublayers, norms, [*norms[1:], last], strict=True):
+        branch = sublayer.branch
+        joins = following is not None and _adds(sublayer)
+        if norm is None:
+            out, bias = branch.run(sublayer.norm(x), joins)
+        elif branch.step is not None:
+            x, out, bias = branch.step(x, added, norm, joins)
+        else:
+            x, normed = _steps.add_norm(x, added, norm, parts.operand_dtype(branch.reader, x))
+            out, bias = branch.run(normed, joins)
+        if joins:
+            x, added = _waiting(x, sublayer, out, bias, widen=dtype is None)
+        else:
+            x, added = _added_now(x, sublayer, out, widen=dtype is None), None
+    if last_norm is None:
+        return x
+    return last_norm(x) if last is None else _steps.add_norm(x, added, last, parts.operand_dtype(None, x))[1]
+
+
+def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:
+    """branch(norm(x)) alone."""
+    readable = _readable(norm, x.shape[-1])
+    if readable is not None and branch.step is not None:
+        return branch.step(x, None, readable, False)[1]
+    return branch.run(parts.layer_norm(norm, x, parts.operand_dtype(branch.reader, x)), False)[0]
+
+
+def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | None = None) -> Tensor:
+    """x = norm(x + drop_path(scale(branch(x)))) for each sub-layer, [B, N, D] to the same; dtype as in `pre_norm`."""
+    dtype = _stream_dtype(x, dtype)
+    if dtype is not None:
+        x = x.to(dtype)
+    for sublayer in sublayers:
+        norm = _readable(sublayer.norm, x.shape[-1])
+        if norm is None or not _adds(sublayer):
+            out, _ = sublayer.branch.run(x, False)
+            x = parts.layer_norm(sublayer.norm, _added_now(x, sublayer, out, widen=dtype is None))
+            continue
+        out, bias = sublayer.branch.run(x, True)
+        x, added = _waiting(x, sublayer, out, bias, widen=dtype is None)
+        x = _steps.add_norm(x, added, norm, dtype or parts.operand_dtype(None, x))[1]
+    return x
+
+
+def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to keep the stream in; None as it is: without autocast, products take what they are given."""
+    return None if autocast_dtype(x) is None or x.dtype == torch.float64 else dtype
+
+
+def _readable(norm: nn.Module, width: int) -> Norm | None:
+    """A norm's parameters, where `ops.add_layer_norm` can stand for it in a stream of this width."""
+    if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != width:  # type: ignore[index]
+        return None
+    return Norm(norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+
+
+def _adds(sublayer: Sublayer) -> bool:
+    """Whether what the sub-layer adds can wait for the norm behind it."""
+    return parts.why_not_scale("", sublayer.scale) is None and parts.why_not_drop_path("", sublayer.drop_path) is None
+
+
+def _waiting(x: Tensor, sublayer: Sublayer, out: Tensor, bias: Tensor | None, widen: bool) -> tuple[Tensor, Added]:
+    """The stream, in the dtype of the sum to come, and what is to be added to it."""
+    gamma = parts.scale_parameter(sublayer.scale)
+    # the dtype that the scaled branch has where the modules run one by one: DropPath draws in it, the sum is in it
+    dtype = out.dtype if gamma is None else torch.promote_types(out.dtype, gamma.dtype)
+    if widen and x.dtype != dtype:
+        x = x.to(torch.promote_types(x.dtype, dtype))
+    return x, Added(out, bias, gamma, parts.drop_path_factor(sublayer.drop_path, out, dtype))
+
+
+def _added_now(x: Tensor, sublayer: Sublayer, out: Tensor, widen: bool) -> Tensor:
+    """The sum by the modules themselves."""
+    scale, drop_path = sublayer.scale, sublayer.drop_path
+    if isinstance(scale, Tensor):
+        out = out * scale
+    elif not parts.is_identity(scale):
+        out = scale(out)  # type: ignore[misc]
+    if not parts.is_identity(drop_path):
+        out = drop_path(out)  # type: ignore[misc]
+    return x + (out if widen else out.to(x.dtype))

@@ -1,0 +1,241 @@
+"""The sub-layers that ecosystems share: feed-forward, and attention with one projection or three."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.ops import _steps
+from vitkernels.ops._steps import Added, Norm
+from vitkernels.residual import parts
+from vitkernels.residual.stream import Branch, Step
+
+
+def why_not_linears(**linears: nn.Module) -> str | None:
+    """Which of these projections must be called as it is, and why; None when all are Linears that may be read."""
+    reasons = (parts.why_not_part(name, module, nn.Linear) for name, module in linears.items())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def dropped(branch: Branch, dropout: nn.Module | None) -> Branch:
+    """The branch with a Dropout after it, which is torch's own and draws as ever."""
+    if dropout is None or parts.drops_nothing(dropout):
+        return branch
+    inner = branch.step
+
+    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, None]:
+        total, out, _ = inner(x, added, norm, False)  # type: ignore[misc]
+        return total, dropout(out), None
+
+    return dataclasses.replace(
+        branch,
+        run=lambda x, bias_apart: (dropout(branch.run(x, False)[0]), None),
+        step=None if inner is None else step,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- steps
+
+
+Packed = Callable[[], tuple[Tensor, Tensor | None]]  # weight and bias of a projection
+
+
+def linear_step(packed: Packed, rest: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]) -> Step:
+    """A branch that begins with a projection: `rest` takes its result and `bias_apart`."""
+
+    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        total, projected = _steps.linear(x, added, norm, *packed())
+        return total, *rest(projected, bias_apart)
+
+    return step
+
+
+def attention_step(
+    qkv: Packed,
+    proj: nn.Module,
+    num_heads: int,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Step:
+    """Self-attention with a packed projection of q, k and v; proj is a Linear that may be read."""
+
+    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight, bias = proj.weight, proj.bias
+        total, out = _steps.attention(
+            x,
+            added,
+            norm,
+            qkv(),
+            (weight, None if bias_apart else bias),  # type: ignore[arg-type]
+            num_heads,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+        )
+        return total, out, bias if bias_apart else None  # type: ignore[return-value]
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------- feed-forward
+
+
+def why_not_mlp(
+    fc1: nn.Module,
+    act: nn.Module | Callable[..., Tensor],
+    fc2: nn.Module,
+    dropout: nn.Module | None = None,
+    names: tuple[str, str] = ("fc1", "fc2"),
+) -> str | None:
+    """Why fc2(dropout(act(fc1(x)))) cannot run with the activation inside the products now, or None when it can."""
+    if parts.activation(act) is None:
+        return f"the activation is {getattr(act, '__name__', type(act).__name__)}"
+    if not parts.drops_nothing(dropout):
+        return "a dropout after the activation"
+    return why_not_linears(**dict(zip(names, (fc1, fc2), strict=True)))
+
+
+def mlp(
+    x: Tensor,
+    fc1: nn.Module,
+    act: nn.Module | Callable[..., Tensor],
+    fc2: nn.Module,
+    dropout: nn.Module | None = None,
+    bias_apart: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """fc2(dropout(act(fc1(x)))) on `ops.mlp`, or part by part where `why_not_mlp` says so.
+
+    Returns:
+        With `bias_apart` (product, fc2's bias or None), else (result, None).
+    """
+    kind = parts.activation(act)
+    if kind is None or why_not_mlp(fc1, act, fc2, dropout) is not None:
+        hidden = act(parts.linear(fc1, x))
+        return parts.last_linear(fc2, hidden if dropout is None else dropout(hidden), bias_apart)
+    bias: Tensor | None = fc2.bias  # type: ignore[assignment]
+    out = ops.mlp(
+        x,
+        fc1.weight,  # type: ignore[arg-type]
+        fc1.bias,  # type: ignore[arg-type]
+        fc2.weight,  # type: ignore[arg-type]
+        None if bias_apart else bias,
+        activation=kind,
+    )
+    return out, bias if bias_apart else None
+
+
+def mlp_branch(
+    fc1: nn.Module,
+    act: nn.Module | Callable[..., Tensor],
+    fc2: nn.Module,
+    dropout: nn.Module | None = None,
+    names: tuple[str, str] = ("fc1", "fc2"),
+) -> Branch:
+    """`mlp` as the branch of a residual step; `names` are what its block calls the two Linears."""
+
+    def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+        return mlp(x, fc1, act, fc2, dropout, bias_apart)
+
+    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        bias: Any = fc2.bias
+        weights: tuple[Any, ...] = (fc1.weight, fc1.bias, fc2.weight, None if bias_apart else bias)
+        total, out = _steps.mlp(x, added, norm, weights, kind or "")
+        return total, out, bias if bias_apart else None
+
+    kind, why_not = parts.activation(act), why_not_mlp(fc1, act, fc2, dropout, names)
+    return Branch(run, "mlp", fc1, why_not, "linear, linear", step if why_not is None else None)
+
+
+def gated_branch(
+    first: dict[str, nn.Module],
+    gate: Callable[[Tensor], Tensor],
+    last: dict[str, nn.Module],
+    dropout: nn.Module | None = None,
+) -> Branch:
+    """last(dropout(gate(first(x)))): SwiGLU and its relatives (Shazeer 2020), the products ours, the gate torch's.
+
+    Args:
+        first: one Linear, or two whose results stand side by side, by the names that their block has for them.
+        gate: from those results, [B, N, 2 * F], to [B, N, F].
+        last: the Linear behind it, by its name.
+        dropout: between gate and last.
+    """
+    linears, (output,) = tuple(first.values()), last.values()
+
+    def finish(both: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+        hidden = gate(both)
+        return parts.last_linear(output, hidden if dropout is None else dropout(hidden), bias_apart)
+
+    why_not = why_not_linears(**first, **last)
+    return Branch(
+        lambda x, bias_apart: finish(projected(x, *linears), bias_apart),
+        "linear, gate of torch, linear",
+        linears[0] if why_not is None else None,
+        why_not,
+        step=linear_step(lambda: joined(*linears), finish) if why_not is None else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+# what an attention runs, for `explain`: without and with rotary positions
+ATTENTION, ROTARY = "linear, attention, linear", "linear, rotary, attention, linear"
+
+
+def projected(x: Tensor, *linears: nn.Module) -> Tensor:
+    """What the Linears make of x, side by side: one product where all of them may be read."""
+    if any(parts.why_not_part("", each, nn.Linear) is not None for each in linears):
+        return torch.cat([parts.linear(each, x) for each in linears], dim=-1)
+    return ops.linear(x, *joined(*linears))
+
+
+def joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of Linears that read the same tokens, as those of one; a bias that one of them lacks is 0.
+
+    Joining copies the weights, which is little beside the product; its backward splits the gradient by views.
+    """
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    weight = torch.cat([each.weight for each in linears])
+    biases = [each.bias for each in linears]
+    if all(bias is None for bias in biases):
+        return weight, None
+    zero = weight.new_zeros(())
+    return weight, torch.cat([zero.expand(len(each.weight)) if each.bias is None else each.bias for each in linears])
+
+
+def split_heads(packed: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3 * D] to q, k and v, each [B, H, N, K]; views."""
+    batch, tokens, width = packed.shape
+    q, k, v = packed.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def join_heads(heads: Tensor) -> Tensor:
+    """[B, H, N, K] to [B, N, H * K]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
+    """`ops.rotary`, or its formula in plain torch where positions are learned: kernels have no gradients of them."""
+    learned = torch.is_grad_enabled() and (sin.requires_grad or cos.requires_grad)
+    return (plain_rotary if learned else ops.rotary)(x, sin, cos, prefix=prefix, half=half)
+
+
+def plain_rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
+    """The same step by step, each rounded to the dtype that torch promotes to."""
+    patches = x[:, :, prefix:]
+    if half:
+        first, second = patches.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], -1).reshape(patches.shape)
+    rotated = (patches * cos + turned * sin).to(x.dtype)
+    return torch.cat([x[:, :, :prefix], rotated], dim=2) if prefix else rotated
