@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.ops._steps import Added, Norm
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import why_not_weights
-from vitkernels.residual.stream import Branch, Part
+from vitkernels.residual.stream import Branch, Part, Step
 from vitkernels.residual.sublayers import attention_step, join_heads, why_not_linears
 
 
@@ -129,7 +130,8 @@ class FusedMultiheadAttention(Fused):
             is_causal = masks.is_causal and masks.key_padding_mask is None
             options = {"attn_mask": _taking_part(attn, masks), "is_causal": is_causal}
             packed = (attn.in_proj_weight, attn.in_proj_bias)
-            step = attention_step(lambda: packed, attn.out_proj, attn.num_heads, **options)
+            whole = attention_step(lambda: packed, attn.out_proj, attn.num_heads, **options)
+            step = _in_torch_order(whole) if attn.training else whole
         return Branch(run, "linear, attention, linear", self, step=step)
 
     def parts(self) -> list[Part]:
@@ -155,6 +157,16 @@ def attention_branch(name: str, attn: nn.Module, masks: Masks = NO_MASKS, memory
 
 
 # ----------------------------------------------------------------------------------------------------------- pieces
+
+
+def _in_torch_order(whole: Step) -> Step:
+    """The branch laid out in memory as [N, B, D], as torch's own is: a dropout after it draws in that order."""
+
+    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        total, out, bias = whole(x, added, norm, bias_apart)
+        return total, out if bias_apart else out.transpose(0, 1).contiguous().transpose(0, 1), bias
+
+    return step
 
 
 def _dropout(attn: Any) -> float:

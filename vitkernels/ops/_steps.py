@@ -174,21 +174,21 @@ class _Step:
         """total, result, normed, the norm's statistics, and what the product's backward keeps."""
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
         normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
-        total, normed, *statistics = op_norm.run(
+        total, normed, mean, rstd = op_norm.run(
             "forward", (x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype)
         )
         result, kept = self.forward(normed, dtype, learns, *arguments)
-        return x if branch is None else total, result, normed, statistics, kept
+        return x if branch is None else total, result, normed, mean, rstd, kept
 
     def _forward(self, ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        total, result, normed, statistics, kept = self._run(True, *inputs)
+        total, result, normed, mean, rstd, kept = self._run(True, *inputs)
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
         tensors = [each if isinstance(each, Tensor) else None for each in arguments]
         again = normed.numel() >= _SMALL and not normed.is_cuda  # on GPUs the pass costs more than the memory is worth
         ctx.save_for_backward(
             None if again else normed,
             bias,
-            *kept_of_norm(total, branch, weight, *statistics, branch_bias, scale, row_scale),
+            *kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale),
             *tensors,
             *kept,
         )

@@ -22,6 +22,8 @@ from torch.nn.modules import module as torch_module
 _MODULE_CALL = nn.Module.__call__
 # What knows other libraries' forward hooks that stay on a module and do nothing in the call at hand.
 IDLE_HOOKS: list[Callable[[Callable[..., Any]], bool]] = []
+# Wrappers that other libraries put around a class's own forward when it is defined: module, and name of the function.
+WRAPPERS: set[tuple[str, str]] = set()
 
 
 def stock_type(module: nn.Module) -> type[nn.Module]:
@@ -65,7 +67,8 @@ def why_not_read(module: nn.Module) -> str | None:
         return "a hook"
     if "forward" in module.__dict__ or replaced(owner(module)):
         return "another forward"
-    if type(module).__call__ is not _MODULE_CALL:
+    # tracers that export wrap Module's own
+    if type(module).__call__ is not (nn.Module.__call__ if torch.compiler.is_compiling() else _MODULE_CALL):
         return "a __call__ of its own"
     if module._parameters:
         reason = why_not_weights(module)
@@ -102,6 +105,8 @@ def _is_own(cls: type, forward: Any) -> bool:
     """Whether a function stands in the class's text: by its module's globals and its code's name, which wrappers that
     copy the other names cannot have."""
     home = sys.modules.get(cls.__module__)
+    while type(forward) is FunctionType and (forward.__globals__["__name__"], forward.__code__.co_name) in WRAPPERS:
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
     if type(forward) is not FunctionType or home is None or forward.__globals__ is not vars(home):
         return False
     name = f"{cls.__qualname__}.forward"
@@ -163,11 +168,14 @@ def why_not_around() -> str | None:
     return _watched() or _replaced_function()
 
 
+# of torch's own modes: those that say where tensors are made, and those of its tracers, which call modules as they are
+_IDLE_MODES = ("torch.utils._device", "torch.fx.", "torch._export.", "torch._dynamo.", "torch._higher_order_ops.")
+
+
 def _acting_mode() -> str | None:
-    """The first mode that sees torch functions, but for those that say on which device tensors are made."""
-    modes = torch.overrides._get_current_function_mode_stack()
-    kinds = [type(mode) for mode in modes if type(mode) is not torch.utils._device.DeviceContext]
-    return kinds[0].__name__ if kinds else None
+    """The first mode that sees torch functions and may do something of its own; None for none."""
+    kinds = (type(mode) for mode in torch.overrides._get_current_function_mode_stack())
+    return next((kind.__name__ for kind in kinds if not kind.__module__.startswith(_IDLE_MODES)), None)
 
 
 _acting_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -175,7 +183,8 @@ _acting_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _replaced_function() -> str | None:
     """Which function of torch that modules call somebody replaced (counters of FLOPs, quantizers); None for none."""
-    if nn.Module.__call__ is not _MODULE_CALL or not _call_is_own:
+    replaced_call = nn.Module.__call__ is not _MODULE_CALL and not torch.compiler.is_compiling()
+    if replaced_call or not _call_is_own:
         return "somebody replaced torch.nn.Module.__call__"
     for name, own in _FUNCTIONS.items():
         if getattr(F, name) is not own or name in _replaced_at_import:

@@ -24,17 +24,20 @@ def why_not_linears(**linears: nn.Module) -> str | None:
 
 def dropped(branch: Branch, dropout: nn.Module | None) -> Branch:
     """The branch with a Dropout after it, which is torch's own and draws as ever."""
-    if dropout is None or parts.drops_nothing(dropout):
-        return branch
+    return branch if dropout is None or parts.drops_nothing(dropout) else followed(branch, dropout)
+
+
+def followed(branch: Branch, after: Callable[[Tensor], Tensor]) -> Branch:
+    """The branch with another module, or function of its result, after it."""
     inner = branch.step
 
     def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, None]:
         total, out, _ = inner(x, added, norm, False)  # type: ignore[misc]
-        return total, dropout(out), None
+        return total, after(out), None
 
     return dataclasses.replace(
         branch,
-        run=lambda x, bias_apart: (dropout(branch.run(x, False)[0]), None),
+        run=lambda x, bias_apart: (after(branch.run(x, False)[0]), None),
         step=None if inner is None else step,
     )
 

@@ -6,7 +6,6 @@ Its LayerNorm answers in its input's dtype; what follows it multiplies in autoca
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -19,7 +18,15 @@ from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
 from vitkernels.residual import known, parts
 from vitkernels.residual.genuine import why_not_weights
 from vitkernels.residual.stream import Branch, Part, Sublayer
-from vitkernels.residual.sublayers import dropped, join_heads, linear_step, mlp_branch, split_heads, why_not_linears
+from vitkernels.residual.sublayers import (
+    dropped,
+    followed,
+    join_heads,
+    linear_step,
+    mlp_branch,
+    split_heads,
+    why_not_linears,
+)
 
 _OWN = "open_clip.transformer"
 known.LAYER_NORMS.update({f"{_OWN}.LayerNorm": lambda norm: None, f"{_OWN}.LayerNormFp32": lambda norm: None})
@@ -176,9 +183,7 @@ class FusedCustomBlock(_FusedBlock):
         branch = branch_of("attn", block.attn, **options)
         if parts.is_identity(block.ln_attn):
             return branch
-        return dataclasses.replace(
-            branch, run=lambda x, bias_apart: (parts.layer_norm(block.ln_attn, branch.run(x, False)[0]), None)
-        )
+        return followed(branch, lambda out: parts.layer_norm(block.ln_attn, out))
 
 
 def _why_not_feed_forward(mlp: Any) -> str | None:

@@ -28,16 +28,20 @@ from vitkernels.residual.sublayers import (
 )
 
 
-def _attended(attn: FusedAttention, x: Tensor, why_not: str | None = None, **options: Any) -> Tensor:
-    """What an attention's forward does with the arguments that are its own, beside why it may not run fused."""
-    if attn.declines(x, lambda: attn.why_not_now() or why_not):
+def _why_not_two_masks(attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> str | None:
+    return why_not_two_masks(attn_mask, is_causal)
+
+
+def _attended(attn: FusedAttention, x: Tensor, **options: Any) -> Tensor:
+    """What an attention's forward does with the arguments that are its own."""
+    if attn.declines(x, lambda: attn.why_not_now() or _why_not_two_masks(**options)):
         return super(FusedAttention, attn).forward(x, **options)
     return attn.run(x, **options)
 
 
-def _stepped(block: FusedBlock, x: Tensor, why_not: str | None = None, **options: Any) -> Tensor:
+def _stepped(block: FusedBlock, x: Tensor, **options: Any) -> Tensor:
     """The same of a block's."""
-    if block.declines(x, lambda: why_not):
+    if block.declines(x, lambda: _why_not_two_masks(**options)):
         return super(FusedBlock, block).forward(x, **options)
     return block.run(x, **options)
 
@@ -50,8 +54,7 @@ class FusedRopeAttention(FusedAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        why_not = why_not_two_masks(attn_mask, is_causal)
-        return _attended(self, x, why_not, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return _attended(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
     def why_not_now(self) -> str | None:
         attn: Any = self
@@ -150,8 +153,7 @@ class FusedEvaBlock(FusedBlock):
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        why_not = why_not_two_masks(attn_mask, is_causal)
-        return _stepped(self, x, why_not, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return _stepped(self, x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self

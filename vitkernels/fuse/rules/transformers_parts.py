@@ -18,7 +18,7 @@ from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused
 from vitkernels.residual import known, parts, sublayers
-from vitkernels.residual.genuine import IDLE_HOOKS
+from vitkernels.residual.genuine import IDLE_HOOKS, WRAPPERS
 from vitkernels.residual.stream import Branch, Part, Step
 from vitkernels.residual.sublayers import (
     ATTENTION,
@@ -85,6 +85,7 @@ def _records_nothing(hook: Callable[..., Any]) -> bool:
 
 
 IDLE_HOOKS.append(_records_nothing)
+WRAPPERS.add(("transformers.modeling_layers", "forward_with_checkpointing"))
 
 
 # ------------------------------------------------------------------------------------------------------- attention
