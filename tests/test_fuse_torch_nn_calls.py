@@ -80,12 +80,15 @@ def test_subclasses() -> None:
 # ---------------------------------------------------------------------------------------------- calls left to torch
 
 
+INTEGERS = "called with a mask of torch.int64, and tokens of torch.float32"
+
+
 @pytest.mark.parametrize(
     ("inputs", "keywords", "words"),
     [
         (1, {"is_causal": True}, "called with is_causal and no mask"),
         (1, {"src_mask": torch.zeros(1, N)}, "called with a mask that does not fit"),
-        (1, {"src_key_padding_mask": torch.zeros(B, N, dtype=torch.int64)}, "called with a mask that does not fit"),
+        (1, {"src_key_padding_mask": torch.zeros(B, N, dtype=torch.int64)}, INTEGERS),
         (2, {"tgt_mask": torch.zeros(N, 1)}, "called with a mask that does not fit"),
         (2, {"memory_mask": torch.zeros(1, N)}, "called with a mask that does not fit"),
     ],

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.fuse.swap import Fused, branch_of, why_not_mask
 from vitkernels.ops._steps import Added, Norm
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import why_not_weights
@@ -39,7 +39,7 @@ class Masks(NamedTuple):
 NO_MASKS = Masks()
 
 
-def not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> str | None:
+def why_not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> str | None:
     """Why a call with these tensors belongs to torch's own code, or None when it does not.
 
     Args:
@@ -51,7 +51,7 @@ def not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> 
         return "called without a batch"
     if key.is_nested:
         return "called with a nested tensor"
-    return _not_fitting(attn, query, key, masks) if isinstance(attn, FusedMultiheadAttention) else None
+    return _why_not_masks(attn, query, key, masks) if isinstance(attn, FusedMultiheadAttention) else None
 
 
 class FusedMultiheadAttention(Fused):
@@ -59,6 +59,9 @@ class FusedMultiheadAttention(Fused):
 
     While attention's weights are dropped, torch's own attention stands between the fused projections.
     """
+
+    axes = None
+    reads = ("out_proj",)
 
     def forward(
         self,
@@ -76,7 +79,7 @@ class FusedMultiheadAttention(Fused):
         def why_not() -> str | None:
             if need_weights:
                 return "called with need_weights=True"
-            return self.why_not_now() or not_call(self, query, key, masks)
+            return self.why_not_now() or why_not_call(self, query, key, masks)
 
         if self.declines(query, why_not):
             return super().forward(
@@ -183,7 +186,7 @@ def _batch_first(attn: Any, tokens: Tensor) -> Tensor:
     return tokens if attn.batch_first else tokens.transpose(0, 1)
 
 
-def _not_fitting(attn: Any, query: Tensor, key: Tensor, masks: Masks) -> str | None:
+def _why_not_masks(attn: Any, query: Tensor, key: Tensor, masks: Masks) -> str | None:
     attn_mask, padding, is_causal = masks
     if is_causal and attn_mask is None:
         return "called with is_causal and no mask"
@@ -192,13 +195,11 @@ def _not_fitting(attn: Any, query: Tensor, key: Tensor, masks: Masks) -> str | N
     fitting = {2: (queries, keys), 3: (batch * attn.num_heads, queries, keys)}
     if not _is_mask(attn_mask, fitting) or not _is_mask(padding, {2: (batch, keys)}):
         return "called with a mask that does not fit"
-    return None
+    return why_not_mask(attn_mask, query) or why_not_mask(padding, query)
 
 
 def _is_mask(mask: Tensor | None, shapes: dict[int, tuple[int, ...]]) -> bool:
-    if mask is None:
-        return True
-    return mask.shape == shapes.get(mask.dim()) and (mask.dtype == torch.bool or mask.is_floating_point())
+    return mask is None or mask.shape == shapes.get(mask.dim())
 
 
 def _taking_part(attn: Any, masks: Masks) -> Tensor | None:

@@ -18,6 +18,8 @@ class FusedSequential(Fused):
     A hook or a wrapper on a block, a block compiled, moved to another device or with other options by itself is called.
     """
 
+    axes = None
+
     def forward(self, input: Any) -> Any:
         if self.declines(input):
             return super().forward(input)

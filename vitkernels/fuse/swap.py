@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import dispatch
+from vitkernels.ops._amp import autocast_dtype
+from vitkernels.ops._check import is_argument_error
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import acts, owner, owner_name, replaced, why_not_around
 from vitkernels.residual.stream import Branch, Part, Sublayer, pre_norm
@@ -47,12 +49,18 @@ class Fused(nn.Module):
     stock: ClassVar[type[nn.Module]]
     is_block: ClassVar[bool] = False  # whether it counts as a Transformer block
     replaces: ClassVar[frozenset[str]] = frozenset({"forward"})  # the stock class's methods that the mixin has too
+    reads: ClassVar[tuple[str, ...]] = ()  # names of the child that reads the tokens first; the first one there is
+    axes: ClassVar[int | None] = 3  # of the tokens, as the stock module takes them; None for any number
     _vitkernels: State
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         # run where somebody makes another one by the module's type, as peft does for LoRA on a Conv2d
         super().__init__(*args, **keywords)
         self.__dict__["_vitkernels"] = State()
+
+    def reader(self) -> object:
+        """The child that reads the tokens first, a norm or a Linear; None where a call need not be held against it."""
+        return next((child for name in self.reads if (child := getattr(self, name, None)) is not None), None)
 
     def parts(self) -> list[Part]:
         """The rows of `explain`: what would run fused if the module were called now."""
@@ -75,20 +83,32 @@ class Fused(nn.Module):
         """
         return [""] if cls.is_block else []
 
-    def declines(self, x: Any, why_not: Callable[[], str | None] = lambda: None) -> bool:
+    def declines(self, x: Any, why_not: Callable[[], str | None] = lambda: None, mask: Any = None) -> bool:
         """Whether this call belongs to the stock `forward`; the reason is kept for `explain`.
 
         Args:
             x: the call's first argument.
             why_not: the caller's own reason, or None; asked only of real tensors.
+            mask: an attention mask of the call.
         """
-        reason = why_not_around() or self._why_not_own() or _why_not_call(x) or why_not()
+        reason = (
+            why_not_around()
+            or self._why_not_own()
+            or _why_not_call(x)
+            or why_why_not_tokens(x, self.reader(), self.axes)
+            or why_not_mask(mask, x)
+            or why_not()
+        )
         if reason is None:
             return False
         if not torch.compiler.is_compiling():
-            counts = self._vitkernels.fallbacks
-            counts[reason] = counts.get(reason, 0) + 1
+            self.count_fallback(reason)
         return True
+
+    def count_fallback(self, reason: str) -> None:
+        """Keep for `explain` why a call went to the stock `forward`."""
+        counts = self._vitkernels.fallbacks
+        counts[reason] = counts.get(reason, 0) + 1
 
     def _why_not_own(self) -> str | None:
         return f"somebody replaced the forward of {owner_name(self)}" if replaced(owner(self)) else None
@@ -141,6 +161,38 @@ def _why_not_call(x: Any) -> str | None:
     return f"called with a {type(x).__name__}, which acts itself" if acts(type(x)) else None
 
 
+def why_why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | None:
+    """Why a call with these tokens is left to the stock module's own checks; None where it fits.
+
+    Args:
+        x: [..., D].
+        reader: what reads them first, a norm, a Linear or a convolution; one without a weight checks them itself.
+        axes: how many the stock module takes; None for any number.
+    """
+    if axes is not None and x.dim() != axes:
+        return f"called with {x.dim()} axes, not {axes}"
+    weight = getattr(reader, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if weight.device != x.device:
+        return f"called with a tensor on {x.device}, and its weights are on {weight.device}"
+    if weight.dtype == x.dtype:
+        return None
+    if autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype):
+        return None
+    # torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32
+    mixes = isinstance(reader, nn.LayerNorm) and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
+    return None if mixes else f"called with {x.dtype}, and its weights are {weight.dtype}"
+
+
+def why_not_mask(mask: Any, x: Tensor) -> str | None:
+    """Why a call with this attention mask is left to the stock module's own checks; None where it fits."""
+    if mask is None or not isinstance(mask, Tensor) or mask.dtype in (torch.bool, x.dtype):
+        return None
+    floats = mask.is_floating_point() and autocast_dtype(x) is not None and mask.dtype != torch.float64
+    return None if floats else f"called with a mask of {mask.dtype}, and tokens of {x.dtype}"
+
+
 def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Branch:
     """A sub-layer as a branch: by its parts where it is fused and may be read around, else by calling it.
 
@@ -172,7 +224,27 @@ def fused_class(mixin: type[Fused], stock: type[nn.Module]) -> type[Fused]:
 
 def _join(mixin: type[Fused], stock: type[nn.Module]) -> type[Fused]:
     names = {key: stock.__dict__.get(key, getattr(stock, key)) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(stock.__name__, (mixin, stock), {**names, "stock": stock})
+    members = {**names, "stock": stock, "forward": _with_stock_errors(mixin.forward)}
+    return type(stock.__name__, (mixin, stock), members)
+
+
+def _with_stock_errors(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A mixin's forward, whose bad calls raise what the stock forward raises: its own error is the one to see."""
+
+    @functools.wraps(forward)
+    def checked(self: Fused, *args: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **keywords)
+        try:
+            return forward(self, *args, **keywords)
+        except (TypeError, ValueError) as error:
+            if not is_argument_error(error):
+                raise
+            refusal = str(error)
+        self.count_fallback(refusal)
+        return self.stock.forward(self, *args, **keywords)
+
+    return checked
 
 
 def _mixin(cls: type) -> type[Fused]:

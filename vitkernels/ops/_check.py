@@ -15,6 +15,11 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOST = 4096  # kinds of calls that a check remembers
 
 
+def is_argument_error(error: BaseException) -> bool:
+    """Whether an op's check raised this, before any kernel."""
+    return getattr(error, "_vitkernels_argument", False)
+
+
 def once(check: Callable[..., None]) -> Callable[..., None]:
     """A check that lets through what it let through before: tensors of the same shapes, dtypes and devices.
 
@@ -33,7 +38,11 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
                 return None
         except TypeError:  # a traced size has no hash
             return check(*args)
-        check(*args)
+        try:
+            check(*args)
+        except (TypeError, ValueError) as error:
+            error._vitkernels_argument = True  # type: ignore[union-attr]
+            raise
         if len(passed) == _MOST:
             passed.clear()
         passed.add(call)

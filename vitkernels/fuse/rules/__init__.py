@@ -32,6 +32,7 @@ class Rule:
         structure: (module) -> whether a class that `owners` does not hold has the same structure; None to look at no
             other. Such a module is run both ways on random tokens before it is swapped.
         keywords: (module, tokens) -> what such a run passes beside the tokens [B, N, D].
+        is_common: whether most modules of the class are none of the package's business: a declined one goes unsaid.
     """
 
     mixin: type[Fused]
@@ -39,6 +40,7 @@ class Rule:
     contract: Callable[[nn.Module], str | None]
     structure: Callable[[nn.Module], bool] | None = None
     keywords: Callable[[nn.Module, Tensor], dict[str, Any]] = lambda module, tokens: {}
+    is_common: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def match(module: nn.Module) -> Match | None:
     """The rule for a module; None where there is none."""
     names = _names(module)
     known = [Match(rule, rule.contract(module), True) for rule in all_rules() if names & rule.owners]
+    known = [each for each in known if each.declined is None or not each.rule.is_common]
     if known:  # several, where versions of a class differ
         return next((each for each in known if each.declined is None), known[0])
     for rule in all_rules():

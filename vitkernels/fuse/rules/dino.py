@@ -46,6 +46,7 @@ class FusedAttention(Fused):
     """dinov2.layers.attention.Attention on `ops.attention_qkv`; its relatives take more arguments."""
 
     steps: ClassVar[str] = ATTENTION
+    reads = ("qkv",)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x, self.why_not_now):
@@ -190,6 +191,9 @@ def _random_rope(attn: Any, tokens: Tensor) -> Rope:
 class FusedMlp(Fused):
     """dinov2.layers.mlp.Mlp on `ops.mlp`: one dropout stands after the activation and at the end."""
 
+    reads = ("fc1", "w12", "w1")
+    axes = None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
             return super().forward(x)
@@ -223,6 +227,8 @@ class FusedSwiGLU(FusedMlp):
 
 class FusedBlock(PreNormBlock):
     """dinov2.layers.block.Block, its adds run with the norms that follow them."""
+
+    reads = ("norm1",)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x, self.why_not_now):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.multihead import NO_MASKS, Masks, not_call
+from vitkernels.fuse.multihead import NO_MASKS, Masks, why_not_call
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
 from vitkernels.residual import known, parts
@@ -39,8 +39,10 @@ known.ACTIVATIONS[f"{_OWN}.QuickGELU"] = lambda act: "quick_gelu"
 class FusedAttention(Fused):
     """open_clip.transformer.Attention: one raw projection, norms of q and k, a factor for each head, a norm inside."""
 
+    reads = ("out_proj",)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        if self.declines(x, lambda: self.why_not_now() or _why_not_mask(self, x, attn_mask)):
+        if self.declines(x, lambda: self.why_not_now() or _why_not_mask(self, x, attn_mask), attn_mask):
             return super().forward(x, attn_mask)
         with self.backend():
             return self.branch(attn_mask=attn_mask).run(x, False)[0]
@@ -107,6 +109,8 @@ def _taking_part(attn: Any, mask: Tensor | None) -> Tensor | None:
 class _FusedBlock(PreNormBlock):
     """What the two blocks share: the feed-forward, and the adds, which run with the norms that follow them."""
 
+    reads = ("ln_1",)
+
     def first_branch(self, **options: Any) -> Branch:
         """The attention's; a call's masks are keywords."""
         raise NotImplementedError
@@ -149,7 +153,7 @@ class FusedResidualAttentionBlock(_FusedBlock):
                 return "called with other keys than values"
             if not isinstance(block.attn, nn.MultiheadAttention):
                 return None
-            return not_call(block.attn, q_x, k_x if crosses and k_x is not None else q_x, masks)
+            return why_not_call(block.attn, q_x, k_x if crosses and k_x is not None else q_x, masks)
 
         if self.declines(q_x, why_not):
             return super().forward(q_x, k_x, v_x, attn_mask)
@@ -174,7 +178,7 @@ class FusedCustomBlock(_FusedBlock):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         block: Any = self
         fused = isinstance(block.attn, FusedAttention)
-        if self.declines(x, lambda: _why_not_mask(block.attn, x, attn_mask) if fused else None):
+        if self.declines(x, lambda: _why_not_mask(block.attn, x, attn_mask) if fused else None, attn_mask):
             return super().forward(x, attn_mask)
         return self.run(x, attn_mask=attn_mask)
 

@@ -22,9 +22,14 @@ class FusedPatchConv(Fused):
     transposed, as every ViT does next, they are contiguous again without a copy.
     """
 
+    axes = 4
+
+    def reader(self) -> object:
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         conv: Any = self
-        if self.declines(input, lambda: _not_patches(conv) or _not_image(conv, input)):
+        if self.declines(input, lambda: _why_not_patches(conv) or _why_not_image(conv, input)):
             return super().forward(input)
         height, width = conv.kernel_size
         with self.backend():
@@ -32,10 +37,10 @@ class FusedPatchConv(Fused):
         return tokens.transpose(1, 2).unflatten(2, (input.shape[2] // height, input.shape[3] // width))
 
     def parts(self) -> list[Part]:
-        return [Part("", "patch_embed", _not_patches(self))]
+        return [Part("", "patch_embed", _why_not_patches(self))]
 
 
-def _not_patches(conv: Any) -> str | None:
+def _why_not_patches(conv: Any) -> str | None:
     """In what a Conv2d is more than a projection of patches side by side; None when it is one."""
     if conv.kernel_size != conv.stride or conv.padding not in ((0, 0), "valid"):
         return "its patches overlap or are padded"
@@ -44,7 +49,7 @@ def _not_patches(conv: Any) -> str | None:
     return None
 
 
-def _not_image(conv: Any, image: Tensor) -> str | None:
+def _why_not_image(conv: Any, image: Tensor) -> str | None:
     """Why these images go to the convolution itself, or None when they do not."""
     if image.dim() != 4 or image.shape[1] != conv.in_channels:
         return f"called with shape {list(image.shape)}"  # the convolution's own error is the one to see
@@ -55,7 +60,7 @@ def _not_image(conv: Any, image: Tensor) -> str | None:
 
 def _is_patch_conv(conv: Any) -> str | None:
     # a ConvNet's stem has small patches, and wants its output in the convolution's layout
-    return _not_patches(conv) or (None if min(conv.kernel_size) >= 7 else "its patches are smaller than 7")
+    return _why_not_patches(conv) or (None if min(conv.kernel_size) >= 7 else "its patches are smaller than 7")
 
 
 def _why_not_blocks(sequential: Any) -> str | None:
@@ -68,5 +73,5 @@ def _why_not_blocks(sequential: Any) -> str | None:
     return None if neighbours else "it holds no blocks side by side"
 
 
-SEQUENTIAL = Rule(FusedSequential, frozenset({name_of(nn.Sequential)}), _why_not_blocks)
+SEQUENTIAL = Rule(FusedSequential, frozenset({name_of(nn.Sequential)}), _why_not_blocks, is_common=True)
 RULES = (Rule(FusedPatchConv, frozenset({name_of(nn.Conv2d)}), _is_patch_conv), SEQUENTIAL)

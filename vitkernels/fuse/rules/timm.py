@@ -45,9 +45,10 @@ class FusedAttention(Fused):
     """timm.layers.attention.Attention on `ops.attention_qkv`; its relatives change how q, k and v are made."""
 
     steps: ClassVar[str] = sublayers.ATTENTION
+    reads = ("qkv", "q_proj")
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.declines(x, lambda: self.why_not_now() or why_not_two_masks(attn_mask, is_causal)):
+        if self.declines(x, lambda: self.why_not_now() or why_not_two_masks(attn_mask, is_causal), attn_mask):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.run(x, attn_mask=attn_mask, is_causal=is_causal)
 
@@ -148,6 +149,9 @@ ATTENTION = Rule(
 
 class FusedMlp(Fused):
     """timm.layers.mlp.Mlp on `ops.mlp`; its gated relatives change what happens between the products."""
+
+    reads = ("fc1", "fc1_g", "w0")
+    axes = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
@@ -251,8 +255,10 @@ GEGLU_MLP = Rule(
 class FusedBlock(PreNormBlock):
     """timm.models.vision_transformer.Block, its adds run with the norms that follow them."""
 
+    reads = ("norm1",)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if self.declines(x, lambda: why_not_two_masks(attn_mask, is_causal)):
+        if self.declines(x, lambda: why_not_two_masks(attn_mask, is_causal), attn_mask):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return self.run(x, attn_mask=attn_mask, is_causal=is_causal)
 

@@ -34,14 +34,14 @@ def _why_not_two_masks(attn_mask: Tensor | None = None, is_causal: bool = False,
 
 def _attended(attn: FusedAttention, x: Tensor, **options: Any) -> Tensor:
     """What an attention's forward does with the arguments that are its own."""
-    if attn.declines(x, lambda: attn.why_not_now() or _why_not_two_masks(**options)):
+    if attn.declines(x, lambda: attn.why_not_now() or _why_not_two_masks(**options), options.get("attn_mask")):
         return super(FusedAttention, attn).forward(x, **options)
     return attn.run(x, **options)
 
 
 def _stepped(block: FusedBlock, x: Tensor, **options: Any) -> Tensor:
     """The same of a block's."""
-    if block.declines(x, lambda: _why_not_two_masks(**options)):
+    if block.declines(x, lambda: _why_not_two_masks(**options), options.get("attn_mask")):
         return super(FusedBlock, block).forward(x, **options)
     return block.run(x, **options)
 

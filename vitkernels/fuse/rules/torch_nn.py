@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.fuse.multihead import NO_MASKS, FusedMultiheadAttention, Masks, attention_branch, not_call
+from vitkernels.fuse.multihead import NO_MASKS, FusedMultiheadAttention, Masks, attention_branch, why_not_call
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import PreNormBlock
 from vitkernels.residual.genuine import owner, stock_type
@@ -20,6 +20,9 @@ from vitkernels.residual.sublayers import dropped, mlp_branch
 
 class FusedLayer(PreNormBlock):
     """What the layers of encoder and decoder share; their norms stand in front or behind."""
+
+    reads = ("norm1",)
+    axes = None
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         """The layer on its tokens: [B, N, D], or [N, B, D] without batch_first, to the same."""
@@ -56,7 +59,7 @@ class FusedEncoderLayer(FusedLayer):
         is_causal: bool = False,
     ) -> Tensor:
         masks = Masks(src_mask, src_key_padding_mask, is_causal)
-        if self.declines(src, lambda: not_call(self.self_attn, src, src, masks)):
+        if self.declines(src, lambda: why_not_call(self.self_attn, src, src, masks)):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         return self.run(src, masks=masks)
 
@@ -87,7 +90,9 @@ class FusedDecoderLayer(FusedLayer):
         cross = Masks(memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.declines(
             tgt,
-            lambda: not_call(layer.self_attn, tgt, tgt, own) or not_call(layer.multihead_attn, tgt, memory, cross),
+            lambda: (
+                why_not_call(layer.self_attn, tgt, tgt, own) or why_not_call(layer.multihead_attn, tgt, memory, cross)
+            ),
         ):
             return super().forward(
                 tgt,

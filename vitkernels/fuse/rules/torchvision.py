@@ -21,6 +21,9 @@ from vitkernels.residual.sublayers import dropped, mlp_branch
 class FusedMLP(Fused):
     """torchvision.ops.MLP of two Linears (MLPBlock), a Sequential of Linear, activation, Dropout, Linear, Dropout."""
 
+    reads = ("0",)
+    axes = None
+
     def forward(self, input: Tensor) -> Tensor:
         if self.declines(input):
             return super().forward(input)
@@ -39,8 +42,10 @@ class FusedMLP(Fused):
 class FusedEncoderBlock(PreNormBlock):
     """torchvision.models.vision_transformer.EncoderBlock, its adds run with the norms that follow them."""
 
+    reads = ("ln_1",)
+
     def forward(self, input: Tensor) -> Tensor:
-        if self.declines(input, lambda: None if input.dim() == 3 else "called without a batch"):
+        if self.declines(input):
             return super().forward(input)
         return self.run(input)
 

@@ -49,8 +49,10 @@ _NO_OPTIONS: Mapping[str, Any] = {}
 class FusedLayer(PreNormBlock):
     """What the layers share: pre-norm, attention, feed-forward."""
 
+    reads = ("layernorm_before", "norm1", "layer_norm1")
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if self.declines(hidden_states):
+        if self.declines(hidden_states, mask=attention_mask):
             return super().forward(hidden_states, attention_mask, **kwargs)
         return self.run(hidden_states, mask=attention_mask, options=kwargs)
 
@@ -104,7 +106,7 @@ class FusedRopeLayer(FusedDinoLayer):
         **kwargs: Any,
     ) -> Tensor:
         options = {"position_embeddings": position_embeddings, **kwargs}
-        if self.declines(hidden_states, lambda: without_positions(position_embeddings)):
+        if self.declines(hidden_states, lambda: without_positions(position_embeddings), attention_mask):
             return super(FusedLayer, self).forward(hidden_states, attention_mask, **options)
         return self.run(hidden_states, mask=attention_mask, options=options)
 

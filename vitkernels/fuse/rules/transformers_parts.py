@@ -117,11 +117,14 @@ class FusedAttention(Fused):
 
     steps: ClassVar[str] = ATTENTION
     spelling: ClassVar[Spelling] = Spelling()
+    reads = ("q_proj",)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if self.declines(hidden_states, lambda: self.why_not_alone() or self.why_not_call(attention_mask, kwargs)):
+        if self.declines(
+            hidden_states, lambda: self.why_not_alone() or self.why_not_call(attention_mask, kwargs), attention_mask
+        ):
             return super().forward(hidden_states, attention_mask, **kwargs)
         with self.backend():
             return self.run(hidden_states, False, attention_mask, kwargs)[0], None
@@ -251,6 +254,7 @@ class FusedRopeAttention(FusedAttention):
                 or self.why_not_alone()
                 or self.why_not_call(attention_mask, options)
             ),
+            attention_mask,
         ):
             return super(FusedAttention, self).forward(hidden_states, attention_mask, **options)
         with self.backend():
@@ -289,6 +293,8 @@ class FusedMlp(Fused):
     """Two projections and an activation, on `ops.mlp`."""
 
     names: ClassVar[tuple[str, str, str]] = ("fc1", "activation_fn", "fc2")
+    reads = ("fc1", "up_proj")
+    axes = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.declines(hidden_states):

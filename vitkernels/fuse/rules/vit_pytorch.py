@@ -25,11 +25,14 @@ _NO_NORM = nn.Identity()  # before a sub-layer that is called whole, its own nor
 class _NormedBranch(Fused):
     """A sub-layer that begins with its norm."""
 
+    def reader(self) -> object:
+        return self.norm_module()
+
     def norm_module(self) -> nn.Module:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.declines(x, lambda: self.why_not_now() or _not_tokens(x)):
+        if self.declines(x, lambda: self.why_not_now() or _why_not_tokens(x)):
             return super().forward(x)
         with self.backend():
             return normed_branch(x, self.norm_module(), self.branch())
@@ -42,7 +45,7 @@ class _NormedBranch(Fused):
         return [Part("norm", "" if norm else "add_layer_norm", norm), self.branch().part("")]
 
 
-def _not_tokens(x: Tensor) -> str | None:
+def _why_not_tokens(x: Tensor) -> str | None:
     return None if x.dim() == 3 else f"called with shape {list(x.shape)}"
 
 
@@ -160,7 +163,7 @@ class FusedTransformer(Fused):
         return [f"layers.{index}" for index in range(len(getattr(module, "layers", ())))]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.declines(x, lambda: _not_tokens(x) or (None if self.layers else "it has no layers")):
+        if self.declines(x, lambda: _why_not_tokens(x) or (None if self.layers else "it has no layers")):
             return super().forward(x)
         with self.backend():
             norm: Any = getattr(self, "norm", None)
