@@ -53,7 +53,7 @@ class TrainConfig:
 
     data: str = _option(
         dataclasses.MISSING,
-        "folder with one subfolder of JPEG/PNG/WebP images per class; or 'digits': scikit-learn's",
+        "folder with one subfolder of images (JPEG, PNG, WebP, BMP, PNM, TIFF) per class; or 'digits': scikit-learn's",
         free=True,
     )
     val_data: str | None = _option(None, "folder of test images, laid out as --data; instead of --val-split", free=True)
