@@ -58,7 +58,7 @@ def _shown(process: subprocess.Popen[str]) -> str:
 def open_to_all(tmp_path: Path) -> Path:
     """A folder that another user can reach."""
     for each in (tmp_path, *tmp_path.parents[:2]):
-        if each.owner() == tmp_path.owner():
+        if each.stat().st_uid == os.getuid():
             each.chmod(0o755)
     return tmp_path
 
