@@ -108,7 +108,12 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         ValueError,
         "which holds 0 class folders; needs two or more",
     ),
-    "an empty class": ({}, _an_empty_class, ValueError, "whose class folder 'yellow' holds no image; needs .jpeg"),
+    "an empty class": (
+        {},
+        _an_empty_class,
+        ValueError,
+        "whose class folder 'yellow' holds no image; needs .bmp, .jpeg",
+    ),
     "no such test folder": ({"val_data": "nowhere"}, _nothing, FileNotFoundError, "argument 'val_data' got 'nowhere'"),
     "other classes": (
         {"val_data": "{}/held_out"},

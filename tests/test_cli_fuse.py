@@ -62,6 +62,13 @@ def test_verify_of_what_cannot_be_fused(capsys: pytest.CaptureFixture[str]) -> N
     assert shown.splitlines()[-1].startswith("FAILED: nothing was verified: ")
 
 
+def test_verify_of_images_that_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = models.Named.images
+    monkeypatch.setattr(models.Named, "images", lambda named, batch: draw(named, batch) * torch.nan)
+    assert main(["verify", *SMALL]) == 1
+    assert "FAILED: nothing was verified: no output holds a finite number" in capsys.readouterr().out
+
+
 def test_verify_by_config(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"transformers:{config}", "--image-size", "32", "--batch", "2", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
-from collections.abc import Iterator
+import os
+import pwd
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import skip_without
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
 from vitkernels import products
@@ -87,17 +93,146 @@ def test_processes_that_measure_side_by_side_agree(cache: Path, configure, monke
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", "3", "{}", json.dumps(dict.fromkeys(products.KINDS, "abacus"))])
-def test_a_spoilt_file_is_passed_over(cache: Path, configure, content: str) -> None:
+SPOILT = {
+    "empty": b"",
+    "cut short": json.dumps(OWN).encode()[:-9],
+    "another's": b"[]",
+    "a number": b"3",
+    "no choice": b"{}",
+    "unknown libraries": json.dumps(dict.fromkeys(products.KINDS, "abacus")).encode(),
+    "lists": json.dumps({kind: ["torch"] for kind in products.KINDS}).encode(),
+    "bytes": bytes(range(256)),
+    "brackets": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_spoilt_file_is_written_anew(cache: Path, configure, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     cache.mkdir()
-    products._path().write_text(content)
-    assert products.choose(configure) == products.default()
+    products._path().write_bytes(SPOILT[what])
+    first = products.choose(configure)
+    assert kept(cache) == [first], "and nothing is left beside it"
+    monkeypatch.setattr(products, "_measure", lambda *args: pytest.fail("measured again"))
+    assert products.choose(configure) == first
 
 
-def test_without_a_cache_folder_there_is_a_default(tmp_path: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert products.choose(configure) == products.default()
+def test_a_file_mended_by_another_process_stands(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    products._path().write_text("{")
+
+    def beaten(*args: object) -> products.Choice:
+        products._path().write_text(json.dumps(OWN))
+        return dict.fromkeys(products.KINDS, "torch")
+
+    monkeypatch.setattr(products, "_measure", beaten)
+    assert products.choose(configure) == OWN
+    assert kept(cache) == [OWN]
+
+
+def test_a_file_system_without_hard_links(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    first = products.choose(configure)
+    assert kept(cache) == [first]
+
+
+def _below_a_file(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    cache.write_text("where the folder would be")
+
+
+def _read_only(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "access", lambda path, mode: False)
+
+
+def _a_folder_of_that_name(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    products._path().mkdir(parents=True)
+
+
+def _full_disk(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    def fill(path: Path, text: str) -> None:
+        path.write_bytes(text[:5].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(Path, "write_text", fill)
+
+
+def _no_home(cache: Path, patch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        patch.delenv(name, raising=False)
+    patch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.parametrize("why", [_below_a_file, _read_only, _a_folder_of_that_name, _full_disk, _no_home])
+def test_where_nothing_can_be_kept_there_is_a_default(
+    cache: Path, configure, monkeypatch: pytest.MonkeyPatch, why: Callable[..., None]
+) -> None:
+    before = sorted(cache.parent.rglob("*"))
+    with monkeypatch.context() as patch:
+        why(cache, patch)
+        known = why in (_below_a_file, _read_only, _no_home)
+        if known:  # the time is not spent where it is in vain
+            patch.setattr(products, "_measure", lambda *args: pytest.fail("measured"))
+        assert products.choose(configure) == products.default()
+    left = [path for path in sorted(cache.parent.rglob("*")) if path not in before]
+    assert not [path for path in left if path.is_file() and path != cache], "nothing half written is left"
+
+
+@pytest.mark.parametrize("name", ["default dtype", "autocast", "default device", "inference mode", "a function mode"])
+def test_what_is_measured_does_not_depend_on_who_asks(cache: Path, configure, name: str) -> None:
+    """Nor does it fail: the first call of a process is anybody's."""
+
+    class Meddling(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise AssertionError("measuring is nobody's business")
+
+    surroundings = {
+        "default dtype": _default_dtype(torch.bfloat16),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "default device": torch.device("meta"),
+        "inference mode": torch.inference_mode(),
+        "a function mode": Meddling(),
+    }
+    seen: list[tuple[torch.dtype, torch.device]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise AssertionError("nor is it counted")
+
+    work = products._work
+
+    def watched(kind: str, generator: torch.Generator) -> Callable[[], object]:
+        run = work(kind, generator)
+
+        def call() -> object:
+            result = run()
+            first = next(each for each in (result if isinstance(result, tuple) else (result,)) if each.numel())
+            seen.append((first.dtype, first.device))
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, Watch(), surroundings[name]:
+        patch.setattr(products, "_work", watched)
+        products.choose(configure)
+    turns = products._ROUNDS * len(products.candidates("float32 products"))
+    assert seen.count((torch.float32, torch.device("cpu"))) == 2 * turns
+    assert {device for _, device in seen} == {torch.device("cpu")}
+    assert len(kept(cache)) == 1
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_the_random_state_is_not_touched(cache: Path, configure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from train_setup import make_images, silent, tiny, tiny_words
+from train_setup import TINY, make_images, silent, tiny, tiny_words
 
 from vitkernels.cli import main
-from vitkernels.train import checkpoint, load_model, metrics, train
+from vitkernels.train import TrainConfig, checkpoint, load_model, metrics, train
 from vitkernels.train.loop import Trainer
 
 # DropPath draws random numbers in every step, 6 steps an epoch
@@ -246,6 +247,76 @@ def test_a_folder_without_a_run(
     shown = capsys.readouterr().err
     assert sentence.format(tmp_path) in shown
     assert shown.count("\n") == 1
+
+
+# What the first version wrote: a folder that it left must go on, and a command line that it took must be taken.
+FIRST_DEFAULTS: dict[str, Any] = {
+    "val_data": None,
+    "val_split": 0.1,
+    "model": "vit_small_patch16",
+    "model_args": None,
+    "image_size": 224,
+    "epochs": 100,
+    "batch_size": 128,
+    "lr": 5e-4,
+    "weight_decay": 0.05,
+    "warmup_epochs": None,
+    "label_smoothing": 0.0,
+    "drop_path": 0.0,
+    "position_std": None,
+    "amp": None,
+    "backend": None,
+    "compare": None,
+    "device": None,
+    "seed": 0,
+    "workers": 2,
+    "strict": False,
+    "out": None,
+    "resume": False,
+    "checkpoint_every": 0,
+}
+FIRST_MODEL: dict[str, Any] = {
+    "name": "vit_tiny_patch16",
+    "image_size": 16,
+    "num_classes": 3,
+    "channels": 3,
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "drop_path": 0.3,
+    "arguments": TINY["model_args"],
+}
+FREE = ("val_data", "backend", "device", "workers", "strict", "out", "resume", "checkpoint_every")
+
+
+def test_a_folder_that_the_first_version_left(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    _stopped_run(folder, out, monkeypatch)
+    training = {**FIRST_DEFAULTS, **TINY, **SETTINGS, "data": str(folder), "out": str(out)}
+    config = {"model": FIRST_MODEL, "classes": ["blue", "green", "red"], "training": training}
+    (out / "config.json").write_text(json.dumps(config))
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert list(state) == ["format", "step", "settings", "lanes", "random"]
+    assert list(state["lanes"]["fused"]) == ["model", "optimizer", "schedule"]
+    state["settings"] = {
+        **{name: value for name, value in training.items() if name not in ("data", *FREE)},
+        "processes": 1,
+        "classes": ["blue", "green", "red"],
+        "training images": 18,
+    }
+    torch.save({**state, "format": 1}, out / "checkpoint.pt")
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    _assert_same(out, whole)
+
+
+def test_flags_and_defaults_of_the_first_version() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert {name: fields[name] for name in FIRST_DEFAULTS} == FIRST_DEFAULTS
+    shown = subprocess.run(
+        [sys.executable, "-m", "vitkernels", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(f"--{name.replace('_', '-')}" in shown for name in ("data", *FIRST_DEFAULTS))
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes]:

@@ -265,7 +265,7 @@ def test_the_answer_for_programs() -> None:
     assert read["ok"] is True
     assert read["truth"] == "float64"
     assert len(read["rows"]) == len(found.rows)
-    assert set(read["rows"][0]) == {"name", "size", "error", "own", "allowed", "ok"}
+    assert set(read["rows"][0]) == {"name", "size", "error", "own", "allowed", "compared", "ok"}
     assert read["rows"][0]["own"].keys() == {"worst", "rms"}
     assert len(found.worst) == 10
     assert str(found).splitlines()[0].split()[0] == "tensor"

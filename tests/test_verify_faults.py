@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,11 @@ from vitkernels.fuse.swap import Fused
 
 
 class Dense(nn.Linear):
-    """A Linear of a library of its own."""
+    """A Linear of a library of its own, with a parameter that nothing depends on."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.spare = nn.Parameter(torch.ones(3))
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
@@ -135,6 +140,120 @@ def test_what_only_the_fused_model_raises_is_an_answer(plant: Callable[..., nn.M
     assert found.failure == "BackendError: no backend"
     assert str(found).endswith("FAILED: the stock model runs, and the fused one raised BackendError: no backend")
     assert type(model[1]) is Dense
+
+
+# --------------------------------------------------------------------------------------------- None is no zeros
+
+
+@pytest.fixture(params=[True, False], ids=["against float64", "against the stock model"])
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(memory, "available", lambda: 0)
+    return request.param
+
+
+def test_zeros_for_a_gradient_where_stock_has_none(plant: Callable[..., nn.Module], wide: bool) -> None:
+    model = plant(lambda own, x: vk.ops.linear(x, own.weight, own.bias) + 0 * own.spare.sum())
+    found = vk.verify(model, torch.randn(5, 8))
+    assert not found.ok
+    assert [row.name for row in found.broken] == ["gradient of 1.spare"]
+    assert found.worst[0].name == "gradient of 1.spare"
+    assert "stock alone, the gradient is None of 1 parameters and inputs, as 1.spare" in found.notes
+    assert str(found).splitlines()[-1].startswith("FAILED: 1 of 8 tensors differ")
+    assert found.to_dict()["ok"] is False
+
+
+def test_no_gradient_where_stock_has_zeros(plant: Callable[..., nn.Module], wide: bool) -> None:
+    model = plant(lambda own, x: vk.ops.linear(x, own.weight, own.bias.detach()))
+    found = vk.verify(model, torch.randn(5, 8), loss=lambda output: (output * 0).sum())
+    assert not found.ok
+    assert [row.name for row in found.broken] == ["gradient of 1.bias"]
+    assert "fused alone, the gradient is None of 1 parameters and inputs, as 1.bias" in found.notes
+
+
+def test_none_in_both_is_no_row(plant: Callable[..., nn.Module], wide: bool) -> None:
+    found = vk.verify(plant(lambda own, x: vk.ops.linear(x, own.weight, own.bias)), torch.randn(5, 8))
+    assert found.ok
+    assert "gradient of 1.spare" not in {row.name for row in found.rows}
+    assert not [note for note in found.notes if "None" in note]
+
+
+def test_an_output_of_zeros_that_stock_does_not_have(plant: Callable[..., nn.Module], wide: bool) -> None:
+    model = plant(lambda own, x: (vk.ops.linear(x, own.weight, own.bias), torch.zeros(3)))[1]
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = model
+
+        def forward(self, x: Tensor) -> Any:
+            found = self.dense(x)
+            return found if isinstance(found, tuple) else (found,)
+
+    found = vk.verify(Pair(), torch.randn(5, 8))
+    assert [row.name for row in found.broken] == ["output[1]"]
+
+
+# ------------------------------------------------------------------------------------------ what is not a comparison
+
+
+NOTHING = "FAILED: nothing was verified: no output holds a finite number"
+
+
+def _sound(own: Any, x: Tensor) -> Tensor:
+    return vk.ops.linear(x, own.weight, own.bias)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None], ids=["NaN", "infinite", "empty"])
+def test_a_batch_that_says_nothing(plant: Callable[..., nn.Module], wide: bool, value: float | None) -> None:
+    batch = torch.randn(0, 8) if value is None else torch.full((5, 8), value)
+    found = vk.verify(plant(_sound), batch)
+    assert found.ran, "fused ops did run"
+    assert not found.broken
+    assert not found.ok
+    assert found.to_dict()["ok"] is False
+    assert str(found).splitlines()[-1].startswith(NOTHING)
+    assert any(note.endswith("hold no finite number, and were compared as nothing, as output") for note in found.notes)
+
+
+def test_a_real_model_on_a_batch_that_says_nothing(wide: bool) -> None:
+    for batch in (images(2) * torch.nan, images(0)):
+        found = vk.verify(vit(), batch)
+        assert found.ran
+        assert not found.ok
+        assert str(found).splitlines()[-1].startswith(NOTHING)
+
+
+def test_some_numbers_are_enough(plant: Callable[..., nn.Module], wide: bool) -> None:
+    """One sample of NaN: the others' outputs are compared; most gradients, sums over the batch, say nothing."""
+    batch = torch.randn(5, 8)
+    batch[2, 3] = torch.nan
+    found = vk.verify(plant(_sound), batch)
+    assert found.ok, found
+    void = [row.name for row in found.rows if not row.compared]
+    assert set(void) == WEIGHTS - {"gradient of 3.bias"}
+    assert f"5 outputs and gradients hold no finite number, and were compared as nothing, as {void[0]}" in found.notes
+    assert str(found).splitlines()[-1].startswith("ok: 2 outputs and gradients differ from ")
+
+
+def test_a_fault_beside_numbers_that_say_nothing_is_caught(plant: Callable[..., nn.Module], wide: bool) -> None:
+    batch = torch.randn(5, 8)
+    batch[2, 3] = torch.nan
+    found = vk.verify(plant(lambda own, x: _sound(own, x) * 1.001), batch)
+    assert [row.name for row in found.broken][:1] == ["output"]
+
+
+@pytest.mark.parametrize("fault", [1.0, 1.01], ids=["sound", "by 1 %"])
+def test_what_overflows_in_both_does_not_hide_the_rest(plant: Callable[..., nn.Module], fault: float) -> None:
+    """In half precision, where float64 does not overflow: an infinite error of stock's would allow any."""
+    model = plant(lambda own, x: _sound(own, x) * fault)[1:2].half()
+    batch = torch.randn(5, 8).half()
+    batch[0] = 6e4 * model[0].weight[0].sign()
+    found = vk.verify(model, batch, loss=lambda output: output[1:].float().sum())
+    (row,) = (row for row in found.rows if row.name == "output")
+    assert 0 < row.compared < 40
+    assert found.ok == (fault == 1.0), found
+    assert row.ok == (fault == 1.0)
 
 
 # -------------------------------------------------------------------------------------------------- what is the truth

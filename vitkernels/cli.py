@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; those of the process if None.
 
     Returns:
-        The exit code: 0, 1 where `verify` finds a difference or nothing that runs fused, 2 for what a user can correct,
+        The exit code: 0, 1 where `verify` finds a difference or verifies nothing, 2 for what a user can correct,
         130 for Ctrl-C.
     """
     arguments = vars(_parser().parse_args(argv))
@@ -170,7 +170,7 @@ def _parser() -> Parser:
         (
             "verify",
             "run a model with random weights stock and fused, and compare outputs and gradients; exit code 1 where "
-            "they differ or nothing runs fused",
+            "they differ or nothing was verified",
         ),
         ("bench", "time a model's training step, stock and fused in turn"),
         ("info", "versions, devices, and each backend and why it is or isn't there"),

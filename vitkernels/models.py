@@ -35,8 +35,8 @@ class Named:
     image: tuple[int, int, int]
 
     def images(self, batch: int) -> Tensor:
-        """Random ones, [B, C, H, W] float32."""
-        return torch.randn(batch, *self.image)
+        """Random ones, [B, C, H, W] float32, on the CPU."""
+        return torch.randn(batch, *self.image, dtype=torch.float32, device="cpu")
 
 
 def build(name: str, image_size: int | None = None) -> Named:

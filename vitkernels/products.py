@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,8 @@ _GAIN = 1.05  # less than this much faster is noise: the extension's own product
 
 def cpu_name() -> str:
     """The processor's name, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 return value.strip()
@@ -68,21 +68,23 @@ def choose(configure: Callable[[str, int], int]) -> Choice:
     Args:
         configure: the extension's own; it is left as it was.
     """
+    # the first call of a process may stand under anybody's modes
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.autocast("cpu", enabled=False):
+        return _kept_or_measured(configure)
+
+
+def _kept_or_measured(configure: Callable[[str, int], int]) -> Choice:
     path = _path()
+    if path is None:
+        return default()
     kept = _read(path)
     if kept is not None:
         return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        chosen = _measure(configure)
-        # the first process to write decides for those that measured beside it
-        with contextlib.suppress(FileExistsError):
-            own = path.with_suffix(f".{os.getpid()}")
-            own.write_text(json.dumps(chosen))
-            try:
-                os.link(own, path)
-            finally:
-                own.unlink()
+        if not os.access(path.parent, os.W_OK):  # asked before the time is spent
+            return default()
+        _keep(_measure(configure), path)
     except OSError:
         return default()
     return _read(path) or default()
@@ -97,40 +99,59 @@ def describe(chosen: Choice) -> str:
     return ", ".join(f"{kind} by {name}" for kind, name in names.items())
 
 
-def _path() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, 3 libraries"
+def _path() -> Path | None:
+    """Where the choice is kept; None where the user has no home: HOME is not set, and the system does not know them."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    libraries = [candidates(kind) for kind in KINDS]
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {libraries}"
     return cache / "vitkernels" / f"products-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 def _read(path: Path) -> Choice | None:
+    """The choice that is kept; None where there is none, or what is there cannot be read."""
     try:
         kept = json.loads(path.read_text())
         known = all(kept[kind] in candidates(kind) for kind in KINDS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return {kind: kept[kind] for kind in KINDS} if known else None
+
+
+def _keep(chosen: Choice, path: Path) -> None:
+    """Write a choice whole or not at all; the first process decides for those that measured beside it."""
+    own = path.with_suffix(f".{secrets.token_hex(8)}")  # a folder may be shared by machines, where a pid is no name
+    try:
+        own.write_text(json.dumps(chosen))
+        try:
+            os.link(own, path)
+        except OSError:  # it is there, or there are no hard links here
+            if _read(path) is None:
+                os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
 
 
 def _measure(configure: Callable[[str, int], int]) -> Choice:
     """Time each kind by each library in turns, on a ViT's shape; about a third of a second in all."""
     before = configure("products", -1)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     chosen = decode(0)
     try:
-        with _disable_current_modes():
-            for kind in KINDS:
-                run = _work(kind, generator)
-                seconds: dict[str, list[float]] = {library: [] for library in candidates(kind)}
-                for _ in range(_ROUNDS):
-                    for library, times in seconds.items():
-                        configure("products", encode(chosen | {kind: library}))
-                        start = time.perf_counter()
-                        run()
-                        times.append(time.perf_counter() - start)
-                best = {library: min(times) for library, times in seconds.items()}  # what others run beside only adds
-                bound = _GAIN * min(best.values())
-                chosen[kind] = next(library for library, time_ in best.items() if time_ <= bound)
+        for kind in KINDS:
+            run = _work(kind, generator)
+            seconds: dict[str, list[float]] = {library: [] for library in candidates(kind)}
+            for _ in range(_ROUNDS):
+                for library, times in seconds.items():
+                    configure("products", encode(chosen | {kind: library}))
+                    start = time.perf_counter()
+                    run()
+                    times.append(time.perf_counter() - start)
+            best = {library: min(times) for library, times in seconds.items()}  # what others run beside only adds
+            bound = _GAIN * min(best.values())
+            chosen[kind] = next(library for library, time_ in best.items() if time_ <= bound)
     finally:
         configure("products", before)
     return chosen
@@ -140,7 +161,7 @@ def _work(kind: str, generator: torch.Generator) -> Callable[[], object]:
     dtype = torch.bfloat16 if kind.startswith("bfloat16") else torch.float32
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
     x, w1, w2 = draw(_ROWS, _INPUTS), draw(_HIDDEN, _INPUTS), draw(_INPUTS, _HIDDEN)
     if kind.endswith("products"):  # with the activation between them, which only the extension's own takes along

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from vitkernels import dispatch
@@ -142,8 +141,8 @@ def _join(name: str, inner: str) -> str:
 
 def _backend(module: nn.Module) -> str:
     """The first backend in the module's order that is there."""
-    weight = next(module.parameters(), torch.empty(0))
-    order = (isinstance(module, Fused) and module._vitkernels.backends) or dispatch.order(weight.device.type)
+    kind = next((weight.device.type for weight in module.parameters()), "cpu")
+    order = (isinstance(module, Fused) and module._vitkernels.backends) or dispatch.order(kind)
     return next((backend for backend in order if dispatch.why_not(backend) is None), "none")
 
 

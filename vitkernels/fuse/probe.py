@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ def difference(module: nn.Module, mixin: type[Fused], keywords: Keywords = lambd
         mixin: to swap in.
         keywords: (module, tokens) -> what its `forward` is given beside the tokens [2, 5, D].
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     try:
         twin = _random_copy(module, generator)
         known.try_out(twin)
-        device = next(twin.parameters(), torch.empty(0)).device
-        tokens = torch.randn(2, 5, _width(twin), generator=generator).to(device)
+        device = next((each.device for each in twin.parameters()), torch.device("cpu"))
+        tokens = _normal((2, 5, _width(twin)), generator).to(device)
         arguments = keywords(twin, tokens)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(device.type, enabled=False):
             expected = twin(tokens, **arguments)
@@ -62,8 +62,12 @@ def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Weights that keep numbers at about 1; vectors, which may be factors, are positive."""
     if len(shape) < 2:
-        return torch.rand(shape, generator=generator) + 0.5
-    return torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") + 0.5
+    return _normal(shape, generator) / shape[1:].numel() ** 0.5
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _width(module: nn.Module) -> int:

@@ -153,14 +153,14 @@ def _projection(outputs: Mapping[str, Tensor]) -> Tensor:
 
     Signs are exact in every dtype: the gradient that arrives at an output does not depend on it.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     differentiable = [each for each in outputs.values() if each.requires_grad]
     if not differentiable:
         raise ValueError(
             f"verify: no floating-point tensor among the outputs ({', '.join(outputs) or 'none'}) depends on a "
             "parameter or an input that requires a gradient"
         )
-    signs = [torch.randint(0, 2, each.shape, generator=generator) * 2 - 1 for each in differentiable]
+    signs = [torch.randint(0, 2, each.shape, generator=generator, device="cpu") * 2 - 1 for each in differentiable]
     terms = [(each * sign.to(each)).sum() for each, sign in zip(differentiable, signs, strict=True)]
     return torch.stack([each.to(terms[0]) for each in terms]).sum()
 

@@ -33,9 +33,10 @@ class Row:
     Attributes:
         name: "output.logits", "gradient of blocks.0.attn.qkv.weight".
         size: of the truth.
-        error: of the fused model.
+        error: of the fused model; NaN where only one of the two has the tensor, or their shapes differ.
         own: of the stock model; None where it is the truth.
         allowed: how large `error` may be.
+        compared: elements that are finite, stock or fused; where there are none, nothing could differ.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     error: Size
     own: Size | None
     allowed: Size
+    compared: int
 
     @property
     def ok(self) -> bool:
@@ -94,7 +96,16 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Whether the fused model ran, on fused ops, and everything is within the rule."""
-        return self.failure is None and bool(self.ran) and not self.broken
+        return self.failure is None and self._nothing is None and not self.broken
+
+    @property
+    def _nothing(self) -> str | None:
+        """Why nothing was verified, or None."""
+        if not self.ran:
+            return "no fused op ran, and both runs are the stock model's"
+        if not any(row.compared for row in self.rows if not row.name.startswith(GRADIENT)):
+            return "no output holds a finite number, stock or fused: the batch is empty, or all of it becomes NaN"
+        return None
 
     @property
     def worst(self) -> list[Row]:
@@ -132,9 +143,10 @@ class Verification:
             return (
                 f"FAILED: {len(self.broken)} of {len(self.rows)} tensors differ from {self.truth} by more than {rule}"
             )
-        if not self.ran:
-            return "FAILED: nothing was verified: no fused op ran, and both runs are the stock model's"
-        return f"ok: {len(self.rows)} outputs and gradients differ from {self.truth} by no more than {rule}"
+        if self._nothing is not None:
+            return f"FAILED: nothing was verified: {self._nothing}"
+        compared = sum(row.compared > 0 for row in self.rows)
+        return f"ok: {compared} outputs and gradients differ from {self.truth} by no more than {rule}"
 
 
 _HEAD = ("tensor", "measure", "error", "stock's own", "allowed", "truth's size", "")
@@ -157,6 +169,7 @@ class _Measured:
     size: Size
     error: Size
     own: Size | None
+    compared: int
 
     @property
     def group(self) -> str:
@@ -190,29 +203,31 @@ def judge(got: Run, stock: Run, truth: Run | None, dtypes: Collection[torch.dtyp
     for each in measured:
         beside = dataclasses.replace(floor, absolute=share * largest[each.group])
         limit = allowed(each.own or Size(0.0, 0.0), each.size, beside)
-        rows.append(Row(each.name, each.size, each.error, each.own, limit))
+        rows.append(Row(each.name, each.size, each.error, each.own, limit, each.compared))
     return rows
 
 
 def _measured(got: Run, stock: Run, truth: Run | None) -> list[_Measured]:
     mine, own, exact = (each.tensors() for each in (got, stock, stock if truth is None else truth))
     found = []
-    for name, like in {**own, **mine}.items():  # one of them may have an output, or a gradient, that the other lacks
-        right, tensor, other = (_wide(each.get(name), like) for each in (exact, own, mine))
-        own_error = None if truth is None else _error(tensor, right)
-        found.append(_Measured(name, size_of(right.nan_to_num(0.0, 0.0, 0.0)), _error(other, right), own_error))
+    for name, either in {**mine, **own}.items():
+        tensor, other, right = own.get(name), mine.get(name), exact.get(name, either).double()
+        size = size_of(right.nan_to_num(0.0, 0.0, 0.0))
+        if tensor is None or other is None or not tensor.shape == other.shape == right.shape:
+            found.append(_Measured(name, size, Size(math.nan, math.nan), None, right.numel()))
+            continue
+        tensor, other = tensor.double(), other.double()
+        # what overflows in the stock model says nothing of its error, nor of one that overflows alike
+        lost = ~tensor.isfinite()
+        alike = lost & ((other == tensor) | (other.isnan() & tensor.isnan()))
+        own_error = None if truth is None else _error(torch.where(lost, right, tensor), right)
+        compared = int((tensor.isfinite() | other.isfinite()).count_nonzero())
+        found.append(_Measured(name, size, _error(torch.where(alike, right, other), right), own_error, compared))
     return found
 
 
-def _wide(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """In float64; zeros for the gradient of what nothing depends on."""
-    return torch.zeros(like.shape, dtype=torch.float64) if tensor is None else tensor.double()
-
-
 def _error(tensor: Tensor, exact: Tensor) -> Size:
-    """How far apart they are; infinities and NaNs that both have are no error. NaN where the shapes differ."""
-    if tensor.shape != exact.shape:
-        return Size(math.nan, math.nan)
+    """How far apart they are; infinities and NaNs that both have are no error."""
     same = (tensor == exact) | (tensor.isnan() & exact.isnan())
     return size_of(torch.where(same, 0.0, tensor - exact))
 

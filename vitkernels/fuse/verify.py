@@ -18,7 +18,7 @@ from vitkernels.fuse import memory
 from vitkernels.fuse.explain import explain
 from vitkernels.fuse.runs import Batch, Run, devices, run, unchanged
 from vitkernels.fuse.swap import Fused, as_stock
-from vitkernels.fuse.verification import Verification, judge
+from vitkernels.fuse.verification import Row, Verification, judge
 from vitkernels.fuse.walk import fuse, unfuse
 
 _UNSHARDED = "needs the model before it is sharded"
@@ -33,7 +33,8 @@ def verify(
     the stock one does, plus a floor (`vitkernels.accuracy`). Where it does not fit, or draws other random numbers, the
     two are compared with one another, and the answer says so. Runs are as the caller stands: in training or eval,
     under autocast or not, each from the same random state. A model that is not fused is fused for the comparison; where
-    no fused op runs then, nothing was verified, and the answer is not ok.
+    no fused op runs then, or no output holds a finite number, nothing was verified, and the answer is not ok. A
+    gradient that is None in one and zeros in the other is a difference: optimizers move the one and leave the other.
     Afterwards the model, its .grad fields, its buffers and the random state are what they were (parameters that the
     model's own forward writes into are not brought back).
 
@@ -71,7 +72,7 @@ def verify(
     counts = Counter(f"{call.op} ({call.backend})" for call in calls)
     rows = [] if got is None else judge(got, stock, truth, _dtypes(model, batch, stock, truth))
     if got is not None:
-        notes += _remarks(got, stock)
+        notes += _remarks(got, stock, rows)
     return Verification(
         rows, "the stock model" if truth is None else "float64", summary, dict(counts.most_common()), notes, failure
     )
@@ -192,7 +193,7 @@ def _dtypes(model: nn.Module, batch: Batch, stock: Run, truth: Run | None) -> se
     return found
 
 
-def _remarks(got: Run, stock: Run) -> list[str]:
+def _remarks(got: Run, stock: Run, rows: list[Row]) -> list[str]:
     notes = []
     if any(not torch.equal(*states) for states in zip(got.end, stock.end, strict=True)):
         notes.append("fused, the model draws other random numbers than stock")
@@ -200,6 +201,15 @@ def _remarks(got: Run, stock: Run) -> list[str]:
         other = got.outputs.get(name)
         if other is None or (other.dtype, other.shape) != (own.dtype, own.shape):
             notes.append(f"{name} is {_kind(other)} fused, and {_kind(own)} stock")
+    for where, here, there in (("stock", stock, got), ("fused", got, stock)):
+        lost = [name for name, each in there.gradients.items() if each is not None and here.gradients[name] is None]
+        if lost:
+            notes.append(f"{where} alone, the gradient is None of {len(lost)} parameters and inputs, as {lost[0]}")
+    void = [row.name for row in rows if not row.compared]
+    if void:
+        notes.append(
+            f"{len(void)} outputs and gradients hold no finite number, and were compared as nothing, as {void[0]}"
+        )
     infinite = [name for name, each in stock.tensors().items() if not each.isfinite().all()]
     if infinite:
         notes.append(f"stock, {len(infinite)} outputs and gradients are not finite, as {infinite[0]}")

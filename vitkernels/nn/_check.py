@@ -7,19 +7,25 @@ from typing import Any
 
 from torch import Tensor
 
-
-def positive(owner: str, **numbers: Any) -> None:
-    """Each argument is an int of 1 or more."""
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{owner}: argument '{name}' is {value!r}; needs an int of 1 or more")
+from vitkernels.ops._check import integer, is_integer
 
 
-def not_negative(owner: str, **numbers: Any) -> None:
-    """Each argument is an int of 0 or more."""
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{owner}: argument '{name}' is {value!r}; needs an int of 0 or more")
+def positive(owner: str, **numbers: Any) -> list[int]:
+    """Each argument is an integer of 1 or more; they come back as ints."""
+    return _at_least(1, owner, numbers)
+
+
+def not_negative(owner: str, **numbers: Any) -> list[int]:
+    """Each argument is an integer of 0 or more; they come back as ints."""
+    return _at_least(0, owner, numbers)
+
+
+def _at_least(least: int, owner: str, numbers: dict[str, Any]) -> list[int]:
+    values = [integer(value) for value in numbers.values()]
+    for name, value in zip(numbers, values, strict=True):
+        if not is_integer(value) or value < least:
+            raise ValueError(f"{owner}: argument '{name}' is {value!r}; needs an int of {least} or more")
+    return values
 
 
 def one_of(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
@@ -35,9 +41,10 @@ def divisible(owner: str, name: str, value: int, by_name: str, by: int) -> None:
 
 def pair(owner: str, name: str, value: Any) -> tuple[int, int]:
     """(height, width) of an int or of a pair of ints."""
-    height, width = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    sides = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    height, width = map(integer, sides)
     for side in (height, width):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        if not is_integer(side) or side < 1:
             raise ValueError(f"{owner}: argument '{name}' is {value!r}; needs an int of 1 or more, or (height, width)")
     return height, width
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        _check.positive("Attention", dim=dim, num_heads=num_heads)
+        dim, num_heads = _check.positive("Attention", dim=dim, num_heads=num_heads)
         _check.divisible("Attention", "dim", dim, "num_heads", num_heads)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads

@@ -48,7 +48,7 @@ class Block(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        _check.positive("Block", dim=dim, num_heads=num_heads)
+        dim, num_heads = _check.positive("Block", dim=dim, num_heads=num_heads)
         _check.rate("Block", "drop_path", drop_path)
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"Block: argument 'mlp_ratio' is {mlp_ratio!r}; needs at least 1 / dim = 1 / {dim}")

@@ -18,7 +18,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init_values: float = 1e-5) -> None:
         super().__init__()
-        _check.positive("LayerScale", dim=dim)
+        (dim,) = _check.positive("LayerScale", dim=dim)
         self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
 
     def forward(self, x: Tensor) -> Tensor:

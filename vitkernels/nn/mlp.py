@@ -54,7 +54,9 @@ class Mlp(nn.Module):
         super().__init__()
         hidden_features = in_features if hidden_features is None else hidden_features
         out_features = in_features if out_features is None else out_features
-        _check.positive("Mlp", in_features=in_features, hidden_features=hidden_features, out_features=out_features)
+        in_features, hidden_features, out_features = _check.positive(
+            "Mlp", in_features=in_features, hidden_features=hidden_features, out_features=out_features
+        )
         _check.one_of("Mlp", "activation", activation, ACTIVATIONS)
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
         self.fc2 = nn.Linear(hidden_features, out_features, bias=bias)

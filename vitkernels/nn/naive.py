@@ -124,8 +124,10 @@ class NaiveVisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         owner = "NaiveVisionTransformer"
-        _check.positive(owner, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes)
-        _check.positive(owner, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        img_size, patch_size, in_chans, num_classes = _check.positive(
+            owner, img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes
+        )
+        embed_dim, depth, num_heads = _check.positive(owner, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         _check.divisible(owner, "img_size", img_size, "patch_size", patch_size)
         _check.divisible(owner, "embed_dim", embed_dim, "num_heads", num_heads)
         _check.one_of(owner, "global_pool", global_pool, ("token", "avg"))

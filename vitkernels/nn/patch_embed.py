@@ -40,7 +40,7 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         owner = "PatchEmbed"
-        _check.positive(owner, in_chans=in_chans, embed_dim=embed_dim)
+        in_chans, embed_dim = _check.positive(owner, in_chans=in_chans, embed_dim=embed_dim)
         self.patch_size = _check.pair(owner, "patch_size", patch_size)
         self.img_size = None if img_size is None else _check.pair(owner, "img_size", img_size)
         if self.img_size is not None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkernels.ops._check import integer
+
 
 def resize_pos_embed(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], prefixes: int = 0) -> Tensor:
     """Interpolate a position table to another grid, bicubic with antialias, as timm does; differentiable.
@@ -21,16 +23,16 @@ def resize_pos_embed(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[i
     Raises:
         ValueError: a table whose rows are not R + the old grid's.
     """
-    rows, columns = old_grid
+    rows, columns, new_rows, new_columns, prefixes = map(integer, (*old_grid, *new_grid, prefixes))
     if table.dim() != 3 or table.shape[:2] != (1, prefixes + rows * columns):
         raise ValueError(
             f"resize_pos_embed: argument 'table' has shape {list(table.shape)}; "
             f"needs [1, {prefixes + rows * columns}, D] ({prefixes} prefix tokens, {rows} x {columns} patches)"
         )
-    if tuple(old_grid) == tuple(new_grid):
+    if (rows, columns) == (new_rows, new_columns):
         return table
-    patches = table[:, prefixes:].to(torch.promote_types(table.dtype, torch.float32)).unflatten(1, old_grid)[0]
-    down, across = (_weights(old, new, patches) for old, new in zip(old_grid, new_grid, strict=True))
+    patches = table[:, prefixes:].to(torch.promote_types(table.dtype, torch.float32)).unflatten(1, (rows, columns))[0]
+    down, across = _weights(rows, new_rows, patches), _weights(columns, new_columns, patches)
     with torch.autocast(table.device.type, enabled=False):
         patches = torch.einsum("rcd,rm,cn->mnd", patches, down, across)
     return torch.cat([table[:, :prefixes], patches.flatten(0, 1).unsqueeze(0).to(table.dtype)], dim=1)

@@ -80,8 +80,8 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         owner = "VisionTransformer"
-        _check.positive(owner, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        _check.not_negative(owner, num_classes=num_classes, reg_tokens=reg_tokens)
+        embed_dim, depth, num_heads = _check.positive(owner, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        num_classes, reg_tokens = _check.not_negative(owner, num_classes=num_classes, reg_tokens=reg_tokens)
         _check.divisible(owner, "embed_dim", embed_dim, "num_heads", num_heads)
         _check.one_of(owner, "global_pool", global_pool, POOLS)
         _check.one_of(owner, "activation", activation, ACTIVATIONS)

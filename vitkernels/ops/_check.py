@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,21 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
         return None
 
     return checked
+
+
+def integer(value: Any) -> Any:
+    """An int of whatever is one (`__index__`: numpy's, a tensor of one) but no bool; anything else as it is."""
+    if isinstance(value, int | torch.SymInt) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
+        return value
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value, as `integer` gave it, is one; a traced size is."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def is_tensor(op: str, *, optional: dict[str, Any], **tensors: Any) -> None:

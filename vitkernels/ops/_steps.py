@@ -123,7 +123,7 @@ def attention(
         qkv, proj: weight and bias of the projections, as nn.Linear stores them; [3 * D, D] and [D, D].
         num_heads, attn_mask, is_causal, scale: as in `ops.attention_qkv`.
     """
-    return _ATTENTION(x, added, norm, (*qkv, *proj, num_heads, attn_mask, is_causal, scale))
+    return _ATTENTION(x, added, norm, (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale))
 
 
 # ------------------------------------------------------------------------------------------------------- one step

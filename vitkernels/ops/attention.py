@@ -95,6 +95,7 @@ def attention_qkv(
     Raises:
         TypeError, ValueError: as in `attention`; also a last axis that is not 3 * H * K.
     """
+    num_heads = _check.integer(num_heads)
     check_packed(qkv, num_heads, attn_mask, is_causal)
     dtype = autocast_dtype(qkv)
     if dtype is not None:
@@ -118,7 +119,7 @@ def check_packed(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causa
     _check.is_floating(name, qkv=qkv)
     _check.has_rank(name, "qkv", qkv, "[B, N, 3 * D]")
     batch, tokens, packed = qkv.shape
-    if not isinstance(num_heads, int) or num_heads < 1:
+    if not _check.is_integer(num_heads) or num_heads < 1:
         raise ValueError(f"{name}: argument 'num_heads' is {num_heads!r}; needs an int of 1 or more")
     if packed % (3 * num_heads) != 0:
         raise ValueError(

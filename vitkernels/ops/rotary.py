@@ -45,7 +45,8 @@ def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool =
     batch, heads, tokens, width = x.shape
     if width == 0 or width % 2:
         raise ValueError(f"{name}: argument 'x' has a last axis of {width}; needs an even number, 2 or more, for pairs")
-    if not isinstance(prefix, int | torch.SymInt) or not 0 <= prefix <= tokens:
+    prefix = _check.integer(prefix)
+    if not _check.is_integer(prefix) or not 0 <= prefix <= tokens:
         raise ValueError(f"{name}: argument 'prefix' is {prefix!r}; needs an int from 0 to x's {tokens} tokens")
     sin, cos = (
         _as_positions(name, each_name, each, (batch, heads, tokens - prefix, width))

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Any mode that Pillow reads as RGB: turned as EXIF says, transparency laid on white, 16 bits cut to 8."""
+    """Any mode that Pillow reads as RGB: turned as EXIF says, transparency laid on white, 16 bits cut to 8.
+
+    Raises:
+        ValueError: pixels in floating point, whose white nobody knows.
+    """
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; needs 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkernels.dispatch import BACKENDS
+from vitkernels.ops._check import integer
 
 CONFIG_FILE = "config.json"  # in a run's folder: its model, classes and settings
 PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "safetensors": "safetensors"}
@@ -53,7 +54,7 @@ class TrainConfig:
 
     data: str = _option(
         dataclasses.MISSING,
-        "folder with one subfolder of JPEG/PNG/WebP images per class; or 'digits': scikit-learn's",
+        "folder with one subfolder of images (JPEG, PNG, WebP, BMP, PNM, TIFF) per class; or 'digits': scikit-learn's",
         free=True,
     )
     val_data: str | None = _option(None, "folder of test images, laid out as --data; instead of --val-split", free=True)
@@ -97,7 +98,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         types = typing.get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
-            _check(field, types[field.name], getattr(self, field.name))
+            value = _as_plain(getattr(self, field.name))
+            _check(field, types[field.name], value)
+            object.__setattr__(self, field.name, value)
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"train: argument 'warmup_epochs' got {self.warmup_epochs}; needs less than 'epochs', {self.epochs}"
@@ -158,6 +161,11 @@ def value_type(hint: Any) -> Any:
 
 def _is_optional(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
+
+
+def _as_plain(value: Any) -> Any:
+    """Integers of any kind as ints, alone or in a mapping: a run's settings are written as JSON."""
+    return {name: integer(each) for name, each in value.items()} if isinstance(value, Mapping) else integer(value)
 
 
 def _check(field: dataclasses.Field[Any], hint: Any, value: Any) -> None:

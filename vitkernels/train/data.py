@@ -7,8 +7,10 @@ can make any sample, and a run that resumes in the middle of an epoch sees the v
 from __future__ import annotations
 
 import functools
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DIGITS = "digits"
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IGNORED = -100  # the label of an image that could not be read: cross_entropy's ignore_index
 SPLIT_SEED = 0  # not the run's: runs of different seeds are tested on the same images
 
@@ -51,6 +53,7 @@ class Source:
     std: tuple[float, ...]
     train: ImageSet
     test: ImageSet | None
+    notes: list[str] = field(default_factory=list)  # what was found and not used, in sentences
 
 
 class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
@@ -81,7 +84,7 @@ class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
                     image = augment.upright(file)
             view = self.view(image, Random(f"{self.seed} {epoch} {index}"))
         except Exception as error:  # a decoder that is fed garbage may raise anything
-            return torch.zeros(self.shape, dtype=torch.uint8), IGNORED, f"{self.images[index]} ({error})"
+            return torch.zeros(self.shape, dtype=torch.uint8, device="cpu"), IGNORED, f"{self.images[index]} ({error})"
         return augment.to_tensor(view), self.labels[index], None
 
 
@@ -144,14 +147,15 @@ def _loader(dataset: ImageSet, config: TrainConfig, pin: bool, **which: Any) -> 
         persistent_workers=config.workers > 0,
         pin_memory=pin,
         collate_fn=_collate,
-        generator=torch.Generator(),  # else every epoch draws from torch's own, and a resumed one draws once more
+        generator=torch.Generator("cpu"),  # else every epoch draws from torch's own, and a resumed one draws once more
         **which,
     )
 
 
 def _collate(samples: list[tuple[Tensor, int, str | None]]) -> Batch:
     images, labels, errors = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), [error for error in errors if error is not None])
+    named = [error for error in errors if error is not None]
+    return Batch(torch.stack(images), torch.tensor(labels, device="cpu"), named)
 
 
 def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
@@ -169,8 +173,10 @@ def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
     return sorted(train), sorted(test)
 
 
-def scan(folder: str | Path, argument: str) -> tuple[list[str], list[str], list[int]]:
-    """The classes of a folder (its subfolders, sorted), the paths of its images and their labels.
+def scan(folder: str | Path, argument: str) -> tuple[list[str], list[str], list[int], list[str]]:
+    """The classes of a folder (its subfolders, sorted), the paths of its images, their labels, and notes.
+
+    Images lie in a class folder at any depth, behind links too. A note says what else lies there and is left out.
 
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
@@ -186,30 +192,77 @@ def scan(folder: str | Path, argument: str) -> tuple[list[str], list[str], list[
         )
     paths: list[str] = []
     labels: list[int] = []
+    others: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        found = sorted(
-            path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        found = []
+        for path in _files(folder / name, others):
+            kind = path.suffix.lower()
+            if kind in SUFFIXES and path.is_file():
+                found.append(path)
+            else:
+                others["link to nothing" if kind in SUFFIXES else kind or "file without a suffix"] += 1
         if not found:
             raise ValueError(
                 f"train: argument '{argument}' got {str(folder)!r}, whose class folder {name!r} holds no image; "
                 f"needs {', '.join(sorted(SUFFIXES))} files"
             )
-        paths += map(str, found)
+        paths += map(str, sorted(found))
         labels += [label] * len(found)
-    return classes, paths, labels
+    beside = sum(each.suffix.lower() in SUFFIXES and each.is_file() for each in folder.iterdir())
+    if beside:
+        others["image in no class folder"] = beside
+    return classes, paths, labels, [_left_out(folder, others)] if others else []
+
+
+def _left_out(folder: Path, others: Counter[str]) -> str:
+    most = sorted(others.items(), key=lambda each: (-each[1], each[0]))
+    counts = [f"{count} x {what}" for what, count in most[:6]]
+    if most[6:]:
+        counts.append(f"{sum(count for _, count in most[6:])} of other kinds")
+    return f"left out of {folder}: {', '.join(counts)}; needs {', '.join(sorted(SUFFIXES))} files"
+
+
+def _files(folder: Path, others: Counter[str]) -> Iterator[Path]:
+    """Every file below a folder, once: links to folders are followed, after what is there without them.
+
+    Args:
+        folder: where.
+        others: counts the folders that cannot be read.
+    """
+
+    def count(error: OSError) -> None:
+        others["folder that cannot be read"] += 1
+
+    # by what they are: links may lead in a circle, or up to where the other classes are
+    seen = {_identity(each) for each in (*folder.absolute().parents, *folder.resolve().parents)}
+    tops = [str(folder)]
+    for top in tops:
+        for here, folders, names in os.walk(top, onerror=count):
+            identity = _identity(here)
+            if identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            tops += [path for path in (os.path.join(here, name) for name in sorted(folders)) if os.path.islink(path)]
+            yield from (Path(here, name) for name in names)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _folder(config: TrainConfig) -> Source:
     size = config.image_size
     views = functools.partial(augment.random_crop, size=size), functools.partial(augment.centre_crop, size=size)
-    classes, paths, labels = scan(config.data, "data")
+    classes, paths, labels, notes = scan(config.data, "data")
     if config.val_data is None:
         train, test = split(labels, config.val_split)
         test_paths, test_labels = [paths[index] for index in test], [labels[index] for index in test]
         paths, labels = [paths[index] for index in train], [labels[index] for index in train]
     else:
-        test_classes, test_paths, test_labels = scan(config.val_data, "val_data")
+        test_classes, test_paths, test_labels, test_notes = scan(config.val_data, "val_data")
+        notes += test_notes
         if test_classes != classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise ValueError(
@@ -227,6 +280,7 @@ def _folder(config: TrainConfig) -> Source:
         std=std,
         train=make(paths, labels, views[0]),
         test=make(test_paths, test_labels, views[1]) if test_paths else None,
+        notes=notes,
     )
 
 

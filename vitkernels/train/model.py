@@ -39,7 +39,7 @@ class Normalised(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] uint8 -> what the model gives."""
-        return self.model((image / 255 - self.mean) / self.std)
+        return self.model((image.to(self.mean.dtype) / 255 - self.mean) / self.std)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ def load_model(folder: str | Path) -> tuple[nn.Module, list[str]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load_model: argument 'folder' got {str(folder)!r}, which holds no {name}")
     saved = json.loads((folder / CONFIG_FILE).read_text())
-    model = ModelSpec(**saved["model"]).build()
+    with torch.device("cpu"):
+        model = ModelSpec(**saved["model"]).build()
     core(model).load_state_dict(load_file(folder / WEIGHTS_FILE))
     return model.eval(), saved["classes"]

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vitkernels import dispatch
 from vitkernels.train import checkpoint
 from vitkernels.train.config import CONFIG_FILE, TrainConfig, require_packages
@@ -51,6 +53,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
             raise ValueError(
                 f"train: argument 'batch_size' got {config.batch_size}; needs a multiple of {here.size}, the processes"
             )
+        if torch.get_default_device().type != "cpu":  # on which samplers draw, and models are built
+            stack.enter_context(torch.device("cpu"))
         if config.backends:
             stack.enter_context(dispatch.use(*config.backends))
             _check_backends(config.backends)
@@ -72,6 +76,8 @@ def _run(config: TrainConfig, here: World, console: Console) -> dict[str, Any]:
             raise OSError(f"train: argument 'out': cannot make the folder {folder}: {error.strerror}") from error
         settings = {"model": asdict(trainer.spec), "classes": source.classes, "training": asdict(config)}
         checkpoint.write_json(folder / CONFIG_FILE, settings)
+        for note in source.notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
         console.print(f"writing to {folder}", markup=False, highlight=False, soft_wrap=True)
     try:
         trainer.run()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.ops._check import is_integer
 from vitkernels.residual import genuine, known, parts
 from vitkernels.residual.stream import Branch, Part, Step, Sublayer
 from vitkernels.residual.sublayers import (
@@ -173,7 +174,7 @@ def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Ru
         mixin,
         frozenset(owners),
         lambda attn: differs(attn, arguments, ("qkv", "proj"), ("attn_drop", "proj_drop")),
-        lambda attn: hasattr(attn, "qkv") and isinstance(getattr(attn, "num_heads", None), int),
+        lambda attn: hasattr(attn, "qkv") and is_integer(getattr(attn, "num_heads", None)),
         lambda attn, tokens: {"rope": _random_rope(attn, tokens)} if "rope" in arguments else {},
     )
 
@@ -181,7 +182,9 @@ def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Ru
 def _random_rope(attn: Any, tokens: Tensor) -> Rope:
     """Positions for a trial: of all tokens but the first."""
     width = attn.qkv.out_features // (3 * attn.num_heads)
-    angles = torch.linspace(0, 9, (tokens.shape[1] - 1) * width, device=tokens.device).view(-1, width)
+    angles = torch.linspace(0, 9, (tokens.shape[1] - 1) * width, dtype=tokens.dtype, device=tokens.device).view(
+        -1, width
+    )
     return angles.sin(), angles.cos()
 
 
