@@ -127,6 +127,20 @@ def order(device_type: str) -> tuple[str, ...]:
     return _scope.get() or _order or _DEFAULT_ORDER.get(device_type, ("reference",))
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """A number that changes when backends may answer otherwise than before: what was chosen earlier is asked anew."""
+    return _generation
+
+
+def backends_changed() -> None:
+    """Say that a backend came, went or runs on something else."""
+    global _generation
+    _generation += 1
+
+
 @contextlib.contextmanager
 def record() -> Iterator[list[Call]]:
     """Collect a `Call` for every kernel launched inside the block, forward and backward, in order.
@@ -241,6 +255,7 @@ class Op:
     ) -> None:
         """Add a backend's launchers; they take the schema's arguments in order."""
         self.implementations[backend] = Implementation(forward, backward, why_not)
+        backends_changed()
 
     def __call__(self, *args: Any) -> Any:
         """The forward op, differentiable."""
@@ -272,31 +287,52 @@ class Op:
             return f"no {backend} kernel is registered for {self.name}"
         return implementation.why_not(direction, args)
 
-    def run(self, direction: str, args: tuple[Any, ...]) -> Any:
-        """Launch the first backend that can serve a plain call; direction is "forward" or "backward"."""
+    def choose(self, direction: str, args: tuple[Any, ...]) -> Choice:
+        """The first backend in the order that can serve a call, and why those before it declined.
+
+        Raises:
+            BackendError: there is none.
+        """
         first = args[0] if isinstance(args[0], torch.Tensor) else next(filter(_is_tensor, args))
-        kind = first.device.type
         declined: list[tuple[str, str]] = []
-        for backend in order(kind):
+        for backend in order(first.device.type):
             reason = self.why_not(backend, direction, args)
             if reason is not None:
                 declined.append((backend, reason))
                 continue
             if _order is None and _scope.get() is None and backend == "reference" and declined:
                 _warn_once(self.name, declined)
-            for calls in _records:
-                calls.append(Call(self.name, direction, backend, tuple(declined)))
             launch = getattr(self.implementations[backend], direction)
-            if not torch.is_autocast_enabled(kind):
-                return launch(*args)
-            # dtypes were settled before the op; inside it, autocast would cast again
-            torch.set_autocast_enabled(kind, False)
-            try:
-                return launch(*args)
-            finally:
-                torch.set_autocast_enabled(kind, True)
+            return Choice(Call(self.name, direction, backend, tuple(declined)), launch)
         reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
         raise BackendError(f"{self.name} ({direction}): no backend in use can serve this call. {reasons}")
+
+    def run(self, direction: str, args: tuple[Any, ...]) -> Any:
+        """Launch the first backend that can serve a plain call; direction is "forward" or "backward"."""
+        choice = self.choose(direction, args)
+        kind = next(filter(_is_tensor, args)).device.type
+        if not torch.is_autocast_enabled(kind):
+            return choice(*args)
+        # dtypes were settled before the op; inside it, autocast would cast again
+        torch.set_autocast_enabled(kind, False)
+        try:
+            return choice(*args)
+        finally:
+            torch.set_autocast_enabled(kind, True)
+
+
+class Choice:
+    """A backend's launcher, chosen for one kind of call; calling it launches, and `record` sees it."""
+
+    __slots__ = ("call", "launch")
+
+    def __init__(self, call: Call, launch: Callable[..., Any]) -> None:
+        self.call, self.launch = call, launch
+
+    def __call__(self, *args: Any) -> Any:
+        for calls in _records:
+            calls.append(self.call)
+        return self.launch(*args)
 
 
 def _is_tensor(arg: Any) -> bool:
@@ -310,13 +346,8 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors, tensor
     subclasses, counters of FLOPs.
     """
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    plain = not (
-        transformed
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
-    )
+    transformed = _transformed()
+    plain = not (transformed or _watched())
     learns = False
     for arg in args:
         if type(arg) in _PLAIN:
@@ -325,6 +356,36 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
         elif isinstance(arg, torch.Tensor):
             learns, plain = learns or arg.requires_grad, False
     return plain, transformed or (learns and torch.is_grad_enabled())
+
+
+def signature(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool] | None:
+    """What a plain call's checks and choices depend on, and whether a tensor requires a gradient; None if not plain.
+
+    Two calls of one signature, in one order of backends, pass the same checks and are served by the same launcher.
+    """
+    if _transformed() or _watched():
+        return None
+    learns = False
+    found = []
+    for arg in args:
+        if type(arg) in _PLAIN:
+            if arg.is_meta or not torch._C._has_storage(arg):
+                return None
+            learns = learns or arg.requires_grad
+            found.append((arg.dtype, arg.shape, arg.stride(), arg.device))
+        elif isinstance(arg, torch.Tensor):
+            return None
+        else:
+            found.append(arg)
+    return tuple(found), learns
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _watched() -> bool:
+    return torch._C._len_torch_dispatch_stack() != 0 or torch._C._is_tracing() or torch.autograd._profiler_enabled()
 
 
 def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from vitkernels import dispatch
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
 from vitkernels.residual import parts
-from vitkernels.residual.genuine import acts, owner, owner_name, replaced, why_not_around
+from vitkernels.residual.genuine import acts, owner_name, replaced, why_not_around
 from vitkernels.residual.stream import Branch, Part, Sublayer, pre_norm
 
 
@@ -111,7 +111,7 @@ class Fused(nn.Module):
         counts[reason] = counts.get(reason, 0) + 1
 
     def _why_not_own(self) -> str | None:
-        return f"somebody replaced the forward of {owner_name(self)}" if replaced(owner(self)) else None
+        return f"somebody replaced the forward of {owner_name(self)}" if replaced(type(self)) else None
 
     def backend(self) -> contextlib.AbstractContextManager[object]:
         """The order of backends that `fuse` was given, around a call."""
@@ -136,7 +136,7 @@ class PreNormBlock(Fused):
 
     def why_not_joined(self) -> str | None:
         """Why a call with tokens alone is more than `sublayers()` in a row, or None where it is that."""
-        return "somebody replaced its forward" if replaced(owner(self)) else None
+        return "somebody replaced its forward" if replaced(type(self)) else None
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         """The block on its tokens, [B, N, D] to the same."""

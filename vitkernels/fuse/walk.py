@@ -120,7 +120,7 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         declined = match.declined
         if declined is None and "forward" in vars(module) and not isinstance(module, Fused):
             declined = "a forward of its own, which another class would not change"
-        if declined is None and match.certain and genuine.replaced(genuine.owner(module)):
+        if declined is None and match.certain and genuine.replaced(type(module)):
             declined = f"somebody replaced the forward of {genuine.owner_name(module)}"
         if declined is None and not isinstance(module, Fused):
             declined = hidden(module, match.rule.mixin)

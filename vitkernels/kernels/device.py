@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from vitkernels import dispatch
+
 
 class Device(Protocol):
     """What the launchers ask of a kind of device. Answers of `why_not` are kept by object.
@@ -103,7 +105,9 @@ def stand_in(device: Device) -> Iterator[None]:
     """
     global _standing_in
     before, _standing_in = _standing_in, device
+    dispatch.backends_changed()
     try:
         yield
     finally:
         _standing_in = before
+        dispatch.backends_changed()

@@ -14,6 +14,7 @@ one by one: a compiler's partitioner decides itself what is kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -128,6 +129,37 @@ def attention(
 
 # ------------------------------------------------------------------------------------------------------- one step
 
+Launch = Callable[..., Any]  # (site, op, *arguments of its schema) -> its results
+_MOST = 4096  # kinds of calls that a step remembers
+
+
+class _Plan:
+    """What one kind of call settles once: its checks are passed, and each launch in it has its launcher.
+
+    A site names a launch within a step: one op may stand at several.
+    """
+
+    def __init__(self) -> None:
+        self.choices: dict[str, dispatch.Choice] = {}
+        self.backward: dict[Any, _Plan] = {}
+
+    def forward(self, site: str, op: dispatch.Op, *args: Any) -> Any:
+        return self._launch(site, op, "forward", args)
+
+    def __call__(self, site: str, op: dispatch.Op, *args: Any) -> Any:
+        return self._launch(site, op, "backward", args)
+
+    def _launch(self, site: str, op: dispatch.Op, direction: str, args: tuple[Any, ...]) -> Any:
+        choice = self.choices.get(site)
+        if choice is None:
+            choice = self.choices[site] = op.choose(direction, args)
+        return choice(*args)
+
+
+def _by_the_ops(site: str, op: dispatch.Op, *args: Any) -> Any:
+    """A backward launch that somebody looks at: a graph of the gradients is made, or gradients come in a batch."""
+    return op.backward(*args)
+
 
 class _Step:
     """A norm, and a product that reads it, as one autograd Function.
@@ -136,9 +168,9 @@ class _Step:
         name: of the Function.
         check: (x, autocast's dtype, *arguments), which raises.
         ops: (normed, *arguments) -> result, through the public ops.
-        forward: (normed, dtype, learns, *arguments) -> (result, what its backward keeps); learns: whether there is one.
-        backward: (dresult, normed, dtype, needs of normed and of the arguments, arguments, kept) -> gradients of normed
-            and of the arguments.
+        forward: (launch, normed, dtype, learns, *arguments) -> (result, what its backward keeps).
+        backward: (launch, dresult, normed, dtype, needs of normed and of the arguments, arguments, kept) -> gradients
+            of normed and of the arguments.
     """
 
     def __init__(
@@ -151,50 +183,67 @@ class _Step:
     ) -> None:
         self.check, self.ops, self.forward, self.backward = check, ops, forward, backward
         self.apply = dispatch.plain_function(name, self._forward, self._backward)
+        self.plans: dict[Any, _Plan] = {}
 
     def __call__(self, x: Tensor, added: Added | None, norm: Norm, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
-        plain, function = False, False
-        if not torch.compiler.is_compiling():
-            plain, function = dispatch.look_at((x, branch, *norm, branch_bias, scale, row_scale, *arguments))
         dtype = autocast_dtype(x)
-        if not plain:
+        inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, dtype, *arguments)
+        found = None if torch.compiler.is_compiling() else dispatch.signature(inputs)
+        if found is None:
             total, normed = add_norm(x, added, norm, None if dtype is None else cast_dtype(x, dtype))
             return total, self.ops(normed, *arguments)
-        check_norm(x, branch, norm.weight, norm.bias, branch_bias, scale, row_scale, dtype)
-        self.check(x, dtype, *arguments)
+        signature, learns = found
+        key = signature, dispatch.order(x.device.type), dispatch.generation()
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self._planned(key, inputs)
         if branch is not None and branch.dtype != x.dtype:
-            x = x.to(torch.promote_types(x.dtype, branch.dtype))
-        inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, dtype, *arguments)
-        if function:
-            return self.apply(*inputs)
-        return self._run(False, *inputs)[:2]
+            inputs = (x.to(torch.promote_types(x.dtype, branch.dtype)), *inputs[1:])
+        if learns and torch.is_grad_enabled():
+            return self.apply(plan, *inputs)
+        return self._run(plan, False, *inputs)[:2]
 
-    def _run(self, learns: bool, *inputs: Any) -> tuple[Any, ...]:
+    def _planned(self, key: Any, inputs: tuple[Any, ...]) -> _Plan:
+        x, branch, weight, bias, _, branch_bias, scale, row_scale, dtype, *arguments = inputs
+        check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
+        self.check(x, dtype, *arguments)
+        if len(self.plans) == _MOST:
+            self.plans.clear()
+        plan = self.plans[key] = _Plan()
+        return plan
+
+    def _run(self, plan: _Plan, learns: bool, *inputs: Any) -> tuple[Any, ...]:
         """total, result, normed, the norm's statistics, and what the product's backward keeps."""
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
         normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
-        total, normed, mean, rstd = op_norm.run(
-            "forward", (x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype)
-        )
-        result, kept = self.forward(normed, dtype, learns, *arguments)
+        kind = x.device.type
+        if dtype is not None:  # dtypes are settled here; inside, autocast would cast again
+            torch.set_autocast_enabled(kind, False)
+        try:
+            total, normed, mean, rstd = plan.forward(
+                "norm", op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype
+            )
+            result, kept = self.forward(plan.forward, normed, dtype, learns, *arguments)
+        finally:
+            if dtype is not None:
+                torch.set_autocast_enabled(kind, True)
         return x if branch is None else total, result, normed, mean, rstd, kept
 
-    def _forward(self, ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        total, result, normed, mean, rstd, kept = self._run(True, *inputs)
+    def _forward(self, ctx: Any, plan: _Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
+        total, result, normed, mean, rstd, kept = self._run(plan, True, *inputs)
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
-        tensors = [each if isinstance(each, Tensor) else None for each in arguments]
         again = normed.numel() >= _SMALL and not normed.is_cuda  # on GPUs the pass costs more than the memory is worth
         ctx.save_for_backward(
             None if again else normed,
             bias,
             *kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale),
-            *tensors,
+            *[each if isinstance(each, Tensor) else None for each in arguments],
             *kept,
         )
         ctx.rest = [None if isinstance(each, Tensor) else each for each in arguments]
         ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.eps, ctx.dtype, ctx.normed_dtype = eps, dtype, normed.dtype
+        ctx.plan, ctx.eps, ctx.dtype, ctx.normed_dtype = plan, eps, dtype, normed.dtype
         if not any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale)):
             ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
         ctx.set_materialize_grads(False)
@@ -205,18 +254,37 @@ class _Step:
         of_norm, tensors = saved[:KEPT], saved[KEPT:]
         count = len(ctx.rest)
         arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], ctx.rest, strict=True)]
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
+        launch = _launch_backward(ctx.plan, (dtotal, dresult), needs, of_norm[0].device.type)
         needs_normed, needs_arguments = any(needs[:8]), needs[9:]
         dnormed: Tensor | None = None
         grads: Sequence[Tensor | None] = [None] * count
         if dresult is not None:
             if normed is None:
                 normed = _again(ctx, of_norm, bias, reads=needs_arguments[0])
+            needs_product = [needs_normed, *needs_arguments]
             dnormed, *grads = self.backward(
-                dresult, normed, ctx.dtype, [needs_normed, *needs_arguments], arguments, tensors[count:]
+                launch, dresult, normed, ctx.dtype, needs_product, arguments, tensors[count:]
             )
-        above = norm_backward(needs, dtotal, dnormed, of_norm, ctx.branch_dtype) if needs_normed else (None,) * 8
-        return *above, None, *grads
+        above: Sequence[Tensor | None] = (None,) * 8
+        if needs_normed:
+            run = functools.partial(launch, "norm", op_norm)
+            above = norm_backward(needs, dtotal, dnormed, of_norm, ctx.branch_dtype, run)
+        return None, *above, None, *grads
+
+
+def _launch_backward(plan: _Plan, grads: tuple[Tensor | None, ...], needs: Sequence[bool], kind: str) -> Launch:
+    """How a backward pass launches: by the plan of its kind, or through the ops where somebody looks on."""
+    found = None if torch.is_grad_enabled() or torch.is_autocast_enabled(kind) else dispatch.signature(grads)
+    if found is None:
+        return _by_the_ops
+    key = found[0], needs, dispatch.order(kind), dispatch.generation()
+    known = plan.backward.get(key)
+    if known is None:
+        if len(plan.backward) == _MOST:
+            plan.backward.clear()
+        known = plan.backward[key] = _Plan()
+    return known
 
 
 def _again(ctx: Any, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
@@ -235,7 +303,7 @@ def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
 def _given(needs: Sequence[bool], grads: Sequence[Tensor], like: Sequence[Any]) -> list[Tensor | None]:
     """The gradients that are needed, in the dtypes of what they are gradients of; in pairs with `like`."""
     pairs = zip(needs, grads, like, strict=True)
-    return [grad.to(each.dtype) if need else None for need, grad, each in pairs]
+    return [(grad if grad.dtype == each.dtype else grad.to(each.dtype)) if need else None for need, grad, each in pairs]
 
 
 # --------------------------------------------------------------------------------------------------------- linear
@@ -246,13 +314,13 @@ def _check_linear(x: Tensor, dtype: torch.dtype | None, weight: Tensor, bias: Te
 
 
 def _linear(
-    normed: Tensor, dtype: torch.dtype | None, learns: bool, weight: Tensor, bias: Tensor | None
+    launch: Launch, normed: Tensor, dtype: torch.dtype | None, learns: bool, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return op_linear.run("forward", (normed, *_cast(dtype, weight, bias))), ()
+    return launch("linear", op_linear, normed, *_cast(dtype, weight, bias)), ()
 
 
-def _linear_backward(dy, normed, dtype, needs, arguments, kept):
-    dx, *grads = op_linear.backward(dy, normed, _cast(dtype, arguments[0])[0], list(needs))
+def _linear_backward(launch, dy, normed, dtype, needs, arguments, kept):
+    dx, *grads = launch("linear", op_linear, dy, normed, _cast(dtype, arguments[0])[0], list(needs))
     return dx if needs[0] else None, *_given(needs[1:], grads, arguments)
 
 
@@ -270,17 +338,19 @@ def _mlp_ops(normed: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tens
     return ops.mlp(normed, w1, b1, w2, b2, activation=activation)
 
 
-def _mlp(normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _mlp(
+    launch: Launch, normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     *weights, activation = arguments
-    y, pre = op_mlp.run("forward", (normed, *_cast(dtype, *weights), activation, learns))
+    y, pre = launch("mlp", op_mlp, normed, *_cast(dtype, *weights), activation, learns)
     return y, (pre,)
 
 
-def _mlp_backward(dy, normed, dtype, needs, arguments, kept):
+def _mlp_backward(launch, dy, normed, dtype, needs, arguments, kept):
     *weights, activation = arguments
     w1, _, w2, _ = weights
     w1, w2 = _cast(dtype, w1, w2)
-    dx, *grads = op_mlp.backward(dy, normed, *kept, w1, w2, activation, list(needs[:5]))
+    dx, *grads = launch("mlp", op_mlp, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
     return dx if needs[0] else None, *_given(needs[1:5], grads, weights), None
 
 
@@ -318,27 +388,27 @@ def _attention_ops(normed: Tensor, *arguments: Any) -> Tensor:
 
 
 def _attention(
-    normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any
+    launch: Launch, normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
-    qkv = op_linear.run("forward", (normed, *_cast(dtype, qkv_weight, qkv_bias)))
+    qkv = launch("qkv", op_linear, normed, *_cast(dtype, qkv_weight, qkv_bias))
     options = packed_options(qkv, num_heads, mask, is_causal, scale)
-    heads, *statistics = op_qkv.run("forward", (qkv, *options))
-    out = op_linear.run("forward", (heads, *_cast(dtype, proj_weight, proj_bias)))
+    heads, *statistics = launch("attention", op_qkv, qkv, *options)
+    out = launch("proj", op_linear, heads, *_cast(dtype, proj_weight, proj_bias))
     return out, (qkv, heads, *statistics)
 
 
-def _attention_backward(dy, normed, dtype, needs, arguments, kept):
+def _attention_backward(launch, dy, normed, dtype, needs, arguments, kept):
     qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
     qkv, heads, *statistics = kept
     inner = needs[0] or needs[1] or needs[2] or needs[6]
-    dheads, *proj = op_linear.backward(dy, heads, _cast(dtype, proj_weight)[0], [inner, *needs[3:5]])
+    dheads, *proj = launch("proj", op_linear, dy, heads, _cast(dtype, proj_weight)[0], [inner, *needs[3:5]])
     grads: list[Tensor | None] = [None] * 9
     grads[3:5] = _given(needs[3:5], proj, (proj_weight, proj_bias))
     if inner:
         options = packed_options(qkv, num_heads, mask, is_causal, scale)
-        dqkv, dmask = op_qkv.backward(dheads, qkv, heads, *statistics, *options, needs[6])
-        dx, *packed = op_linear.backward(dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
+        dqkv, dmask = launch("attention", op_qkv, dheads, qkv, heads, *statistics, *options, needs[6])
+        dx, *packed = launch("qkv", op_linear, dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
         grads[0] = dx if needs[0] else None
         grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
         grads[6] = dmask.reshape(mask.shape) if needs[6] else None

@@ -11,7 +11,7 @@ DropPath Huang et al. 2016 (stochastic depth).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ def backward(
     dnormed: Tensor | None,
     saved: Sequence[Any],
     branch_dtype: torch.dtype | None,
+    launch: Callable[..., Any] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, branch, weight, bias, eps, branch_bias, scale and row_scale.
 
@@ -165,6 +166,7 @@ def backward(
         dtotal, dnormed: of the results; None for zeros.
         saved: what `kept` gave.
         branch_dtype: the branch's; None without one, where x's gradient takes dtotal along.
+        launch: what runs the backward op; `op.backward` by default.
     """
     if dtotal is None and dnormed is None:
         return (None,) * 8
@@ -175,7 +177,7 @@ def backward(
     shared = scale is None and row_scale is None and branch_dtype == total.dtype
     if shared:
         needs[:2] = [x_ or branch_, False]
-    dx, dbranch, dweight, dbias, dbranch_bias, dscale, drow_scale = op.backward(
+    dx, dbranch, dweight, dbias, dbranch_bias, dscale, drow_scale = (launch or op.backward)(
         dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
     )
     return (

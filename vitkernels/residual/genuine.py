@@ -14,9 +14,9 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-import torch.fx._symbolic_trace
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 
 _MODULE_CALL = nn.Module.__call__
@@ -43,7 +43,7 @@ def owner(module: nn.Module) -> type[nn.Module]:
 
 
 def name_of(cls: type) -> str:
-    """ "package.module.Class"."""
+    """A class as "package.module.Class"."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -65,11 +65,11 @@ def why_not_read(module: nn.Module) -> str | None:
     hooks = module._forward_hooks
     if hooks and not all(any(idle(hook) for idle in IDLE_HOOKS) for hook in hooks.values()):
         return "a hook"
-    if "forward" in module.__dict__ or replaced(owner(module)):
+    cls = type(module)
+    if "forward" in module.__dict__ or replaced(cls):
         return "another forward"
-    # tracers that export wrap Module's own
-    if type(module).__call__ is not (nn.Module.__call__ if torch.compiler.is_compiling() else _MODULE_CALL):
-        return "a __call__ of its own"
+    if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
+        return "a __call__ of its own"  # tracers that export wrap Module's
     if module._parameters:
         reason = why_not_weights(module)
         if reason is not None:
@@ -86,16 +86,18 @@ def why_not_weights(module: nn.Module) -> str | None:
     return None
 
 
-_forwards: dict[type, tuple[Any, bool]] = {}  # of each class: the forward that was judged, and the judgement
+# of each class: the stock class, the forward of it that was judged, and whether that is not the one in the class's text
+_forwards: dict[type, tuple[Any, Any, bool]] = {}
 
 
-def replaced(cls: type) -> bool:
-    """Whether somebody gave a class another `forward` than the one in its own text."""
-    forward = cls.__dict__["forward"]
+def replaced(cls: type[nn.Module]) -> bool:
+    """Whether somebody gave the class that defines what modules of `cls` compute another `forward` than its own."""
     judged = _forwards.get(cls)
-    if judged is None or judged[0] is not forward:
-        judged = _forwards[cls] = forward, not _is_own(cls, forward)
-    return judged[1]
+    if judged is None or judged[0].forward is not judged[1]:
+        stock = getattr(cls, "stock", cls)
+        definer = next(each for each in stock.__mro__ if "forward" in each.__dict__)
+        judged = _forwards[cls] = stock, stock.forward, not _is_own(definer, definer.__dict__["forward"])
+    return judged[2]
 
 
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked while tracing, not traced
@@ -158,7 +160,7 @@ def _watched() -> str | None:
         mode = _acting_mode()
         if mode is not None:
             return f"an active {mode}"
-    if not torch.compiler.is_compiling() and torch.fx._symbolic_trace._is_fx_tracing_flag:
+    if _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling():
         return "traced by torch.fx"
     return None
 

@@ -98,8 +98,8 @@ def _twin(kind: type[nn.Module], module: nn.Module, **attributes: object) -> nn.
 def _is_scale(kind: type[nn.Module], module: nn.Module) -> bool:
     """Whether the class multiplies by its parameter, in training and in eval."""
     generator = torch.Generator("cpu").manual_seed(0)
-    gamma = torch.randn(6, generator=generator, device="cpu")
-    x = torch.randn(2, 5, 6, generator=generator, device="cpu")
+    gamma = torch.randn(6, generator=generator, dtype=torch.float32, device="cpu")
+    x = torch.randn(2, 5, 6, generator=generator, dtype=torch.float32, device="cpu")
     twin = _twin(kind, module, gamma=nn.Parameter(gamma))
     try:
         return all(torch.equal(twin.train(mode)(x.clone()), x * gamma) for mode in (True, False))
@@ -110,7 +110,7 @@ def _is_scale(kind: type[nn.Module], module: nn.Module) -> bool:
 @torch.no_grad()
 def _draws_so(kind: type[nn.Module], module: nn.Module, draw: Draw) -> bool:
     """Whether the class drops what `draw` drops from the same random state, and nothing in eval or at rate 0."""
-    x = torch.ones(64, 3, 2, device="cpu")
+    x = torch.ones(64, 3, 2, dtype=torch.float32, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):
             for seed, rate in enumerate((0.1, 0.5, 0.9)):

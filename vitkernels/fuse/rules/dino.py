@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
-from vitkernels.ops._check import is_integer
+from vitkernels.ops._check import integer, is_integer
 from vitkernels.residual import genuine, known, parts
 from vitkernels.residual.stream import Branch, Part, Step, Sublayer
 from vitkernels.residual.sublayers import (
@@ -174,7 +174,7 @@ def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Ru
         mixin,
         frozenset(owners),
         lambda attn: differs(attn, arguments, ("qkv", "proj"), ("attn_drop", "proj_drop")),
-        lambda attn: hasattr(attn, "qkv") and is_integer(getattr(attn, "num_heads", None)),
+        lambda attn: hasattr(attn, "qkv") and is_integer(integer(getattr(attn, "num_heads", None))),
         lambda attn, tokens: {"rope": _random_rope(attn, tokens)} if "rope" in arguments else {},
     )
 
