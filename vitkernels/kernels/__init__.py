@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import re
 from collections.abc import Callable
 from types import ModuleType
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from vitkernels import dispatch
+from vitkernels.kernels.device import Device, current, interpreting
 
 # op: (page, suffix of its functions there)
 PAGES: dict[str, tuple[str, str]] = {
@@ -29,18 +29,18 @@ PAGES: dict[str, tuple[str, str]] = {
     "patch_embed": ("patch_embed", ""),
     "rotary": ("rotary", ""),
 }
+__all__ = ["PAGES", "capability", "interpreting", "register", "why_not"]
 OLDEST, NEWEST = (3, 6), (3, 9)
 LOWEST_CAPABILITY = (8, 0)
 
 
-def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU, for tests; read when triton is first imported."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def why_not() -> str | None:
+    """A sentence that says why no kernel can run in this process, or None."""
+    return _why_not(current())
 
 
 @functools.cache
-def why_not() -> str | None:
-    """A sentence that says why no kernel can run in this process, or None."""
+def _why_not(device: Device) -> str | None:
     try:
         import triton
     except ImportError as error:
@@ -48,15 +48,12 @@ def why_not() -> str | None:
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
     if not OLDEST <= version <= NEWEST:
         return f"triton is {triton.__version__}; needs 3.6 to 3.9"
-    if not interpreting() and not torch.cuda.is_available():
-        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
-    return None
+    return device.why_not()
 
 
-@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; the interpreter poses as an H100."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """Compute capability of a device that launches are for."""
+    return current().capability(device)
 
 
 def _page(op: str) -> ModuleType:
@@ -64,13 +61,14 @@ def _page(op: str) -> ModuleType:
 
 
 def _call_why_not(op: str, direction: str, args: tuple[Any, ...]) -> str | None:
+    found = current()
     for arg in args:
         if not isinstance(arg, torch.Tensor):
             continue
-        if arg.device.type != ("cpu" if interpreting() else "cuda"):
-            return f"the kernels run on {'the CPU (interpreting)' if interpreting() else 'CUDA'}, not on {arg.device}"
-        if capability(arg.device) < LOWEST_CAPABILITY:
-            major, minor = capability(arg.device)
+        if arg.device.type != found.kind:
+            return f"the kernels run on {found.title}, not on {arg.device}"
+        if found.capability(arg.device) < LOWEST_CAPABILITY:
+            major, minor = found.capability(arg.device)
             return f"the kernels need compute capability 8.0 or later, and {arg.device} has {major}.{minor}"
         if arg.dtype == torch.float64:
             return "the kernels have no float64"
@@ -81,11 +79,8 @@ def _call_why_not(op: str, direction: str, args: tuple[Any, ...]) -> str | None:
 def _launcher(op: str, direction: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        run = getattr(_page(op), f"{direction}{PAGES[op][1]}")
-        if device.type != "cuda":
-            return run(*args)
-        with torch.cuda.device(device):  # Triton launches on the current device, whatever its tensors are on
-            return run(*args)
+        with current().launching(device):
+            return getattr(_page(op), f"{direction}{PAGES[op][1]}")(*args)
 
     return launch
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitkernels.kernels import interpreting
+from vitkernels.kernels.device import current, interpreting
 from vitkernels.kernels.variants import Variant
 
 # bf16 tl.dot, add and compare are silently wrong in the interpreter: under it, tiles are float32
@@ -102,10 +100,9 @@ def column_sum_variant(name: str, rows: int, columns: int, dtype: str) -> Varian
     )
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device; under the interpreter one, so that loops of persistent programs turn."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Multiprocessors of a device that launches are for."""
+    return current().processors(device)
 
 
 @triton.jit
