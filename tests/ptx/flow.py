@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 
 from ptx.operands import Address, Instruction, Operand, Register, Unsupported, Vector
@@ -66,6 +67,8 @@ class Flow:
         if not self.code or self.code[-1].name not in ("ret", "exit") or self.code[-1].guard:
             self.code.append(Instruction("ret", ()))
         self.steps = [None if self.ends(each) else step_of(each) for each in self.code]
+        self.reads = [reads(each, step) for each, step in zip(self.code, self.steps, strict=True)]
+        self.writes = [writes(step) for step in self.steps]
         targets = {self.target(each) for each in self.code if each.name == "bra"}
         targets |= {number + 1 for number, each in enumerate(self.code) if self.ends(each)}
         self.begins = sorted({0, *(each for each in targets if each < len(self.code))})
@@ -92,8 +95,6 @@ class Flow:
 
     def of(self, at: int) -> int:
         """The block that holds an instruction."""
-        import bisect
-
         return bisect.bisect_right(self.begins, at) - 1
 
     def _following(self, number: int) -> tuple[int, ...]:
@@ -111,6 +112,12 @@ class Flow:
     def _live(self) -> list[set[str]]:
         """Registers that live after each block."""
         count = len(self.begins)
+        # what a block needs is what it reads before it writes, and what it leaves alone of what comes after
+        needs = [self.before(number, self.begins[number], set()) for number in range(count)]
+        sure = [
+            set().union(*(self.writes[at] for at in self.block(number) if self.code[at].guard is None))
+            for number in range(count)
+        ]
         into: list[set[str]] = [set() for _ in range(count)]
         out: list[set[str]] = [set() for _ in range(count)]
         changed = True
@@ -118,8 +125,8 @@ class Flow:
             changed = False
             for number in reversed(range(count)):
                 out[number] = set().union(*(into[each] for each in self.following[number] if each != END))
-                live = self.before(number, self.begins[number], out[number])
-                if live != into[number]:
+                live = needs[number] | (out[number] - sure[number])
+                if len(live) != len(into[number]):
                     into[number], changed = live, True
         return out
 
@@ -127,10 +134,9 @@ class Flow:
         """Registers that live before an instruction of a block."""
         live = set(self.live_out[block] if live_out is None else live_out)
         for number in reversed(range(at, self.block(block).stop)):
-            instruction, step = self.code[number], self.steps[number]
-            if instruction.guard is None:
-                live -= writes(step)
-            elif step is not None:
-                live |= writes(step)  # what the guard switches off stays as it was
-            live |= reads(instruction, step)
+            if self.code[number].guard is None:
+                live -= self.writes[number]
+            else:
+                live |= self.writes[number]  # what the guard switches off stays as it was
+            live |= self.reads[number]
         return live

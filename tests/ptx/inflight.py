@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ptx.findings import REGISTERS, Findings
-from ptx.flow import END, Flow, reads, writes
+from ptx.flow import END, Flow
 from ptx.operands import Instruction, Vector
 from ptx.step import number
 
@@ -71,16 +71,16 @@ def touched(flow: Flow) -> Iterator[tuple[Instruction, str]]:
     """Instructions that touch registers of a product in flight, and how."""
     for block, groups in enumerate(entering(flow)):
         for at in flow.block(block):
-            instruction, step = flow.code[at], flow.steps[at]
+            instruction = flow.code[at]
             flying: _Registers = {}
             for group in groups:
                 flying |= group
             if flying:
                 product = _is(instruction, "mma_async")
-                for name in sorted(writes(step) & flying.keys()):
+                for name in sorted(flow.writes[at] & flying.keys()):
                     if not (product and flying[name] == "accumulator"):
                         yield instruction, f"writes {name}, {flying[name]} of a product in flight"
-                for name in sorted(reads(instruction, step) & flying.keys()):
+                for name in sorted(flow.reads[at] & flying.keys()):
                     if flying[name] == "accumulator" and not product:
                         yield instruction, f"reads {name}, accumulator of a product in flight"
             groups = _after(groups, instruction)

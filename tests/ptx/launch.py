@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,7 +69,13 @@ class Program:
 
 @functools.lru_cache(maxsize=64)
 def program(ptx: str, kernel: str | None = None) -> Program:
-    return Program(ptx, kernel)
+    collecting = gc.isenabled()
+    gc.disable()  # a kernel is a hundred thousand small objects that all stay
+    try:
+        return Program(ptx, kernel)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _memory_of(argument: Any) -> tuple[int, int, int]:

@@ -29,6 +29,10 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr(?:\s+\.(?:global|const|shared|local))?(?:\s+\.align\s+\d+)?)?"
     r"\s+([$\w]+)(?:\[(\d+)\])?"
 )
+_BRACKET = re.compile(r"[\[({]")
+_GUARD = re.compile(r"@(!?)\s*([%$\w]+)\s+(.*)")
+_ADDRESS = re.compile(r"\s*([%$\w.]+?)\s*(?:\+\s*(-?\w+))?\s*")
+_LOC = re.compile(r"\s*\.loc\s")
 _ITEM = re.compile(r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[$\w]+)\s*:(?!:)|(?P<statement>[^;]+);)")
 
 
@@ -136,7 +140,7 @@ def _comments_out(text: str, sources: list[str]) -> str:
     for line in text.split("\n"):
         code, _, note = line.partition("//")
         debug = debug or code.strip().startswith(".section")
-        if re.match(r"\s*\.loc\s", code):
+        if _LOC.match(code):
             source, code = note.strip() or code.strip(), ""
         elif code.strip().startswith((".file", ".pragma")) or debug:
             code = ""
@@ -254,7 +258,7 @@ class _Body:
         line = self.module.line(position)
         text = " ".join(statement.split())
         guard, rest = None, text
-        match = re.match(r"@(!?)\s*([%$\w]+)\s+(.*)", text)
+        match = _GUARD.match(text)
         if match:
             guard, rest = Guard(Register(_lookup(scopes, match[2])), bool(match[1])), match[3]
         opcode, _, operands = rest.partition(" ")
@@ -304,11 +308,15 @@ class _Body:
 
     def _operand(self, text: str, scopes: list[dict[str, str]], instruction: Instruction) -> Operand:
         text = text.strip()
+        if text[0] == "%":  # mostly
+            name = _lookup(scopes, text)
+            if name in self.kernel.registers:
+                return Register(name)
         if text.startswith("{"):
             return Vector(tuple(self._operand(each, scopes, instruction) for each in _split(text[1:-1])))
         if text.startswith("["):
             base, *coordinates = _split(text[1:-1])
-            match = re.fullmatch(r"\s*([%$\w.]+?)\s*(?:\+\s*(-?\w+))?\s*", base)
+            match = _ADDRESS.fullmatch(base)
             if match is None:
                 raise instruction.refuse(f"address {text}")
             items = self._operand(coordinates[0], scopes, instruction) if coordinates else Vector(())
@@ -321,7 +329,7 @@ class _Body:
             raise instruction.refuse("a negated predicate operand")
         if SPECIAL.fullmatch(text):
             return Special(text)
-        if re.match(r"[-+\d]", text):
+        if text[0] in "-+0123456789":
             return _immediate(text)
         name = _lookup(scopes, text)
         if name in self.kernel.registers or text == "_":
@@ -363,6 +371,8 @@ def _immediate(text: str) -> Immediate:
 
 def _split(text: str) -> list[str]:
     """Operands between commas that stand in no bracket."""
+    if not _BRACKET.search(text):
+        return [each.strip() for each in text.split(",") if each.strip()]
     pieces, depth, begin = [], 0, 0
     for position, char in enumerate(text):
         depth += (char in "{[(") - (char in ")]}")
