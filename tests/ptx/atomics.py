@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from ptx import floats
+from ptx.memory import ordering, space_of
 from ptx.operands import Address, Instruction
 from ptx.spaces import _local_index, grains, shared_offset, windows
 from ptx.state import Strand
 from ptx.step import DTYPES, Result, Step, define, register
-from ptx.memory import ordering, space_of
 
 _SHIFT = {2: 1, 4: 2, 8: 3}
 _TYPES = "b32 u32 s32 f32 b64 u64 s64 f64 f16x2 bf16x2 f16 bf16"

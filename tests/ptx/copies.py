@@ -234,7 +234,11 @@ def _tensor(i: Instruction) -> Step:
     tensor, inside = (i.operands[0], i.operands[1]) if direction == "store" else (i.operands[1], i.operands[0])
     if not isinstance(tensor, Address) or len(tensor.coordinates) != 2:
         raise i.refuse("coordinates")
-    sources: list[tuple[Operand, str]] = [(inside, "at"), (tensor, "i8"), *((each, "i4") for each in tensor.coordinates)]
+    sources: list[tuple[Operand, str]] = [
+        (inside, "at"),
+        (tensor, "i8"),
+        *((each, "i4") for each in tensor.coordinates),
+    ]
     if direction == "store":
         i.one_of("bulk_group")
         return Step(_tensor_store(i), tuple(sources), machine=True)

@@ -21,9 +21,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as runtime
 
+from ptx.copies import TensorMap
 from ptx.findings import Finding
 from ptx.launch import Loaded, run
-from ptx.copies import TensorMap
 from vitkernels.kernels.device import stand_in
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a program may have

@@ -129,7 +129,7 @@ def pack(low: Any, high: Any, kind: str) -> Any:
 
 
 def _fused_half(a: Any, b: Any, c: Any) -> Any:
-    """a b + c of halves in float64, which holds it but for a tie's error: to odd, so that the next rounding is right."""
+    """a b + c of halves in float64, rounded to odd: the next rounding is then as if it were the only one."""
     product = a.astype("f8") * b.astype("f8")
     wide = product + c
     back = wide - product

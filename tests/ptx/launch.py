@@ -10,7 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptx import atomics, convert, copies, floats, inflight, integers, matrix, memory, moves, schedule, sync, warp, warpgroup
+from ptx import (
+    atomics,
+    convert,
+    copies,
+    floats,
+    inflight,
+    integers,
+    matrix,
+    memory,
+    moves,
+    schedule,
+    sync,
+    warp,
+    warpgroup,
+)
 from ptx.copies import TensorMap
 from ptx.findings import Fault, Findings
 from ptx.operands import Instruction
@@ -80,7 +94,9 @@ def program(ptx: str, kernel: str | None = None) -> Program:
 
 def _memory_of(argument: Any) -> tuple[int, int, int]:
     """(host address, bytes, bytes of an element) of all that a tensor or array reaches."""
-    strides = argument.stride() if isinstance(argument, torch.Tensor) else [s // argument.itemsize for s in argument.strides]
+    strides = (
+        argument.stride() if isinstance(argument, torch.Tensor) else [s // argument.itemsize for s in argument.strides]
+    )
     item = argument.element_size() if isinstance(argument, torch.Tensor) else argument.itemsize
     pointer = argument.data_ptr() if isinstance(argument, torch.Tensor) else argument.ctypes.data
     if 0 in argument.shape:

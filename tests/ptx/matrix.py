@@ -27,7 +27,9 @@ def _rows(strand: Strand, address: Any, count: int, guard: Any, instruction: Ins
     group = strand.group
     used = np.arange(group.threads) % 32 < 8 * count
     active = strand.full(used[None, :]) if strand.mask is None else strand.mask & used[None, :]
-    offset = strand.full(shared_offset(strand, address, 16, None if used.all() and strand.mask is None else active, instruction))
+    offset = strand.full(
+        shared_offset(strand, address, 16, None if used.all() and strand.mask is None else active, instruction)
+    )
     rows = offset.reshape(group.count, group.warps, 32)[:, :, : 8 * count].reshape(group.count, group.warps, count, 8)
     warps = None if strand.mask is None else strand.mask.reshape(group.count, group.warps, 32)[:, :, 0]
     return rows, warps

@@ -67,10 +67,7 @@ def _(i: Instruction) -> Step:
         active = strand.active(guard)
         if active is not None and spread:
             strand.group.launch.partial.add(i.line)
-        if idle(active):
-            values = [np.zeros((1, 1), raw)] * count
-        else:
-            values = load(strand, where, size, count, active, i)
+        values = [np.zeros((1, 1), raw)] * count if idle(active) else load(strand, where, size, count, active, i)
         values = [value.view(dtype) for value in values]
         return values if count > 1 else values[0]
 

@@ -183,7 +183,9 @@ class Order:
         self.written[grains] = self.now
         self.writer[self.nowhere] = self.written[self.nowhere] = 0
 
-    def on_async_read(self, launch: Any, instruction: Instruction, grains: Any, row: int, first: int, last: int) -> None:
+    def on_async_read(
+        self, launch: Any, instruction: Instruction, grains: Any, row: int, first: int, last: int
+    ) -> None:
         """Warps first .. last - 1 of one CTA begin an asynchronous read together; grains without repetition."""
         stamps, writers = self.written[grains], self.writer[grains].astype("i8") - 1
         if (self.arriving[grains] > 0).any():

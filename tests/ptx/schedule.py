@@ -21,7 +21,7 @@ LIMIT = 400_000  # segments of code that a group may run
 _PATIENCE = 2_000  # segments that a strand may run before others have their turn
 
 
-class NotYet(Exception):  # noqa: N818  # no error: a strand waits
+class NotYet(Exception):  # no error: a strand waits
     """Raised by an instruction that has to wait, before it has changed anything that running it again would repeat.
 
     Args:

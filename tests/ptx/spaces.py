@@ -45,9 +45,7 @@ def grains(strand: Strand, offset: Any, nbytes: int, mask: Any) -> tuple[Any, An
     return spread, group.lines[..., None], group.warp[..., None]
 
 
-def load_shared(
-    strand: Strand, address: Any, size: int, count: int, mask: Any, instruction: Instruction
-) -> list[Any]:
+def load_shared(strand: Strand, address: Any, size: int, count: int, mask: Any, instruction: Instruction) -> list[Any]:
     group, cohort = strand.group, strand.group.cohort
     offset = shared_offset(strand, address, size * count, mask, instruction)
     cohort.order.on_read(group.launch, instruction, *grains(strand, offset, size * count, mask))
@@ -142,9 +140,7 @@ def windows(strand: Strand, address: Any, mask: Any) -> list[tuple[str, Any, Any
     return found
 
 
-def load_generic(
-    strand: Strand, address: Any, size: int, count: int, mask: Any, instruction: Instruction
-) -> list[Any]:
+def load_generic(strand: Strand, address: Any, size: int, count: int, mask: Any, instruction: Instruction) -> list[Any]:
     out: list[Any] = []
     for space, where, who in windows(strand, address, mask):
         values = LOADS[space](strand, where, size, count, who, instruction)

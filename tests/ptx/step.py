@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ptx.operands import Immediate, Instruction, Operand, Register, Unsupported, Vector
+from ptx.operands import Immediate, Instruction, Operand, Register, Vector
 
 # PTX type: numpy dtype of its values. A bfloat16 is its 16 bits; a packed pair is its 32.
 DTYPES = {
@@ -135,8 +135,3 @@ def signed(dtype: str) -> str:
 def unsigned(dtype: str) -> str:
     return dtype.replace("i", "u")
 
-
-__all__ = [
-    "BITS", "DEFINITIONS", "DTYPES", "INTEGERS", "Layout", "Packed", "Result", "Source", "Step", "Unsupported", "define",
-    "number", "register", "registers", "signed", "simple", "step_of", "unsigned",
-]  # fmt: skip

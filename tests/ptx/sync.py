@@ -30,6 +30,12 @@ class Barrier:
         self.generation = np.zeros(count, "i8")
         self.ticket = np.full((count, cohort.threads), -1, "i8")  # the generation that a thread waits for
         self.clocks: dict[int, Any] = {}  # by row: what those who arrived know
+        self.ended: dict[tuple[int, int], Any] = {}  # by row and generation: what they knew then
+
+
+def later(a: Any, b: Any) -> Any:
+    """What two know together: clocks of `Order.clocks`; the first may be None."""
+    return b if a is None else tuple(np.maximum(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _warps(mask: Any) -> Any:
@@ -46,24 +52,22 @@ def arrive(strand: Strand, name: int, expected: int | None, waits: bool, instruc
     group, cohort = strand.group, strand.group.cohort
     order = cohort.order
     everyone = group.threads if expected is None else expected
-    if strand.mask is None and everyone == group.threads and waits:
-        if name not in cohort.barriers or not cohort.barriers[name].arrived[group.rows].any():
-            order.barrier(group.rows)
-            return
+    nobody = name not in cohort.barriers or not cohort.barriers[name].arrived[group.rows].any()
+    if strand.mask is None and everyone == group.threads and waits and nobody:
+        order.barrier(group.rows)
+        return
     meet(strand, None)
     barrier = cohort.barriers.setdefault(name, Barrier(cohort))
     mask = strand.full(True) if strand.mask is None else strand.mask
     passed = mask.copy()
-    for line, row in enumerate(group.rows):
+    for line, row in enumerate(map(int, group.rows)):
         ended = int(cohort.exited[row].sum()) if expected is None else 0
         new = mask[line] & (barrier.ticket[row] < 0)
         if new.any():
             barrier.ticket[row, new] = barrier.generation[row]
             barrier.arrived[row] += int(new.sum())
             for warp in _warps(new):
-                clocks = order.clocks(int(row), int(warp))
-                held = barrier.clocks.get(int(row), clocks)
-                barrier.clocks[int(row)] = tuple(np.maximum(a, b) for a, b in zip(held, clocks, strict=True))
+                barrier.clocks[row] = later(barrier.clocks.get(row), order.clocks(row, int(warp)))
         if barrier.arrived[row] > everyone:
             raise group.launch.findings.fail(UNDEFINED, instruction, f"more than {everyone} threads at barrier {name}")
         if barrier.arrived[row] + ended >= everyone and barrier.arrived[row]:
@@ -71,19 +75,19 @@ def arrive(strand: Strand, name: int, expected: int | None, waits: bool, instruc
             barrier.arrived[row] = 0
             if everyone == group.threads:
                 order.barrier(np.array([row]))
-                barrier.clocks.pop(int(row), None)
+                barrier.clocks.pop(row, None)
             else:
-                cohort.barriers[("clocks", name, int(row), int(barrier.generation[row]))] = barrier.clocks.pop(int(row))
+                barrier.ended[row, int(barrier.generation[row])] = barrier.clocks.pop(row)
                 order.tick()
         passed[line] &= barrier.ticket[row] < barrier.generation[row] if waits else True
     if (mask & ~passed).any():
         raise NotYet(passed)
-    for line, row in enumerate(group.rows):
+    for line, row in enumerate(map(int, group.rows)):
         who = mask[line]
         if waits and who.any():
-            clocks = cohort.barriers.get(("clocks", name, int(row), int(barrier.ticket[row][who][0]) + 1))
+            clocks = barrier.ended.get((row, int(barrier.ticket[row][who][0]) + 1))
             if clocks is not None:
-                order.learn(int(row), _warps(who), clocks)
+                order.learn(row, _warps(who), clocks)
         barrier.ticket[row, who] = -1
 
 
@@ -158,8 +162,7 @@ class Mbarrier:
             self.phase[row] += 1
             self.pending[row] = self.count[row]
             if row in self.clocks:
-                held, new = self.ended.get(row), self.clocks.pop(row)
-                self.ended[row] = new if held is None else tuple(np.maximum(a, b) for a, b in zip(held, new, strict=True))
+                self.ended[row] = later(self.ended.get(row), self.clocks.pop(row))
 
     def land(self, cohort: Cohort, row: int, phase: int) -> None:
         """Let copies of phases that a thread has waited for take effect."""
@@ -203,7 +206,7 @@ def _touch(strand: Strand, address: Any, guard: Any, instruction: Instruction, w
     touched, rows, warps = grains(strand, offset, 8, active)
     order = strand.group.cohort.order
     if writes:
-        everywhere = np.ones(touched.shape, bool) if active is None else np.broadcast_to(active[..., None], touched.shape)
+        everywhere = np.broadcast_to(True if active is None else active[..., None], touched.shape)
         order.on_write(strand.group.launch, instruction, touched, rows, warps, everywhere, None)
     else:
         order.on_read(strand.group.launch, instruction, touched, rows, warps)
@@ -272,10 +275,7 @@ def _arrive(i: Instruction, expects: bool, arrives: bool) -> Step:
                 barrier.bytes[row] += int(amount[line, thread])
             if arrives:
                 barrier.pending[row] -= 1 if expects else int(amount[line, thread])
-                clocks, held = cohort.order.clocks(row, thread // 32), barrier.clocks.get(row)
-                barrier.clocks[row] = (
-                    clocks if held is None else tuple(np.maximum(a, b) for a, b in zip(held, clocks, strict=True))
-                )
+                barrier.clocks[row] = later(barrier.clocks.get(row), cohort.order.clocks(row, thread // 32))
                 if barrier.pending[row] < 0:
                     raise strand.group.launch.findings.fail(UNDEFINED, i, "more arrivals than the mbarrier counts")
                 barrier.settle(cohort, row)

@@ -100,7 +100,7 @@ class Module:
     def _functions(self) -> str:
         """Find the functions; returns the text outside of them."""
         rest, position = [], 0
-        for match in iter(lambda: _FUNCTION.search(self.text, position), None):
+        while match := _FUNCTION.search(self.text, position):
             rest.append(self.text[position : match.start()])
             position = match.end()
             if match[6] == "{":

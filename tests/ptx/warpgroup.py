@@ -183,5 +183,3 @@ def _product(i: Instruction) -> Step:
     if not fresh:
         sources += ((scale, "b1"), result)
     return Step(run, sources, (result,), True, "warp")
-
-
