@@ -14,7 +14,9 @@ _STORED = {"pred": "u32", "f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2":
 _REGISTER = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 
 
-def kernel(body: str, parameters: Sequence[str] = (), threads: int = 32, target: str = "sm_90a", outside: str = "") -> str:
+def kernel(
+    body: str, parameters: Sequence[str] = (), threads: int = 32, target: str = "sm_90a", outside: str = ""
+) -> str:
     """PTX of a kernel `k` whose parameters are 64-bit unless named as "name.type"; common registers are declared."""
     listed = ", ".join(f".param .{(each.split('.') + ['u64'])[1]} {each.split('.')[0]}" for each in parameters)
     return f"""

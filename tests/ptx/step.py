@@ -134,4 +134,3 @@ def signed(dtype: str) -> str:
 
 def unsigned(dtype: str) -> str:
     return dtype.replace("i", "u")
-
