@@ -21,7 +21,7 @@ def kernel(
     listed = ", ".join(f".param .{(each.split('.') + ['u64'])[1]} {each.split('.')[0]}" for each in parameters)
     return f"""
 .version 8.7
-.target {target}
+.target sm_90a
 .address_size 64
 {outside}
 .visible .entry k({listed})
