@@ -44,7 +44,9 @@ def test_ldmatrix(count: int, turn: bool) -> None:
     for lane in range(32):
         r, c = divmod(lane, 4)
         for n in range(count):
-            a, b = (tiles[n, 2 * c, r], tiles[n, 2 * c + 1, r]) if turn else (tiles[n, r, 2 * c], tiles[n, r, 2 * c + 1])
+            a, b = (
+                (tiles[n, 2 * c, r], tiles[n, 2 * c + 1, r]) if turn else (tiles[n, r, 2 * c], tiles[n, r, 2 * c + 1])
+            )
             assert out[lane, n] == int(a) | int(b) << 16
 
 
@@ -112,7 +114,9 @@ def test_mma_of_tf32() -> None:
     rows = []
     for lane in range(32):
         g, t = divmod(lane, 4)
-        rows.append([noisy[g, t], noisy[g + 8, t], noisy[g, t + 4], noisy[g + 8, t + 4], b[t, g], b[t + 4, g], *lane_c(c, lane)])
+        rows.append(
+            [noisy[g, t], noisy[g + 8, t], noisy[g, t + 4], noisy[g + 8, t + 4], b[t, g], b[t + 4, g], *lane_c(c, lane)]
+        )
     body = f"""{LOAD_MMA} mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r11, %r12, %r13, %r14}},
     {{%r1, %r2, %r3, %r4}}, {{%r5, %r6}}, {{%r7, %r8, %r9, %r10}}; {STORE_MMA}"""
     out = np.zeros((32, 4), "f4")

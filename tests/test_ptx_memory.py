@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ptx.findings import ALIGNMENT, BOUNDS, PROGRAMS, RACE, Fault
+from ptx.findings import ALIGNMENT, PROGRAMS, RACE, Fault
 from ptx.operands import Unsupported
 from ptx.snippet import compute, execute, kernel, kinds
 
@@ -165,7 +165,9 @@ def test_atomics_in_shared_memory_do_not_race_with_each_other() -> None:
 
 def test_out_of_bounds() -> None:
     """Behind a tensor, before it, at no tensor, and in shared memory; the note names who and what."""
-    with pytest.raises(Fault, match=r"out of bounds.*4 bytes by thread 31 of program 0 at byte 124 of p0, which has 124"):
+    with pytest.raises(
+        Fault, match=r"out of bounds.*4 bytes by thread 31 of program 0 at byte 124 of p0, which has 124"
+    ):
         execute(f"{TID} ld.global.b32 %r1, [%rd1]; st.global.b32 [%rd1], %r1;", [np.zeros(31, "i4")])
     with pytest.raises(Fault, match="at byte -4 of p0"):
         execute(f"{TID} ld.global.b32 %r1, [%rd1+-4];", [np.zeros(32, "i4")])

@@ -169,7 +169,9 @@ def test_calls() -> None:
     """Registers, labels and parameters of each call are its own; a function may return early for some threads."""
     once = """{ .param .b32 x; st.param.b32 [x], %r0; .param .align 4 .b8 y[8]; st.param.b32 [y], 1; st.param.b32 [y+4], %r1;
     .param .b32 z; call.uni (z), square_plus, (x, y); ld.param.b32 %r10, [z]; }"""
-    text = kernel(f"{TID} mov.b32 %r1, 10; {once} mov.b32 %r1, %r10; {once} st.global.b32 [%rd1], %r10;", ["p0"], outside=FUNCTION)
+    text = kernel(
+        f"{TID} mov.b32 %r1, 10; {once} mov.b32 %r1, %r10; {once} st.global.b32 [%rd1], %r10;", ["p0"], outside=FUNCTION
+    )
     out = np.zeros(32, "i4")
     execute("", [out], text=text)
 
