@@ -55,8 +55,10 @@ def test_stmatrix_is_ldmatrix_backward(turn: bool) -> None:
     form = "x4.trans" if turn else "x4"
     body = f"""
     .shared .align 16 .b8 room[512];
-    {TID} mad.wide.u32 %rd1, %r0, 16, %rd0; mad.lo.u32 %r1, %r0, 4, 1; add.u32 %r2, %r1, 1; add.u32 %r3, %r1, 2; add.u32 %r4, %r1, 3;
-    mov.u32 %r5, room; mad.lo.u32 %r5, %r0, 16, %r5; stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r5], {{%r1, %r2, %r3, %r4}};
+    {TID} mad.wide.u32 %rd1, %r0, 16, %rd0; mad.lo.u32 %r1, %r0, 4, 1; add.u32 %r2, %r1, 1; add.u32 %r3, %r1, 2;
+    add.u32 %r4, %r1, 3;
+    mov.u32 %r5, room; mad.lo.u32 %r5, %r0, 16, %r5;
+    stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r5], {{%r1, %r2, %r3, %r4}};
     bar.sync 0; ldmatrix.sync.aligned.m8n8.{form}.shared.b16 {{%r11, %r12, %r13, %r14}}, [%r5];
     st.global.v4.b32 [%rd1], {{%r11, %r12, %r13, %r14}};"""
     out = np.zeros(128, "i4")
@@ -83,7 +85,8 @@ def lane_c(matrix: Any, lane: int) -> Any:
 
 
 LOAD_MMA = f"""{TID} mad.wide.u32 %rd1, %r0, 40, %rd0;
-    ld.global.v2.b32 {{%r1, %r2}}, [%rd1]; ld.global.v2.b32 {{%r3, %r4}}, [%rd1+8]; ld.global.v2.b32 {{%r5, %r6}}, [%rd1+16];
+    ld.global.v2.b32 {{%r1, %r2}}, [%rd1]; ld.global.v2.b32 {{%r3, %r4}}, [%rd1+8];
+    ld.global.v2.b32 {{%r5, %r6}}, [%rd1+16];
     ld.global.v2.b32 {{%r7, %r8}}, [%rd1+24]; ld.global.v2.b32 {{%r9, %r10}}, [%rd1+32]; ld.param.u64 %rd2, [p1];
     mad.wide.u32 %rd2, %r0, 16, %rd2;"""
 STORE_MMA = "st.global.v4.b32 [%rd2], {%r11, %r12, %r13, %r14};"
@@ -107,7 +110,8 @@ def test_mma(kind: str) -> None:
 
 
 def test_mma_of_tf32() -> None:
-    """m16n8k8: a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 (t, g), b1 (t + 4, g); 13 bits unseen."""
+    """m16n8k8: a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 (t, g), b1 (t + 4, g);
+    13 bits unseen."""
     generator = np.random.default_rng(1)
     a, b, c = small(generator, 16, 8), small(generator, 8, 8), small(generator, 16, 8)
     noisy = (a.view("u4") | np.uint32(0x1FFF)).view("f4")  # what TF32 does not look at
@@ -188,7 +192,8 @@ def test_wgmma(registers: bool, turned: bool) -> None:
     fence.proxy.async.shared::cta; bar.sync 0;
     ld.param.u64 %rd2, [p2]; mad.wide.u32 %rd2, %r0, 16, %rd2; ld.global.v4.b32 {{%r21, %r22, %r23, %r24}}, [%rd2];
     mad.wide.u32 %rd3, %r0, 16, %rd0; ld.global.v4.b32 {{%r31, %r32, %r33, %r34}}, [%rd3];
-    shr.u32 %r40, %r1, 4; cvt.u64.u32 %rd10, %r40; add.u32 %r41, %r1, 2048; shr.u32 %r41, %r41, 4; cvt.u64.u32 %rd11, %r41;
+    shr.u32 %r40, %r1, 4; cvt.u64.u32 %rd10, %r40; add.u32 %r41, %r1, 2048; shr.u32 %r41, %r41, 4;
+    cvt.u64.u32 %rd11, %r41;
     or.b64 %rd10, %rd10, {a_bits}; or.b64 %rd11, %rd11, {b_bits}; setp.ne.u32 %p1, %r1, 0;
     wgmma.fence.sync.aligned;
     wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r31, %r32, %r33, %r34}}, {operand}, %rd11, %p1, {flags};

@@ -16,7 +16,8 @@ def test_widths_of_global_memory() -> None:
     """A narrow value in a wide register is extended by its own type; a store cuts it."""
     body = """
     ld.param.u64 %rd0, [p0]; ld.param.u64 %rd1, [p1];
-    ld.global.s8 %r1, [%rd0]; ld.global.u8 %r2, [%rd0]; ld.global.s16 %r3, [%rd0]; ld.global.nc.L1::no_allocate.u16 %r4, [%rd0];
+    ld.global.s8 %r1, [%rd0]; ld.global.u8 %r2, [%rd0]; ld.global.s16 %r3, [%rd0];
+    ld.global.nc.L1::no_allocate.u16 %r4, [%rd0];
     ld.global.b32 %r5, [%rd0]; ld.global.u64 %rd2, [%rd0]; ld.global.s32 %rd3, [%rd0];
     st.global.u32 [%rd1], %r1; st.global.u32 [%rd1+4], %r2; st.global.u32 [%rd1+8], %r3; st.global.u32 [%rd1+12], %r4;
     st.global.u32 [%rd1+16], %r5; st.global.u64 [%rd1+24], %rd2; st.global.u64 [%rd1+32], %rd3;
@@ -59,7 +60,8 @@ def test_shared_local_and_generic_memory() -> None:
     .local .align 8 .b8 mine[16];
     {TID} mov.u32 %r1, room; mad.lo.u32 %r2, %r0, 4, %r1; mul.lo.u32 %r3, %r0, 3; st.shared.u32 [%r2], %r3;
     cvt.u64.u32 %rd3, %r2; cvta.shared.u64 %rd3, %rd3; ld.u32 %r4, [%rd3];
-    mov.u64 %rd4, mine; st.local.u32 [%rd4+8], %r4; cvta.local.u64 %rd5, %rd4; add.s64 %rd5, %rd5, 8; ld.u32 %r5, [%rd5];
+    mov.u64 %rd4, mine; st.local.u32 [%rd4+8], %r4; cvta.local.u64 %rd5, %rd4; add.s64 %rd5, %rd5, 8;
+    ld.u32 %r5, [%rd5];
     cvta.to.shared.u64 %rd6, %rd3; cvt.u32.u64 %r6, %rd6; ld.shared.u32 %r7, [%r6];
     add.u32 %r8, %r5, %r7; cvta.to.global.u64 %rd7, %rd1; st.global.u32 [%rd7], %r8;"""
     out = np.zeros(32, "i4")
@@ -71,7 +73,8 @@ def test_shared_local_and_generic_memory() -> None:
 def test_constants_and_variables_of_a_module() -> None:
     outside = """.const .align 4 .u32 table[4] = {10, 20, 30, 0x28};
     .global .align 4 .f32 scale = 0f40000000;"""
-    body = f"""{TID} and.b32 %r1, %r0, 3; mov.u64 %rd2, table; mad.wide.u32 %rd2, %r1, 4, %rd2; ld.const.u32 %r2, [%rd2];
+    body = f"""{TID} and.b32 %r1, %r0, 3; mov.u64 %rd2, table; mad.wide.u32 %rd2, %r1, 4, %rd2;
+    ld.const.u32 %r2, [%rd2];
     ld.global.f32 %r3, [scale]; cvt.rn.f32.u32 %r4, %r2; mul.f32 %r5, %r4, %r3; st.global.f32 [%rd1], %r5;"""
     out = np.zeros(32, "f4")
     execute(body, [out], outside=outside)
@@ -81,7 +84,8 @@ def test_constants_and_variables_of_a_module() -> None:
 def test_parameters() -> None:
     text = kernel(
         """ld.param.u64 %rd0, [p0]; ld.param.u32 %r1, [p1]; ld.param.f32 %r2, [p2]; ld.param.v2.b32 {%r3, %r4}, [p3];
-        ld.param.u8 %r5, [p3+3]; st.global.u32 [%rd0], %r1; st.global.f32 [%rd0+4], %r2; st.global.v2.b32 [%rd0+8], {%r3, %r4};
+        ld.param.u8 %r5, [p3+3]; st.global.u32 [%rd0], %r1; st.global.f32 [%rd0+4], %r2;
+        st.global.v2.b32 [%rd0+8], {%r3, %r4};
         st.global.u32 [%rd0+16], %r5;"""
     ).replace("k()", "k(.param .u64 p0, .param .u32 p1, .param .f32 p2, .param .align 8 .b8 p3[8])")
     out = np.zeros(5, "i4")
@@ -95,7 +99,8 @@ def test_moves() -> None:
     """Packing and unpacking take the first part as the lowest."""
     assert compute("mov.b32", "u32", ["u32"], [0xABCD1234]) == [0xABCD1234]
     body = f"""{TID} mov.b32 %r1, 0x11223344; mov.b32 {{%rs1, %rs2}}, %r1; mov.b32 %r2, {{%rs2, %rs1}};
-    mov.b64 %rd2, {{%r1, %r2}}; mov.b64 {{%r3, %r4}}, %rd2; mov.f32 %r5, 0f3F800000; mov.pred %p1, -1; selp.b32 %r6, %r5, 0, %p1;
+    mov.b64 %rd2, {{%r1, %r2}}; mov.b64 {{%r3, %r4}}, %rd2; mov.f32 %r5, 0f3F800000; mov.pred %p1, -1;
+    selp.b32 %r6, %r5, 0, %p1;
     xor.b32 %r7, %r3, %r4; st.global.b32 [%rd0], %r2; st.global.b32 [%rd0+4], %r7; st.global.b32 [%rd0+8], %r6;"""
     out = np.zeros(3, "u4")
     execute(body, [out], threads=1)
@@ -103,9 +108,12 @@ def test_moves() -> None:
 
 
 def test_special_registers() -> None:
-    body = """ld.param.u64 %rd0, [p0]; mov.u32 %r0, %tid.x; mov.u32 %r1, %tid.y; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ntid.x;
-    mov.u32 %r4, %laneid; mov.u32 %r5, %warpid; mov.u32 %r6, %nctaid.x; mov.u32 %r7, %lanemask_lt; mov.u32 %r10, %ctaid.y;
-    mad.lo.u32 %r8, %r1, %r3, %r0; mad.lo.u32 %r11, %r10, %r6, %r2; mad.lo.u32 %r9, %r11, 48, %r8; mad.wide.u32 %rd1, %r9, 32, %rd0;
+    body = """ld.param.u64 %rd0, [p0]; mov.u32 %r0, %tid.x; mov.u32 %r1, %tid.y; mov.u32 %r2, %ctaid.x;
+    mov.u32 %r3, %ntid.x;
+    mov.u32 %r4, %laneid; mov.u32 %r5, %warpid; mov.u32 %r6, %nctaid.x; mov.u32 %r7, %lanemask_lt;
+    mov.u32 %r10, %ctaid.y;
+    mad.lo.u32 %r8, %r1, %r3, %r0; mad.lo.u32 %r11, %r10, %r6, %r2; mad.lo.u32 %r9, %r11, 48, %r8;
+    mad.wide.u32 %rd1, %r9, 32, %rd0;
     st.global.v4.b32 [%rd1], {%r0, %r1, %r2, %r3}; st.global.v4.b32 [%rd1+16], {%r4, %r5, %r6, %r7};"""
     from ptx.launch import run
 
@@ -132,7 +140,8 @@ def test_atomics(name: str) -> None:
     start, values, end = ATOMICS[name]
     memory, given, out = np.array([start], "i4"), np.array(values, "i4"), np.zeros(len(values), "i4")
     body = f"""{TID} ld.param.u64 %rd2, [p1]; mad.wide.u32 %rd2, %r0, 4, %rd2; ld.global.b32 %r1, [%rd2];
-    ld.param.u64 %rd3, [p2]; mad.wide.u32 %rd3, %r0, 4, %rd3; atom.global.{name} %r2, [%rd0], %r1; st.global.b32 [%rd3], %r2;"""
+    ld.param.u64 %rd3, [p2]; mad.wide.u32 %rd3, %r0, 4, %rd3; atom.global.{name} %r2, [%rd0], %r1;
+    st.global.b32 [%rd3], %r2;"""
     launch = execute(body, [memory, given, out], threads=len(values))
     assert memory[0] == end
     assert out[0] == start
@@ -142,8 +151,10 @@ def test_atomics(name: str) -> None:
 def test_compare_and_swap_red_and_floats() -> None:
     memory = np.array([3, 0], "i4")
     floats = np.zeros(1, "f4")
-    body = f"""{TID} atom.global.cas.b32 %r1, [%rd0], %r0, 77; red.global.add.u32 [%rd0+4], 2; ld.param.u64 %rd2, [p1];
-    cvt.rn.f32.u32 %r2, %r0; atom.global.add.f32 %r3, [%rd2], %r2; cvta.global.u64 %rd3, %rd0; red.relaxed.gpu.add.u32 [%rd3+4], 1;"""
+    body = f"""{TID} atom.global.cas.b32 %r1, [%rd0], %r0, 77; red.global.add.u32 [%rd0+4], 2;
+    ld.param.u64 %rd2, [p1];
+    cvt.rn.f32.u32 %r2, %r0; atom.global.add.f32 %r3, [%rd2], %r2; cvta.global.u64 %rd3, %rd0;
+    red.relaxed.gpu.add.u32 [%rd3+4], 1;"""
     execute(body, [memory, floats])
     assert memory.tolist() == [77, 96]
     assert floats[0] == sum(range(32))
@@ -152,7 +163,8 @@ def test_compare_and_swap_red_and_floats() -> None:
 def test_atomics_in_shared_memory_do_not_race_with_each_other() -> None:
     body = f"""
     .shared .align 4 .u32 count;
-    {TID} setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [count], 0; BARRIER atom.shared.add.u32 %r1, [count], 1; bar.sync 0;
+    {TID} setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [count], 0; BARRIER atom.shared.add.u32 %r1, [count], 1;
+    bar.sync 0;
     ld.shared.u32 %r2, [count]; st.global.u32 [%rd1], %r2;"""
     out = np.zeros(128, "i4")
     assert kinds(execute(body.replace("BARRIER", "bar.sync 0;"), [out], threads=128)) == []
@@ -193,7 +205,8 @@ def test_misaligned() -> None:
 
 def test_what_another_program_wrote() -> None:
     """Each program its own part is well; all the same element is not."""
-    own = f"{TID} mov.u32 %r1, %ctaid.x; mad.lo.u32 %r2, %r1, 32, %r0; mad.wide.u32 %rd2, %r2, 4, %rd0; st.global.b32 [%rd2], %r2;"
+    own = f"""{TID} mov.u32 %r1, %ctaid.x; mad.lo.u32 %r2, %r1, 32, %r0; mad.wide.u32 %rd2, %r2, 4, %rd0;
+    st.global.b32 [%rd2], %r2;"""
     assert kinds(execute(own, [np.zeros(64, "i4")], grid=2)) == []
     assert kinds(execute(f"{TID} st.global.b32 [%rd1], %r0;", [np.zeros(32, "i4")], grid=2)) == [PROGRAMS]
     reads = f"{own} ld.global.b32 %r3, [%rd0];"

@@ -45,7 +45,8 @@ def test_write_then_read() -> None:
 
 def test_read_then_write() -> None:
     check(
-        f"""{TID} st.shared.b32 [%r2], %r0; bar.sync 0; xor.b32 %r3, %r2, 256; ld.shared.b32 %r4, [%r3]; A[bar.sync 0;]
+        f"""{TID} st.shared.b32 [%r2], %r0; bar.sync 0; xor.b32 %r3, %r2, 256; ld.shared.b32 %r4, [%r3];
+        A[bar.sync 0;]
         st.shared.b32 [%r2], %r4;""",
         A=RACE,
     )
@@ -92,7 +93,8 @@ def test_a_copy_lands_at_its_wait() -> None:
         A=FLIGHT,
     )
     check(
-        f"""{COPY} cp.async.cg.shared.global [%r3], [%rd2], 16; cp.async.commit_group; A[cp.async.wait_all;] B[bar.sync 0;]
+        f"""{COPY} cp.async.cg.shared.global [%r3], [%rd2], 16; cp.async.commit_group;
+        A[cp.async.wait_all;] B[bar.sync 0;]
         ld.shared.b32 %r5, [%r4];""",
         arguments=given,
         A=FLIGHT,
@@ -102,7 +104,8 @@ def test_a_copy_lands_at_its_wait() -> None:
 
 def test_the_newest_groups_stay_in_flight() -> None:
     body = f"""{ROOM} {COPY} cp.async.cg.shared.global [%r3], [%rd2], 16; cp.async.commit_group;
-    cp.async.ca.shared.global [%r3+4096], [%rd2], 4; cp.async.commit_group; cp.async.wait_group 1; ld.shared.b32 %r5, [%r3];"""
+    cp.async.ca.shared.global [%r3+4096], [%rd2], 4; cp.async.commit_group; cp.async.wait_group 1;
+    ld.shared.b32 %r5, [%r3];"""
     given = np.arange(512, dtype="i4")
     assert kinds(execute(body, [given], threads=128)) == []
     assert kinds(execute(body + "ld.shared.b32 %r6, [%r3+4096];", [given], threads=128)) == [FLIGHT]
@@ -110,9 +113,12 @@ def test_the_newest_groups_stay_in_flight() -> None:
 
 def test_what_a_copy_writes() -> None:
     """Bytes past the given number are zeros, and are not read."""
-    body = f"""{ROOM} {COPY} ld.param.u64 %rd3, [p1]; mad.wide.u32 %rd4, %r0, 16, %rd3; st.shared.v4.b32 [%r3], {{-1, -1, -1, -1}};
-    shl.b32 %r6, %r0, 2; min.u32 %r6, %r6, 16; cp.async.cg.shared.global [%r3], [%rd2], 16, %r6; cp.async.commit_group;
-    cp.async.wait_group 0; ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r3]; st.global.v4.b32 [%rd4], {{%r10, %r11, %r12, %r13}};"""
+    body = f"""{ROOM} {COPY} ld.param.u64 %rd3, [p1]; mad.wide.u32 %rd4, %r0, 16, %rd3;
+    st.shared.v4.b32 [%r3], {{-1, -1, -1, -1}};
+    shl.b32 %r6, %r0, 2; min.u32 %r6, %r6, 16; cp.async.cg.shared.global [%r3], [%rd2], 16, %r6;
+    cp.async.commit_group;
+    cp.async.wait_group 0; ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r3];
+    st.global.v4.b32 [%rd4], {{%r10, %r11, %r12, %r13}};"""
     given, out = np.arange(1, 129, dtype="i4"), np.zeros((32, 4), "i4")
     assert kinds(execute(body, [given, out], threads=32)) == []
     want = given.reshape(32, 4).copy()
@@ -133,7 +139,8 @@ def test_a_copy_does_not_overtake() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ wgmma
 
-PRODUCT = f"""{TID} mad.lo.u32 %r3, %r0, 16, %r1; shr.u32 %r4, %r1, 4; cvt.u64.u32 %rd2, %r4; or.b64 %rd2, %rd2, 0x1000080000;
+PRODUCT = f"""{TID} mad.lo.u32 %r3, %r0, 16, %r1; shr.u32 %r4, %r1, 4; cvt.u64.u32 %rd2, %r4;
+    or.b64 %rd2, %rd2, 0x1000080000;
     mov.pred %p1, 0;"""
 MULTIPLY = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r13}, %rd2, %rd2, %p1, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;"""
@@ -160,7 +167,8 @@ def test_a_product_reads_what_is_ordered_and_fenced() -> None:
 
 def test_a_fence_after_the_barrier_serves_its_own_warp_alone() -> None:
     """One warp fences what it knows of; the others' products do not see it before they meet."""
-    body = f"""{ROOM} {PRODUCT} {FILL} bar.sync 0; setp.ge.u32 %p2, %r0, 32; @%p2 bra SKIP; fence.proxy.async.shared::cta; SKIP: MEET
+    body = f"""{ROOM} {PRODUCT} {FILL} bar.sync 0; setp.ge.u32 %p2, %r0, 32; @%p2 bra SKIP;
+    fence.proxy.async.shared::cta; SKIP: MEET
     wgmma.fence.sync.aligned; {MULTIPLY} wgmma.wait_group.sync.aligned 0;"""
     out = [np.zeros(128, "i4")]
     assert kinds(execute(body.replace("MEET", "bar.sync 0;"), out, threads=128)) == []
@@ -187,7 +195,8 @@ def test_registers_belong_to_a_product_until_its_wait() -> None:
 def test_registers_in_flight_across_a_loop() -> None:
     """What the next turn writes before it waits."""
     body = f"""{ROOM} {PRODUCT} {FILL} fence.proxy.async.shared::cta; bar.sync 0; mov.b32 %r6, 0;
-    AGAIN: BEFORE mov.b32 %r21, %r6; wgmma.fence.sync.aligned; {FROM_REGISTERS} add.u32 %r6, %r6, 1; setp.lt.u32 %p2, %r6, 3;
+    AGAIN: BEFORE mov.b32 %r21, %r6; wgmma.fence.sync.aligned; {FROM_REGISTERS} add.u32 %r6, %r6, 1;
+    setp.lt.u32 %p2, %r6, 3;
     @%p2 bra AGAIN; wgmma.wait_group.sync.aligned 0;"""
     out = [np.zeros(128, "i4")]
     assert kinds(execute(body.replace("BEFORE", "wgmma.wait_group.sync.aligned 0;"), out, threads=128)) == []
@@ -218,7 +227,8 @@ def test_a_bulk_copy_counts_its_bytes() -> None:
 def test_a_bulk_copy_does_not_overtake() -> None:
     """The buffer is free when its readers have met the thread that copies."""
     check(
-        f"""{TID} {ONE} @%p1 mbarrier.init.shared::cta.b64 [%r5], 1; bar.sync 0; ld.shared.b32 %r6, [%r2]; FREE[bar.sync 0;]
+        f"""{TID} {ONE} @%p1 mbarrier.init.shared::cta.b64 [%r5], 1; bar.sync 0; ld.shared.b32 %r6, [%r2];
+        FREE[bar.sync 0;]
         @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], 512;
         @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd0], 512, [%r5]; {WAIT}""",
         arguments=(np.arange(128, dtype="i4"),),
@@ -229,13 +239,17 @@ def test_a_bulk_copy_does_not_overtake() -> None:
 def test_producer_and_consumers() -> None:
     """A warp that copies and three that use: full and empty mbarriers order them, with no barrier of the block."""
     body = f"""{TID} {ONE} add.u32 %r7, %r1, 4104; @%p1 mbarrier.init.shared::cta.b64 [%r5], 1;
-    @%p1 mbarrier.init.shared::cta.b64 [%r7], 96; bar.sync 0; mov.b32 %r8, 0; setp.ge.u32 %p3, %r0, 32; @%p3 bra CONSUME;
-    PRODUCE: and.b32 %r9, %r8, 1; xor.b32 %r10, %r9, 1; EMPTY[mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r7], %r10;]
+    @%p1 mbarrier.init.shared::cta.b64 [%r7], 96; bar.sync 0; mov.b32 %r8, 0; setp.ge.u32 %p3, %r0, 32;
+    @%p3 bra CONSUME;
+    PRODUCE: and.b32 %r9, %r8, 1; xor.b32 %r10, %r9, 1;
+    EMPTY[mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r7], %r10;]
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], 512;
     @%p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd0], 512, [%r5];
     add.u32 %r8, %r8, 1; setp.lt.u32 %p4, %r8, 4; @%p4 bra PRODUCE; bra.uni LEAVE;
-    CONSUME: and.b32 %r9, %r8, 1; FULL[mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r5], %r9;] ld.shared.b32 %r6, [%r2];
-    mbarrier.arrive.shared::cta.b64 _, [%r7]; add.u32 %r8, %r8, 1; setp.lt.u32 %p4, %r8, 4; @%p4 bra CONSUME; LEAVE: mov.b32 %r6, 0;"""
+    CONSUME: and.b32 %r9, %r8, 1;
+    FULL[mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r5], %r9;] ld.shared.b32 %r6, [%r2];
+    mbarrier.arrive.shared::cta.b64 _, [%r7]; add.u32 %r8, %r8, 1; setp.lt.u32 %p4, %r8, 4; @%p4 bra CONSUME;
+    LEAVE: mov.b32 %r6, 0;"""
     check(body, arguments=(np.arange(128, dtype="i4"),), FULL=FLIGHT, EMPTY=HANG)
 
 
@@ -245,7 +259,8 @@ def tensor_kernel(statements: str) -> str:
     )
 
 
-LOAD = f"""{ONE} mov.b64 %rd2, map; cvta.param.u64 %rd3, %rd2; @%p1 mbarrier.init.shared::cta.b64 [%r5], 1; bar.sync 0;
+LOAD = f"""{ONE} mov.b64 %rd2, map; cvta.param.u64 %rd3, %rd2; @%p1 mbarrier.init.shared::cta.b64 [%r5], 1;
+    bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], BYTES; mov.b32 %r6, X; mov.b32 %r7, Y;
     @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd3, {{%r6, %r7}}], [%r5]; {WAIT}"""
 

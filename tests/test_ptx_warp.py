@@ -65,7 +65,8 @@ def test_a_shuffle_by_a_register() -> None:
 
 def test_votes() -> None:
     body = """setp.lt.u32 %p1, %r0, 40; vote.sync.ballot.b32 %r10, %p1, -1; vote.sync.all.pred %p2, %p1, -1;
-    vote.sync.any.pred %p3, %p1, -1; vote.sync.uni.pred %p4, %p1, -1; selp.b32 %r11, 1, 0, %p2; selp.b32 %r12, 1, 0, %p3;
+    vote.sync.any.pred %p3, %p1, -1; vote.sync.uni.pred %p4, %p1, -1; selp.b32 %r11, 1, 0, %p2;
+    selp.b32 %r12, 1, 0, %p3;
     selp.b32 %r13, 1, 0, %p4; activemask.b32 %r14;"""
     got = outputs(body, 96, 5, "u4")
     assert got[:, 0].tolist() == [0xFFFFFFFF, 1, 1, 1, 0xFFFFFFFF]
@@ -74,7 +75,8 @@ def test_votes() -> None:
 
 
 def test_election_and_reduction() -> None:
-    body = """elect.sync %r10|%p1, -1; selp.b32 %r11, 1, 0, %p1; redux.sync.add.u32 %r12, %r0, -1; redux.sync.max.s32 %r13, %r0, -1;
+    body = """elect.sync %r10|%p1, -1; selp.b32 %r11, 1, 0, %p1; redux.sync.add.u32 %r12, %r0, -1;
+    redux.sync.max.s32 %r13, %r0, -1;
     redux.sync.xor.b32 %r14, %r0, -1;"""
     got = outputs(body, 64, 5)
     assert got[0].tolist() == [0] * 64
@@ -88,19 +90,22 @@ def test_election_and_reduction() -> None:
 
 
 def test_both_sides_of_a_branch() -> None:
-    body = """mov.b32 %r10, 0; and.b32 %r1, %r0, 1; setp.eq.u32 %p1, %r1, 0; @%p1 bra EVEN; mul.lo.u32 %r10, %r0, 3; bra.uni DONE;
+    body = """mov.b32 %r10, 0; and.b32 %r1, %r0, 1; setp.eq.u32 %p1, %r1, 0; @%p1 bra EVEN;
+    mul.lo.u32 %r10, %r0, 3; bra.uni DONE;
     EVEN: mul.lo.u32 %r10, %r0, 5; DONE: add.u32 %r10, %r10, 1;"""
     assert outputs(body).tolist() == [each * (3 if each % 2 else 5) + 1 for each in range(32)]
 
 
 def test_a_loop_that_threads_leave_one_by_one() -> None:
-    body = "mov.b32 %r10, 0; mov.b32 %r1, 0; AGAIN: add.u32 %r10, %r10, %r1; add.u32 %r1, %r1, 1; setp.le.u32 %p1, %r1, %r0; @%p1 bra AGAIN;"
+    body = """mov.b32 %r10, 0; mov.b32 %r1, 0; AGAIN: add.u32 %r10, %r10, %r1; add.u32 %r1, %r1, 1;
+    setp.le.u32 %p1, %r1, %r0; @%p1 bra AGAIN;"""
     assert outputs(body, 48).tolist() == [each * (each + 1) // 2 for each in range(48)]
 
 
 def test_threads_that_end_early() -> None:
     """The rest goes on; a barrier does not wait for those that have ended."""
-    body = """setp.ge.u32 %p1, %r0, 40; @%p1 exit; bar.sync 0; mov.b32 %r10, 5; shfl.sync.bfly.b32 %r11, %r0, 1, 31, 0xff;
+    body = """setp.ge.u32 %p1, %r0, 40; @%p1 exit; bar.sync 0; mov.b32 %r10, 5;
+    shfl.sync.bfly.b32 %r11, %r0, 1, 31, 0xff;
     mov.b32 %r11, 0;"""
     assert outputs(body, 64, 2)[0].tolist() == [5] * 40 + [0] * 24
 
@@ -114,12 +119,14 @@ def test_a_shuffle_waits_for_its_lanes() -> None:
 
 def test_a_shuffle_among_some_lanes() -> None:
     """A mask of the lanes that took one way; a warp is not held up by the others."""
-    body = """mov.b32 %r10, -1; setp.lt.u32 %p1, %r0, 4; @!%p1 bra DONE; shfl.sync.bfly.b32 %r10, %r0, 1, 31, 0xf; DONE: mov.b32 %r2, 0;"""
+    body = """mov.b32 %r10, -1; setp.lt.u32 %p1, %r0, 4; @!%p1 bra DONE; shfl.sync.bfly.b32 %r10, %r0, 1, 31, 0xf;
+    DONE: mov.b32 %r2, 0;"""
     assert outputs(body).tolist() == [1, 0, 3, 2] + [-1] * 28
 
 
 def test_a_lane_that_does_not_take_part_is_found() -> None:
-    body = f"""{TID} setp.lt.u32 %p1, %r0, 4; @!%p1 bra DONE; shfl.sync.bfly.b32 %r10, %r0, 16, 31, 0xf; DONE: mov.b32 %r2, 0;"""
+    body = f"""{TID} setp.lt.u32 %p1, %r0, 4; @!%p1 bra DONE; shfl.sync.bfly.b32 %r10, %r0, 16, 31, 0xf;
+    DONE: mov.b32 %r2, 0;"""
     assert kinds(execute(body, [np.zeros(32, "i4")])) == [UNDEFINED]
 
 
@@ -127,7 +134,8 @@ def test_warps_that_wait_for_each_other() -> None:
     """Producer and consumer warps at named barriers, in different code: data goes over in shared memory."""
     body = f"""
     .shared .align 16 .b8 room[128];
-    {TID} and.b32 %r1, %r0, 31; mov.u32 %r2, room; mad.lo.u32 %r2, %r1, 4, %r2; setp.ge.u32 %p1, %r0, 32; @%p1 bra CONSUME;
+    {TID} and.b32 %r1, %r0, 31; mov.u32 %r2, room; mad.lo.u32 %r2, %r1, 4, %r2; setp.ge.u32 %p1, %r0, 32;
+    @%p1 bra CONSUME;
     mul.lo.u32 %r3, %r1, 11; st.shared.b32 [%r2], %r3; ARRIVE bra.uni DONE;
     CONSUME: WAIT ld.shared.b32 %r4, [%r2]; st.global.b32 [%rd1], %r4; DONE: mov.b32 %r5, 0;"""
     out = np.zeros(64, "i4")
@@ -167,7 +175,8 @@ LEAVE:
 
 def test_calls() -> None:
     """Registers, labels and parameters of each call are its own; a function may return early for some threads."""
-    once = """{ .param .b32 x; st.param.b32 [x], %r0; .param .align 4 .b8 y[8]; st.param.b32 [y], 1; st.param.b32 [y+4], %r1;
+    once = """{ .param .b32 x; st.param.b32 [x], %r0; .param .align 4 .b8 y[8]; st.param.b32 [y], 1;
+    st.param.b32 [y+4], %r1;
     .param .b32 z; call.uni (z), square_plus, (x, y); ld.param.b32 %r10, [z]; }"""
     text = kernel(
         f"{TID} mov.b32 %r1, 10; {once} mov.b32 %r1, %r10; {once} st.global.b32 [%rd1], %r10;", ["p0"], outside=FUNCTION
@@ -183,6 +192,7 @@ def test_calls() -> None:
 
 def test_scopes() -> None:
     """Registers and labels of braces are apart, as inline assembly uses them."""
-    body = """mov.b32 %r10, 0; { .reg .pred p; .reg .b32 t; setp.lt.u32 p, %r0, 8; @p bra SKIP; mov.b32 t, 5; add.u32 %r10, %r10, t; SKIP: }
+    body = """mov.b32 %r10, 0; { .reg .pred p; .reg .b32 t; setp.lt.u32 p, %r0, 8; @p bra SKIP;
+    mov.b32 t, 5; add.u32 %r10, %r10, t; SKIP: }
     { .reg .pred p; setp.lt.u32 p, %r0, 4; @p bra SKIP; add.u32 %r10, %r10, 100; SKIP: }"""
     assert outputs(body).tolist() == [0] * 4 + [100] * 4 + [105] * 24

@@ -18,7 +18,7 @@ def kernel(
     body: str, parameters: Sequence[str] = (), threads: int = 32, target: str = "sm_90a", outside: str = ""
 ) -> str:
     """PTX of a kernel `k` whose parameters are 64-bit unless named as "name.type"; common registers are declared."""
-    listed = ", ".join(f".param .{(each.split('.') + ['u64'])[1]} {each.split('.')[0]}" for each in parameters)
+    listed = ", ".join(f".param .{[*each.split('.'), 'u64'][1]} {each.split('.')[0]}" for each in parameters)
     return f"""
 .version 8.7
 .target sm_90a
