@@ -43,6 +43,10 @@ def test_write_then_read() -> None:
     check(f"{TID} st.shared.b32 [%r2], %r0; A[bar.sync 0;] xor.b32 %r3, %r2, 256; ld.shared.b32 %r4, [%r3];", A=RACE)
 
 
+def test_the_other_name_of_a_barrier() -> None:
+    check(f"{TID} st.shared.b32 [%r2], %r0; A[barrier.cta.sync.aligned 0;] ld.shared.b32 %r4, [room];", A=RACE)
+
+
 def test_read_then_write() -> None:
     check(
         f"""{TID} st.shared.b32 [%r2], %r0; bar.sync 0; xor.b32 %r3, %r2, 256; ld.shared.b32 %r4, [%r3];
@@ -144,8 +148,8 @@ PRODUCT = f"""{TID} mad.lo.u32 %r3, %r0, 16, %r1; shr.u32 %r4, %r1, 4; cvt.u64.u
     mov.pred %p1, 0;"""
 MULTIPLY = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r13}, %rd2, %rd2, %p1, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;"""
-FROM_REGISTERS = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r13}, {%r20, %r21, %r22, %r23}, %rd2,
-    %p1, 1, 1, 0; wgmma.commit_group.sync.aligned;"""
+FROM_REGISTERS = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r13},
+    {%r20, %r21, %r22, %r23}, %rd2, %p1, 1, 1, 0; wgmma.commit_group.sync.aligned;"""
 FILL = "st.shared.v4.b32 [%r3], {0, 0, 0, 0};"
 
 
@@ -262,7 +266,8 @@ def tensor_kernel(statements: str) -> str:
 LOAD = f"""{ONE} mov.b64 %rd2, map; cvta.param.u64 %rd3, %rd2; @%p1 mbarrier.init.shared::cta.b64 [%r5], 1;
     bar.sync 0;
     @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], BYTES; mov.b32 %r6, X; mov.b32 %r7, Y;
-    @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd3, {{%r6, %r7}}], [%r5]; {WAIT}"""
+    @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd3, {{%r6, %r7}}], [%r5];
+    {WAIT}"""
 
 
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
@@ -312,7 +317,8 @@ def test_misuse() -> None:
         execute(f"{ROOM} {TID} {ONE} {WAIT}", out)
     with pytest.raises(Fault, match=UNDEFINED):
         execute(
-            f"{ROOM} {TID} {ONE} @%p1 mbarrier.init.shared::cta.b64 [%r5], 2; @%p1 mbarrier.arrive.shared::cta.b64 _, [%r5], 3;",
+            f"""{ROOM} {TID} {ONE} @%p1 mbarrier.init.shared::cta.b64 [%r5], 2;
+            @%p1 mbarrier.arrive.shared::cta.b64 _, [%r5], 3;""",
             out,
         )
     with pytest.raises(Fault, match=ALIGNMENT):

@@ -65,6 +65,7 @@ def test_a_shuffle_by_a_register() -> None:
 
 def test_votes() -> None:
     body = """setp.lt.u32 %p1, %r0, 40; vote.sync.ballot.b32 %r10, %p1, -1; vote.sync.all.pred %p2, %p1, -1;
+    vote.sync.any.pred %p5, !%p1, -1;
     vote.sync.any.pred %p3, %p1, -1; vote.sync.uni.pred %p4, %p1, -1; selp.b32 %r11, 1, 0, %p2;
     selp.b32 %r12, 1, 0, %p3;
     selp.b32 %r13, 1, 0, %p4; activemask.b32 %r14;"""
@@ -151,6 +152,18 @@ def test_a_hang_is_found() -> None:
                 [np.zeros(64, "i4")], threads=64)  # fmt: skip
     with pytest.raises(Fault, match=HANG):
         execute(f"{TID} AGAIN: bra.uni AGAIN;", [np.zeros(32, "i4")])
+
+
+def test_barriers_that_count() -> None:
+    """bar.red among threads that are together, and among those that come by two ways."""
+    count = """setp.lt.u32 %p1, %r0, 37; bar.red.popc.u32 %r10, 0, %p1; bar.red.and.pred %p2, 0, %p1;
+    bar.red.or.pred %p3, 0, !%p1;
+    selp.b32 %r11, 1, 0, %p2; selp.b32 %r12, 1, 0, %p3;"""
+    assert outputs(count, 64, 3)[:, 5].tolist() == [37, 0, 1]
+    apart = """setp.lt.u32 %p1, %r0, 32; setp.lt.u32 %p2, %r0, 40; @%p1 bra.uni ONE; bar.red.popc.u32 %r10, 0, %p2;
+    bra.uni DONE;
+    ONE: bar.red.popc.u32 %r10, 0, !%p2; DONE: mov.b32 %r1, 0;"""
+    assert set(outputs(apart, 64).tolist()) == {8}
 
 
 # ------------------------------------------------------------------------------------------------------------ calls

@@ -58,6 +58,7 @@ def _places(strand: Strand, space: str, address: Any, active: Any, size: int, i:
         return cohort.local.view(f"i{size}"), index
     region, offset = group.launch.memory.place(strand, address, active, size, i)
     elements = strand.full(offset // region.item)
+    group.launch.memory.learn(group.numbers[:, 0])
     region.note_atomic(elements if active is None else elements[active], max(1, size // region.item))
     return region.arrays[size], strand.full(offset >> _SHIFT[size])
 

@@ -10,6 +10,7 @@ The launcher is an argument: `Emulated` runs the PTX on the machine, `Nothing` s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,52 @@ from triton.runtime import driver as runtime
 from ptx.copies import TensorMap
 from ptx.findings import Finding
 from ptx.launch import Loaded, run
+from ptx.order import Order
 from vitkernels.kernels.device import stand_in
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a program may have
 CACHE = Path(__file__).parents[2] / "build" / "ptx-cache"
+
+
+@dataclass
+class Call:
+    """A launch that can be made again."""
+
+    ptx: str
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    arguments: list[Any]
+    names: list[str]
+
+    def run(self, ptx: str = "", order: type[Order] = Order) -> tuple[Loaded, list[Any]]:
+        """Launch it, with other PTX if given; gives the launch and its arguments as they are after it."""
+        arguments = copied(self.arguments)
+        text = ptx or self.ptx
+        launch = run(text, self.kernel, self.grid, (self.threads,), self.shared, arguments, self.names, order)
+        return launch, arguments
+
+
+def copied(arguments: list[Any]) -> list[Any]:
+    """Copies of tensors that keep strides and alignment."""
+    return [_copy(each) for each in arguments]
+
+
+def _copy(argument: Any) -> Any:
+    if isinstance(argument, TensorMap):
+        return dataclasses.replace(argument, matrix=_copy_tensor(torch.from_numpy(argument.matrix)).numpy())
+    return _copy_tensor(argument) if isinstance(argument, torch.Tensor) else argument
+
+
+def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.numel():
+        return tensor
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr() % 64 // tensor.element_size()
+    flat = torch.zeros(start + span, dtype=tensor.dtype)
+    flat[start:] = torch.as_strided(tensor.detach(), (span,), (1,))
+    return torch.as_strided(flat, tensor.shape, tensor.stride(), start)
 
 
 @dataclass
@@ -37,11 +80,15 @@ class Record:
     Attributes:
         launches: what the launchers gave, in order.
         rewrite: changes a kernel's PTX before it runs, to plant a fault.
+        texts: the PTX that was launched, and the name of its kernel.
+        calls: what each launch was given, where `keeps` is set: tensors as they were before it.
     """
 
     launches: list[Any] = field(default_factory=list)
     rewrite: Callable[[str], str] = lambda ptx: ptx
-    texts: dict[str, str] = field(default_factory=dict)  # PTX: name of its kernel
+    texts: dict[str, str] = field(default_factory=dict)
+    keeps: bool = False
+    calls: list[Call] = field(default_factory=list)
 
     @property
     def findings(self) -> list[Finding]:
@@ -81,6 +128,9 @@ class Emulated:
         kernel, ptx = function
         record.texts[ptx] = kernel
         arguments += [None, None]  # scratch memory, which no kernel here has
+        if record.keeps:
+            kept = copied(arguments)
+            record.calls.append(Call(ptx, kernel, (x, y, z), self.threads, self.shared, kept, names))
         launch = run(record.rewrite(ptx), kernel, (x, y, z), (self.threads,), self.shared, arguments, names)
         record.launches.append(launch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 
-from ptx.operands import Address, Instruction, Operand, Register, Unsupported, Vector
+from ptx.operands import Address, Instruction, Negated, Operand, Register, Unsupported, Vector
 from ptx.step import Packed, Step, step_of
 from ptx.text import Kernel
 
@@ -15,6 +15,8 @@ END = -1
 def registers_in(operand: Operand) -> Iterator[str]:
     if isinstance(operand, Register):
         yield operand.name
+    elif isinstance(operand, Negated):
+        yield operand.register.name
     elif isinstance(operand, Address):
         yield from registers_in(operand.base)
         for each in operand.coordinates:

@@ -79,10 +79,10 @@ def touched(flow: Flow) -> Iterator[tuple[Instruction, str]]:
                 product = _is(instruction, "mma_async")
                 for name in sorted(flow.writes[at] & flying.keys()):
                     if not (product and flying[name] == "accumulator"):
-                        yield instruction, f"writes {name}, {flying[name]} of a product in flight"
+                        yield instruction, f"writes {name}: {flying[name]} of a product in flight"
                 for name in sorted(flow.reads[at] & flying.keys()):
                     if flying[name] == "accumulator" and not product:
-                        yield instruction, f"reads {name}, accumulator of a product in flight"
+                        yield instruction, f"reads {name}: accumulator of a product in flight"
             groups = _after(groups, instruction)
 
 

@@ -28,6 +28,7 @@ from ptx import (
 from ptx.copies import TensorMap
 from ptx.findings import Fault, Findings
 from ptx.operands import Instruction
+from ptx.order import Order
 from ptx.state import SHARED, Cohort, Launch
 from ptx.step import DTYPES
 from ptx.text import Module, Variable
@@ -181,6 +182,7 @@ def run(
     shared: int,
     arguments: Sequence[Any],
     names: Iterable[str] = (),
+    order: type[Order] = Order,
 ) -> Loaded:
     """Execute a kernel on the CPU.
 
@@ -193,6 +195,7 @@ def run(
         arguments: tensors or arrays of the host for pointers (written in place), numbers, bytes, None for a null
             pointer, `TensorMap` for a TMA descriptor.
         names: what findings call the arguments; by default the parameters' names.
+        order: what follows the accesses to shared memory.
 
     Returns:
         The launch; its `findings` say what the kernel did wrong.
@@ -206,6 +209,7 @@ def run(
     if made.kernel.threads and made.kernel.threads[0] * made.kernel.threads[1] * made.kernel.threads[2] < bx * by * bz:
         raise ValueError(f"block: got {tuple(block)}; the kernel was compiled for {made.kernel.threads}")
     launch = Loaded(made, (x, y, z), (bx, by, bz), shared, arguments, tuple(names))
+    launch.order = order
     inflight.check(made.translator.flow, launch.findings)
     total, at_once = x * y * z, max(1, THREADS // launch.threads)
     with np.errstate(all="ignore"):

@@ -38,7 +38,7 @@ def idle(mask: Any) -> bool:
     return mask is not None and not mask.any()
 
 
-@define("ld", "ldu")
+@define("ld")
 def _(i: Instruction) -> Step:
     space = space_of(i)
     ordering(i)

@@ -63,9 +63,9 @@ def _(i: Instruction) -> Step:
     return simple(i, lambda a, b, c: np.where(c >= 0, a, b), dtype, dtype, dtype, DTYPES[by])
 
 
-@define("nanosleep", "membar", "griddepcontrol", "prefetch", "prefetchu", "pragma", "applypriority")
+@define("nanosleep", "griddepcontrol", "prefetch")
 def _(i: Instruction) -> Step:
-    """No effect here: waits for time, hints, and orders that `order` does not need between CTAs."""
+    """No effect here: waits for time, hints, and the order of launches."""
     i.begin()
     for each in i.opcode.split(".")[1:]:
         i.flag(each)

@@ -59,6 +59,13 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Negated:
+    """!p: a predicate's opposite as an operand."""
+
+    register: Register
+
+
+@dataclass(frozen=True)
 class Address:
     """[base + offset], or [base, {coordinates}] of a tensor."""
 
@@ -67,7 +74,7 @@ class Address:
     coordinates: tuple[Operand, ...] = ()
 
 
-Operand = Register | Special | Symbol | Immediate | Vector | Address
+Operand = Register | Special | Symbol | Immediate | Vector | Negated | Address
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Region:
         if nbytes:
             whole = np.frombuffer((ctypes.c_uint8 * self.size).from_address(begin), "u1")
             self.arrays = {size: whole.view(dtype) for size, dtype in ACCESS.items()}
+        self.stamps: Any = None  # when it was written, where the kernel publishes
         self.writers: Any = None  # CTA number + 1 of each element's writer in this launch, -1 for atomics
 
     @property
@@ -58,10 +59,24 @@ class Region:
 
 
 class Memory:
-    """The regions of a launch."""
+    """The regions of a launch.
 
-    def __init__(self) -> None:
+    A program may read what another one wrote if that one has published it by a fence for the whole GPU, and it has
+    learnt of it by an atomic since.
+    """
+
+    def __init__(self, programs: int) -> None:
         self.regions: dict[int, Region] = {}
+        self.now = 1
+        self.published, self.learnt = np.zeros((2, programs + 1), "i8")  # by number of the CTA + 1
+
+    def publish(self, numbers: Any) -> None:
+        self.published[numbers] = self.now
+        self.now += 1
+
+    def learn(self, numbers: Any) -> None:
+        self.learnt[numbers] = self.now
+        self.now += 1
 
     def add(self, name: str, address: int, nbytes: int, item: int, owner: Any = None) -> int:
         """Make host memory reachable; gives its address for the kernel."""
@@ -155,9 +170,15 @@ class Memory:
             me = me[..., None]
         before = region.writers[elements]
         bad = (before > 0) & (before != me)
+        if bad.any() and not writes and region.stamps is not None:
+            seen = (region.stamps[elements] <= self.published[before]) & (self.published[before] <= self.learnt[me])
+            bad &= ~seen
         if writes:
             region.writers[elements] = me
             bad |= region.writers[elements] != me
+            if region.stamps is None:
+                region.stamps = np.zeros(len(region.writers), "i8")
+            region.stamps[elements] = self.now
         if bad.any():
             word = "writes" if writes else "reads"
             note = f"{word} element {int(elements[bad].flat[0])} of {region.name}"

@@ -33,12 +33,13 @@ class Launch:
         self.threads = block[0] * block[1] * block[2]
         self.dynamic = shared
         self.shared = program.static_shared + shared
-        self.memory = Memory()
+        self.memory = Memory(grid[0] * grid[1] * grid[2])
         self.findings = Findings(program.kernel.name)
         self.constants: dict[str, int] = {}  # address of each parameter and module-wide variable
         self.tensor_maps: dict[int, Any] = {}
         self.partial: set[int] = set()
         self.executed = 0
+        self.order: type[Order] = Order
 
 
 class Cohort:
@@ -55,7 +56,7 @@ class Cohort:
         local = max(16, -(-launch.program.local // 16) * 16)
         self.local_bytes = local
         self.local = np.full((count * launch.threads * local if launch.program.local else 16) + 16, 255, "u1")
-        self.order = Order(count, self.warps, self.bytes, launch.program.grain)
+        self.order = launch.order(count, self.warps, self.bytes, launch.program.grain)
         self.copies = Queue(count, self.threads)
         self.products = Queue(count, self.threads)
         self.bulk = Queue(count, self.threads)

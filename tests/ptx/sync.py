@@ -31,6 +31,8 @@ class Barrier:
         self.ticket = np.full((count, cohort.threads), -1, "i8")  # the generation that a thread waits for
         self.clocks: dict[int, Any] = {}  # by row: what those who arrived know
         self.ended: dict[tuple[int, int], Any] = {}  # by row and generation: what they knew then
+        self.votes = np.zeros(count, "i8")  # threads that came with a predicate that holds, for bar.red
+        self.counted: dict[tuple[int, int], int] = {}  # by row and generation: how many there were
 
 
 def later(a: Any, b: Any) -> Any:
@@ -43,8 +45,13 @@ def _warps(mask: Any) -> Any:
     return np.unique(np.nonzero(mask)[0] // 32)
 
 
-def arrive(strand: Strand, name: int, expected: int | None, waits: bool, instruction: Instruction) -> None:
-    """bar.sync and bar.arrive of some of a block's threads.
+def arrive(
+    strand: Strand, name: int, expected: int | None, waits: bool, instruction: Instruction, votes: Any = None
+) -> Any:
+    """bar.sync, bar.arrive and bar.red of some of a block's threads.
+
+    Returns:
+        For each thread, how many of those that met hold `votes`; None without.
 
     Raises:
         NotYet: others have to come first.
@@ -55,7 +62,7 @@ def arrive(strand: Strand, name: int, expected: int | None, waits: bool, instruc
     nobody = name not in cohort.barriers or not cohort.barriers[name].arrived[group.rows].any()
     if strand.mask is None and everyone == group.threads and waits and nobody:
         order.barrier(group.rows)
-        return
+        return None if votes is None else strand.full(votes).sum(1, keepdims=True)
     meet(strand, None)
     barrier = cohort.barriers.setdefault(name, Barrier(cohort))
     mask = strand.full(True) if strand.mask is None else strand.mask
@@ -66,13 +73,15 @@ def arrive(strand: Strand, name: int, expected: int | None, waits: bool, instruc
         if new.any():
             barrier.ticket[row, new] = barrier.generation[row]
             barrier.arrived[row] += int(new.sum())
+            barrier.votes[row] += 0 if votes is None else int((strand.full(votes)[line] & new).sum())
             for warp in _warps(new):
                 barrier.clocks[row] = later(barrier.clocks.get(row), order.clocks(row, int(warp)))
         if barrier.arrived[row] > everyone:
             raise group.launch.findings.fail(UNDEFINED, instruction, f"more than {everyone} threads at barrier {name}")
         if barrier.arrived[row] + ended >= everyone and barrier.arrived[row]:
             barrier.generation[row] += 1
-            barrier.arrived[row] = 0
+            barrier.counted[row, int(barrier.generation[row])] = int(barrier.votes[row])
+            barrier.arrived[row] = barrier.votes[row] = 0
             if everyone == group.threads:
                 order.barrier(np.array([row]))
                 barrier.clocks.pop(row, None)
@@ -82,13 +91,16 @@ def arrive(strand: Strand, name: int, expected: int | None, waits: bool, instruc
         passed[line] &= barrier.ticket[row] < barrier.generation[row] if waits else True
     if (mask & ~passed).any():
         raise NotYet(passed)
+    held = np.zeros((group.count, 1), "i8")
     for line, row in enumerate(map(int, group.rows)):
         who = mask[line]
         if waits and who.any():
-            clocks = barrier.ended.get((row, int(barrier.ticket[row][who][0]) + 1))
-            if clocks is not None:
-                order.learn(row, _warps(who), clocks)
+            met = row, int(barrier.ticket[row][who][0]) + 1
+            held[line] = barrier.counted[met]
+            if met in barrier.ended:
+                order.learn(row, _warps(who), barrier.ended[met])
         barrier.ticket[row, who] = -1
+    return held if votes is not None else None
 
 
 @define("bar", "barrier")
@@ -96,8 +108,10 @@ def _(i: Instruction) -> Step:
     if i.flag("warp"):
         i.one_of("sync")
         return Step(_warp_barrier, ((i.operands[0], "u4"),), machine=True, converges="warp")
-    how = i.one_of("sync arrive")
+    how = i.one_of("sync arrive red")
     i.flag("cta", "aligned")
+    if how == "red":
+        return _reduction(i)
     name = number(i, i.operands[0])
     expected = number(i, i.operands[1]) if len(i.operands) > 1 else None
 
@@ -107,6 +121,26 @@ def _(i: Instruction) -> Step:
         arrive(strand, name, expected, how == "sync", i)
 
     return Step(run, machine=True, converges="barrier")
+
+
+def _reduction(i: Instruction) -> Step:
+    """bar.red: a barrier that counts the threads with a predicate, or says whether all or any have it."""
+    how = i.one_of("popc and or")
+    i.one_of("u32" if how == "popc" else "pred")
+    result, barrier, *threads, predicate = i.operands
+    name = number(i, barrier)
+    expected = number(i, threads[0]) if threads else None
+
+    def run(strand: Strand, votes: Any, guard: Any) -> Any:
+        if guard is not None and not guard.all():
+            raise i.refuse("a barrier under a guard that is off")
+        held = arrive(strand, name, expected, True, i, votes)
+        if how == "popc":
+            return held.astype("u4")
+        return held == (expected or strand.group.threads) if how == "and" else held > 0
+
+    results = ((register(i, result), "u4" if how == "popc" else "b1"),)
+    return Step(run, ((predicate, "b1"),), results, machine=True, converges="barrier")
 
 
 def named_lanes(strand: Strand, members: Any) -> Any:
@@ -123,8 +157,8 @@ def _warp_barrier(strand: Strand, members: Any, guard: Any) -> None:
 def _(i: Instruction) -> Step:
     if not i.flag("proxy"):
         i.flag("sc", "acq_rel", "acquire", "release", "mbarrier_init")
-        i.flag("cta", "cluster", "gpu", "sys")
-        return Step(lambda strand, guard: None, machine=True)
+        i.flag("cta", "cluster")
+        return Step(_publish if i.flag("gpu", "sys") else lambda strand, guard: None, machine=True)
     i.one_of("async")
     i.flag("shared::cta", "shared::cluster", "global")
 
@@ -140,6 +174,16 @@ def _(i: Instruction) -> Step:
                 order.fence(np.array([row]), warps)
 
     return Step(run, machine=True)
+
+
+@define("membar")
+def _(i: Instruction) -> Step:
+    return Step(_publish if i.one_of("cta gl sys") != "cta" else lambda strand, guard: None, machine=True)
+
+
+def _publish(strand: Strand, guard: Any) -> None:
+    """What these programs wrote so far may be read by those that learn of it through an atomic."""
+    strand.group.launch.memory.publish(strand.group.numbers[:, 0])
 
 
 # ------------------------------------------------------------------------------------------------------- mbarriers

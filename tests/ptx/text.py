@@ -8,7 +8,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ptx.operands import Address, Guard, Immediate, Instruction, Operand, Register, Special, Symbol, Unsupported, Vector
+from ptx.operands import (
+    Address,
+    Guard,
+    Immediate,
+    Instruction,
+    Negated,
+    Operand,
+    Register,
+    Special,
+    Symbol,
+    Unsupported,
+    Vector,
+)
 
 SIZES = {
     "pred": 0, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4, "u32": 4,
@@ -326,7 +338,7 @@ class _Body:
         if "|" in text:
             return Vector(tuple(self._operand(each, scopes, instruction) for each in text.split("|")))
         if text.startswith("!"):
-            raise instruction.refuse("a negated predicate operand")
+            return Negated(Register(_lookup(scopes, text[1:].strip())))
         if SPECIAL.fullmatch(text):
             return Special(text)
         if text[0] in "-+0123456789":

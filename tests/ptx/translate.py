@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 
 from ptx.flow import END, Flow, writes
-from ptx.operands import Address, Guard, Immediate, Instruction, Operand, Register, Special, Symbol, Unsupported
+from ptx.operands import (
+    Address,
+    Guard,
+    Immediate,
+    Instruction,
+    Negated,
+    Operand,
+    Register,
+    Special,
+    Symbol,
+    Unsupported,
+)
 from ptx.special import SPECIALS
 from ptx.step import DTYPES, Layout, Packed, Step
 from ptx.text import Kernel
@@ -193,6 +204,8 @@ class _Segment:
             if step.wide and int(have[1]) > int(want[1]) and "b1" not in (have, want):
                 return f"{name}.astype({want})"
             raise instruction.refuse(f"{operand.name} read as {want}")
+        if isinstance(operand, Negated):
+            return f"~{self._operand(operand.register, dtype, step, instruction)}"
         if isinstance(operand, Immediate):
             return self._constant(operand.of("i8" if dtype == "at" else dtype), "i8" if dtype == "at" else dtype)
         if isinstance(operand, Special) and operand.name in SPECIALS:
