@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short tune gpu lint test test-asan clean
+.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu lint test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -59,7 +59,7 @@ compare: .venv/.built ## time quickly and list what is slower than in BASE=<resu
 report: .venv/.built ## make every figure anew from bench/results: README, docs, REPORT.md and its pictures
 	$(PY) -m bench.report
 
-# TRITON=3.6.0 audits with that triton, installed beside the environment's own
+# TRITON=3.6.0 audits and emulates with that triton, installed beside the environment's own
 TRITON_PATH := $(if $(TRITON),.venv/triton-$(TRITON))
 
 .venv/triton-%: | .venv/.packages
@@ -70,6 +70,9 @@ audit: .venv/.built $(TRITON_PATH) ## compile every Triton kernel for sm_80, sm_
 
 audit-short: .venv/.built $(TRITON_PATH) ## one row of each kernel, sm_90 only
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
+
+emulate: .venv/.built $(TRITON_PATH) ## run every case on the compiled kernels, executed by a PTX machine on the CPU (hours; goes on where it stopped)
+	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH):tests $(PY) -m ptx.emulate
 
 tune: ## on a machine with an NVIDIA GPU: time what could stand in the rows of configs.py, under 8 minutes
 	python3 -m bench.tune
@@ -82,7 +85,7 @@ lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: .venv/.built lint audit-short ## ruff, mypy, the short audit and all tests (under 15 minutes on 2 cores)
+test: .venv/.built lint audit-short ## ruff, mypy, the short audit and all tests (under 20 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 

@@ -353,12 +353,22 @@ _LARGE = [  # where GEMMs take another path
     linear("strides, blocked gemm", (3, 100), 96, 288),
     mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
 ]
+_HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, whole tiles, patches that TMA can load
+    linear("strides, 16 bits", (3, 40), 64, 48),
+    patch_embed("strides, 16 bits", 4, (2, 4), prefix=2, pos_embed=10, keep=6),
+    patch_embed("strides, 16 bits, patch 16", 16, (2, 4), prefix=1, pos_embed=9, width=64),
+    attention("strides, 16 bits", 2, 3, 40, 24, 64, mask=T((2, 1, 1, 24), convert=keep_some)),
+    attention_qkv("strides, 16 bits", 2, 3, 40, 64),
+    add_layer_norm("strides, 16 bits", (3, 5, 64)),
+    mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
+    rotary("strides, 16 bits", (2, 3, 5, 64), prefix=1, layout="contiguous"),
+]
 _MATRIX = ("transposed", "sliced", "every second row", "expanded", "expanded rows", "offset", "columns")
 _VECTOR = ("sliced", "expanded", "offset")
 _ARRIVING = ("transposed", "sliced", "expanded everywhere", "offset", "columns", "rows")
 
 
-def _strided(base: Case) -> Iterator[Case]:
+def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[Case]:
     """The base case with one tensor at a time, then one gradient, in each layout that torch can hand over."""
     for name, spec in base.tensors.items():
         assert spec is not None
@@ -369,12 +379,13 @@ def _strided(base: Case) -> Iterator[Case]:
             layouts += ("grey",)
         for layout in layouts:
             tensors = {**base.tensors, name: dataclasses.replace(spec, layout=layout)}
-            yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=(F32,))
+            yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=dtypes)
     for layout in _ARRIVING:
-        yield dataclasses.replace(base, name=f"{base.name}, gradient {layout}", grad_layout=layout, dtypes=(F32,))
+        yield dataclasses.replace(base, name=f"{base.name}, gradient {layout}", grad_layout=layout, dtypes=dtypes)
 
 
 STRIDES = [case for base in (*SMALL, *_LARGE) for case in _strided(base)]
+STRIDES_16 = [case for base in _HALVES for case in _strided(base, REDUCED)]
 
 PLAIN = [*LINEAR, *PATCH_EMBED, *ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *MLP, *ROTARY]
-CASES = [*PLAIN, *STRIDES]
+CASES = [*PLAIN, *STRIDES, *STRIDES_16]

@@ -13,19 +13,36 @@ import pytest
 import torch
 
 from vitkernels import dispatch, kernels
+from vitkernels.kernels.device import Cuda, Interpreter, current, stand_in
 
 IMAGE, WEIGHT = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 4, 4)
 for page, _ in kernels.PAGES.values():
-    # triton reads the variable that tests here set where a kernel is defined: no page may be first imported there
+    # triton reads TRITON_INTERPRET where a kernel is defined, so no page may be first imported by a test
     importlib.import_module(f"vitkernels.kernels.{page}")
 
 
 @pytest.fixture(autouse=True)
 def _fresh_reasons() -> Iterator[None]:
-    """What the backend remembers about the machine is asked anew, before and after."""
-    kernels.why_not.cache_clear()
-    yield
-    kernels.why_not.cache_clear()
+    """A device of the test's own, of which the backend remembers nothing yet."""
+    with stand_in(Cuda()):
+        yield
+
+
+class Gpu(Interpreter):
+    """A GPU of some capability, whose kernels the interpreter would run."""
+
+    def __init__(self, *capability: int) -> None:
+        self.answer = capability
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        major, minor = self.answer
+        return major, minor
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    with stand_in(Interpreter()):
+        yield
 
 
 def declined(*args: object) -> str | None:
@@ -42,7 +59,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert kernels.why_not() == (
         "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     )
@@ -50,8 +66,21 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interpreting_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.why_not() is None
+    with stand_in(Interpreter()):
+        assert kernels.why_not() is None
+
+
+def test_which_device_launches_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that stands in, the innermost first; else the interpreter where it is asked for; else CUDA."""
+    first, second = Gpu(8, 0), Gpu(9, 0)
+    with stand_in(first):
+        with stand_in(second):
+            assert current() is second
+            assert kernels.capability(torch.device("cpu")) == (9, 0)
+        assert current() is first
+    answer = "from vitkernels.kernels.device import current; print(current().title)"
+    assert run(answer).stdout.strip() == "CUDA"
+    assert run(answer, TRITON_INTERPRET="1").stdout.strip() == "the CPU (interpreting)"
 
 
 @pytest.mark.parametrize("version", ["2.1.0", "3.5.1", "3.10.0", "4.0.0+git1234"])
@@ -75,36 +104,34 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("capability", [(5, 2), (7, 0), (7, 5)])
-def test_old_gpus(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+def test_old_gpus(capability: tuple[int, int]) -> None:
     major, minor = capability
-    assert declined(IMAGE, WEIGHT) == (f"the kernels need compute capability 8.0 or later, and cpu has {major}.{minor}")
+    with stand_in(Gpu(*capability)):
+        reason = declined(IMAGE, WEIGHT)
+    assert reason == (f"the kernels need compute capability 8.0 or later, and cpu has {major}.{minor}")
 
 
-def test_tensors_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def test_tensors_on_another_device() -> None:
     assert declined(IMAGE, WEIGHT) == "the kernels run on CUDA, not on cpu"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert declined(IMAGE.to("meta"), WEIGHT) == "the kernels run on the CPU (interpreting), not on meta"
-    assert declined(IMAGE, WEIGHT) is None
+    with stand_in(Interpreter()):
+        assert declined(IMAGE.to("meta"), WEIGHT) == "the kernels run on the CPU (interpreting), not on meta"
+        assert declined(IMAGE, WEIGHT) is None
 
 
-def test_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.mark.usefixtures("interpreter")
+def test_float64() -> None:
     assert declined(IMAGE, WEIGHT.double()) == "the kernels have no float64"
 
 
-def test_more_patches_than_rows_can_be_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "capability", lambda device: (9, 0))
+@pytest.mark.usefixtures("interpreter")
+def test_more_patches_than_rows_can_be_numbered() -> None:
     image = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(2**15, 3, 2**8, 2**8)
     reason = declined(image, torch.zeros(8, 3, 1, 1))
     assert reason == f"the kernels number rows in 32 bits, and the batch has {2**31} patches"
 
 
-def test_what_rotary_leaves_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.mark.usefixtures("interpreter")
+def test_what_rotary_leaves_to_the_reference() -> None:
     why_not = dispatch.OPS["rotary"].implementations["triton"].why_not
     x, wide = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 258)
     assert why_not("forward", (x, x, x, 0, False)) is None

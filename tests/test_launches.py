@@ -8,7 +8,6 @@ shapes, dtypes and strides that the ops' fake implementations promise to torch.c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,45 +25,21 @@ triton = pytest.importorskip("triton")
 if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: interpreted kernels bind nothing", allow_module_level=True)
 
-
-class Driver:
-    """An H100 that is not there."""
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+from ptx.driver import Gpu, Nothing, activate  # noqa: E402  # needs triton
 
 
 @pytest.fixture
-def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The kernels that were bound; the Triton backend takes tensors of the CPU meanwhile."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that were bound; the Triton backend takes tensors of the CPU meanwhile."""
+    seen: list[str] = []
 
-    seen: list[Any] = []
-    nothing = SimpleNamespace(
-        launch_metadata=lambda *args: None, run=lambda *args: None, function=None, packed_metadata=None
-    )
+    def bind(*, fn: Any, **about: Any) -> bool:
+        seen.append(fn.name)
+        return True  # as if another had compiled it
 
-    def bind(kernel: Any, *args: Any, **options: Any) -> Any:
-        seen.append(kernel)
-        return nothing
-
-    monkeypatch.setattr(JITFunction, "_do_compile", bind)
-    monkeypatch.setattr(dispatch, "why_not", lambda backend: None)
-    monkeypatch.setattr(driver, "_active", Driver())
-    for op in kernels.PAGES:
-        there = dispatch.OPS[op].implementations
-        willing = dispatch.Implementation(there["triton"].forward, there["triton"].backward, lambda *call: None)
-        monkeypatch.setitem(there, "triton", willing)
-    yield seen
-    for kernel in seen:
-        kernel.device_caches.clear()  # a GPU that is there must not be taken for this one
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", bind)
+    with activate(Gpu(), Nothing):
+        yield seen
 
 
 def _as_declared(op: dispatch.Op, direction: str, args: tuple[Any, ...], results: Any) -> None:
@@ -80,15 +55,20 @@ def _as_declared(op: dispatch.Op, direction: str, args: tuple[Any, ...], results
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", kernels.PAGES)
-def test_every_case_binds(op: str, dtype: torch.dtype, bound: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = dispatch.Op._run
+def test_every_case_binds(op: str, dtype: torch.dtype, bound: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    there = dispatch.OPS[op].implementations
+    triton_kernels = there["triton"]
 
-    def checked(self: dispatch.Op, direction: str, args: tuple[Any, ...]) -> Any:
-        results = launch(self, direction, args)
-        _as_declared(self, direction, args, results)
-        return results
+    def checked(direction: str) -> Any:
+        def launch(*args: Any) -> Any:
+            results = getattr(triton_kernels, direction)(*args)
+            _as_declared(dispatch.OPS[op], direction, args, results)
+            return results
 
-    monkeypatch.setattr(dispatch.Op, "_run", checked)
+        return launch
+
+    watched = dispatch.Implementation(checked("forward"), checked("backward"), triton_kernels.why_not)
+    monkeypatch.setitem(there, "triton", watched)
     cases = [case for case in CASES if case.op == op and dtype in case.dtypes]
     assert cases
     for case in cases:

@@ -1,0 +1,76 @@
+"""Which kernels get planted faults, and what comes of them: one of each kind, and REDUNDANT.md beside this file.
+
+python -m ptx.plant        # writes REDUNDANT.md anew from what `make emulate` has kept
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ptx.faults import Site, calls, redundant, seen, sites
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernels of a case on a GPU."""
+
+    op: str
+    name: str
+    capability: tuple[int, int] = (9, 0)
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        return f"faults: sm_{major}{minor} {self.op}: {self.name}"
+
+    def sites(self) -> Iterator[Site]:
+        for call in calls(self.op, self.name, torch.bfloat16, self.capability):
+            yield from sites(call)
+
+
+KERNELS = (
+    Kernel("add_layer_norm", "197 tokens"),
+    Kernel("rotary", "head width 64, halves"),
+    Kernel("linear", "blocked gemm"),
+    Kernel("mlp", "gelu, blocked gemm"),
+    Kernel("attention_qkv", "197 tokens"),
+    Kernel("attention", "many keys, the first ones masked"),
+    Kernel("patch_embed", "blocked gemm"),
+    Kernel("attention_qkv", "197 tokens", (8, 0)),
+    Kernel("mlp", "gelu, blocked gemm", (8, 0)),
+)
+
+
+@dataclass
+class Planted:
+    """What came of a kernel's faults: how many by (kernel, fault, how), as a list of [kernel, fault, how, times]."""
+
+    counts: list[list[str | int]] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)  # not seen, and not shown to be redundant
+
+    def rows(self) -> Iterator[tuple[str, str, int, int, int]]:
+        """(kernel, fault, planted, seen, redundant)"""
+        found: dict[tuple[str, str], list[int]] = {}
+        for kernel, fault, how, times in self.counts:
+            row = found.setdefault((str(kernel), str(fault)), [0, 0, 0])
+            row[0] += int(times)
+            row[1] += int(times) if how == "seen" else 0
+            row[2] += int(times) if how not in ("seen", "open") else 0
+        for (kernel, fault), (total, shown, spare) in found.items():
+            yield kernel, fault, total, shown, spare
+
+
+def plant(kernel: Kernel) -> Planted:
+    """Plant every fault of a case's kernels."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    planted = Planted()
+    for site in kernel.sites():
+        how = "seen" if seen(site) else redundant(site) or "open"
+        counts[site.call.kernel, site.kind, how] += 1
+        if how == "open":
+            planted.open.append(str(site))
+    planted.counts = [[*key, times] for key, times in counts.items()]
+    return planted

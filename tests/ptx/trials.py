@@ -1,0 +1,149 @@
+"""What runs on the machine: cases of the one list, for a GPU and a dtype."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accuracy import check_case
+from case import Case
+from cases import (
+    CASES,
+    PLAIN,
+    STRIDES_16,
+    add_layer_norm,
+    attention,
+    attention_qkv,
+    linear,
+    mlp,
+    patch_embed,
+    rotary,
+)
+
+from ptx.driver import Gpu, activate
+from ptx.findings import Fault
+from ptx.known import is_known
+from ptx.operands import Unsupported
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PERSISTENT = ("linear", "mlp", "add_layer_norm", "patch_embed")  # ops whose launches ask for multiprocessors
+
+# launches of real models: tiles and loops that small cases do not reach
+_AUTOCAST = {"image": {"dtype": F32}, "table": F32, "dtypes": (BF16, F16)}
+REAL = [
+    attention("ViT, 50 queries of 197 keys", 2, 12, 50, 197, 64),
+    attention_qkv("ViT-S", 2, 6, 197, 64),
+    attention_qkv("ViT-B", 2, 12, 197, 64),
+    attention_qkv("so400m", 2, 16, 256, 72),
+    attention_qkv("text, causal", 2, 8, 77, 64, causal=True),
+    attention_qkv("DINOv2", 1, 6, 1370, 64),
+    add_layer_norm("ViT-B", (2, 197, 768)),
+    add_layer_norm("ViT-S, autocast", (2, 197, 384), x=F32, parameters=F32, dtypes=(BF16, F16)),
+    add_layer_norm("so400m", (2, 256, 1152)),
+    rotary("DINOv3", (2, 12, 201, 64), prefix=5, half=True, layout="packed"),
+    rotary("EVA-02", (2, 12, 197, 64), prefix=1, layout="packed"),
+    patch_embed("ViT-S", 16, (14, 14), width=384, prefix=1, pos_embed=197),
+    patch_embed("ViT-B", 16, (14, 14), width=768, prefix=1, pos_embed=197),
+    patch_embed("ViT-B, autocast", 16, (14, 14), width=768, prefix=1, pos_embed=197, **_AUTOCAST),
+    patch_embed("DINOv2, autocast", 14, (16, 16), width=384, prefix=1, pos_embed=257, **_AUTOCAST),
+    patch_embed("so400m", 14, (16, 16), width=1152, pos_embed=256),
+    linear("ViT-B", (2, 197), 768, 2304),
+    mlp("ViT-S, one image", (1, 197), (384, 1536, 384)),
+    mlp("ViT-B", (2, 197), (768, 3072, 768)),
+    mlp("so400m", (1, 256), (1152, 4304, 1152)),
+]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A case for a GPU that is not there."""
+
+    case: Case
+    dtype: torch.dtype
+    capability: tuple[int, int] = (9, 0)
+    processors: int = 1
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        return f"sm_{major}{minor} x{self.processors} {str(self.dtype).removeprefix('torch.')} {self.case}"
+
+
+@dataclass
+class Outcome:
+    """What came of a trial: empty `faults` where it passed."""
+
+    faults: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)  # kinds of known findings that were seen
+    launches: int = 0
+    seconds: float = 0.0
+
+
+def attempt(trial: Trial) -> Outcome:
+    """Run a trial."""
+    begin, outcome = time.perf_counter(), Outcome()
+    with activate(Gpu(trial.capability, trial.processors)) as made:
+        try:
+            check_case(trial.case, trial.dtype, "triton")
+        except AssertionError as error:
+            outcome.faults.append(f"numbers: {error}")
+        except Fault as error:
+            outcome.faults.append(str(error))
+        except Unsupported as error:
+            outcome.faults.append(f"not supported: {error}")
+    for finding in made.findings:
+        if is_known(finding):
+            outcome.known.append(finding.kind)
+        else:
+            outcome.faults.append(str(finding))
+    outcome.launches, outcome.seconds = len(made.launches), time.perf_counter() - begin
+    return outcome
+
+
+def _on(cases: list[Case], dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) -> Iterator[Trial]:
+    """Each case in each of its dtypes; with 1 and with 132 multiprocessors where a launch depends on it."""
+    for case in cases:
+        for dtype in dtypes:
+            if dtype in case.dtypes:
+                for processors in (1, 132) if case.op in PERSISTENT else (1,):
+                    yield Trial(case, dtype, capability, processors)
+
+
+def _named(*names: str) -> list[Case]:
+    found = [case for case in CASES if str(case) in names]
+    assert len(found) == len(names), set(names) - {str(case) for case in found}
+    return found
+
+
+FEW = _named(
+    "linear: blocked gemm",
+    "patch_embed: uint8, mean and std",
+    "attention: key padding, cross",
+    "attention: relative position bias",
+    "attention_qkv: head width 72",
+    "attention_qkv: causal",
+    "add_layer_norm: 197 tokens",
+    "add_layer_norm: width 768",
+    "mlp: gelu, blocked gemm",
+    "rotary: head width 64, halves",
+)
+
+
+def quick() -> list[Trial]:
+    """What `make test` runs: bfloat16 on sm_90 over the list, a few cases of the rest."""
+    trials = list(_on(PLAIN, (BF16,), (9, 0)))
+    trials += _on(STRIDES_16[::16], (BF16,), (9, 0))
+    trials += _on(FEW, (F16, F32), (9, 0))
+    trials += _on(FEW, (BF16,), (8, 0))
+    return trials
+
+
+def everything() -> list[Trial]:
+    """What `make emulate` runs: every case in every dtype on every capability, real models last."""
+    trials: list[Trial] = []
+    for capability in ((9, 0), (8, 0), (8, 9), (8, 6)):
+        trials += _on(CASES, (BF16, F16, F32), capability)
+    for capability in ((9, 0), (8, 0), (8, 9), (8, 6)):
+        trials += _on(REAL, (BF16, F16) if capability == (9, 0) else (BF16,), capability)
+    return trials

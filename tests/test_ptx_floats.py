@@ -1,0 +1,276 @@
+"""Floating-point instructions and conversions of the machine against exact arithmetic, rounded once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+from ptx.rounding import bits_of, number_of, rounded
+from ptx.snippet import compute
+
+NAN, INF = math.nan, math.inf
+HALVES = ["f16", "bf16"]
+
+
+def numbers(kind: str, count: int = 60) -> list[float]:
+    """Finite numbers of a format: edges, neighbours of powers of two, and some by chance."""
+    chance = random.Random(kind)
+    found = [0.0, -0.0, 1.0, -1.0, 1.5, 3.0, -2.5, 0.1, 1e-3, 1024.0, 65504.0, -7e-5, 5e-8]
+    found += [1 + 2.0**-n for n in (7, 8, 10, 11, 12, 23)] + [1 - 2.0**-n for n in (8, 9, 11, 12, 24)]
+    found += [chance.uniform(-4, 4) * 2.0 ** chance.randint(-12, 12) for _ in range(count)]
+    return [rounded(Fraction(each), kind) if each else each for each in found]
+
+
+def same(a: float, b: float) -> bool:
+    return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
+
+
+def hold(
+    opcode: str, kind: str, rows: list[tuple[float, ...]], expected: Callable[..., float], result: str = ""
+) -> None:
+    """The instruction's results on rows of operands; halves travel as bits."""
+    result = result or kind
+    pack = (lambda each: bits_of(each, kind)) if kind in HALVES else (lambda each: each)
+    columns = [[pack(each) for each in column] for column in zip(*rows, strict=True)]
+    for begin in range(0, len(rows), 512):
+        part = [column[begin : begin + 512] for column in columns]
+        got = compute(opcode, result, [kind] * len(part), *part)
+        got = [number_of(each, result) if result in HALVES else each for each in got]
+        for row, a in zip(rows[begin : begin + 512], got, strict=True):
+            b = expected(*row)
+            assert same(a, b), f"{opcode} {row}: got {a!r}, needs {b!r}"
+
+
+def exactly(function: Callable[..., Fraction], kind: str) -> Callable[..., float]:
+    """An operation on exact numbers, rounded once; a result of zero has the sign that IEEE 754 says, as Python's."""
+
+    def expected(*row: float) -> float:
+        exact = function(*map(Fraction, row))
+        return rounded(exact, kind) if exact else float(function(*row))
+
+    return expected
+
+
+SUMS: dict[str, Callable[..., Fraction]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64", "f16", "bf16"])
+@pytest.mark.parametrize("name", SUMS)
+def test_arithmetic(name: str, kind: str) -> None:
+    rows = list(itertools.product(numbers(kind, 15), repeat=2))
+    hold(f"{name}.{kind}", kind, rows, exactly(SUMS[name], kind))
+
+
+def test_ties_of_a_fused_product() -> None:
+    """a b + c is rounded once: cases that go wrong when the sum is rounded to float64 first."""
+    big = 1 + 2.0**-12
+    rows = [(big, big, 2.0**-54), (big, big, -(2.0**-54)), (1.0, 1 + 2.0**-23, 2.0**-24), (big, -big, 2.0**-60)]
+    rows += [(2.0**-12 + 1, 2.0**-12 + 1, sign * 2.0**-n) for n in range(40, 70) for sign in (1, -1)]
+    hold("fma.rn.f32", "f32", rows, exactly(lambda a, b, c: a * b + c, "f32"))
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_fused_products(kind: str) -> None:
+    rows = list(itertools.product(numbers(kind, 4)[::2], repeat=3))
+    hold(f"fma.rn.{kind}", kind, rows, exactly(lambda a, b, c: a * b + c, kind))
+
+
+def test_fused_products_of_float64() -> None:
+    rows = [(1.5, 2.5, 0.25), (1 + 2.0**-30, 1 - 2.0**-30, -1.0), (3.0, 1 / 3, -1.0)]
+    hold("fma.rn.f64", "f64", rows, exactly(lambda a, b, c: a * b + c, "f64"))
+
+
+def test_packed_pairs() -> None:
+    """Each half by itself."""
+    for kind in HALVES:
+        a, b = numbers(kind, 20), numbers(kind, 20)[::-1]
+
+        def join(low: list[float], high: list[float], kind: str = kind) -> list[int]:
+            return [bits_of(x, kind) | bits_of(y, kind) << 16 for x, y in zip(low, high, strict=True)]
+
+        for name, function in SUMS.items():
+            got = compute(f"{name}.{kind}x2", "u32", ["u32", "u32"], join(a, b), join(b, a))
+            for word, x, y in zip(got, a, b, strict=True):
+                assert same(number_of(word & 0xFFFF, kind), exactly(function, kind)(x, y)), (name, kind, x, y)
+                assert same(number_of(word >> 16, kind), exactly(function, kind)(y, x)), (name, kind, x, y)
+
+
+def test_division_and_roots() -> None:
+    rows = [(a, b) for a in numbers("f32", 20) for b in numbers("f32", 20) if b]
+    divide = exactly(lambda a, b: a / b, "f32")
+    hold("div.rn.f32", "f32", rows, divide)
+    for form in ("div.full.f32", "div.approx.f32"):  # within two units in the last place
+        got = compute(form, "f32", ["f32", "f32"], *map(list, zip(*rows[:512], strict=True)))
+        assert all(math.isclose(a, divide(*row), rel_tol=2**-22) for a, row in zip(got, rows, strict=False))
+    positive = [(abs(a),) for a in numbers("f32") if a]
+    hold("rcp.rn.f32", "f32", positive, exactly(lambda a: 1 / a, "f32"))
+    for (a,) in positive:
+        (root,) = compute("sqrt.rn.f32", "f32", ["f32"], [a])
+        half = Fraction(2) ** (math.frexp(root)[1] - 25)  # of a unit in the last place
+        assert (Fraction(root) - half) ** 2 <= Fraction(a) <= (Fraction(root) + half) ** 2
+
+
+def test_approximations() -> None:
+    """Correctly rounded here, so within what the manual allows."""
+    given = [each for each in numbers("f32") if 0 < abs(each) < 50]
+    functions: dict[str, Callable[[float], float]] = {
+        "ex2.approx.ftz": lambda x: 2.0**x, "sin.approx": math.sin, "cos.approx": math.cos, "tanh.approx": math.tanh,
+    }  # fmt: skip
+    for name, function in functions.items():
+        got = compute(f"{name}.f32", "f32", ["f32"], given)
+        assert all(math.isclose(a, function(x), rel_tol=2**-23) for a, x in zip(got, given, strict=True)), name
+    above = [abs(each) for each in given]
+    for name, function in {"lg2.approx": math.log2, "rsqrt.approx": lambda x: x**-0.5}.items():
+        got = compute(f"{name}.f32", "f32", ["f32"], above)
+        assert all(math.isclose(a, function(x), rel_tol=2**-23, abs_tol=0) for a, x in zip(got, above, strict=True))
+    assert compute("ex2.approx.f32", "f32", ["f32"], [-INF, INF, 0.0]) == [0.0, INF, 1.0]
+    assert compute("lg2.approx.f32", "f32", ["f32"], [0.0, INF]) == [-INF, INF]
+
+
+def test_signs() -> None:
+    for kind in ("f32", "f64", "f16", "bf16"):
+        rows = [(each,) for each in [*numbers(kind, 5), INF, -INF]]
+        hold(f"neg.{kind}", kind, rows, lambda a: -a)
+        hold(f"abs.{kind}", kind, rows, abs)
+
+
+def test_least_and_greatest() -> None:
+    """A number before NaN, -0 before +0; with .NaN, NaN before all."""
+    values = [0.0, -0.0, 1.0, -2.0, INF, -INF, NAN]
+
+    def least(a: float, b: float) -> float:
+        if math.isnan(a) or math.isnan(b):
+            return b if math.isnan(a) else a
+        return -0.0 if a == b == 0 and -1.0 in (math.copysign(1, a), math.copysign(1, b)) else min(a, b)
+
+    def greatest(a: float, b: float) -> float:
+        return -least(-a, -b)
+
+    rows = list(itertools.product(values, repeat=2))
+    for kind in ("f32", "f64", "f16", "bf16"):
+        hold(f"min.{kind}", kind, rows, least)
+        hold(f"max.{kind}", kind, rows, greatest)
+    for kind in ("f32", "f16", "bf16"):
+        hold(f"max.NaN.{kind}", kind, rows, lambda a, b: NAN if a != a or b != b else greatest(a, b))
+        hold(f"min.NaN.{kind}", kind, rows, lambda a, b: NAN if a != a or b != b else least(a, b))
+
+
+def test_subnormal_numbers_are_flushed_where_asked() -> None:
+    tiny = 2.0**-130
+    assert compute("add.f32", "f32", ["f32", "f32"], [tiny], [tiny]) == [2 * tiny]
+    got = compute("add.ftz.f32", "f32", ["f32", "f32"], [tiny, -tiny, 2.0**-126], [0.0, -0.0, -(2.0**-127)])
+    assert [same(a, b) for a, b in zip(got, [0.0, -0.0, 2.0**-126], strict=True)] == [True] * 3
+    got = compute("mul.ftz.f32", "f32", ["f32", "f32"], [2.0**-100, -(2.0**-100)], [2.0**-30, 2.0**-30])
+    assert [math.copysign(1, each) for each in got] == [1, -1]
+    assert [abs(each) for each in got] == [0, 0]
+
+
+def test_comparisons() -> None:
+    values = [0.0, -0.0, 1.0, -2.0, INF, NAN]
+    ordered: dict[str, Callable[[float, float], bool]] = {
+        "eq": lambda a, b: a == b, "ne": lambda a, b: a != b and a == a and b == b, "lt": lambda a, b: a < b,
+        "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
+    }  # fmt: skip
+    rows = list(itertools.product(values, repeat=2))
+    columns = [list(each) for each in zip(*rows, strict=True)]
+    for kind in ("f32", "f64", "f16", "bf16"):
+        given = [[bits_of(each, kind) for each in column] for column in columns] if kind in HALVES else columns
+        for how, function in ordered.items():
+            unordered = [a != a or b != b for a, b in rows]
+            want = [function(*row) for row in rows]
+            assert compute(f"setp.{how}.{kind}", "pred", [kind, kind], *given) == want, (how, kind)
+            either = [x or y for x, y in zip(want, unordered, strict=True)]
+            assert compute(f"setp.{how}u.{kind}", "pred", [kind, kind], *given) == either, (how, kind)
+        assert compute(f"setp.nan.{kind}", "pred", [kind, kind], *given) == unordered
+        assert compute(f"setp.num.{kind}", "pred", [kind, kind], *given) == [not each for each in unordered]
+
+
+# ------------------------------------------------------------------------------------------------------ conversions
+
+AWKWARD = [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.49, -3.51, 1e10, -1e10, 3e38, -3e38, INF, -INF, NAN, 255.5]
+
+
+@pytest.mark.parametrize("kind", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
+def test_floats_to_integers(kind: str) -> None:
+    """Rounded as named, clamped to the range; NaN is 0."""
+    bits = int(kind[1:])
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind[0] == "s" else (0, 2**bits - 1)
+    ways: dict[str, Callable[[float], int]] = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
+    given = [rounded(Fraction(x), "f32") if math.isfinite(x) and x else x for x in AWKWARD]
+    for how, function in ways.items():
+        want = [
+            0 if x != x else low if x == -INF else high if x == INF else min(max(function(x), low), high) for x in given
+        ]
+        stored = kind if bits > 8 else f"{kind[0]}16"
+        got = compute(f"cvt.{how}.{kind}.f32", stored, ["f32"], given)
+        assert got == want, (how, kind)
+
+
+@pytest.mark.parametrize("source", ["u16", "s16", "u32", "s32", "u64", "s64"])
+def test_integers_to_floats(source: str) -> None:
+    bits = int(source[1:])
+    given = [0, 1, 2, 255, 2**15 - 1, 2**24 + 1, 2**24 + 3, 2**31 - 1, 2**53 + 1, 2**63 - 1]
+    given = [each for each in given if each < 2 ** (bits - 1)] + ([-1, -(2 ** (bits - 1))] if source[0] == "s" else [])
+    for kind in ("f32", "f64"):
+        want = [rounded(Fraction(each), kind) for each in given]
+        assert compute(f"cvt.rn.{kind}.{source}", kind, [source], given) == want
+    if bits <= 32:
+        want = [rounded(Fraction(each), "f32", "rz") for each in given]
+        assert compute(f"cvt.rz.f32.{source}", "f32", [source], given) == want
+        for kind in HALVES:
+            got = compute(f"cvt.rn.{kind}.{source}", "b16", [source], given)
+            assert [number_of(each, kind) for each in got] == [rounded(Fraction(each), kind) for each in given], kind
+
+
+def test_integers_to_integers() -> None:
+    """Widened by their own sign, cut to the width, clamped where .sat is asked for."""
+    assert compute("cvt.s64.s32", "s64", ["s32"], [-1, 5]) == [-1, 5]
+    assert compute("cvt.u64.u32", "u64", ["u32"], [0xFFFFFFFF]) == [0xFFFFFFFF]
+    assert compute("cvt.u32.u64", "u32", ["u64"], [0x123456789A]) == [0x3456789A]
+    assert compute("cvt.s32.s8", "s32", ["s32"], [0x80, 0x17F]) == [-128, 127]
+    assert compute("cvt.u32.u8", "u32", ["s32"], [0x180]) == [0x80]
+    assert compute("cvt.s16.s32", "s16", ["s32"], [0x18000]) == [-32768]
+    assert compute("cvt.sat.s16.s32", "s16", ["s32"], [40000, -40000, 7]) == [32767, -32768, 7]
+    assert compute("cvt.sat.u16.s32", "u16", ["s32"], [-5, 70000]) == [0, 65535]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_halves(kind: str) -> None:
+    """float32 to a half, to nearest even; a half to float32, exactly; two to a packed pair, the first one above."""
+    wide = [*numbers("f32"), *numbers(kind), INF, -INF, 65519.0, 65520.0, 3.4e38, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25]
+    wide = [rounded(Fraction(each), "f32") if math.isfinite(each) and each else each for each in wide]
+    want = [rounded(Fraction(x), kind) if math.isfinite(x) and x else x for x in wide]
+    got = compute(f"cvt.rn.{kind}.f32", "b16", ["f32"], wide)
+    assert all(same(number_of(a, kind), b) for a, b in zip(got, want, strict=True))
+    back = compute(f"cvt.f32.{kind}", "f32", [kind], got)
+    assert all(same(a, b) for a, b in zip(back, want, strict=True))
+    both = compute(f"cvt.rn.{kind}x2.f32", "u32", ["f32", "f32"], wide, wide[::-1])
+    assert [each >> 16 for each in both] == got
+    assert [each & 0xFFFF for each in both] == got[::-1]
+    assert math.isnan(number_of(compute(f"cvt.rn.{kind}.f32", "b16", ["f32"], [NAN])[0], kind))
+
+
+def test_float64_to_narrower() -> None:
+    given = [1 + 2.0**-24, 1 + 2.0**-24 + 2.0**-50, 1 + 2.0**-9, 1 + 2.0**-9 + 2.0**-40, -0.1, 1e300]
+    assert compute("cvt.rn.f32.f64", "f32", ["f64"], given) == [rounded(Fraction(x), "f32") for x in given]
+    assert compute("cvt.rz.f32.f64", "f32", ["f64"], given) == [rounded(Fraction(x), "f32", "rz") for x in given]
+    assert compute("cvt.f64.f32", "f64", ["f32"], [0.5, -3.0]) == [0.5, -3.0]
+    for kind in HALVES:
+        got = compute(f"cvt.rn.{kind}.f64", "b16", ["f64"], given)
+        assert [number_of(each, kind) for each in got] == [rounded(Fraction(x), kind) for x in given]
+
+
+def test_whole_floats_and_tf32() -> None:
+    assert compute("cvt.rni.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [2.0, -1.0]
+    assert compute("cvt.rmi.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [2.0, -2.0]
+    assert compute("cvt.rpi.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [3.0, -1.0]
+    assert compute("cvt.rzi.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [2.0, -1.0]
+    assert compute("cvt.sat.f32.f32", "f32", ["f32"], [2.5, -1.2, 0.25, NAN]) == [1.0, 0.0, 0.25, 0.0]
+    tie = 1 + 2.0**-11  # ties go away from zero
+    assert compute("cvt.rna.tf32.f32", "f32", ["f32"], [tie, -tie, 1 + 2.0**-12]) == [1 + 2.0**-10, -1 - 2.0**-10, 1.0]
