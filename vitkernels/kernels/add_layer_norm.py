@@ -18,13 +18,13 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vitkernels.kernels import configs
 from vitkernels.kernels.add_layer_norm_kernels import backward_kernel, forward_kernel, sum_kernel
 from vitkernels.kernels.common import processors
 from vitkernels.kernels.configs import Capability, RowTile
+from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
 
@@ -80,7 +80,9 @@ def forward(
         tile = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, width)
         rows_of_x, strides = _as_rows(x)
         rows_of_branch, branch_strides = _as_rows(branch)
-        forward_kernel[(triton.cdiv(rows, tile.rows),)](
+        launch(
+            forward_kernel,
+            (cdiv(rows, tile.rows),),
             rows_of_x,
             rows_of_branch,
             *_contiguous(weight, bias, branch_bias, scale, row_scale),
@@ -94,7 +96,7 @@ def forward(
             *branch_strides,
             eps,
             D=width,
-            BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_D=next_power_of_2(width),
             ROWS=tile.rows,
             num_warps=tile.warps,
         )
@@ -125,13 +127,15 @@ def backward(
     scaled = needs[5] or needs[6]
     table = configs.LAYER_NORM_BACKWARD_SCALED if scaled else configs.LAYER_NORM_BACKWARD
     tile = configs.pick_row_tile(table, width)
-    programs = min(triton.cdiv(rows, tile.rows), tile.programs * processors(device))
+    programs = min(cdiv(rows, tile.rows), tile.programs * processors(device))
     partials = [
         torch.empty(programs, width, dtype=torch.float32, device=device) if need else None for need in needs[2:6]
     ]
     if rows:
         tensors, strides = zip(*map(_as_rows, (dtotal, dnormed, total, branch)), strict=True)
-        backward_kernel[(programs,)](
+        launch(
+            backward_kernel,
+            (programs,),
             *tensors,
             *_contiguous(weight, mean, rstd, branch_bias, scale, row_scale),
             *grads[:2],
@@ -141,15 +145,22 @@ def backward(
             _tokens(total),
             *(stride for each in strides for stride in each),
             D=width,
-            BLOCK_D=triton.next_power_of_2(width),
+            BLOCK_D=next_power_of_2(width),
             ROWS=tile.rows,
             STAGES=tile.stages,
             num_warps=tile.warps,
             maxnreg=tile.maxnreg,
         )
     if any(needs[2:6]):
-        sum_kernel[(triton.cdiv(width, _SUM_COLUMNS), 4)](
-            *partials, *grads[2:6], programs, D=width, BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLUMNS
+        launch(
+            sum_kernel,
+            (cdiv(width, _SUM_COLUMNS), 4),
+            *partials,
+            *grads[2:6],
+            programs,
+            D=width,
+            BLOCK_R=_SUM_ROWS,
+            BLOCK_C=_SUM_COLUMNS,
         )
     if grads[6] is not None:
         grads[6] = grads[6].reshape(total.shape[0], _tokens(total)).sum(1)

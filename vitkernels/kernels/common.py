@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitkernels.kernels.device import current, interpreting
+from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.kernels.variants import Variant
 
 # bf16 tl.dot, add and compare are silently wrong in the interpreter: under it, tiles are float32
@@ -68,10 +69,12 @@ def column_sum(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the result, [columns].
     """
     rows, columns = matrix.shape
-    chunks = max(1, triton.cdiv(rows, _SUM_CHUNK))
+    chunks = max(1, cdiv(rows, _SUM_CHUNK))
     out = matrix.new_empty(chunks, columns, dtype=dtype if chunks == 1 else torch.float32)
     if columns:
-        column_sum_kernel[(chunks, triton.cdiv(columns, _SUM_COLUMNS))](  # a grid's second axis ends at 65535
+        launch(
+            column_sum_kernel,
+            (chunks, cdiv(columns, _SUM_COLUMNS)),  # a grid's second axis ends at 65535
             matrix,
             out,
             rows,
@@ -87,7 +90,7 @@ def column_sum(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def column_sum_variant(name: str, rows: int, columns: int, dtype: str) -> Variant:
     """The kernel over a contiguous [rows, columns] matrix, for `make audit`."""
-    chunks = max(1, triton.cdiv(rows, _SUM_CHUNK))
+    chunks = max(1, cdiv(rows, _SUM_CHUNK))
     size = 4 if dtype == "fp32" else 2
     return Variant(
         name=f"{name}, column sum {rows}x{columns} {dtype}",

@@ -30,13 +30,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum, column_sum_variant, processors
 from vitkernels.kernels.configs import Capability, ProductTile
+from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.kernels.mlp_kernels import backward_kernel, forward_kernel
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
@@ -60,7 +60,7 @@ def _tile(table: dict[int, ProductTile], rows: int, columns: int, like: Tensor) 
     if like.dtype == torch.float32:
         return configs.MLP_ELEMENTWISE
     tile = configs.pick_product_tile(table, capability(like.device))
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
     return tile if tiles >= processors(like.device) else configs.MLP_SMALL
 
 
@@ -74,13 +74,15 @@ def _launch(
     activation: str,
 ) -> None:
     """Run a kernel over the tiles of [M, N], sizes being (M, N, K). Forward b is [N, K], backward [K, N]; or None."""
-    rows, columns = triton.cdiv(sizes[0], tile.rows), triton.cdiv(sizes[1], tile.columns)
+    rows, columns = cdiv(sizes[0], tile.rows), cdiv(sizes[1], tile.columns)
     if rows * columns == 0:
         return
     strides_b = (0, 0) if b is None else b.stride()
     tma = tile.tma and b is not None and _suits_tma(a) and _suits_tma(b)
     block_b = [tile.columns, tile.inner] if kernel is forward_kernel else [tile.inner, tile.columns]
-    kernel[(min(rows * columns, tile.programs * processors(a.device)),)](
+    launch(
+        kernel,
+        (min(rows * columns, tile.programs * processors(a.device)),),
         TensorDescriptor.from_tensor(a, [tile.rows, tile.inner]) if tma else a,
         TensorDescriptor.from_tensor(b, block_b) if tma else b,
         *pointers,
@@ -150,7 +152,7 @@ def backward(
         vendor = x.dtype == torch.float32
         dpre = g @ w2 if vendor else x.new_empty(count, hidden)
         activated = torch.empty_like(pre) if needs[3] else None
-        partial = x.new_empty(triton.cdiv(count, tile.rows), hidden, dtype=torch.float32) if needs[2] else None
+        partial = x.new_empty(cdiv(count, tile.rows), hidden, dtype=torch.float32) if needs[2] else None
         a, b = (dpre, None) if vendor else (g, w2)  # the vendor's product turns into dpre where it lies
         _launch(backward_kernel, tile, a, b, (pre, activated, partial, dpre), (count, hidden, outer), activation)
     elif needs[3]:
@@ -184,7 +186,7 @@ def _variant(kernel: Any, name: str, tile: ProductTile, sizes: tuple[int, int, i
     constants |= {"ACTIVATION": activation, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}
     constants |= {"PIECES": tile.pieces, "GROUP": configs.MLP_GROUP, "TMA": tile.tma}
     operands = m * n if vendor else m * k + n * k
-    padded = triton.cdiv(m, tile.rows) * tile.rows * triton.cdiv(n, tile.columns) * tile.columns
+    padded = cdiv(m, tile.rows) * tile.rows * cdiv(n, tile.columns) * tile.columns
     return Variant(
         name=f"mlp {name}, {m}x{n}x{k} {activation}",
         kernel=kernel,
@@ -216,5 +218,5 @@ def variants(capability: Capability) -> list[Variant]:
             found.append(_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu"))
         found.append(_variant(kernel, f"{name} small", configs.MLP_SMALL, (197, 3072, 768), "gelu"))
         found.append(_variant(kernel, f"{name} float32", configs.MLP_ELEMENTWISE, sizes, "gelu"))
-    partial = triton.cdiv(50432, 128)
+    partial = cdiv(50432, 128)
     return [*found, column_sum_variant("mlp", partial, 3072, "fp32")]

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import processors
+from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
 from vitkernels.kernels.patch_embed_kernels import embed, image_gradient, sum_tokens, weight_gradient
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
@@ -87,8 +87,8 @@ class Patches:
 
 
 def _shape(width: int, channels: int, rows: int, columns: int) -> dict[str, int]:
-    pitch = triton.next_power_of_2(columns)
-    size = configs.PATCH_EMBED_DEPTH * triton.cdiv(channels * rows * pitch, configs.PATCH_EMBED_DEPTH)
+    pitch = next_power_of_2(columns)
+    size = configs.PATCH_EMBED_DEPTH * cdiv(channels * rows * pitch, configs.PATCH_EMBED_DEPTH)
     return {"WIDTH": width, "CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "PITCH": pitch, "SIZE": size}
 
 
@@ -141,7 +141,9 @@ def forward(
     if out.numel() == 0:
         return out
     tile = _tile("embed", patches)
-    embed[(triton.cdiv(weight.shape[0], tile.columns) * triton.cdiv(patches.rows, tile.rows),)](
+    launch(
+        embed,
+        (cdiv(weight.shape[0], tile.columns) * cdiv(patches.rows, tile.rows),),
         image,
         patches.padded_weight(),
         _packed(bias),
@@ -198,13 +200,13 @@ def _weight_gradient(dout: Tensor, patches: Patches) -> Tensor:
     if dout.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     tile = _tile("weight_gradient", patches)
-    grid = triton.cdiv(shape["SIZE"], tile.columns), triton.cdiv(shape["WIDTH"], tile.rows)
-    blocks = triton.cdiv(patches.rows, tile.depth)
-    steps = triton.cdiv(blocks, max(1, 2 * processors(image.device) // (grid[0] * grid[1])))
-    parts = torch.empty(
-        triton.cdiv(blocks, steps), shape["WIDTH"], shape["SIZE"], dtype=torch.float32, device=image.device
-    )
-    weight_gradient[(*grid, parts.shape[0])](
+    grid = cdiv(shape["SIZE"], tile.columns), cdiv(shape["WIDTH"], tile.rows)
+    blocks = cdiv(patches.rows, tile.depth)
+    steps = cdiv(blocks, max(1, 2 * processors(image.device) // (grid[0] * grid[1])))
+    parts = torch.empty(cdiv(blocks, steps), shape["WIDTH"], shape["SIZE"], dtype=torch.float32, device=image.device)
+    launch(
+        weight_gradient,
+        (*grid, parts.shape[0]),
         dout,
         image,
         _packed(patches.keep),
@@ -240,7 +242,9 @@ def _image_gradient(dout: Tensor, patches: Patches) -> Tensor:
         _sum(dout, dpatches, patches, groups)
     tile = _tile("image_gradient", patches)
     shape, rows = patches.shape(), image.shape[0] * patches.count
-    image_gradient[(triton.cdiv(shape["SIZE"], tile.columns) * triton.cdiv(rows, tile.rows),)](
+    launch(
+        image_gradient,
+        (cdiv(shape["SIZE"], tile.columns) * cdiv(rows, tile.rows),),
         dpatches,
         patches.padded_weight(),
         dimage,
@@ -286,7 +290,9 @@ def _sum(dout: Tensor, sums: Tensor, patches: Patches, groups: tuple[Tensor, Ten
     width = dout.shape[2]
     tile = configs.PATCH_EMBED_SUM
     order, starts = groups or (None, None)
-    sum_tokens[(triton.cdiv(width, tile.columns) * (sums.numel() // width),)](
+    launch(
+        sum_tokens,
+        (cdiv(width, tile.columns) * (sums.numel() // width),),
         dout,
         order,
         starts,
@@ -350,7 +356,7 @@ def _products(
         given = constants | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
         flops = 2.0
         for extent, block in ((m, tile.rows), (n, tile.columns), (k, tile.depth)):
-            flops *= triton.cdiv(extent, block) * block
+            flops *= cdiv(extent, block) * block
         weights = width * channels * patch**2
         return Variant(
             f"patch_embed {kernel.__name__} P={patch} D={width} {image} image, {dtype} {special}".rstrip(),

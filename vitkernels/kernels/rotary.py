@@ -16,6 +16,7 @@ from torch import Tensor
 from vitkernels.kernels import configs
 from vitkernels.kernels.common import rounded
 from vitkernels.kernels.configs import Capability, RotaryTile
+from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention import _heads_last
@@ -131,7 +132,9 @@ def _turned(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, half: bool, backwa
     batch, heads, tokens, width = x.shape
     if out.numel():
         tile = configs.pick_rotary_tile(width)
-        rotary_kernel[(triton.cdiv(batch * tokens, tile.tokens), triton.cdiv(heads, tile.heads))](
+        launch(
+            rotary_kernel,
+            (cdiv(batch * tokens, tile.tokens), cdiv(heads, tile.heads)),
             x,
             sin,
             cos,
@@ -144,7 +147,7 @@ def _turned(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, half: bool, backwa
             *_strides(sin),
             *_strides(cos),
             K=width,
-            BLOCK_K=triton.next_power_of_2(width),
+            BLOCK_K=next_power_of_2(width),
             TOKENS=tile.tokens,
             HEADS=tile.heads,
             HALF=half,
@@ -177,7 +180,7 @@ def _variant(tile: RotaryTile, width: int, dtype: str, half: bool, backward: boo
     types = {"p_x": f"*{dtype}", "p_sin": "*fp32", "p_cos": "*fp32", "p_out": f"*{dtype}"}
     types |= dict.fromkeys(("rows", "tokens", "heads", "prefix", *integers), "i32")
     constants: dict[str, Any] = {arg: 1 for arg in integers if arg.endswith("_k")}
-    constants |= {"K": width, "BLOCK_K": triton.next_power_of_2(width), "TOKENS": tile.tokens, "HEADS": tile.heads}
+    constants |= {"K": width, "BLOCK_K": next_power_of_2(width), "TOKENS": tile.tokens, "HEADS": tile.heads}
     constants |= {"HALF": half, "BACKWARD": backward, "SHARED": shared}
     elements, size = _BATCH * _TOKENS * _HEADS * width, 4 if dtype == "fp32" else 2
     return Variant(

@@ -1,0 +1,232 @@
+"""Host time: what a block costs the processor that feeds the device, `python -m bench.host`.
+
+On a GPU a step takes as long as the slower of two: the device, and the Python that launches for it. Here a stack of
+narrow blocks runs forward and backward on four tokens, so that next to nothing is computed, and Triton's driver is
+replaced by one that launches nothing: what is left is the host's work. Stock and fused lanes take turns, in time of
+the thread (what others do to the machine meanwhile counts less), and the figure is the median. Counts beside it: Python
+calls, launches of kernels, and what torch's allocator was asked for while a profiler looks on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ptx.driver
+import torch
+from torch import Tensor, nn
+
+import vitkernels as vk
+from bench import machine
+from bench.store import RESULTS
+from vitkernels.models import import_torchvision
+from vitkernels.text import table
+from vitkernels.train.checkpoint import write_json
+
+FILE = RESULTS / "host.json"
+DEPTH, WIDTH, HEADS, TOKENS = 4, 192, 3, 4
+DTYPES = ("float32", "bfloat16")  # the second under autocast
+BACKENDS = ("stock", "ext", "triton")
+PROCESSORS = 132  # of the GPU that is not there, an H100's
+
+
+@dataclass(frozen=True)
+class Row:
+    """One lane: a library's block, stock or fused on a backend; figures are of one block, forward and backward.
+
+    Attributes:
+        microseconds: median.
+        calls: of Python functions.
+        launches: of kernels; 0 for a stock block, whose ops torch launches.
+        allocations: that torch's profiler saw.
+    """
+
+    library: str
+    dtype: str
+    backend: str
+    microseconds: float
+    calls: float
+    launches: float
+    allocations: float
+
+
+# ---------------------------------------------------------------------------------------------------------- lanes
+
+
+def _timm() -> nn.Module:
+    import_torchvision()
+    from timm.models.vision_transformer import Block
+
+    return nn.Sequential(*(Block(WIDTH, HEADS, qkv_bias=True) for _ in range(DEPTH)))
+
+
+def _transformers() -> nn.Module:
+    import_torchvision()
+    from transformers import ViTConfig
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
+    config = ViTConfig(**sizes, hidden_dropout_prob=0.0, attn_implementation="sdpa")
+    return nn.Sequential(*(ViTLayer(config) for _ in range(DEPTH)))
+
+
+def _own() -> nn.Module:
+    return nn.Sequential(*(vk.nn.Block(WIDTH, HEADS, qkv_bias=True) for _ in range(DEPTH)))
+
+
+LIBRARIES: dict[str, Callable[[], nn.Module]] = {"timm": _timm, "transformers": _transformers, "vk.nn": _own}
+
+
+@dataclass
+class _Lane:
+    library: str
+    backend: str
+    model: nn.Module
+
+    def step(self, x: Tensor, dtype: str) -> None:
+        order: AbstractContextManager[Any] = nullcontext() if self.backend == "stock" else vk.use(self.backend)
+        for each in self.model.parameters():
+            each.grad = None
+        with order:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                out = self.model(x)
+            out.backward(torch.ones_like(out))
+
+
+def lanes(library: str) -> list[_Lane]:
+    """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend."""
+    torch.manual_seed(0)
+    stock = LIBRARIES[library]()
+    own = library == "vk.nn"
+    found = [] if own else [_Lane(library, "stock", stock)]
+    for backend in BACKENDS[1:]:
+        twin = copy.deepcopy(stock)
+        found.append(_Lane(library, backend, twin if own else vk.fuse(twin)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(rounds: int) -> list[Row]:
+    """Every lane of every library, in turn."""
+    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator("cpu").manual_seed(0))
+    every = [lane for library in LIBRARIES for lane in lanes(library)]
+    rows = []
+    for dtype in DTYPES:
+        seconds: dict[int, list[float]] = {index: [] for index in range(len(every))}
+        for turn in range(rounds + 3):
+            for index in sorted(seconds, reverse=bool(turn % 2)):
+                start = time.thread_time()
+                every[index].step(x, dtype)
+                if turn >= 3:  # plans are made, kernels compiled
+                    seconds[index].append(time.thread_time() - start)
+        for index, lane in enumerate(every):
+            counts = (_calls(lane, x, dtype), _launches(lane, x, dtype), _allocations(lane, x, dtype))
+            median = statistics.median(seconds[index]) * 1e6 / DEPTH
+            rows.append(Row(lane.library, dtype, lane.backend, round(median, 1), *(each / DEPTH for each in counts)))
+    return rows
+
+
+def _calls(lane: _Lane, x: Tensor, dtype: str) -> int:
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        lane.step(x, dtype)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _launches(lane: _Lane, x: Tensor, dtype: str) -> int:
+    if lane.backend == "stock":
+        return 0
+    launched = ptx.driver.runtime.active.record.launches
+    before = len(launched)
+    with vk.record() as calls:
+        lane.step(x, dtype)
+    return len(launched) - before if lane.backend == "triton" else len(calls)
+
+
+def _allocations(lane: _Lane, x: Tensor, dtype: str) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        lane.step(x, dtype)
+    return sum(event.nbytes() > 0 for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+# -------------------------------------------------------------------------------------------------------- reporting
+
+
+def ratio(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+    """A lane's time over that of stock timm's block in the same dtype."""
+    stock = next(
+        each for each in rows if (each["library"], each["dtype"], each["backend"]) == ("timm", row["dtype"], "stock")
+    )
+    return row["microseconds"] / stock["microseconds"]  # type: ignore[no-any-return]
+
+
+def report(content: dict[str, Any]) -> str:
+    """The table of a results file, for the README and the report."""
+    rows = content["rows"]
+    lines = [
+        "| block | dtype | runs on | host time a block | of stock timm's | Python calls | launches | allocations |"
+    ]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        figures = f"{row['microseconds']:.0f} us | {ratio(rows, row):.2f} | {row['calls']:.0f}"
+        launches = f"{row['launches']:.1f}" if row["launches"] else "torch's"
+        names = f"{row['library']} | {row['dtype']} | {row['backend']}"
+        lines.append(f"| {names} | {figures} | {launches} | {row['allocations']:.0f} |")
+    where = (
+        f"On one core of {content['device']}, {DEPTH} blocks of width {WIDTH} on {TOKENS} tokens, forward and backward"
+    )
+    return "\n".join(
+        [*lines, "", f"{where}, measured at {content['revision']}; no kernel of Triton's is launched.", ""]
+    )
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The last line: ratios to stock timm's block."""
+    parts = []
+    for dtype in DTYPES:
+        found = {row["backend"]: ratio(rows, row) for row in rows if (row["library"], row["dtype"]) == ("timm", dtype)}
+        parts.append(f"{dtype} ext {found['ext']:.2f} triton {found['triton']:.2f}")
+    return f"host: {', '.join(parts)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60, help="turns of each lane")
+    parser.add_argument("--out", type=Path, default=FILE, help="results file")
+    known = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    device = ptx.driver.Gpu(processors_=PROCESSORS)
+    with ptx.driver.activate(device, ptx.driver.Nothing):
+        rows = [asdict(row) for row in measure(known.rounds)]
+    content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}
+    known.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(known.out, content)
+    print(table([("block", "dtype", "runs on", "us", "ratio"), *(_cells(rows, row) for row in rows)]))
+    print(summary(rows))
+    return 0
+
+
+def _cells(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[str, ...]:
+    return row["library"], row["dtype"], row["backend"], f"{row['microseconds']:.0f}", f"{ratio(rows, row):.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Launches: Triton's JIT compiles a kernel for a kind of arguments; a later call of that kind goes straight to it.
+
+The JIT binds arguments, looks at each one and hashes what it saw, at every call: that takes longer than the launch.
+What decides about the compiled kernel is known here more cheaply: dtypes and alignment of tensors, integers (which the
+JIT looks at for 1 and for multiples of 16) and constants by value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vitkernels import dispatch
+from vitkernels.kernels.device import interpreting
+
+_MOST = 4096  # kinds of launches that are remembered
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}  # kernel, and the constants behind its arguments
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size` elements; Triton's own, which also serves inside kernels, takes longer."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of 2 that is no less than `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options).
+
+    Args:
+        kernel: a function under `triton.jit`.
+        grid: up to three numbers of programs.
+        args: tensors, integers, floats and None, in the kernel's order, up to its constants.
+        options: the constants by name, and num_warps, num_stages, maxnreg.
+    """
+    if interpreting() or _hooked(kernel):
+        kernel[grid](*args, **options)
+        return
+    kinds = [_kind(arg) for arg in args]
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    key = kernel, device, dispatch.generation(), *kinds, *options.values()
+    known = _compiled.get(key)
+    if known is None:
+        compiled = kernel[grid](*args, **options)
+        if len(_compiled) == _MOST:
+            _compiled.clear()
+        defaults = {each.name: each.default for each in kernel.params}
+        constants = tuple(options.get(name, defaults[name]) for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, constants
+        return
+    compiled, constants = known
+    stream = driver.active.get_current_stream(driver.active.get_current_device())
+    programs = (*grid, 1, 1)[:3]
+    compiled.run(*programs, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
+
+
+def _kind(arg: Any) -> Any:
+    """What of an argument the JIT looks at, or more."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, tuple(arg.block_shape), arg.padding
+    return arg
+
+
+def _hooked(kernel: Any) -> bool:
+    """Whether somebody asked Triton to tell of launches: a profiler, or a debugger."""
+    runtime = knobs.runtime
+    hooks = kernel.pre_run_hooks or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+    return bool(hooks or runtime.debug)
