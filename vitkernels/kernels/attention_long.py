@@ -42,7 +42,7 @@ def _keys_step(
     m_n = o_n < NK if EDGE else None
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     s = across(q, k, WIDTHS)
-    if not PLAIN:
+    if not PLAIN:  # no mask and a positive scale: `factor` is 1
         s = masked(s * factor, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
     if EDGE:
         s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
