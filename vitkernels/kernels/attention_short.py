@@ -136,8 +136,9 @@ def backward_kernel(
         m_m = o_m < NQ
         q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
         dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-        b_max, b_log = load_stats(p_stats, o_m, m_m, NQ)
-        p = weights(across(k, q, WIDTHS), b_max[None, :], b_log[None, :], unit)
+        s = across(k, q, WIDTHS)
+        b_max, b_log = load_stats(p_stats, o_m, m_m, NQ)  # not before the product, which needs the registers
+        p = weights(s, b_max[None, :], b_log[None, :], unit)
         if MASK == "keys" or NK < BN:
             p = tl.where(m_seen[:, None], p, 0.0)
         if CAUSAL:
