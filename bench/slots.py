@@ -120,8 +120,8 @@ def _attention_slot(
         qkv = draw(batch, tokens, 3 * heads * width)
         if direction == "forward":
             return qkv, heads, None, False, width**-0.5
-        out, lse = attention.forward_qkv(qkv, heads, None, False, width**-0.5)
-        return draw(*out.shape), qkv, out, lse, heads, None, False, width**-0.5, False
+        out, stats = attention.forward_qkv(qkv, heads, None, False, width**-0.5)
+        return draw(*out.shape), qkv, out, stats, heads, None, False, width**-0.5, False
 
     row = f"attention {kernel} N={tokens} K={width} bf16"
     return Slot("attention", row, "attention_qkv", direction, arguments, tiles, patch)

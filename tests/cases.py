@@ -1,6 +1,6 @@
 """The one list of cases: tests run it on every backend in every dtype, benches time it.
 
-A new case is one line in the list of its op; rotary's is in `cases_rotary`.
+A new case is one line in the list of its op; attention's and rotary's are in `cases_attention` and `cases_rotary`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from case import DTYPES, Case, T
+from cases_attention import ATTENTION, ATTENTION_QKV, attention, attention_qkv
 from cases_rotary import ROTARY, rotary
-from draws import drop_path, drop_rows, indices, keep_some, late_keys, minus_infinity, pixels
+from draws import drop_path, indices, pixels
 
 from vitkernels.ops.mlp import ACTIVATIONS
 
@@ -113,121 +114,6 @@ PATCH_EMBED = [
     patch_embed("many tokens kept", 1, (40, 40), batch=3, channels=2, width=8, keep=1100, pos_embed=1600),
     patch_embed("large mean", 4, image={"mean": 30.0}),
     patch_embed("blocked gemm", 16, (5, 7), width=96, prefix=1, pos_embed=36),
-]
-
-# -------------------------------------------------------------------------------------- attention
-
-
-def attention(
-    name: str,
-    batch: int = 2,
-    heads: int = 2,
-    queries: int = 7,
-    keys: int | None = None,
-    width: int = 16,
-    *,
-    logits: float = 1.0,
-    mean: float = 0.0,
-    mask: T | None = None,
-    **more: Any,
-) -> Case:
-    keys = queries if keys is None else keys
-    tensors = {
-        "q": T((batch, heads, queries, width), gain=logits),
-        "k": T((batch, heads, keys, width)),
-        "v": T((batch, heads, keys, width), mean=mean),
-    }
-    return Case("attention", name, tensors | ({"attn_mask": mask} if mask is not None else {}), **more)
-
-
-def attention_qkv(
-    name: str,
-    batch: int = 2,
-    heads: int = 2,
-    tokens: int = 7,
-    width: int = 16,
-    *,
-    gain: float = 1.0,
-    mean: float = 0.0,
-    mask: T | None = None,
-    causal: bool = False,
-    **more: Any,
-) -> Case:
-    tensors = {"qkv": T((batch, tokens, 3 * heads * width), gain=gain, mean=mean)}
-    options = {"num_heads": heads} | ({"is_causal": True} if causal else {}) | more.pop("options", {})
-    return Case("attention_qkv", name, tensors | ({"attn_mask": mask} if mask is not None else {}), options, **more)
-
-
-CAUSAL: dict[str, Any] = {"is_causal": True}
-WIDTHS = (8, 16, 32, 48, 64, 72, 80, 88, 96, 104, 128)
-
-ATTENTION = [
-    attention("plain"),
-    *(attention(f"head width {width}", queries=9, width=width) for width in (33, 72, 128)),
-    attention("odd", 1, 3, 65, width=33),
-    attention("one token", queries=1),
-    attention("one sample, one head", 1, 1, 33),
-    attention("empty batch", batch=0),
-    attention("no keys", keys=0),
-    attention("no queries", queries=0, keys=5),
-    attention("long", 1, 1, 577, width=64, dtypes=(F32, BF16)),
-    attention("long, causal", 1, 1, 577, options=CAUSAL, dtypes=(F32, BF16)),
-    attention("cross, more keys", queries=5, keys=33),
-    attention("many keys, large logits", queries=5, keys=1100, logits=50.0),
-    attention("many keys, the first ones masked", queries=5, keys=577, mask=T((2, 1, 1, 577), convert=late_keys)),
-    attention("many keys, mask gradient", queries=5, keys=577, mask=T((2, 1, 5, 577))),
-    attention("cross, more queries", queries=67, keys=3),
-    attention("large logits", queries=33, logits=50.0),
-    attention("large mean", queries=9, mean=30.0),
-    attention("scale", options={"scale": 0.7}),
-    attention("negative scale", options={"scale": -0.3}),
-    attention("causal", queries=33, options=CAUSAL),
-    attention("causal, more keys", queries=5, keys=9, options=CAUSAL),
-    attention("causal, more queries", queries=9, keys=5, options=CAUSAL),
-    attention("bool mask", mask=T((2, 2, 7, 7), convert=keep_some)),
-    attention("bool mask for all", queries=65, mask=T((65, 65), convert=keep_some)),
-    attention("bool mask a head", mask=T((1, 2, 7, 7), convert=keep_some)),
-    attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=keep_some)),
-    attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=keep_some)),
-    attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
-    attention("bool mask, transposed", mask=T((2, 1, 7, 7), layout="transposed", convert=keep_some)),
-    attention("bool mask, expanded", mask=T((2, 1, 7, 7), layout="expanded rows", convert=keep_some)),
-    attention("all masked", mask=T((2, 1, 1, 7), convert=lambda values: values > torch.inf)),
-    attention("additive mask", mask=T((2, 2, 7, 7), grad=False)),
-    attention("float32 mask", mask=T((7, 7), grad=False, dtype=F32), dtypes=REDUCED),
-    attention("-inf mask", queries=33, mask=T((33, 33), grad=False, convert=minus_infinity(keep_some))),
-    attention("-inf rows", queries=33, mask=T((2, 1, 33, 33), convert=minus_infinity(drop_rows))),
-    attention("relative position bias", 3, 2, 17, mask=T((1, 2, 17, 17))),
-    attention("float32 mask gradient", 3, 2, 9, mask=T((2, 9, 9), dtype=F32), dtypes=REDUCED),
-    attention("mask gradient, a scalar", mask=T(())),
-    # every way in which a mask can be broadcast over [B, H, Nq, Nk]
-    *(
-        attention(f"mask gradient, {shape}", 2, 3, 5, 9, mask=T(shape))
-        for shape in itertools.product((2, 1), (3, 1), (5, 1), (9, 1))
-    ),
-]
-
-ATTENTION_QKV = [
-    *(attention_qkv(f"head width {width}", tokens=17, width=width) for width in WIDTHS),
-    attention_qkv("odd", 1, 3, 33, 7),
-    attention_qkv("odd, 65 tokens", 1, 1, 65, 33),
-    attention_qkv("197 tokens", 1, 2, 197, 64),
-    attention_qkv("long", 1, 1, 577, 32, dtypes=(F32, BF16)),
-    attention_qkv("one token", tokens=1),
-    attention_qkv("no tokens", tokens=0),
-    attention_qkv("one sample, one head", 1, 1, 7),
-    attention_qkv("empty batch", batch=0),
-    attention_qkv("large logits", tokens=33, gain=7.0),
-    attention_qkv("large mean", tokens=9, mean=2.0),
-    attention_qkv("causal", tokens=65, causal=True),
-    attention_qkv("causal, head width 72", tokens=9, width=72, causal=True),
-    attention_qkv("scale", options={"scale": 0.7}),
-    attention_qkv("bool mask", mask=T((2, 2, 7, 7), convert=keep_some)),
-    attention_qkv("key padding", tokens=33, mask=T((2, 1, 1, 33), convert=keep_some)),
-    attention_qkv("rows fully masked", tokens=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
-    attention_qkv("-inf rows", tokens=33, mask=T((2, 1, 33, 33), convert=minus_infinity(drop_rows))),
-    attention_qkv("relative position bias", 3, 2, 17, 16, mask=T((1, 2, 17, 17))),
-    attention_qkv("mask gradient, key bias", tokens=33, mask=T((2, 1, 1, 33))),
 ]
 
 # -------------------------------------------------------------------------------------- add_layer_norm

@@ -42,8 +42,46 @@ def late_keys(values: Tensor) -> Tensor:
     return torch.arange(values.shape[-1]).expand(values.shape) >= 520
 
 
-def minus_infinity(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda values: values.masked_fill(~convert(values), -torch.inf)
+def drop_sample(values: Tensor) -> Tensor:
+    """As `keep_some`, but the first sample's queries see nothing."""
+    mask = keep_some(values)
+    mask[0] = False
+    return mask
+
+
+def filled(convert: Callable[[Tensor], Tensor], value: float = -torch.inf) -> Callable[[Tensor], Tensor]:
+    """An additive mask: normal numbers, and `value` for what the bool mask hides."""
+    return lambda values: values.masked_fill(~convert(values), value)
+
+
+def zero_rows(values: Tensor) -> Tensor:
+    """Zeros for the queries that `drop_rows` drops."""
+    values[..., ::3, :] = 0
+    return values
+
+
+def first_column(values: Tensor) -> Tensor:
+    """Queries with one column that is not 0: with `ones_first` each score is that number, summed in any order."""
+    values[..., 1:] = 0
+    return values
+
+
+def ones_first(values: Tensor) -> Tensor:
+    """Keys that differ, though not for the queries of `first_column`."""
+    values[..., 0] = 1
+    return values
+
+
+def equal_scores(heads: int, gain: float) -> Callable[[Tensor], Tensor]:
+    """A packed projection with such queries, times `gain`, and such keys."""
+
+    def convert(values: Tensor) -> Tensor:
+        q, k, _ = values.unflatten(-1, (3, heads, -1)).unbind(-3)
+        first_column(q).mul_(gain)
+        ones_first(k)
+        return values
+
+    return convert
 
 
 def drop_path(values: Tensor) -> Tensor:

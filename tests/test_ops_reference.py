@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import FLOORS, check, in_float64, run
-from case import Case
-from cases import PLAIN
+from case import Case, T
+from cases import PLAIN, attention
+from cases_attention import HUGE_SCORES, HUGE_SCORES_QKV
 from cases_rotary import ROTARY_LEARNED
+from conftest import BACKENDS, skip_without
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -94,19 +97,58 @@ STOCK: dict[str, Callable[..., Any]] = {
 }
 
 
+def _stock(case: Case, tensors: Mapping[str, Tensor | None], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Results of stock torch and the gradients of its own autograd, by name."""
+    outputs = STOCK[case.op](**tensors, **options)
+    found = dict(zip(case.results, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+    gradients = case.build_gradients(found)
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
+    grads = torch.autograd.grad(
+        [found[name] for name in gradients], list(leaves.values()), list(gradients.values()), allow_unused=True
+    )
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
 @pytest.mark.parametrize("case", [case for case in (*PLAIN, *ROTARY_LEARNED) if torch.float64 in case.dtypes], ids=str)
 def test_reference_is_stock_torch(case: Case) -> None:
     tensors = in_float64(case.build(torch.float64))
     options = {name: torch.float64 if name == "out_dtype" else value for name, value in case.options.items()}
     got = run(case, tensors, forward="reference", overrides=options)
-    outputs = STOCK[case.op](**tensors, **options)
-    truth = dict(zip(case.results, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
-    gradients = case.build_gradients(truth)
-    leaves = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
-    grads = torch.autograd.grad(
-        [truth[name] for name in gradients], list(leaves.values()), list(gradients.values()), allow_unused=True
-    )
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        truth[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
-    truth = {name: tensor.detach() for name, tensor in truth.items()}
+    truth = _stock(case, tensors, options)
     check(got, truth, truth, FLOORS[torch.float64])
+
+
+@pytest.mark.parametrize("case", [*HUGE_SCORES, *HUGE_SCORES_QKV], ids=str)
+def test_huge_scores_err_as_in_stock_torch(case: Case, backend: str) -> None:
+    """In float32, where the reference's own error is no measure: it could lose as much as a kernel does."""
+    tensors = case.build(torch.float32)
+    got = run(case, tensors, forward=backend)
+    truth = _stock(case, in_float64(tensors), case.options)
+    check(got, _stock(case, tensors, case.options), truth, FLOORS[torch.float32])
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(itertools.product(BACKENDS, repeat=2)))
+@pytest.mark.parametrize("shape", [(2, 1, 33, 33), (1, 2, 1, 33), (33, 33), (1, 1)], ids=str)
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_masked_rows_round_as_in_eager_attention(
+    value: float, shape: tuple[int, ...], forward: str, backward: str
+) -> None:
+    """What float32 leaves of q k^T beside a large negative value is what float32 leaves of it in eager attention."""
+    skip_without(forward)
+    skip_without(backward)
+    case = attention("masked rows", queries=33, mask=T(shape, dtype=torch.float32))
+    tensors = case.build(torch.float32)
+    with torch.no_grad():
+        tensors["attn_mask"][..., :1, :] = value
+    q, k, v, mask = tensors.values()
+    out = (q @ k.transpose(-1, -2) * 0.25 + mask).softmax(-1) @ v
+    gradients = {"out": torch.randn_like(out)}
+    grads = torch.autograd.grad(out, list(tensors.values()), gradients["out"])
+    eager = dict(zip(("out", *(f"gradient of {name}" for name in tensors)), (out.detach(), *grads), strict=True))
+    got = run(case, tensors, gradients, forward=forward, backward=backward)
+    for name, expected in eager.items():
+        # beside -1e4, scores are multiples of 1 / 1024, and the order of a sum decides which
+        allowed = (2e-3 if value == -1e4 else 2e-6) * expected.abs().max() + 1e-5
+        assert (got[name] - expected).abs().max() <= allowed, name

@@ -13,8 +13,10 @@ import torch
 from accuracy import check_case
 from case import Case
 from cases import CASES
+from cases_attention import HUGE_SCORES, HUGE_SCORES_QKV
+from conftest import skip_without
 
-from vitkernels import dispatch, kernels
+from vitkernels import kernels
 
 if not torch.cuda.is_available() and not kernels.interpreting():
     # triton reads the variable when it is first imported, so it cannot be set here for this file alone
@@ -29,11 +31,21 @@ def _runs(case: Case, dtype: torch.dtype) -> bool:
     return case.op in kernels.PAGES and dtype in case.dtypes and not (large and dtype != torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [(case, dtype) for case in CASES for dtype in DTYPES if _runs(case, dtype)], ids=str
-)
+def _product(cases: list[Case]) -> list[tuple[Case, torch.dtype]]:
+    return [(case, dtype) for case in cases for dtype in DTYPES if _runs(case, dtype)]
+
+
+@pytest.mark.parametrize(("case", "dtype"), _product(CASES), ids=str)
 def test_accuracy(case: Case, dtype: torch.dtype) -> None:
-    reason = dispatch.why_not("triton")
-    if reason is not None:
-        pytest.skip(f"triton: {reason}")
+    skip_without("triton")
     check_case(case, dtype, "triton", device=DEVICE)
+
+
+@pytest.mark.parametrize("other", ("reference", "ext") if DEVICE == "cpu" else ("reference",))
+@pytest.mark.parametrize(("case", "dtype"), _product([*HUGE_SCORES, *HUGE_SCORES_QKV]), ids=str)
+def test_backward_after_another_backends_forward(case: Case, dtype: torch.dtype, other: str) -> None:
+    """And another's after this one's: what is kept of a row of scores means the same to all."""
+    skip_without("triton")
+    skip_without(other)
+    check_case(case, dtype, "triton", other, device=DEVICE)
+    check_case(case, dtype, other, "triton", device=DEVICE)

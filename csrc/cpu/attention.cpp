@@ -1,4 +1,6 @@
 // attention and attention_qkv: the schemas of vitkernels/ops/attention.py on the CPU. Heads are the unit of work.
+#include <cmath>
+
 #include "ops.h"
 
 namespace vk {
@@ -46,19 +48,22 @@ struct Problem {
   Heads q, k, v;
   Mask mask;
   Head head(int64_t b, int64_t h) const {
-    return {queries, keys, width, scale, is_causal, q.rows(b, h), k.rows(b, h), v.rows(b, h), mask.rows(b, h)};
+    const bool added = mask.data && mask.dtype != DType::boolean, at_once = added || scale == 0;
+    const double factor = at_once ? scale : std::copysign(1.0, scale), unit = at_once ? 1.0 : std::abs(scale);
+    return {queries,   keys,  width,        scale,        factor,       unit,
+            is_causal, added, q.rows(b, h), k.rows(b, h), v.rows(b, h), mask.rows(b, h)};
   }
 };
 
-void forward(const Problem& p, const Heads& out, const Tensor& lse) {
-  with_accumulate(lse.scalar_type(), [&](auto zero) {
+void forward(const Problem& p, const Heads& out, const Tensor& stats) {
+  with_accumulate(stats.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    A* lse_data = reinterpret_cast<A*>(bytes(lse));
+    A* stats_data = reinterpret_cast<A*>(bytes(stats));
     parallel(p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
       Buffer<A> scratch(kernels<A>().attention_scratch(p.head(0, 0), false));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / p.heads, h = i % p.heads;
-        kernels<A>().attention_forward(p.head(b, h), out.out(b, h), lse_data + i * p.queries, scratch.get());
+        kernels<A>().attention_forward(p.head(b, h), out.out(b, h), stats_data + 2 * i * p.queries, scratch.get());
       }
     });
   });
@@ -66,22 +71,22 @@ void forward(const Problem& p, const Heads& out, const Tensor& lse) {
 
 // Returns dmask. Heads that add into the same part of it run one after the other, in order: no atomics, and the same
 // bits every time.
-Tensor backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& lse, const Heads& dq,
+Tensor backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
                 const Heads& dk, const Heads& dv, const Maybe& mask, bool needs_mask) {
-  return with_accumulate(lse.scalar_type(), [&](auto zero) {
+  return with_accumulate(stats.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    const Tensor lse_packed = packed(lse);
-    const A* lse_data = reinterpret_cast<const A*>(bytes(lse_packed));
+    const Tensor stats_packed = packed(stats);
+    const A* stats_data = reinterpret_cast<const A*>(bytes(stats_packed));
     Maybe dmask;
     if (needs_mask) {
-      dmask = empty(*mask, shape_of(*mask), lse.scalar_type());
+      dmask = empty(*mask, shape_of(*mask), stats.scalar_type());
       torch::stable::zero_(*dmask);
     }
     const Mask sums(dmask);
     const auto run = [&](int64_t b, int64_t h, A* scratch) {
       const Rows to = sums.rows(b, h);
       kernels<A>().attention_backward(p.head(b, h), out.rows(b, h), dout.rows(b, h),
-                                      lse_data + (b * p.heads + h) * p.queries, dq.out(b, h), dk.out(b, h),
+                                      stats_data + 2 * (b * p.heads + h) * p.queries, dq.out(b, h), dk.out(b, h),
                                       dv.out(b, h), reinterpret_cast<A*>(const_cast<char*>(to.data)), to.row, to.col,
                                       scratch);
     };
@@ -94,7 +99,7 @@ Tensor backward(const Problem& p, const Heads& out, const Heads& dout, const Ten
         }
       }
     });
-    return needs_mask ? cast(*dmask, mask->scalar_type()) : nothing(lse);
+    return needs_mask ? cast(*dmask, mask->scalar_type()) : nothing(stats);
   });
 }
 
@@ -114,17 +119,17 @@ Problem problem_qkv(const Tensor& qkv, int64_t heads, const Maybe& mask, bool is
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
                                      bool is_causal, double scale) {
   Tensor out = heads_last(q);
-  Tensor lse = empty(q, {q.size(0), q.size(1), q.size(2)}, accumulate_dtype(q.scalar_type()));
-  forward(problem(q, k, v, mask, is_causal, scale), heads_of(out), lse);
-  return {out, lse};
+  Tensor stats = empty(q, {q.size(0), q.size(1), 2, q.size(2)}, accumulate_dtype(q.scalar_type()));
+  forward(problem(q, k, v, mask, is_causal, scale), heads_of(out), stats);
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                                              const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                              const Tensor& v, const Tensor& out, const Tensor& stats,
                                                               const Maybe& mask, bool is_causal, double scale,
                                                               bool needs_mask) {
   Tensor dq = heads_last(q), dk = heads_last(k), dv = heads_last(v);
-  Tensor dmask = backward(problem(q, k, v, mask, is_causal, scale), heads_of(out), heads_of(dout), lse, heads_of(dq),
+  Tensor dmask = backward(problem(q, k, v, mask, is_causal, scale), heads_of(out), heads_of(dout), stats, heads_of(dq),
                           heads_of(dk), heads_of(dv), mask, needs_mask);
   return {dq, dk, dv, needs_mask ? dmask : nothing(q)};
 }
@@ -133,18 +138,18 @@ std::tuple<Tensor, Tensor> attention_qkv(const Tensor& qkv, int64_t num_heads, c
                                          double scale) {
   const Problem p = problem_qkv(qkv, num_heads, mask, is_causal, scale);
   Tensor out = empty(qkv, {p.batch, p.queries, p.heads * p.width});
-  Tensor lse = empty(qkv, {p.batch, p.heads, p.queries}, accumulate_dtype(qkv.scalar_type()));
-  forward(p, packed_heads(out, p.width, p.heads, 0), lse);
-  return {out, lse};
+  Tensor stats = empty(qkv, {p.batch, p.heads, 2, p.queries}, accumulate_dtype(qkv.scalar_type()));
+  forward(p, packed_heads(out, p.width, p.heads, 0), stats);
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out,
-                                                  const Tensor& lse, int64_t num_heads, const Maybe& mask,
+                                                  const Tensor& stats, int64_t num_heads, const Maybe& mask,
                                                   bool is_causal, double scale, bool needs_mask) {
   const Problem p = problem_qkv(qkv, num_heads, mask, is_causal, scale);
   Tensor dqkv = empty(qkv, shape_of(qkv));
   const auto part = [&](const Tensor& t, int64_t which) { return packed_heads(t, p.width, p.heads, which); };
-  Tensor dmask = backward(p, part(out, 0), part(dout, 0), lse, part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), mask,
+  Tensor dmask = backward(p, part(out, 0), part(dout, 0), stats, part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), mask,
                           needs_mask);
   return {dqkv, needs_mask ? dmask : nothing(qkv)};
 }

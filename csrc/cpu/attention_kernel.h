@@ -22,14 +22,14 @@ VK_INLINE int64_t visible(const Head& h, int64_t query_end) {
   return h.causal && query_end < h.keys ? query_end : h.keys;
 }
 
-// scores[i, j] = scale * scores[i, j] + mask, and -inf where query i may not see key j. Row i is query q0 + i, column j
+// scores[i, j] = factor * scores[i, j] + mask, and -inf where query i may not see key j. Row i is query q0 + i, column j
 // key k0 + j; columns from `keys` on are padding.
 template <class A>
 void mask_scores(const Head& h, A* scores, int64_t row, int64_t q0, int64_t queries, int64_t k0, int64_t keys,
                  A* mask_row) {
   constexpr int64_t lanes = Lanes<A>::count;
   const A none = -A(__builtin_inf());
-  const A scale = A(h.scale);
+  const A factor = A(h.factor);
   for (int64_t i = 0; i < queries; ++i) {
     A* s = scores + i * row;
     if (h.mask.data) {
@@ -37,9 +37,9 @@ void mask_scores(const Head& h, A* scores, int64_t row, int64_t q0, int64_t quer
         const int64_t at = (q0 + i) * h.mask.row + k0 * h.mask.col;
         load_row(mask_row, h.mask.data + at * size_of(h.mask.dtype), h.mask.dtype, h.mask.col, keys);
       }
-      for (int64_t j = 0; j < row; j += lanes) store(s + j, load(s + j) * scale + load(mask_row + j));
-    } else {
-      for (int64_t j = 0; j < row; j += lanes) store(s + j, load(s + j) * scale);
+      for (int64_t j = 0; j < row; j += lanes) store(s + j, load(s + j) * factor + load(mask_row + j));
+    } else if (factor != 1) {
+      for (int64_t j = 0; j < row; j += lanes) store(s + j, load(s + j) * factor);
     }
     int64_t seen = keys;
     if (h.causal && q0 + i + 1 - k0 < seen) seen = q0 + i + 1 - k0 > 0 ? q0 + i + 1 - k0 : 0;
@@ -67,8 +67,9 @@ VK_INLINE A dot(const A* a, const A* b, int64_t count) {  // of whole vectors
 
 // W is the form of the operands.
 template <class A, class W>
-void head_forward(const Head& h, OutRows out, A* lse, A* buffer) {
+void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
   constexpr int64_t lanes = Lanes<A>::count;
+  const A unit = A(h.unit);
   const int64_t width = padded<A>(h.width), words = W::words(h.width);
   const int64_t step = h.keys < kKeys ? h.keys : kKeys;
   const int64_t block = padded<A>(step);
@@ -113,14 +114,14 @@ void head_forward(const Head& h, OutRows out, A* lse, A* buffer) {
         const A base = now == -A(__builtin_inf()) ? A(0) : now;  // a row of -inf alone gives zeros, not NaN
         Vec<A> t{};
         for (int64_t j = 0; j < row; j += lanes) {
-          const Vec<A> p = vexp(load(s + j) - base);
+          const Vec<A> p = vexp((load(s + j) - base) * unit);
           t += p;
           store(s + j, p);
         }
         if (k0 == 0) {
           total[i] = sum<A>(t);
         } else {
-          const A shrink = vexp(splat(top[i] - base))[0];
+          const A shrink = vexp(splat((top[i] - base) * unit))[0];
           total[i] = total[i] * shrink + sum<A>(t);
           for (int64_t d = 0; d < width; ++d) acc[i * width + d] *= shrink;
         }
@@ -135,15 +136,17 @@ void head_forward(const Head& h, OutRows out, A* lse, A* buffer) {
       A* row = acc + i * width;
       for (int64_t d = 0; d < width; ++d) row[d] *= inverse;
       put_row(out, q0 + i, row, h.width);
-      lse[q0 + i] = empty ? A(__builtin_inf()) : top[i] + A(__builtin_log(double(total[i])));
+      stats[q0 + i] = empty ? A(0) : top[i];
+      stats[h.queries + q0 + i] = empty ? A(__builtin_inf()) : A(__builtin_log(double(total[i])));
     }
   }
 }
 
 template <class A, class W>
-void head_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv, A* dmask,
+void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv, A* dmask,
                    int64_t dmask_row, int64_t dmask_col, A* buffer) {
   constexpr int64_t lanes = Lanes<A>::count;
+  const A unit = A(h.unit);
   const int64_t width = padded<A>(h.width), words = W::words(h.width);
   const bool one_block = h.keys <= kKeys;
   const int64_t step = one_block ? h.keys : kKeys;
@@ -195,7 +198,9 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq,
       matmul<A, W>(queries, row, words, {g, width, 1}, v_t + k0 * width, k_row, ds, row, false);
       for (int64_t i = 0; i < queries; ++i) {
         A *pi = p + i * row, *di = ds + i * row;
-        for (int64_t j = 0; j < row; j += lanes) store(pi + j, vexp(load(pi + j) - lse[q0 + i]));
+        // the difference first: beside huge scores the log of the sum would be rounded away
+        const A largest = stats[q0 + i], log_sum = stats[h.queries + q0 + i];
+        for (int64_t j = 0; j < row; j += lanes) store(pi + j, vexp((load(pi + j) - largest) * unit - log_sum));
         if (one_block) delta[i] = dot(pi, di, row);
         for (int64_t j = 0; j < row; j += lanes) store(di + j, load(pi + j) * (load(di + j) - delta[i]));
         if (dmask) {
@@ -229,27 +234,26 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq,
 
 // Pairs round the weights. A learned mask's gradient is a sum of terms that cancel, and would show it.
 VK_INLINE bool in_pairs(const Head& h) {
-  const bool added = h.mask.data && h.mask.dtype != DType::boolean;
-  return !added && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
+  return !h.added && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
 }
 
 template <class A>
-void attention_forward(const Head& h, OutRows out, A* lse, A* buffer) {
+void attention_forward(const Head& h, OutRows out, A* stats, A* buffer) {
   if constexpr (kBf16Pairs && sizeof(A) == 4) {
-    if (in_pairs(h)) return head_forward<A, PairWords>(h, out, lse, buffer);
+    if (in_pairs(h)) return head_forward<A, PairWords>(h, out, stats, buffer);
   }
-  head_forward<A, Numbers<A>>(h, out, lse, buffer);
+  head_forward<A, Numbers<A>>(h, out, stats, buffer);
 }
 
 template <class A>
-void attention_backward(const Head& h, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv, A* dmask,
-                        int64_t dmask_row, int64_t dmask_col, A* buffer) {
+void attention_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv,
+                        A* dmask, int64_t dmask_row, int64_t dmask_col, A* buffer) {
   if constexpr (kBf16Pairs && sizeof(A) == 4) {
     if (in_pairs(h) && dout.dtype == DType::bf16) {
-      return head_backward<A, PairWords>(h, out, dout, lse, dq, dk, dv, dmask, dmask_row, dmask_col, buffer);
+      return head_backward<A, PairWords>(h, out, dout, stats, dq, dk, dv, dmask, dmask_row, dmask_col, buffer);
     }
   }
-  head_backward<A, Numbers<A>>(h, out, dout, lse, dq, dk, dv, dmask, dmask_row, dmask_col, buffer);
+  head_backward<A, Numbers<A>>(h, out, dout, stats, dq, dk, dv, dmask, dmask_row, dmask_col, buffer);
 }
 
 }  // namespace VK_ISA

@@ -77,11 +77,12 @@ struct ProductSizes {
   int64_t rows, tiles, panels, packed, scratch;
 };
 
-// One head of attention. All rows are [tokens, width]; lse is one A per query.
+// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, [2, queries] of A, are as in
+// vitkernels/ops/attention.py's score_units. `added`: the mask is, where a bool one hides.
 struct Head {
   int64_t queries, keys, width;
-  double scale;
-  bool causal;
+  double scale, factor, unit;
+  bool causal, added;
   Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes
 };
 
@@ -120,9 +121,9 @@ struct Kernels {
                   float* sums, float* scratch);
 
   int64_t (*attention_scratch)(const Head&, bool backward);  // elements of A
-  void (*attention_forward)(const Head&, OutRows out, A* lse, A* scratch);
+  void (*attention_forward)(const Head&, OutRows out, A* stats, A* scratch);
   // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes
-  void (*attention_backward)(const Head&, Rows out, Rows dout, const A* lse, OutRows dq, OutRows dk, OutRows dv,
+  void (*attention_backward)(const Head&, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv,
                              A* dmask, int64_t dmask_row, int64_t dmask_col, A* scratch);
 
   void (*rotary)(const Rotary&, A* scratch);

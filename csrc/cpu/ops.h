@@ -28,13 +28,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
                                      bool is_causal, double scale);
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                                              const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                              const Tensor& v, const Tensor& out, const Tensor& stats,
                                                               const Maybe& mask, bool is_causal, double scale,
                                                               bool needs_mask);
 std::tuple<Tensor, Tensor> attention_qkv(const Tensor& qkv, int64_t num_heads, const Maybe& mask, bool is_causal,
                                          double scale);
 std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out,
-                                                  const Tensor& lse, int64_t num_heads, const Maybe& mask,
+                                                  const Tensor& stats, int64_t num_heads, const Maybe& mask,
                                                   bool is_causal, double scale, bool needs_mask);
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,

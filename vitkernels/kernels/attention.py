@@ -15,7 +15,7 @@ from torch import Tensor
 from vitkernels.kernels import attention_long, attention_short, capability, configs
 from vitkernels.kernels.attention_variants import variants
 from vitkernels.ops._amp import nothing
-from vitkernels.ops.attention import _heads_last, _unpack
+from vitkernels.ops.attention import _heads_last, _unpack, score_units
 
 __all__ = ["backward", "backward_qkv", "forward", "forward_qkv", "variants", "why_not", "why_not_qkv"]
 
@@ -29,7 +29,7 @@ def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
 
 
 def why_not_qkv(direction: str, args: tuple[Any, ...]) -> str | None:
-    """For `attention_qkv`: (qkv, num_heads, ...) forward and (dout, qkv, out, lse, num_heads, ...) backward."""
+    """For `attention_qkv`: (qkv, num_heads, ...) forward and (dout, qkv, out, stats, num_heads, ...) backward."""
     qkv, num_heads = args[:2] if direction == "forward" else (args[1], args[4])
     return _why_not(qkv.shape[-1] // (3 * num_heads))
 
@@ -46,11 +46,11 @@ def forward(
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, is_causal: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mask: Tensor | None, is_causal: bool,
     scale: float, needs_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grads = _heads_last(q), _heads_last(k), _heads_last(v)
-    return *grads, _backward(dout, (q, k, v), out, lse, grads, mask, is_causal, scale, needs_mask)
+    return *grads, _backward(dout, (q, k, v), out, stats, grads, mask, is_causal, scale, needs_mask)
 
 
 def forward_qkv(
@@ -63,13 +63,13 @@ def forward_qkv(
 
 
 def backward_qkv(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool,
+    dout: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool,
     scale: float, needs_mask: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dqkv = qkv.new_empty(qkv.shape)
     tensors, grads = _unpack(qkv, num_heads), _unpack(dqkv, num_heads)
     dout, out = _split(dout, num_heads), _split(out, num_heads)
-    return dqkv, _backward(dout, tensors, out, lse, grads, mask, is_causal, scale, needs_mask)
+    return dqkv, _backward(dout, tensors, out, stats, grads, mask, is_causal, scale, needs_mask)
 
 
 def _split(tensor: Tensor, num_heads: int) -> Tensor:
@@ -104,16 +104,19 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
     return values, strides, {"MASK": kind, "MASK_ROWS": mask.shape[2] > 1}
 
 
-def _short(direction: str, keys: int, mask: Tensor | None, is_causal: bool, *key: Any) -> configs.AttentionTile | None:
+def _short(
+    direction: str, keys: int, mask: Tensor | None, is_causal: bool, scale: float, *key: Any
+) -> configs.AttentionTile | None:
     """The row of the short kernels where they serve: they take masks that hide keys from all queries alike."""
-    if mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1):
+    if scale <= 0 or (mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1)):
         return None
     return configs.attention_short(direction, keys, mask is not None or is_causal, *key)
 
 
-def _exponent(scale: float, q: Tensor) -> float:
-    """The scale on the scores in the units of the long kernels' exponential, e^x for float32 and 2^x for the rest."""
-    return scale if q.dtype == torch.float32 else scale * LOG2E
+def _units(mask: Tensor | None, scale: float) -> tuple[float, float]:
+    """`score_units` for exponentials of 2."""
+    factor, unit = score_units(mask, scale)
+    return factor, unit * LOG2E
 
 
 def _launch_options(tile: configs.AttentionTile) -> dict[str, Any]:
@@ -126,36 +129,38 @@ def _forward(
 ) -> Tensor:
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    stats = q.new_empty((batch, heads, 2, queries), dtype=torch.float32)
     if 0 in (batch, heads, queries, keys):
         out.zero_()
-        return lse.fill_(torch.inf)
+        stats[:, :, 0], stats[:, :, 1] = 0, torch.inf
+        return stats
     align = _align(q, k, v, out)
     sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
     strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
     key = (width, q.dtype == torch.float32, capability(q.device))
     values, mask_strides, mask_constants = _mask_arguments(mask)
-    short = _short("forward", keys, mask, is_causal, *key) if scale > 0 else None
+    factor, unit = _units(mask, scale)
+    short = _short("forward", keys, mask, is_causal, scale, *key)
     if short is not None:
         mask_b, mask_h, _, mask_n = mask_strides
         attention_short.forward_kernel[(batch * heads,)](
-            q, k, v, values, out, lse, *strides, mask_b, mask_h, mask_n, *_strides(out, align)[:3],
-            heads, queries, scale * LOG2E, NK=keys, **sizes, MASK="none" if mask is None else "keys",
+            q, k, v, values, out, stats, *strides, mask_b, mask_h, mask_n, *_strides(out, align)[:3],
+            heads, queries, unit, NK=keys, **sizes, MASK="none" if mask is None else "keys",
             CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
         )  # fmt: skip
-        return lse
+        return stats
     tile = configs.attention_long(*key).forward
     attention_long.forward_kernel[(batch * heads * -(-queries // tile.queries),)](
-        q, k, v, values, out, lse, *strides, *mask_strides, *_strides(out, align)[:3],
-        heads, queries, keys, _exponent(scale, q),
+        q, k, v, values, out, stats, *strides, *mask_strides, *_strides(out, align)[:3],
+        heads, queries, keys, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=mask is None and scale > 0, BM=tile.queries, BN=tile.keys,
         **_launch_options(tile),
     )  # fmt: skip
-    return lse
+    return stats
 
 
 def _backward(
-    dout: Tensor, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor, grads: tuple[Tensor, ...],
+    dout: Tensor, tensors: tuple[Tensor, ...], out: Tensor, stats: Tensor, grads: tuple[Tensor, ...],
     mask: Tensor | None, is_causal: bool, scale: float, needs_mask: bool,
 ) -> Tensor:  # fmt: skip
     """Write dq, dk and dv into `grads`; returns the mask's gradient."""
@@ -167,26 +172,27 @@ def _backward(
         for grad in grads:
             grad.zero_()
         return mask.new_zeros(mask.shape) if mask is not None and needs_mask else nothing(q)
-    lse = lse.contiguous()  # as every backend's forward leaves it
+    stats = stats.contiguous()  # as every backend's forward leaves it
     align = _align(*tensors, out, dout, *grads)
     sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
     strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
     strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
     key = (width, q.dtype == torch.float32, capability(q.device))
     values, mask_strides, mask_constants = _mask_arguments(mask)
-    short = _short("backward", keys, mask, is_causal, *key)
+    factor, unit = _units(mask, scale)
+    short = _short("backward", keys, mask, is_causal, scale, *key)
     if short is not None:
         mask_b, mask_h, _, mask_n = mask_strides
         attention_short.backward_kernel[(batch * heads,)](
-            q, k, v, values, dout, lse, dq, dk, dv, *strides, mask_b, mask_h, mask_n, *_strides(dout, align),
-            *strides_dq, *strides_dk, *strides_dv, heads, queries, scale, scale * LOG2E, NK=keys, **sizes,
+            q, k, v, values, dout, stats, dq, dk, dv, *strides, mask_b, mask_h, mask_n, *_strides(dout, align),
+            *strides_dq, *strides_dk, *strides_dv, heads, queries, scale, unit, NK=keys, **sizes,
             MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
             **_launch_options(short),
         )  # fmt: skip
         return nothing(q)
     row = configs.attention_long(*key)
     all_strides = *strides, *mask_strides, *_strides(dout, align)
-    delta = torch.empty_like(lse)
+    delta = stats.new_empty((batch, heads, queries))
     if not needs_mask:  # else dq's kernel leaves it
         attention_long.delta_kernel[(batch * heads * -(-queries // row.delta.queries),)](
             out, dout, delta, *_strides(out, align), *_strides(dout, align), heads, queries,
@@ -195,14 +201,14 @@ def _backward(
     ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
     dq_tile = row.ds if needs_mask else row.dq
     attention_long.dq_kernel[(batch * heads * -(-queries // dq_tile.queries),)](
-        q, k, v, values, dout, lse, delta, dq, ds, *all_strides, *strides_dq,
-        heads, queries, keys, scale, _exponent(scale, q),
+        q, k, v, values, dout, stats, delta, dq, ds, *all_strides, *strides_dq,
+        heads, queries, keys, scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=dq_tile.queries, BN=dq_tile.keys,
         **_launch_options(dq_tile),
     )  # fmt: skip
     attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
-        q, k, v, values, dout, lse, delta, dk, dv, *all_strides, *strides_dk, *strides_dv,
-        heads, queries, keys, scale, _exponent(scale, q),
+        q, k, v, values, dout, stats, delta, dk, dv, *all_strides, *strides_dk, *strides_dv,
+        heads, queries, keys, scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, BM=row.dkdv.queries, BN=row.dkdv.keys,
         **_launch_options(row.dkdv),
     )  # fmt: skip

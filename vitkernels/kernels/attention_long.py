@@ -1,7 +1,7 @@
 """Attention over any number of keys: a looped forward, and a backward in three kernels (delta; dQ; dK and dV).
 
 The forward walks over tiles of keys with a running maximum and sum (Dao et al. 2022). Backward recomputes the weights
-from the log-sum-exp of each row, once by queries and once by keys, so no two programs add into the same place: no
+from the statistics of each row, once by queries and once by keys, so no two programs add into the same place: no
 atomics, and the same bits every time. Tiles that need no bounds or causal mask run in loops of their own, without it.
 """
 
@@ -12,18 +12,19 @@ import triton.language as tl
 
 from vitkernels.kernels.attention_tiles import (
     INF,
-    LN2,
-    LOG2E,
     across,
     along,
     head_of,
     hidden,
     load,
+    load_stats,
     masked,
-    power,
     row_dot,
     scaled,
+    stats_of,
     store,
+    store_stats,
+    weights,
     zeros,
 )
 
@@ -31,30 +32,25 @@ from vitkernels.kernels.attention_tiles import (
 @triton.jit
 def _keys_step(
     state, q, p_k, p_v, p_mask, o_m, i_n,
-    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into (maximum, sum, weighted values)."""
-    NATURAL: tl.constexpr = q[0].dtype == tl.float32
     b_max, b_sum, acc = state
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < NK if EDGE else None
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     s = across(q, k, WIDTHS)
-    if not PLAIN:
-        s = masked(
-            s * scale_exp, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS, NATURAL
-        )
+    if not PLAIN:  # no mask and a positive scale: `factor` is 1
+        s = masked(s * factor, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
     if EDGE:
         s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
-    # where all is as it mostly is, the scale rides on the exponential's own multiply-add
-    unit = scale_exp if PLAIN else 1.0
     b_max_new = tl.maximum(b_max, tl.max(s, 1))
     # a row that has seen nothing yet keeps its weights at exp2(-inf - 0) = 0
     b_zero = b_max_new if MASK == "none" else tl.where(b_max_new == -INF, 0.0, b_max_new)
-    p = power(s * unit - (b_zero * unit)[:, None], NATURAL)
-    shrink = power((b_max - b_zero) * unit, NATURAL)
+    p = tl.exp2((s - b_zero[:, None]) * unit)
+    shrink = tl.exp2((b_max - b_zero) * unit)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
     acc = along(p.to(v[0].dtype), v, scaled(acc, shrink, WIDTHS), WIDTHS)
     return b_max_new, b_sum * shrink + tl.sum(p, 1), acc
@@ -62,10 +58,10 @@ def _keys_step(
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_mask, p_out, p_lse,
+    p_q, p_k, p_v, p_mask, p_out, p_stats,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_ob, stride_oh, stride_on, H, NQ, NK, scale_exp,
+    stride_ob, stride_oh, stride_on, H, NQ, NK, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -89,23 +85,21 @@ def forward_kernel(
     for i_n in tl.range(0, n_plain, BN):
         state = _keys_step(
             state, q, p_k, p_v, p_mask, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, False,
         )  # fmt: skip
     for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
         state = _keys_step(
             state, q, p_k, p_v, p_mask, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, True,
         )  # fmt: skip
     b_max, b_sum, acc = state
-    if PLAIN:
-        b_max = b_max * scale_exp
-    b_lse = b_max + tl.log(b_sum) if q[0].dtype == tl.float32 else (b_max + tl.log2(b_sum)) * LN2
-    if MASK != "none":  # a row with nothing to attend to: zeros, and weights of 0 in backward
-        b_lse = tl.where(b_sum == 0, INF, b_lse)
+    if MASK != "none":  # a row with nothing to attend to gives zeros
+        b_max = tl.where(b_max == -INF, 0.0, b_max)
+    store_stats(stats_of(p_stats, i_bh, NQ), b_max, b_sum, o_m, m_m, NQ)
+    if MASK != "none":
         b_sum = tl.where(b_sum == 0, 1.0, b_sum)
-    tl.store(p_lse + tl.cast(i_bh, tl.int64) * NQ + o_m, b_lse, mask=m_m)
     p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
     store(p_out, acc, (1.0 / b_sum)[:, None], o_m, m_m, stride_on, K, ALIGN, WIDTHS)
 
@@ -131,26 +125,24 @@ def delta_kernel(
 
 @triton.jit
 def _queries_step(
-    grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
-    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_exp,
+    grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
+    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of queries into (dk, dv). Scores are transposed, [keys, queries]."""
-    NATURAL: tl.constexpr = k[0].dtype == tl.float32
     dk, dv = grads
     o_m = i_m + tl.arange(0, BM)
     m_m = o_m < NQ
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-    # +inf makes the weights of queries that are not there 0
-    b_lse = tl.load(p_lse + o_m, mask=m_m, other=INF) * (1.0 if NATURAL else LOG2E)
+    b_max, b_log = load_stats(p_stats, o_m, m_m, NQ)
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-    s = across(k, q, WIDTHS) * scale_exp
-    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS, NATURAL)
+    s = across(k, q, WIDTHS) * factor
+    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
     if EDGE:
         s = hidden(s, o_m[None, :], o_n[:, None], NK, CAUSAL)
-    p = power(s - b_lse[None, :], NATURAL)
+    p = weights(s, b_max[None, :], b_log[None, :], unit)
     dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
     ds = p * (across(v, dout, WIDTHS) - b_delta[None, :])
     dk = along(ds.to(q[0].dtype), q, dk, WIDTHS)
@@ -159,11 +151,11 @@ def _queries_step(
 
 @triton.jit
 def dkdv_kernel(
-    p_q, p_k, p_v, p_mask, p_dout, p_lse, p_delta, p_dk, p_dv,
+    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dk, p_dv,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, scale, scale_exp,
+    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, scale, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +171,7 @@ def dkdv_kernel(
     p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
     if MASK != "none":
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
-    p_lse += tl.cast(i_bh, tl.int64) * NQ
+    p_stats = stats_of(p_stats, i_bh, NQ)
     p_delta += tl.cast(i_bh, tl.int64) * NQ
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
@@ -190,16 +182,16 @@ def dkdv_kernel(
         n_edge = tl.minimum(NQ, tl.cdiv(i_n + BN, BM) * BM)
         for i_m in tl.range(begin, n_edge, BM, num_stages=1):
             grads = _queries_step(
-                grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
-                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_exp,
+                grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
+                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, factor, unit,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, True,
             )  # fmt: skip
         begin = n_edge
     # a key that is not there needs no mask: its row of dk and dv is not stored
     for i_m in tl.range(begin, NQ, BM):
         grads = _queries_step(
-            grads, k, v, p_q, p_dout, p_mask, p_lse, p_delta, o_n, i_m,
-            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, scale_exp,
+            grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
+            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, False,
         )  # fmt: skip
     dk, dv = grads
@@ -211,22 +203,21 @@ def dkdv_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+    dq, q, dout, b_max, b_log, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
+    stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into dq; without a `b_delta`, return its part of delta in its place."""
-    NATURAL: tl.constexpr = q[0].dtype == tl.float32
     o_n = i_n + tl.arange(0, BN)
     m_n = o_n < NK if EDGE else None
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
-    s = across(q, k, WIDTHS) * scale_exp
-    s = masked(s, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS, NATURAL)
+    s = across(q, k, WIDTHS) * factor
+    s = masked(s, p_mask, o_m[:, None], o_n[None, :], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
     if EDGE:
         s = hidden(s, o_m[:, None], o_n[None, :], NK, CAUSAL)
-    p = power(s - b_lse[:, None], NATURAL)
+    p = weights(s, b_max[:, None], b_log[:, None], unit)
     dp = across(dout, v, WIDTHS)
     if b_delta is None:
         result = tl.sum(p * dp, 1)
@@ -241,10 +232,10 @@ def _dq_step(
 
 @triton.jit
 def dq_kernel(
-    p_q, p_k, p_v, p_mask, p_dout, p_lse, p_delta, p_dq, p_ds,
+    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_ds,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, scale, scale_exp,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, scale, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -262,8 +253,8 @@ def dq_kernel(
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-    o_lse = tl.cast(i_bh, tl.int64) * NQ + o_m
-    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=INF) * (1.0 if q[0].dtype == tl.float32 else LOG2E)
+    b_max, b_log = load_stats(stats_of(p_stats, i_bh, NQ), o_m, m_m, NQ)
+    p_delta += tl.cast(i_bh, tl.int64) * NQ + o_m
     dq = zeros(BM, WIDTHS)
     if STORE_DS:
         # The mask's gradient sums these over keys, where all but rounding can cancel: delta is summed from the very
@@ -272,13 +263,13 @@ def dq_kernel(
         b_delta = tl.zeros([BM], tl.float32)
         for i_n in tl.range(0, NK, BN, num_stages=1):
             b_delta += _dq_step(
-                None, q, dout, b_lse, None, p_k, p_v, p_mask, None, o_m, i_n,
-                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+                None, q, dout, b_max, b_log, None, p_k, p_v, p_mask, None, o_m, i_n,
+                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, False, BN, True,
             )  # fmt: skip
-        tl.store(p_delta + o_lse, b_delta, mask=m_m)
+        tl.store(p_delta, b_delta, mask=m_m)
     else:
-        b_delta = tl.load(p_delta + o_lse, mask=m_m, other=0.0)
+        b_delta = tl.load(p_delta, mask=m_m, other=0.0)
     n_seen = NK
     n_plain = NK // BN * BN
     if CAUSAL:
@@ -286,14 +277,14 @@ def dq_kernel(
         n_plain = tl.minimum(NK, i_m + 1) // BN * BN
     for i_n in tl.range(0, n_plain, BN):
         dq = _dq_step(
-            dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+            dq, q, dout, b_max, b_log, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, False,
         )  # fmt: skip
     for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
         dq = _dq_step(
-            dq, q, dout, b_lse, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, scale_exp,
+            dq, q, dout, b_max, b_log, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, True,
         )  # fmt: skip
     p_dq = head_of(p_dq, i_b, i_h, stride_dqb, stride_dqh, ALIGN)

@@ -16,14 +16,16 @@ import triton.language as tl
 
 from vitkernels.kernels.attention_tiles import (
     INF,
-    LN2,
-    LOG2E,
     across,
     along,
     begin_of,
     head_of,
     load,
+    load_stats,
+    stats_of,
     store,
+    store_stats,
+    weights,
     zeros,
 )
 from vitkernels.kernels.common import dot
@@ -54,10 +56,10 @@ def _seen(p_mask, stride_mn, o_n, NK: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_mask, p_out, p_lse,
+    p_q, p_k, p_v, p_mask, p_out, p_stats,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mn,
-    stride_ob, stride_oh, stride_on, H, NQ, scale_log2, NK: tl.constexpr,
+    stride_ob, stride_oh, stride_on, H, NQ, unit, NK: tl.constexpr,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     BM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +72,7 @@ def forward_kernel(
     p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
     if MASK == "keys":
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
-    p_lse += tl.cast(i_bh, tl.int64) * NQ
+    p_stats = stats_of(p_stats, i_bh, NQ)
     k = _load_keys(p_k, stride_kn, stride_kk, NK, K, ALIGN, WIDTHS, KEYS)
     v = _load_keys(p_v, stride_vn, stride_vk, NK, K, ALIGN, WIDTHS, KEYS)
     for i_m in tl.range(0, NQ, BM, num_stages=1):
@@ -88,34 +90,31 @@ def forward_kernel(
                 s = tl.where(o_n[None, :] <= o_m[:, None], s, -INF)
             b_max = tl.maximum(b_max, tl.max(s, 1))
             scores = scores + (s,)  # noqa: RUF005
-        b_max = b_max * scale_log2
         if MASK == "keys":  # a row that sees nothing has weights of exp2(-inf - 0) = 0
             b_max = tl.where(b_max == -INF, 0.0, b_max)
         b_sum = tl.zeros([BM], tl.float32)
         acc = None
         for j in tl.static_range(len(KEYS)):
-            p = tl.exp2(scores[j] * scale_log2 - b_max[:, None])
+            p = tl.exp2((scores[j] - b_max[:, None]) * unit)
             b_sum += tl.sum(p, 1)
             acc = along(p.to(q[0].dtype), v[j], acc, WIDTHS)
-        b_lse = (b_max + tl.log2(b_sum)) * LN2
-        if MASK == "keys":  # zeros, and weights of 0 in backward
-            b_lse = tl.where(b_sum == 0, INF, b_lse)
+        store_stats(p_stats, b_max, b_sum, o_m, m_m, NQ)
+        if MASK == "keys":
             b_sum = tl.where(b_sum == 0, 1.0, b_sum)
-        tl.store(p_lse + o_m, b_lse, mask=m_m)
         store(p_out, acc, (1.0 / b_sum)[:, None], o_m, m_m, stride_on, K, ALIGN, WIDTHS)
 
 
 @triton.jit
 def backward_kernel(
-    p_q, p_k, p_v, p_mask, p_dout, p_lse, p_dq, p_dk, p_dv,
+    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_dq, p_dk, p_dv,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mn,
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn,
-    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, H, NQ, scale, scale_log2,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, H, NQ, scale, unit,
     NK: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program a head; BN >= NK. Scores are transposed, [keys, queries]."""
+    """One program a head; BN >= NK, and the scale is positive. Scores are transposed, [keys, queries]."""
     i_bh = tl.program_id(0)
     i_b, i_h = i_bh // H, i_bh % H
     p_q = head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN)
@@ -123,7 +122,7 @@ def backward_kernel(
     p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
     p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
     p_dq = head_of(p_dq, i_b, i_h, stride_dqb, stride_dqh, ALIGN)
-    p_lse += tl.cast(i_bh, tl.int64) * NQ
+    p_stats = stats_of(p_stats, i_bh, NQ)
     o_n = tl.arange(0, BN)
     m_n = o_n < NK
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
@@ -137,9 +136,9 @@ def backward_kernel(
         m_m = o_m < NQ
         q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
         dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-        # +inf makes the weights of queries that are not there 0
-        b_lse = tl.load(p_lse + o_m, mask=m_m, other=INF) * LOG2E
-        p = tl.exp2(across(k, q, WIDTHS) * scale_log2 - b_lse[None, :])
+        s = across(k, q, WIDTHS)
+        b_max, b_log = load_stats(p_stats, o_m, m_m, NQ)  # not before the product, which needs the registers
+        p = weights(s, b_max[None, :], b_log[None, :], unit)
         if MASK == "keys" or NK < BN:
             p = tl.where(m_seen[:, None], p, 0.0)
         if CAUSAL:

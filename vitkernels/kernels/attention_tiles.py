@@ -1,8 +1,9 @@
 """`triton.jit` helpers of the attention kernels: tiles in pieces of a head's width, masks, weights.
 
 A head's width is covered by pieces of powers of two (72 is 64 + 16), so a tile is a tuple of blocks, one a piece.
-Scores are scaled to what `power` takes before an exponential. Strides of batch, head and row come divided by `ALIGN`,
-the largest power of two up to 8 that divides them all: so the compiler knows, and loads 16 bytes at a time.
+Scores, `factor`, `unit` and the rows' statistics are those of `vitkernels.ops.attention.score_units`; exponentials are
+of 2, so `unit` comes times log2(e). Strides of batch, head and row come divided by `ALIGN`, the largest power of two up
+to 8 that divides them all: so the compiler knows, and loads 16 bytes at a time.
 """
 
 # mypy: disable-error-code="assignment"
@@ -110,26 +111,34 @@ def row_dot(a, b, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def power(x, NATURAL: tl.constexpr):
-    """e^x for float32, where rounding large scores to another unit would show; else 2^x, one instruction less."""
-    return tl.exp(x) if NATURAL else tl.exp2(x)
+def stats_of(p_stats, i_bh, NQ):
+    """Pointer to a head's row statistics: the largest of each row, then the log-sums."""
+    return p_stats + tl.cast(i_bh, tl.int64) * 2 * NQ
 
 
 @triton.jit
-def masked(
-    s,
-    p_mask,
-    o_m,
-    o_n,
-    stride_mm,
-    stride_mn,
-    NQ,
-    NK,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    NATURAL: tl.constexpr,
-):
-    """Scores, in the units that `power` takes, with the mask on them.
+def store_stats(p_stats, b_max, b_sum, o_m, m_m, NQ):
+    """A row that sees nothing comes with a maximum of 0 and a sum of 0."""
+    tl.store(p_stats + o_m, b_max, mask=m_m)
+    tl.store(p_stats + NQ + o_m, tl.where(b_sum == 0, INF, tl.log2(b_sum) * LN2), mask=m_m)
+
+
+@triton.jit
+def load_stats(p_stats, o_m, m_m, NQ):
+    """Largest and log-sum of rows, the latter times log2(e); queries that are not there see nothing."""
+    b_max = tl.load(p_stats + o_m, mask=m_m, other=0.0)
+    return b_max, tl.load(p_stats + NQ + o_m, mask=m_m, other=INF) * LOG2E
+
+
+@triton.jit
+def weights(s, b_max, b_log, unit):
+    """The difference first: beside huge scores the log-sum would be rounded away."""
+    return tl.exp2((s - b_max) * unit - b_log)
+
+
+@triton.jit
+def masked(s, p_mask, o_m, o_n, stride_mm, stride_mn, NQ, NK, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Scores with the mask on them.
 
     `o_m` and `o_n` are the queries' and the keys' indices, shaped to broadcast to `s`. `MASK` is "none", "bool" or
     "add"; without `MASK_ROWS` all queries share one row of it.
@@ -143,7 +152,7 @@ def masked(
         if MASK == "bool":
             s += tl.where(values != 0, 0.0, -INF)
         else:
-            s += values.to(tl.float32) * (1.0 if NATURAL else LOG2E)
+            s += values.to(tl.float32)
     return s
 
 

@@ -108,10 +108,10 @@ class _Shape:
         )
 
     def _type(self, argument: str) -> str:
-        if argument in ("p_lse", "p_delta", "p_ds"):
+        if argument in ("p_stats", "p_delta", "p_ds"):
             return "*fp32"
         if argument == "p_mask":
             return "*u8" if _MASKS[self.mask]["MASK"] == "bool" else f"*{self.dtype}"
         if argument.startswith("p_"):
             return f"*{self.dtype}"
-        return "fp32" if argument.startswith("scale") else "i32"
+        return "fp32" if argument in ("scale", "factor", "unit") else "i32"

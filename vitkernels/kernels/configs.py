@@ -135,7 +135,10 @@ _LONG_SM_80 = {
         AttentionTile(128, 64, 8), AttentionTile(16, 64, 4), AttentionTile(64, 32, 4), AttentionTile(32, 32, 4)
     ),
     128: AttentionLong(
-        AttentionTile(128, 32, 8), AttentionTile(32, 64, 8), AttentionTile(64, 32, 4, 1), AttentionTile(32, 32, 4)
+        AttentionTile(128, 32, 8),
+        AttentionTile(32, 64, 8),
+        AttentionTile(64, 32, 4, 1, spills=8),  # 0 but for 104-wide heads
+        AttentionTile(32, 32, 4),
     ),
 }
 LONG = {80: _LONG_SM_80, 86: _LONG_SM_80, 90: _LONG_SM_90, 100: _LONG_SM_90}
@@ -193,8 +196,8 @@ SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     90: (
         AttentionShort(128, 128, AttentionTile(64, 0, 4, 1)),
         AttentionShort(256, 48, AttentionTile(64, 0, 4, 1)),
-        # 3 programs a multiprocessor; 186 registers without. By triton 3.7 197 keys spill nothing, 196 keys 24 bytes
-        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168, spills=24), masked=False),
+        # 3 programs a multiprocessor; 186 registers without. 197 keys spill 8 bytes, 196 keys 16
+        AttentionShort(208, 64, AttentionTile(64, 0, 4, 1, maxnreg=168, spills=16), masked=False),
         AttentionShort(256, 80, AttentionTile(64, 0, 4, 1)),
         AttentionShort(272, 96, AttentionTile(64, 0, 4, 1), masked=False),  # more keys spill, and so do wider heads
     ),
@@ -214,7 +217,7 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
         AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
         AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
         AttentionShort(128, 64, AttentionTile(32, 128, 8)),
-        AttentionShort(128, 128, AttentionTile(16, 128, 8, 1, spills=32)),  # 0 but for 104-wide heads by triton 3.7
+        AttentionShort(128, 128, AttentionTile(16, 128, 8, 1, spills=56)),  # 0 but for 104-wide heads
         AttentionShort(256, 64, AttentionTile(16, 256, 8, 1, spills=8)),  # 0 where no keys are hidden
     ),
     # as above, within 99 KiB of shared memory
@@ -226,10 +229,11 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     ),
     90: (
         AttentionShort(64, 96, AttentionTile(32, 64, 4)),
-        AttentionShort(64, 128, AttentionTile(32, 64, 4, 1)),
-        AttentionShort(128, 128, AttentionTile(32, 128, 8)),
-        # 8 bytes by triton 3.6, 8 to 24 by 3.7; none in tiles of 16 queries, which feed the tensor cores half as well
-        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=24)),
+        # 0 but for 104-wide heads by triton 3.6
+        AttentionShort(64, 128, AttentionTile(32, 64, 4, 1, spills=8)),
+        AttentionShort(128, 128, AttentionTile(32, 128, 8, spills=8)),
+        # 8 bytes by triton 3.7, to 32 by 3.6; none in tiles of 16 queries, which feed the tensor cores half as well
+        AttentionShort(256, 64, AttentionTile(32, 256, 8, spills=32)),
     ),
     100: (
         AttentionShort(64, 64, AttentionTile(32, 64, 4)),

@@ -1,8 +1,9 @@
 """attention: softmax(q k^T * scale + mask) v without the N x N matrix, forward and backward.
 
 Vaswani et al. 2017, computed tile by tile as in FlashAttention (Dao et al. 2022): what is saved for backward is the
-output and the log-sum-exp of each row of scores. `attention` takes q, k and v apart; `attention_qkv` takes the packed
-projection [B, N, 3, H, K] that ViTs compute, reads it in place and writes one packed gradient.
+output and, of each row of scores, the largest and the log of the sum of exponentials relative to it (`score_units`).
+`attention` takes q, k and v apart; `attention_qkv` takes the packed projection [B, N, 3, H, K] that ViTs compute, reads
+it in place and writes one packed gradient.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """Attention, as `torch.nn.functional.scaled_dot_product_attention`.
+
+    Scores are float32 (float64 for float64), before and after a mask is added. So a row whose keys all get finfo.min,
+    or another value that leaves nothing of q k^T, averages v, as in eager attention; False and -inf hide a key.
 
     Args:
         q: [B, H, Nq, K], floating point, any strides.
@@ -166,18 +170,18 @@ def _with_four_axes(mask: Tensor | None) -> Tensor | None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, mask, ctx.is_causal, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, mask)
-    ctx.mark_non_differentiable(lse)
+    out, stats = output
+    ctx.save_for_backward(q, k, v, out, stats, mask)
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 6
-    q, k, v, out, lse, mask = ctx.saved_tensors
+    q, k, v, out, stats, mask = ctx.saved_tensors
     needs_mask = ctx.needs_input_grad[3]
-    dq, dk, dv, dmask = op.backward(dout, q, k, v, out, lse, mask, ctx.is_causal, ctx.scale, needs_mask)
+    dq, dk, dv, dmask = op.backward(dout, q, k, v, out, stats, mask, ctx.is_causal, ctx.scale, needs_mask)
     return dq, dk, dv, given(needs_mask, dmask), None, None
 
 
@@ -188,16 +192,33 @@ def _heads_last(like: Tensor) -> Tensor:
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _heads_last(q), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q.dtype))
+    batch, heads, queries, _ = q.shape
+    return _heads_last(q), q.new_empty(batch, heads, 2, queries, dtype=accumulate_dtype(q.dtype))
 
 
-def _fake_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_mask):
+def _fake_backward(dout, q, k, v, out, stats, mask, is_causal, scale, needs_mask):
     dmask = mask.new_empty(mask.shape) if needs_mask else nothing(q)
     return _heads_last(q), _heads_last(k), _heads_last(v), dmask
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    scores = wide(q) @ wide(k).transpose(-1, -2) * scale
+def score_units(mask: Tensor | None, scale: float) -> tuple[float, float]:
+    """`factor` and `unit` of a call, the same in every backend.
+
+    A score is factor * q k^T + mask, or -inf for a hidden key; its weight is exp(unit * (score - largest) - log_sum).
+    The row's `largest` score and its `log_sum`, the log of the sum of exp(unit * (score - largest)), are what forward
+    leaves to backward: `stats`, [B, H, 2, Nq]. Added up to a log-sum-exp, the small one would be rounded away beside a
+    huge one. A row with nothing to attend to has 0 and +inf, and so weights of 0.
+
+    Without an additive mask the scale waits for the difference: a product that a compiler fuses with a difference is
+    not rounded, and would not equal the largest of those that are.
+    """
+    if scale == 0 or (mask is not None and mask.dtype != torch.bool):
+        return scale, 1.0
+    return math.copysign(1.0, scale), abs(scale)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, factor: float) -> Tensor:
+    scores = wide(q) @ wide(k).transpose(-1, -2) * factor
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
@@ -205,17 +226,25 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: f
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
+def _weights(scores: Tensor, stats: Tensor, unit: float) -> Tensor:
+    largest, log_sum = stats.unsqueeze(-1).unbind(2)
+    return (unit * (scores - largest) - log_sum).exp()
+
+
 def _reference(q, k, v, mask, is_causal, scale):
-    scores = _scores(q, k, mask, is_causal, scale)
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-    # +inf where a row has nothing to attend to: every weight exp(score - lse) is then 0, here and in backward
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
-    out = (scores - lse.unsqueeze(-1)).exp() @ wide(v)
-    return out.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2), lse
+    factor, unit = score_units(mask, scale)
+    scores = _scores(q, k, mask, is_causal, factor)
+    largest = scores.amax(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    largest = largest.masked_fill(largest == -math.inf, 0)
+    log_sum = (unit * (scores - largest.unsqueeze(-1))).exp().sum(-1).log()
+    stats = torch.stack([largest, log_sum.masked_fill(log_sum == -math.inf, math.inf)], dim=2)
+    out = _weights(scores, stats, unit) @ wide(v)
+    return out.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2), stats
 
 
-def _reference_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_mask):
-    weights = (_scores(q, k, mask, is_causal, scale) - lse.unsqueeze(-1)).exp()
+def _reference_backward(dout, q, k, v, out, stats, mask, is_causal, scale, needs_mask):
+    factor, unit = score_units(mask, scale)
+    weights = _weights(_scores(q, k, mask, is_causal, factor), stats, unit)
     g = wide(dout)
     delta = (g * wide(out)).sum(-1, keepdim=True)
     dscores = weights * (g @ wide(v).transpose(-1, -2) - delta)
@@ -229,7 +258,7 @@ def _reference_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_m
 op = Op(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor)",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? attn_mask, bool is_causal, "
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, Tensor? attn_mask, bool is_causal, "
     "float scale, bool needs_mask) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,
@@ -244,28 +273,28 @@ op.register("reference", _reference, _reference_backward)
 
 def _setup_context_qkv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     qkv, ctx.num_heads, mask, ctx.is_causal, ctx.scale = inputs
-    out, lse = output
-    ctx.save_for_backward(qkv, out, lse, mask)
-    ctx.mark_non_differentiable(lse)
+    out, stats = output
+    ctx.save_for_backward(qkv, out, stats, mask)
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _gradients_qkv(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 5
-    qkv, out, lse, mask = ctx.saved_tensors
+    qkv, out, stats, mask = ctx.saved_tensors
     needs_mask = ctx.needs_input_grad[2]
-    dqkv, dmask = op_qkv.backward(dout, qkv, out, lse, ctx.num_heads, mask, ctx.is_causal, ctx.scale, needs_mask)
+    dqkv, dmask = op_qkv.backward(dout, qkv, out, stats, ctx.num_heads, mask, ctx.is_causal, ctx.scale, needs_mask)
     return dqkv, None, given(needs_mask, dmask), None, None
 
 
 def _fake_qkv(qkv: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, packed = qkv.shape
-    lse = qkv.new_empty(batch, num_heads, tokens, dtype=accumulate_dtype(qkv.dtype))
-    return qkv.new_empty(batch, tokens, packed // 3), lse
+    stats = qkv.new_empty(batch, num_heads, 2, tokens, dtype=accumulate_dtype(qkv.dtype))
+    return qkv.new_empty(batch, tokens, packed // 3), stats
 
 
-def _fake_backward_qkv(dout, qkv, out, lse, num_heads, mask, is_causal, scale, needs_mask):
+def _fake_backward_qkv(dout, qkv, out, stats, num_heads, mask, is_causal, scale, needs_mask):
     return qkv.new_empty(qkv.shape), mask.new_empty(mask.shape) if needs_mask else nothing(qkv)
 
 
@@ -275,21 +304,21 @@ def _unpack(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reference_qkv(qkv, num_heads, mask, is_causal, scale):
-    out, lse = _reference(*_unpack(qkv, num_heads), mask, is_causal, scale)
-    return out.transpose(1, 2).flatten(2), lse
+    out, stats = _reference(*_unpack(qkv, num_heads), mask, is_causal, scale)
+    return out.transpose(1, 2).flatten(2), stats
 
 
-def _reference_backward_qkv(dout, qkv, out, lse, num_heads, mask, is_causal, scale, needs_mask):
+def _reference_backward_qkv(dout, qkv, out, stats, num_heads, mask, is_causal, scale, needs_mask):
     q, k, v = _unpack(qkv, num_heads)
     dout, out = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in (dout, out))
-    *grads, dmask = _reference_backward(dout, q, k, v, out, lse, mask, is_causal, scale, needs_mask)
+    *grads, dmask = _reference_backward(dout, q, k, v, out, stats, mask, is_causal, scale, needs_mask)
     return torch.stack([grad.transpose(1, 2) for grad in grads], dim=2).flatten(2), dmask
 
 
 op_qkv = Op(
     "attention_qkv",
     "(Tensor qkv, int num_heads, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor)",
-    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads, Tensor? attn_mask, bool is_causal, "
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor stats, int num_heads, Tensor? attn_mask, bool is_causal, "
     "float scale, bool needs_mask) -> (Tensor, Tensor)",
     fake=_fake_qkv,
     fake_backward=_fake_backward_qkv,

@@ -1,0 +1,205 @@
+"""The cases of attention, a part of the list in `cases`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from case import DTYPES, Case, T
+from draws import (
+    drop_rows,
+    drop_sample,
+    equal_scores,
+    filled,
+    first_column,
+    keep_some,
+    late_keys,
+    ones_first,
+    zero_rows,
+)
+from torch import Tensor
+
+F32, F64, BF16, F16 = DTYPES
+REDUCED = (BF16, F16)
+WIDE = (F32, F64, BF16)  # what float16 has no numbers for
+
+
+def attention(
+    name: str,
+    batch: int = 2,
+    heads: int = 2,
+    queries: int = 7,
+    keys: int | None = None,
+    width: int = 16,
+    *,
+    logits: float = 1.0,
+    mean: float = 0.0,
+    mask: T | None = None,
+    **more: Any,
+) -> Case:
+    keys = queries if keys is None else keys
+    tensors = {
+        "q": T((batch, heads, queries, width), gain=logits),
+        "k": T((batch, heads, keys, width)),
+        "v": T((batch, heads, keys, width), mean=mean),
+    }
+    return Case("attention", name, tensors | ({"attn_mask": mask} if mask is not None else {}), **more)
+
+
+def attention_qkv(
+    name: str,
+    batch: int = 2,
+    heads: int = 2,
+    tokens: int = 7,
+    width: int = 16,
+    *,
+    gain: float = 1.0,
+    mean: float = 0.0,
+    mask: T | None = None,
+    causal: bool = False,
+    convert: Callable[[Tensor], Tensor] | None = None,
+    **more: Any,
+) -> Case:
+    tensors = {"qkv": T((batch, tokens, 3 * heads * width), gain=gain, mean=mean, convert=convert)}
+    options = {"num_heads": heads} | ({"is_causal": True} if causal else {}) | more.pop("options", {})
+    return Case("attention_qkv", name, tensors | ({"attn_mask": mask} if mask is not None else {}), options, **more)
+
+
+def equal(name: str, queries: int = 33, keys: int | None = None, gain: float = 1e4, **more: Any) -> Case:
+    """Queries whose scores are huge, positive or negative, and the same for all keys."""
+    case = attention(name, queries=queries, keys=keys, **more)
+    columns = {"q": {"gain": gain, "convert": first_column}, "k": {"convert": ones_first}}
+    changed = {tensor: dataclasses.replace(case.tensors[tensor], **columns[tensor]) for tensor in columns}
+    return dataclasses.replace(case, tensors={**case.tensors, **changed})
+
+
+def lowered(name: str, value: float, queries: int = 33, keys: int | None = None, **more: Any) -> Case:
+    """`value` on all keys of rows of zeros in q: beside it, float64 would keep scores that float32 rounds away."""
+    keys = queries if keys is None else keys
+    mask = T((2, 1, queries, keys), dtype=F32, convert=filled(drop_rows, value))
+    case = attention(name, queries=queries, keys=keys, mask=mask, **more)
+    zeros = T((2, 2, queries, 16), convert=zero_rows)
+    return dataclasses.replace(case, tensors={**case.tensors, "q": zeros})
+
+
+CAUSAL: dict[str, Any] = {"is_causal": True}
+LOWEST = torch.finfo(F32).min
+WIDTHS = (8, 16, 32, 48, 64, 72, 80, 88, 96, 104, 128)
+
+# Softmax of scores that are huge and equal is uniform, and the log of their number is nothing beside them.
+HUGE_SCORES = [
+    # finfo.min leaves nothing of a score, in float64 either
+    attention("finfo.min rows", queries=33, mask=T((2, 1, 33, 33), dtype=F32, convert=filled(drop_rows, LOWEST))),
+    attention(
+        "finfo.min rows for all, no mask gradient",
+        queries=33,
+        mask=T((33, 33), dtype=F32, grad=False, convert=filled(drop_rows, LOWEST)),
+    ),
+    attention("-3e38 rows", queries=33, dtypes=WIDE, mask=T((2, 2, 33, 33), convert=filled(drop_rows, -3e38))),
+    attention("finfo.min keys", queries=33, mask=T((2, 1, 1, 33), dtype=F32, convert=filled(drop_sample, LOWEST))),
+    attention("finfo.min for all", mask=T((), dtype=F32, convert=lambda values: values.fill_(LOWEST))),
+    attention(
+        "many keys, finfo.min rows",
+        queries=5,
+        keys=577,
+        mask=T((2, 1, 5, 577), dtype=F32, convert=filled(drop_rows, LOWEST)),
+    ),
+    lowered("-1e4 rows", -1e4),
+    lowered("-1e9 rows", -1e9),
+    lowered("many keys, -1e9 rows", -1e9, queries=5, keys=577),
+    equal("huge equal scores"),
+    equal("huge equal scores, 1e9", gain=1e9, dtypes=WIDE),
+    equal("huge equal scores, one query", queries=1, keys=7),
+    equal("huge equal scores, scale", options={"scale": 0.3}),
+    equal("huge equal scores, negative scale", options={"scale": -0.3}),
+    equal("many keys, huge equal scores", queries=5, keys=577),
+    equal("huge equal scores, causal", options=CAUSAL),
+    equal("huge equal scores, causal, more keys", queries=9, keys=33, options=CAUSAL),
+    equal("huge equal scores, causal, scale", gain=1e9, options=CAUSAL | {"scale": 0.3}, dtypes=WIDE),
+    equal("huge equal scores, bool mask", mask=T((2, 1, 33, 33), convert=drop_rows)),
+    equal("huge equal scores, key padding", mask=T((2, 1, 1, 33), convert=keep_some)),
+    equal("huge equal scores, key padding, scale", mask=T((2, 1, 1, 33), convert=keep_some), options={"scale": 0.3}),
+    equal("huge equal scores, -inf mask", mask=T((2, 1, 33, 33), convert=filled(drop_rows))),
+]
+HUGE_SCORES_QKV = [
+    attention_qkv("finfo.min rows", tokens=33, mask=T((2, 1, 33, 33), dtype=F32, convert=filled(drop_rows, LOWEST))),
+    attention_qkv("finfo.min keys", tokens=33, mask=T((2, 1, 1, 33), dtype=F32, convert=filled(drop_sample, LOWEST))),
+    attention_qkv("huge equal scores", tokens=33, convert=equal_scores(2, 1e4)),
+    attention_qkv("huge equal scores, 1e9", tokens=33, convert=equal_scores(2, 1e9), dtypes=WIDE),
+    attention_qkv("huge equal scores, causal", tokens=33, causal=True, convert=equal_scores(2, 1e4)),
+]
+
+ATTENTION = [
+    attention("plain"),
+    *(attention(f"head width {width}", queries=9, width=width) for width in (33, 72, 128)),
+    attention("odd", 1, 3, 65, width=33),
+    attention("one token", queries=1),
+    attention("one sample, one head", 1, 1, 33),
+    attention("empty batch", batch=0),
+    attention("no keys", keys=0),
+    attention("no queries", queries=0, keys=5),
+    attention("long", 1, 1, 577, width=64, dtypes=(F32, BF16)),
+    attention("long, causal", 1, 1, 577, options=CAUSAL, dtypes=(F32, BF16)),
+    attention("cross, more keys", queries=5, keys=33),
+    attention("many keys, large logits", queries=24, keys=1100, logits=50.0),  # in fewer rows, the worst one is luck
+    attention("many keys, the first ones masked", queries=5, keys=577, mask=T((2, 1, 1, 577), convert=late_keys)),
+    attention("many keys, mask gradient", queries=5, keys=577, mask=T((2, 1, 5, 577))),
+    attention("cross, more queries", queries=67, keys=3),
+    attention("large logits", queries=33, logits=50.0),
+    attention("large mean", queries=9, mean=30.0),
+    attention("scale", options={"scale": 0.7}),
+    attention("negative scale", options={"scale": -0.3}),
+    attention("causal", queries=33, options=CAUSAL),
+    attention("causal, more keys", queries=5, keys=9, options=CAUSAL),
+    attention("causal, more queries", queries=9, keys=5, options=CAUSAL),
+    attention("bool mask", mask=T((2, 2, 7, 7), convert=keep_some)),
+    attention("bool mask for all", queries=65, mask=T((65, 65), convert=keep_some)),
+    attention("bool mask a head", mask=T((1, 2, 7, 7), convert=keep_some)),
+    attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
+    attention("bool mask, transposed", mask=T((2, 1, 7, 7), layout="transposed", convert=keep_some)),
+    attention("bool mask, expanded", mask=T((2, 1, 7, 7), layout="expanded rows", convert=keep_some)),
+    attention("all masked", mask=T((2, 1, 1, 7), convert=lambda values: values > torch.inf)),
+    attention("additive mask", mask=T((2, 2, 7, 7), grad=False)),
+    attention("float32 mask", mask=T((7, 7), grad=False, dtype=F32), dtypes=REDUCED),
+    attention("-inf mask", queries=33, mask=T((33, 33), grad=False, convert=filled(keep_some))),
+    attention("-inf rows", queries=33, mask=T((2, 1, 33, 33), convert=filled(drop_rows))),
+    attention("relative position bias", 3, 2, 17, mask=T((1, 2, 17, 17))),
+    attention("float32 mask gradient", 3, 2, 9, mask=T((2, 9, 9), dtype=F32), dtypes=REDUCED),
+    attention("mask gradient, a scalar", mask=T(())),
+    # every way in which a mask can be broadcast over [B, H, Nq, Nk]
+    *(
+        attention(f"mask gradient, {shape}", 2, 3, 5, 9, mask=T(shape))
+        for shape in itertools.product((2, 1), (3, 1), (5, 1), (9, 1))
+    ),
+    attention("scale 0", mask=T((2, 1, 1, 7), convert=keep_some), options={"scale": 0.0}),
+    *HUGE_SCORES,
+]
+
+ATTENTION_QKV = [
+    *(attention_qkv(f"head width {width}", tokens=17, width=width) for width in WIDTHS),
+    attention_qkv("odd", 1, 3, 33, 7),
+    attention_qkv("odd, 65 tokens", 1, 1, 65, 33),
+    attention_qkv("197 tokens", 1, 2, 197, 64),
+    attention_qkv("long", 1, 1, 577, 32, dtypes=(F32, BF16)),
+    attention_qkv("one token", tokens=1),
+    attention_qkv("no tokens", tokens=0),
+    attention_qkv("one sample, one head", 1, 1, 7),
+    attention_qkv("empty batch", batch=0),
+    attention_qkv("large logits", tokens=33, gain=7.0),
+    attention_qkv("large mean", tokens=9, mean=2.0),
+    attention_qkv("causal", tokens=65, causal=True),
+    attention_qkv("causal, head width 72", tokens=9, width=72, causal=True),
+    attention_qkv("scale", options={"scale": 0.7}),
+    attention_qkv("bool mask", mask=T((2, 2, 7, 7), convert=keep_some)),
+    attention_qkv("key padding", tokens=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    attention_qkv("rows fully masked", tokens=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
+    attention_qkv("-inf rows", tokens=33, mask=T((2, 1, 33, 33), convert=filled(drop_rows))),
+    attention_qkv("relative position bias", 3, 2, 17, 16, mask=T((1, 2, 17, 17))),
+    attention_qkv("mask gradient, key bias", tokens=33, mask=T((2, 1, 1, 33))),
+    *HUGE_SCORES_QKV,
+]
