@@ -14,7 +14,7 @@ import torch
 from case import DTYPES, Case, T
 from cases_attention import ATTENTION, ATTENTION_QKV, attention, attention_qkv
 from cases_rotary import ROTARY, rotary
-from draws import drop_path, indices, pixels
+from draws import drop_path, indices, keep_some, pixels
 
 from vitkernels.ops.mlp import ACTIVATIONS
 

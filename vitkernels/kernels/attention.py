@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitkernels.kernels import attention_long, attention_short, capability, configs
 from vitkernels.kernels.attention_variants import variants
+from vitkernels.kernels.launch import launch
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention import _heads_last, _unpack, score_units
 
@@ -143,14 +144,16 @@ def _forward(
     short = _short("forward", keys, mask, is_causal, scale, *key)
     if short is not None:
         mask_b, mask_h, _, mask_n = mask_strides
-        attention_short.forward_kernel[(batch * heads,)](
+        launch(
+            attention_short.forward_kernel, (batch * heads,),
             q, k, v, values, out, stats, *strides, mask_b, mask_h, mask_n, *_strides(out, align)[:3],
             heads, queries, unit, NK=keys, **sizes, MASK="none" if mask is None else "keys",
             CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
         )  # fmt: skip
         return stats
     tile = configs.attention_long(*key).forward
-    attention_long.forward_kernel[(batch * heads * -(-queries // tile.queries),)](
+    launch(
+        attention_long.forward_kernel, (batch * heads * -(-queries // tile.queries),),
         q, k, v, values, out, stats, *strides, *mask_strides, *_strides(out, align)[:3],
         heads, queries, keys, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=mask is None and scale > 0, BM=tile.queries, BN=tile.keys,
@@ -183,7 +186,8 @@ def _backward(
     short = _short("backward", keys, mask, is_causal, scale, *key)
     if short is not None:
         mask_b, mask_h, _, mask_n = mask_strides
-        attention_short.backward_kernel[(batch * heads,)](
+        launch(
+            attention_short.backward_kernel, (batch * heads,),
             q, k, v, values, dout, stats, dq, dk, dv, *strides, mask_b, mask_h, mask_n, *_strides(dout, align),
             *strides_dq, *strides_dk, *strides_dv, heads, queries, scale, unit, NK=keys, **sizes,
             MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
@@ -194,19 +198,22 @@ def _backward(
     all_strides = *strides, *mask_strides, *_strides(dout, align)
     delta = stats.new_empty((batch, heads, queries))
     if not needs_mask:  # else dq's kernel leaves it
-        attention_long.delta_kernel[(batch * heads * -(-queries // row.delta.queries),)](
+        launch(
+            attention_long.delta_kernel, (batch * heads * -(-queries // row.delta.queries),),
             out, dout, delta, *_strides(out, align), *_strides(dout, align), heads, queries,
             **sizes, BM=row.delta.queries, **_launch_options(row.delta),
         )  # fmt: skip
     ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
     dq_tile = row.ds if needs_mask else row.dq
-    attention_long.dq_kernel[(batch * heads * -(-queries // dq_tile.queries),)](
+    launch(
+        attention_long.dq_kernel, (batch * heads * -(-queries // dq_tile.queries),),
         q, k, v, values, dout, stats, delta, dq, ds, *all_strides, *strides_dq,
         heads, queries, keys, scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=dq_tile.queries, BN=dq_tile.keys,
         **_launch_options(dq_tile),
     )  # fmt: skip
-    attention_long.dkdv_kernel[(batch * heads * -(-keys // row.dkdv.keys),)](
+    launch(
+        attention_long.dkdv_kernel, (batch * heads * -(-keys // row.dkdv.keys),),
         q, k, v, values, dout, stats, delta, dk, dv, *all_strides, *strides_dk, *strides_dv,
         heads, queries, keys, scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, BM=row.dkdv.queries, BN=row.dkdv.keys,
