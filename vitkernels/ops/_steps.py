@@ -162,9 +162,9 @@ class _Step:
             total, normed = add_norm(x, added, norm, None if dtype is None else cast_dtype(x, dtype))
             return total, self.ops(normed, *arguments)
         check_norm(x, branch, norm.weight, norm.bias, branch_bias, scale, row_scale, dtype)
-        self.check(x, dtype, *arguments)
         if branch is not None and branch.dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, branch.dtype))
+        self.check(x, dtype, *arguments)
         inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, dtype, *arguments)
         if function:
             return self.apply(*inputs)
@@ -338,9 +338,10 @@ def _attention_backward(dy, normed, dtype, needs, arguments, kept):
     if inner:
         options = packed_options(qkv, num_heads, mask, is_causal, scale)
         dqkv, dmask = op_qkv.backward(dheads, qkv, heads, *statistics, *options, needs[6])
-        dx, *packed = op_linear.backward(dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
-        grads[0] = dx if needs[0] else None
-        grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
+        if any(needs[:3]):  # else the mask alone learns
+            dx, *packed = op_linear.backward(dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
+            grads[0] = dx if needs[0] else None
+            grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
         grads[6] = dmask.reshape(mask.shape) if needs[6] else None
     return grads
 
