@@ -82,7 +82,7 @@ class Fused(nn.Module):
             x: the call's first argument.
             why_not: the caller's own reason, or None; asked only of real tensors.
         """
-        reason = why_not_around() or self._why_not_own() or _why_not_call(x) or why_not()
+        reason = why_not_around() or self.why_not_own() or _why_not_call(x) or why_not()
         if reason is None:
             return False
         if not torch.compiler.is_compiling():
@@ -90,7 +90,8 @@ class Fused(nn.Module):
             counts[reason] = counts.get(reason, 0) + 1
         return True
 
-    def _why_not_own(self) -> str | None:
+    def why_not_own(self) -> str | None:
+        """Why the module's own class must compute, whatever is called: somebody gave it another `forward`."""
         return f"somebody replaced the forward of {owner_name(self)}" if replaced(owner(self)) else None
 
     def backend(self) -> contextlib.AbstractContextManager[object]:
