@@ -50,12 +50,14 @@ def test_a_forward_replaced_on_a_class(
     model, inputs = ecosystem.model(), ecosystem.inputs()
     blocks = vk.explain(vk.fuse(copy.deepcopy(model))).blocks
     kind = type(model.get_submodule(next(iter(blocks)) if part == "block" else ecosystem.parts[part]))
-    if kind is nn.ModuleList:
-        pytest.skip("a block is no module of its own here")
-    twin = vk.fuse(copy.deepcopy(model)) if first == "fuse" else copy.deepcopy(model)
+    if kind is nn.ModuleList:  # vit-pytorch's: the model around it runs its pair of modules
+        kind = type(model)
+    twin = copy.deepcopy(model)
+    if first == "fuse":
+        vk.fuse(twin)
     before = ecosystems.numbers(model, inputs)
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "forward", doubled(genuine_forward(kind), wraps))
+        patch.setattr(kind, "forward", doubled(kind.forward, wraps))
         expected = ecosystems.numbers(model, inputs)
         assert not torch.allclose(expected["output 0"], before["output 0"], rtol=1e-3)
         if first == "patch":
@@ -67,10 +69,6 @@ def test_a_forward_replaced_on_a_class(
             fused.check_same(ecosystems.numbers(twin, inputs), before)
         assert {"linear", "add_layer_norm", "mlp"} <= {call.op for call in calls}
         assert whole(twin)
-
-
-def genuine_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    return kind.forward
 
 
 def fuse_what_is_left(model: nn.Module) -> None:
@@ -171,21 +169,19 @@ class Tagged(Tensor):
 def test_a_weight_with_a_torch_function(name: str, kind: type[Tensor]) -> None:
     ecosystem = ECOSYSTEMS[name]
     model, inputs = ecosystem.model(), ecosystem.inputs()
+    twin = vk.fuse(copy.deepcopy(model))
     plain = ecosystems.numbers(model, inputs)
-    linear = model.get_submodule(ecosystem.parts["linear"])
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(kind))  # type: ignore[union-attr,arg-type]
+    for each in (model, twin):
+        linear = each.get_submodule(ecosystem.parts["linear"])
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(kind))  # type: ignore[union-attr,arg-type]
     expected = ecosystems.numbers(model, inputs)
     assert torch.allclose(expected["output 0"], plain["output 0"], rtol=1e-3) == (kind is Tagged)
-    vk.fuse(model)
-    got = ecosystems.numbers(model, inputs)
-    fused.check_same({key: each.as_subclass(Tensor) for key, each in got.items()}, expected)
-    assert list(vk.explain(model).unfused.values()) == [f"a Scaled weight on {vk_name(name)}"] * (kind is Scaled)
-
-
-def vk_name(name: str) -> str:
-    """What the block calls its first Linear in a reason."""
-    names = {"torchvision": "mlp.0", "vit_pytorch": "net.1"}
-    return names.get(name, ECOSYSTEMS[name].parts["linear"].rpartition(".")[2])
+    fused.check_same(ecosystems.numbers(twin, inputs), expected)
+    with vk.record() as calls:
+        twin(*inputs)
+    assert {"linear", "add_layer_norm", "mlp"} <= {call.op for call in calls}, "the other block's, at the least"
+    reasons = [reason.partition(" on ")[0] for reason in vk.explain(twin).unfused.values()]
+    assert reasons == ["a Scaled weight"] * (kind is Scaled)
 
 
 def own_block() -> nn.Module:
@@ -210,7 +206,7 @@ def test_gradients_of_each_sample(own: bool) -> None:
     ]
     with vk.record() as calls:
         call_for_per_sample_grads(block, loss_reduction="sum")(x).square().sum().backward()
-    assert not calls, "modules are called as they are"
+    assert {call.op for call in calls} == {"attention_qkv"}, "modules are called as they are"
     for index, parameter in enumerate(block.parameters()):
         wanted = torch.stack([each[index] for each in expected])
         torch.testing.assert_close(parameter.grad_sample, wanted, atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
@@ -315,21 +311,12 @@ def test_own_modules_keep_a_replaced_forward(change: str, monkeypatch: pytest.Mo
     assert [call.op for call in calls if call.direction == "forward"].count("add_layer_norm") == 1 + 4
 
 
-def test_own_modules_under_a_mode_and_a_global_hook(seen: list[str]) -> None:
+def test_own_modules_under_a_global_hook(seen: list[str]) -> None:
     block, x = own_block(), torch.randn(2, 7, D)
     seen.clear()
     block(x)
-    assert seen == [
-        "LayerNorm",
-        "Attention",
-        "Identity",
-        "Identity",
-        "LayerNorm",
-        "Mlp",
-        "Identity",
-        "Identity",
-        "Block",
-    ]
+    counts = {name: seen.count(name) for name in ("LayerNorm", "Linear", "Attention", "Mlp", "Block")}
+    assert counts == {"LayerNorm": 2, "Linear": 4, "Attention": 1, "Mlp": 1, "Block": 1}
 
 
 def test_own_modules_under_a_mode() -> None:
@@ -338,11 +325,14 @@ def test_own_modules_under_a_mode() -> None:
     with torch.device("cpu"), vk.record() as calls:
         assert torch.equal(block(x), before)
     assert [call.op for call in calls].count("add_layer_norm") == 2
+    wanted = copy.deepcopy(block)
+    with torch.no_grad():
+        for name, parameter in wanted.named_parameters():
+            if "norm" not in name:
+                parameter.div_(2)  # of a Linear
     with Halved():
         halved = block(x)
-    attn = block.attn
-    assert not torch.allclose(halved, before, rtol=1e-3), "the mode saw every product"
-    assert attn is block.attn
+    torch.testing.assert_close(halved, wanted(x), atol=1e-5, rtol=1e-5)
 
 
 def test_own_modules_with_an_acting_weight() -> None:
