@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
-from vitkernels.ops import _recompute
+from vitkernels.ops import _steps
 
 
 @pytest.fixture(autouse=True)
@@ -258,15 +258,30 @@ def test_whole_model_trains_compiled() -> None:
         torch.testing.assert_close(got, wanted)
 
 
-def test_compiled_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recompute, "_SMALL", 0)
-    model, image = Model(), torch.randn(2, 3, 8, 12)
-    model(image).square().mean().backward()
+def _by_compiled_autograd(model: nn.Module, inputs: Tensor) -> list[vk.Call]:
+    """Gradients are the eager ones; returns the calls of the compiled backward pass."""
+    model(inputs).square().mean().backward()
     wanted = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    value = model(image).square().mean()
+    value = model(inputs).square().mean()
     with vk.record() as calls, torch._dynamo.compiled_autograd._enable(_compiled):
         value.backward()
-    ran = {(call.op, call.direction) for call in calls}
-    assert ran == {(op, "backward") for op in dispatch.OPS} | {("add_layer_norm", "forward")}, "the norm is made again"
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], wanted)
+    return calls
+
+
+def test_compiled_autograd() -> None:
+    calls = _by_compiled_autograd(Model(), torch.randn(2, 3, 8, 12))
+    assert {(call.op, call.direction) for call in calls} == {(op, "backward") for op in dispatch.OPS}
+
+
+@pytest.mark.parametrize("smallest", [0, 2**16], ids=["made again", "kept"])
+def test_compiled_autograd_of_steps(smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_steps, "_SMALL", smallest)
+    calls = _by_compiled_autograd(vk.nn.Block(24, 3), torch.randn(2, 5, 24))
+    forward = [call.op for call in calls if call.direction == "forward"]
+    assert forward == ([] if smallest else ["add_layer_norm", "add_layer_norm"]), (
+        "a norm that was not kept is made again"
+    )
+    ran = {call.op for call in calls if call.direction == "backward"}
+    assert ran == {"linear", "attention_qkv", "add_layer_norm", "mlp"}

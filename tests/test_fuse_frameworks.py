@@ -55,7 +55,8 @@ def test_compile_in_one_graph(name: str, compiler: str) -> None:
     fused.check_same({key.removeprefix("_orig_mod."): tensor for key, tensor in got.items()}, expected)
     assert {call.op for call in calls} == OPS
     sums = [call for call in calls if (call.op, call.direction) == ("add_layer_norm", "forward")]
-    assert len(sums) == 1 + 2 * 2, "from block to block, one op for an add and the norm after it"
+    # timm's blocks are in a Sequential, whose border is crossed; transformers' own loop runs its layers one by one
+    assert len(sums) == {"timm": 1 + 3, "transformers": 2 * 2}[name]
 
 
 def test_a_compiled_model_may_be_fused() -> None:

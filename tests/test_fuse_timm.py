@@ -10,6 +10,7 @@ import pytest
 import torch
 from timm_vit import OPS, timm, vit
 from torch import nn
+from torch_layers import Adds
 
 import vitkernels as vk
 
@@ -155,10 +156,11 @@ def test_masks(kind: str) -> None:
 def test_the_residual_add_runs_with_the_next_norm_from_block_to_block() -> None:
     model, images = vit(depth=3), torch.randn(2, 3, 32, 32)
     vk.fuse(model)
-    with vk.record() as calls:
+    with vk.record() as calls, Adds() as adds:
         model(images)
-    # the first norm alone, then one for each of the six residual adds: the last one makes the final norm
-    assert [call.op for call in calls].count("add_layer_norm") == 7
+    # the first norm alone, then one for each of the six residual adds but the last, which is torch's
+    assert [call.op for call in calls].count("add_layer_norm") == 1 + 5
+    assert adds.count == 2, "the last one, and that of the positions"
 
 
 def test_blocks_that_no_rule_knows_are_named() -> None:

@@ -18,6 +18,7 @@ import vitkernels as vk
 peers.import_timm()  # torchvision's schemas, which vit_pytorch imports ask for
 if importlib.util.find_spec("vit_pytorch") is None:
     pytest.skip("vit_pytorch is not installed", allow_module_level=True)
+from vit_pytorch import simple_vit  # noqa: E402
 
 OPS = {"linear", "attention_qkv", "add_layer_norm", "mlp"}
 WIDTHS = {"num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16, "mlp_dim": 64}
@@ -171,28 +172,27 @@ def test_a_loop_that_differs_is_declined(path: str, options: dict[str, Any], rea
     assert vk.explain(model).summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
 
 
-def _scaled_residual(self: Any, x: Tensor) -> Tensor:
-    for attn, ff in self.layers:
-        x = attn(x) + 0.9 * x
-        x = ff(x) + x
-    return self.norm(x)
+class ScaledResidual(simple_vit.Transformer):
+    def forward(self, x: Tensor) -> Tensor:
+        for attn, ff in self.layers:
+            x = attn(x) + 0.9 * x
+            x = ff(x) + x
+        return self.norm(x)
 
 
-def _leaky(self: Any, x: Tensor) -> Tensor:
-    x = self.norm(x)
-    q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.to_qkv(x).chunk(3, -1))
-    weights = self.attend(q @ k.transpose(-1, -2) * self.scale + 0.1 * torch.eye(x.shape[1]))
-    return self.to_out((weights @ v).transpose(1, 2).flatten(2))
+class Leaky(simple_vit.Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.to_qkv(x).chunk(3, -1))
+        weights = self.attend(q @ k.transpose(-1, -2) * self.scale + 0.1 * torch.eye(x.shape[1]))
+        return self.to_out((weights @ v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize(("part", "forward"), [("Transformer", _scaled_residual), ("Attention", _leaky)])
+@pytest.mark.parametrize(("part", "own"), [("Transformer", ScaledResidual), ("Attention", Leaky)])
 def test_the_trial_finds_another_formula_of_the_same_structure(
-    part: str, forward: Any, monkeypatch: pytest.MonkeyPatch
+    part: str, own: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vit_pytorch import simple_vit
-
-    stock = getattr(simple_vit, part)
-    monkeypatch.setattr(simple_vit, part, type(part, (stock,), {"forward": forward, "__module__": __name__}))
+    monkeypatch.setattr(simple_vit, part, own)
     model = build("simple_vit.SimpleViT", **SQUARE)
     with torch.no_grad():
         for parameter in model.transformer.parameters():
@@ -205,5 +205,18 @@ def test_the_trial_finds_another_formula_of_the_same_structure(
     else:
         vk.fuse(model)
         assert vk.explain(model).unfused == dict.fromkeys(
-            ["transformer.layers.0", "transformer.layers.1"], "attn is Attention, which is not fused"
+            ["transformer.layers.0", "transformer.layers.1"], "attn is Leaky, which is not fused"
         )
+
+
+@pytest.mark.parametrize(("part", "own"), [("Transformer", ScaledResidual), ("Attention", Leaky)])
+def test_a_forward_put_on_a_class_is_no_trial_matter(
+    part: str, own: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(getattr(simple_vit, part), "forward", own.forward)
+    model, x = build("simple_vit.SimpleViT", **SQUARE), torch.randn(IMAGE)
+    expected = fused.output_and_gradients(model, (x,))
+    with vk.record() as calls:
+        fused.check_same(fused.output_and_gradients(vk.fuse(model), (x,)), expected)
+    assert {call.op for call in calls} == (OPS if part == "Transformer" else OPS - {"linear", "attention_qkv"})
+    assert len(vk.explain(model).unfused) == 2

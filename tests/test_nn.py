@@ -11,11 +11,13 @@ import peers
 import pytest
 import torch
 from peers import SIZES
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
+from torch_layers import Adds
 
 import vitkernels as vk
 from vitkernels.nn import Block, VisionTransformer
+from vitkernels.ops.add_layer_norm import op as op_norm
 
 FUSED = {"patch_embed", "add_layer_norm", "linear", "attention_qkv", "mlp"}
 
@@ -52,31 +54,44 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
 # ------------------------------------------------------------------------------------------------------------- fusion
 
 
-def test_every_residual_add_runs_with_the_norm_after_it(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, torch.dtype]]:
+    """Of every forward launch of add_layer_norm: whether there was no add before the norm, and the norm's dtype."""
+    launched = []
+    run = op_norm.run
+
+    def spy(direction: str, args: tuple[Any, ...]) -> Any:
+        results = run(direction, args)
+        if direction == "forward":
+            launched.append((args[1] is None, results[1].dtype))
+        return results
+
+    monkeypatch.setattr(op_norm, "run", spy)
+    return launched
+
+
+def test_every_residual_add_runs_with_the_norm_after_it(norms: list[tuple[bool, torch.dtype]], images: Tensor) -> None:
     model = build(depth=3)
-    alone = []
-
-    def spy(x: Tensor, branch: Tensor | None, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        alone.append(branch is None)
-        return add_layer_norm(x, branch, *args, **options)
-
-    add_layer_norm = vk.ops.add_layer_norm
-    monkeypatch.setattr(vk.ops, "add_layer_norm", spy)
-    fused = model(images)
-    assert alone == [True] + 6 * [False], "only the first norm has no add before it"
-    alone.clear()
+    with Adds() as adds:
+        fused = model(images)
+    assert [alone for alone, _ in norms] == [True] + 6 * [False], "only the first norm has no add before it"
+    assert adds.count == 0
+    norms.clear()
     model.blocks[1].register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(model(images), fused)
-    assert alone == [True, False, True, False, True, False, False], "a hooked block has plain borders"
+    with Adds() as adds:
+        torch.testing.assert_close(model(images), fused)
+    assert [alone for alone, _ in norms] == [*3 * [True, False], True], "with a hook, every block is called by itself"
+    assert adds.count == 3
 
 
-def test_a_block_hands_over_what_it_normalised() -> None:
-    block, norm = Block(48, 3), nn.LayerNorm(48)
-    x = torch.randn(2, 5, 48)
-    expected = block(x)
-    total, normed = block(x, normed=block.norm1(x), next_norm=norm)
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(normed, norm(expected))
+def test_a_block_by_itself_adds_what_no_norm_follows() -> None:
+    block, x = Block(48, 3), torch.randn(2, 5, 48)
+    with vk.record() as calls, Adds() as adds:
+        got = block(x)
+    assert [call.op for call in calls].count("add_layer_norm") == 2
+    assert adds.count == 1
+    mid = x + block.attn(block.norm1(x))
+    torch.testing.assert_close(got, mid + block.mlp(block.norm2(mid)))
 
 
 def test_features_and_head(images: Tensor) -> None:
@@ -126,24 +141,19 @@ def test_autocast_keeps_the_residual_stream_in_float32(images: Tensor) -> None:
     assert {features.dtype, *seen} == {torch.float32}
 
 
-def test_autocast_writes_norms_in_the_dtype_of_the_products(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+def test_autocast_writes_norms_in_the_dtype_of_the_products(
+    norms: list[tuple[bool, torch.dtype]], images: Tensor
+) -> None:
     """So that nobody makes a second pass to round them; what is not a plain Linear gets them whole."""
-    operands: list[torch.dtype] = []
-    add_layer_norm = vk.ops.add_layer_norm
-
-    def spy(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        total, normed = add_layer_norm(*args, **options)
-        operands.append(normed.dtype)
-        return total, normed
-
-    monkeypatch.setattr(vk.ops, "add_layer_norm", spy)
     model = build()
     with torch.autocast("cpu", torch.bfloat16):
         model(images)
+        operands = [dtype for _, dtype in norms]
         assert operands == 4 * [torch.bfloat16] + [torch.float32], "the last one is the model's features"
-        operands.clear()
+        norms.clear()
         model.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
         model(images)
+        operands = [dtype for _, dtype in norms]
         assert operands == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
 
 

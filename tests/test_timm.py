@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels.nn import VisionTransformer, resize_pos_embed
+from vitkernels.ops import _steps
 
 timm = peers.import_timm()
 
@@ -99,21 +100,17 @@ def test_drop_path_rounds_as_timm_rounds(init_values: float | None) -> None:
     """Without LayerScale the branch is bfloat16 under autocast, and so is the factor 1 / keep."""
     factors = []
 
-    def spy(x: Tensor, branch: Tensor, *rest: Any, row_scale: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        factors.append(row_scale)
-        return add_layer_norm(x, branch, *rest, row_scale=row_scale, **options)
+    def spy(x: Tensor, added: _steps.Added, *rest: Any) -> tuple[Tensor, Tensor]:
+        factors.append(added.row_scale)
+        return mlp(x, added, *rest)
 
-    add_layer_norm = vk.ops.add_layer_norm
+    mlp = _steps.mlp
     block = vk.nn.Block(48, 3, drop_path=0.3, init_values=init_values)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16), vk.use("reference"):
-        patch.setattr(
-            vk.ops,
-            "add_layer_norm",
-            lambda x, branch, *rest, **options: (
-                add_layer_norm(x, None, *rest, **options) if branch is None else spy(x, branch, *rest, **options)
-            ),
-        )
-        block(torch.randn(64, 2, 48))
+        patch.setattr(_steps, "mlp", spy)
+        with vk.record() as calls:
+            block(torch.randn(64, 2, 48))
+    assert [call.op for call in calls].count("add_layer_norm") == 2
     (factor,) = factors
     dtype = torch.bfloat16 if init_values is None else torch.float32
     assert factor.dtype == dtype

@@ -12,6 +12,7 @@ from vitkernels import dispatch
 from vitkernels.fuse.swap import Fused
 from vitkernels.nn import Block
 from vitkernels.residual import genuine
+from vitkernels.residual.stream import Part
 
 _OWN_PARTS = (("attn", "linear, attention, linear"), ("mlp", "mlp"), ("residual", "add_layer_norm"))
 
@@ -110,11 +111,10 @@ def explain(model: nn.Module) -> Explanation:
         if inside and name.startswith(inside):
             continue
         if isinstance(module, Fused):
-            backend = _backend(module)
-            found = [
-                Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in module.parts()
-            ]
+            backend, reason = _backend(module), module.why_not_own()
             inner = module.block_names(module)
+            parts = module.parts() if reason is None else [Part("", "", reason, block) for block in inner or [""]]
+            found = [Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in parts]
         elif isinstance(module, Block):  # vitkernels' own
             found = [Row(name, part, served, _backend(module), None) for part, served in _OWN_PARTS]
             inner = [""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, PreNormBlock, is_swapped
@@ -35,7 +36,7 @@ class FusedSequential(Fused):
 
     def parts(self) -> list[Part]:
         blocks: Any = self
-        weight = next(self.parameters())
+        weight = next(self.parameters(), torch.empty(0, device="cpu"))  # none where a wrapper has taken them
         reasons = [_why_not(block, weight) for block in blocks]
         apart = [f"block {index} is called by itself: {reason}" for index, reason in enumerate(reasons) if reason]
         return [Part("borders", "add_layer_norm", "; ".join(apart) or None)]

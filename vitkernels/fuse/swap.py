@@ -93,9 +93,9 @@ class Fused(nn.Module):
         """
         reason = (
             why_not_around()
-            or self._why_not_own()
+            or self.why_not_own()
             or _why_not_call(x)
-            or why_why_not_tokens(x, self.reader(), self.axes)
+            or why_not_tokens(x, self.reader(), self.axes)
             or why_not_mask(mask, x)
             or why_not()
         )
@@ -110,7 +110,8 @@ class Fused(nn.Module):
         counts = self._vitkernels.fallbacks
         counts[reason] = counts.get(reason, 0) + 1
 
-    def _why_not_own(self) -> str | None:
+    def why_not_own(self) -> str | None:
+        """Why the module's own class must compute, whatever is called: somebody gave it another `forward`."""
         return f"somebody replaced the forward of {owner_name(self)}" if replaced(type(self)) else None
 
     def backend(self) -> contextlib.AbstractContextManager[object]:
@@ -161,7 +162,7 @@ def _why_not_call(x: Any) -> str | None:
     return f"called with a {type(x).__name__}, which acts itself" if acts(type(x)) else None
 
 
-def why_why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | None:
+def why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | None:
     """Why a call with these tokens is left to the stock module's own checks; None where it fits.
 
     Args:

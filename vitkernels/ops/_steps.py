@@ -199,7 +199,7 @@ class _Step:
         if plan is None:
             plan = self._planned(key, inputs)
         if branch is not None and branch.dtype != x.dtype:
-            inputs = (x.to(torch.promote_types(x.dtype, branch.dtype)), *inputs[1:])
+            inputs = (_widened(x, branch), *inputs[1:])
         if learns and torch.is_grad_enabled():
             return self.apply(plan, *inputs)
         return self._run(plan, False, *inputs)[:2]
@@ -207,7 +207,7 @@ class _Step:
     def _planned(self, key: Any, inputs: tuple[Any, ...]) -> _Plan:
         x, branch, weight, bias, _, branch_bias, scale, row_scale, dtype, *arguments = inputs
         check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
-        self.check(x, dtype, *arguments)
+        self.check(_widened(x, branch), dtype, *arguments)
         if len(self.plans) == _MOST:
             self.plans.clear()
         plan = self.plans[key] = _Plan()
@@ -271,6 +271,11 @@ class _Step:
             run = functools.partial(launch, "norm", op_norm)
             above = norm_backward(needs, dtotal, dnormed, of_norm, ctx.branch_dtype, run)
         return None, *above, None, *grads
+
+
+def _widened(x: Tensor, branch: Tensor | None) -> Tensor:
+    """The stream in the dtype of its sum with a branch."""
+    return x if branch is None else x.to(torch.promote_types(x.dtype, branch.dtype))
 
 
 def _launch_backward(plan: _Plan, grads: tuple[Tensor | None, ...], needs: Sequence[bool], kind: str) -> Launch:
@@ -408,9 +413,10 @@ def _attention_backward(launch, dy, normed, dtype, needs, arguments, kept):
     if inner:
         options = packed_options(qkv, num_heads, mask, is_causal, scale)
         dqkv, dmask = launch("attention", op_qkv, dheads, qkv, heads, *statistics, *options, needs[6])
-        dx, *packed = launch("qkv", op_linear, dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
-        grads[0] = dx if needs[0] else None
-        grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
+        if any(needs[:3]):  # else the mask alone learns
+            dx, *packed = launch("qkv", op_linear, dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
+            grads[0] = dx if needs[0] else None
+            grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
         grads[6] = dmask.reshape(mask.shape) if needs[6] else None
     return grads
 

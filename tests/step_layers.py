@@ -1,0 +1,168 @@
+"""One step of a residual stream on random tokens, by `ops/_steps.py` and by the public ops one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vitkernels as vk
+from vitkernels.ops import _steps
+
+B, N, D, F, H = 2, 5, 24, 40, 3
+KINDS = ("linear", "mlp", "attention")
+FACTORS = ("branch_bias", "scale", "row_scale")
+Results = tuple[Tensor, Tensor]  # total and the product
+OPS = {
+    "linear": ["linear"],
+    "mlp": ["mlp"],
+    "attention": ["linear", "attention_qkv", "linear"],
+}
+
+
+class Layer:
+    """The tensors of a step by name, all of which learn, and the two ways to run it.
+
+    Args:
+        kind: one of KINDS.
+        dtype: of every tensor.
+        bias: whether the norm and the products have one.
+        branch: whether something is added to the stream first.
+        factors: which of FACTORS the branch has.
+        mask: whether a mask [B, H, N, N] is added to attention's scores; it learns.
+        causal: whether attention is causal.
+        activation: of the feed-forward.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        bias: bool = True,
+        branch: bool = True,
+        factors: Collection[str] = (),
+        mask: bool = False,
+        causal: bool = False,
+        activation: str = "gelu",
+    ) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+        self.kind, self.causal, self.activation = kind, causal, activation
+        self.tensors = {"x": draw(B, N, D), "weight": draw(D)}
+        if branch:
+            self.tensors["branch"] = draw(B, N, D)
+            self.tensors |= {name: draw(B if name == "row_scale" else D) for name in factors}
+        hidden = {"linear": F, "mlp": F, "attention": 3 * D}[kind]
+        self.tensors["w1"] = draw(hidden, D)
+        if kind != "linear":
+            self.tensors["w2"] = draw(D, F if kind == "mlp" else D)
+        if bias:
+            self.tensors |= {"bias": draw(D), "b1": draw(hidden)}
+            if kind != "linear":
+                self.tensors["b2"] = draw(D)
+        if mask:
+            self.tensors["mask"] = draw(B, H, N, N)
+
+    def freeze(self, *names: str) -> None:
+        for name in names:
+            self.tensors[name].requires_grad_(False)
+
+    @property
+    def norm(self) -> _steps.Norm:
+        return _steps.Norm(self.tensors["weight"], self.tensors.get("bias"), 1e-5)
+
+    @property
+    def added(self) -> _steps.Added | None:
+        given = self.tensors
+        return _steps.Added(given["branch"], *(given.get(name) for name in FACTORS)) if "branch" in given else None
+
+    def together(self, **given: Tensor) -> Results:
+        """By the step; `given` stands for tensors of the layer."""
+        mine, self.tensors = self.tensors, {**self.tensors, **given}
+        try:
+            return self._together()
+        finally:
+            self.tensors = mine
+
+    def _together(self) -> Results:
+        x, w1, b1, w2, b2 = (self.tensors.get(name) for name in ("x", "w1", "b1", "w2", "b2"))
+        assert x is not None
+        assert w1 is not None
+        if self.kind == "linear":
+            return _steps.linear(x, self.added, self.norm, w1, b1)
+        assert w2 is not None
+        if self.kind == "mlp":
+            return _steps.mlp(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
+        options: dict[str, Any] = {"attn_mask": self.tensors.get("mask"), "is_causal": self.causal}
+        return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, **options)
+
+    def apart(self) -> Results:
+        """By the public ops."""
+        given = self.tensors
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        keep = given["x"].dtype == torch.float64
+        total, normed = vk.ops.add_layer_norm(
+            given["x"],
+            given.get("branch"),
+            given["weight"],
+            given.get("bias"),
+            1e-5,
+            out_dtype=None if keep else autocast,
+            **{name: given[name] for name in FACTORS if name in given},
+        )
+        w1, b1, w2, b2 = (given.get(name) for name in ("w1", "b1", "w2", "b2"))
+        assert w1 is not None
+        if self.kind == "linear":
+            return total, vk.ops.linear(normed, w1, b1)
+        assert w2 is not None
+        if self.kind == "mlp":
+            return total, vk.ops.mlp(normed, w1, b1, w2, b2, activation=self.activation)
+        qkv = vk.ops.linear(normed, w1, b1)
+        heads = vk.ops.attention_qkv(qkv, H, attn_mask=given.get("mask"), is_causal=self.causal)
+        return total, vk.ops.linear(heads, w2, b2)
+
+    def gradients(self, results: Results, use: str = "both", **options: Any) -> dict[str, Tensor | None]:
+        """Of every tensor that learns, from a loss that weighs all numbers of one of the results or of both."""
+        total, product = results
+        used = {"both": results, "total": (total,), "product": (product,)}[use]
+        learn = {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+        used = tuple(each for each in used if each.requires_grad)
+        if not used:
+            return dict.fromkeys(learn)
+        grads = torch.autograd.grad(
+            used, list(learn.values()), [weights_like(each) for each in used], allow_unused=True, **options
+        )
+        return dict(zip(learn, grads, strict=True))
+
+
+def weights_like(tensor: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, tensor.numel()).sin().view_as(tensor).to(tensor.dtype)
+
+
+def norms(calls: list[vk.Call]) -> int:
+    """Forward launches of add_layer_norm."""
+    return sum((call.op, call.direction) == ("add_layer_norm", "forward") for call in calls)
+
+
+def launches(calls: list[vk.Call]) -> tuple[list[str], list[str]]:
+    """The ops of a step's calls: forward in order, backward in any."""
+    forward = [call.op for call in calls if call.direction == "forward"]
+    return forward, sorted(call.op for call in calls if call.direction == "backward")
+
+
+def check_equal(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    """The same bits, and None where the other is None."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        mine = got[name]
+        if tensor is None or mine is None:
+            assert mine is tensor, f"{name}: only one of the two has a gradient"
+        else:
+            assert mine.dtype == tensor.dtype, name
+            assert torch.equal(mine, tensor), f"{name}: {(mine - tensor).abs().max()}"
