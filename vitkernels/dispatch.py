@@ -392,7 +392,7 @@ def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable
     """`apply` of the Function of plain calls; it needs no `setup_context` of torch's and no transforms."""
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = op.run("forward", args)
+        output = own(op.run("forward", args))
         setup_context(ctx, args, output)
         return output
 
@@ -413,6 +413,13 @@ def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..
     function: Any = type(name, (torch.autograd.Function,), members)
     # the base's own: what Function's adds to it serves setup_context and transforms
     return super(torch.autograd.Function, function).apply
+
+
+def own(results: Any) -> Any:
+    """Results as nobody's views: autograd would not let a caller write into one that a Function returned."""
+    if isinstance(results, torch.Tensor):
+        return torch.ops.aten._unsafe_view.default(results, results.shape) if results._is_view() else results
+    return tuple(map(own, results))
 
 
 def _scoped(gradients: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b
       });
     });
   }
-  Tensor y = torch::stable::view(packed(linear(activated, w2, b2)), with_width(shape_of(x), w2.size(0)));
-  return {y, save ? torch::stable::view(pre, with_width(shape_of(x), w1.size(0))) : nothing(x)};
+  Tensor y = reshaped(linear(activated, w2, b2), with_width(shape_of(x), w2.size(0)));
+  return {y, save ? reshaped(pre, with_width(shape_of(x), w1.size(0))) : nothing(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   }
   activated = nothing(x);  // its memory may serve the next products
   if (needs[1]) dw1 = gradient_of_weight(dh, rows);
-  if (needs[0]) dx = torch::stable::view(packed(gradient_of_input(dh, w1)), shape_of(x));
+  if (needs[0]) dx = reshaped(gradient_of_input(dh, w1), shape_of(x));
   return {dx, dw1, db1, dw2, needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x)};
 }
 

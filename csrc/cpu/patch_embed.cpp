@@ -148,7 +148,7 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
       gather(patches, grid, pixels, begin, end);
       const Tensor tokens = packed(linear(patches, weights, bias));
       if (alone) {
-        out = torch::stable::view(tokens, {grid.batch, out_tokens, width});
+        out = reshaped(tokens, {grid.batch, out_tokens, width});
         return;
       }
       const DType token_dtype = dtype_of(tokens);
@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
         gather(patches, grid, pixels, begin, end);
         const Tensor part = packed(gradient_of_weight(g, patches));
         if (one_part) {
-          dweight = torch::stable::view(part, shape_of(weight));
+          dweight = reshaped(part, shape_of(weight));
         } else {
           const Vector<A> values(part);
           for (int64_t i = 0; i < part.numel(); ++i) weight_sums[i] += values.get()[i];

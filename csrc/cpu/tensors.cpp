@@ -28,6 +28,12 @@ Shape shape_of(const Tensor& t) {
   return shape;
 }
 
+Tensor reshaped(const Tensor& t, const Shape& shape) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(packed(t)), torch::stable::detail::from(shape)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }

@@ -27,6 +27,8 @@ Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype);
 inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like, shape, like.scalar_type()); }
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 Shape shape_of(const Tensor& t);
+// A result in another shape, as no view of the other: who gets it may write into it.
+Tensor reshaped(const Tensor& t, const Shape& shape);
 Tensor packed(const Tensor& t);  // the tensor itself where it is already
 Tensor cast(const Tensor& t, ScalarType dtype);
 Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]

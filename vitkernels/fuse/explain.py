@@ -14,8 +14,6 @@ from vitkernels.nn import Block
 from vitkernels.residual import genuine
 from vitkernels.residual.stream import Part
 
-_OWN_PARTS = (("attn", "linear, attention, linear"), ("mlp", "mlp"), ("residual", "add_layer_norm"))
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -116,7 +114,8 @@ def explain(model: nn.Module) -> Explanation:
             parts = module.parts() if reason is None else [Part("", "", reason, block) for block in inner or [""]]
             found = [Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in parts]
         elif isinstance(module, Block):  # vitkernels' own
-            found = [Row(name, part, served, _backend(module), None) for part, served in _OWN_PARTS]
+            own = [part for sublayer in module.sublayers() for part in sublayer.parts()]
+            found = [Row(name, part.name, part.ops, _backend(module), part.why_not) for part in own]
             inner = [""]
         elif name in known:
             inner = known[name].match.rule.mixin.block_names(module)

@@ -49,6 +49,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*args, **options)
+        if compiled is None:  # another process compiles it, says a hook of Triton's
+            return
         if len(_compiled) == _MOST:
             _compiled.clear()
         defaults = {each.name: each.default for each in kernel.params}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels.kernels.common import column_sum, column_sum_variant
@@ -24,9 +24,7 @@ def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
-    y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitkernels.kernels import capability, configs
@@ -102,10 +103,6 @@ def _launch(
     )
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-
-
 def _activated(pre: Tensor, activation: str) -> Tensor:
     """f(pre) by the forward kernel, which takes pre for a product that is there."""
     activated = torch.empty_like(pre)
@@ -128,7 +125,7 @@ def forward(
     sizes = (lead.numel(), w1.shape[0], w1.shape[1])
     rows = x.reshape(sizes[0], sizes[2])  # a view, unless the leading axes do not merge into one stride
     if x.dtype == torch.float32:
-        pre = _linear(rows, w1, b1)
+        pre = F.linear(rows, w1, b1)
         activated = _activated(pre, activation)
     else:
         pre = x.new_empty(sizes[:2]) if save else nothing(x)
@@ -136,7 +133,7 @@ def forward(
         bias = None if b1 is None else b1.contiguous()  # one row: packing a strided one costs nothing
         tile = _tile(configs.MLP_FORWARD, *sizes[:2], x)
         _launch(forward_kernel, tile, rows, w1, (bias, pre if save else None, activated), sizes, activation)
-    y = _linear(activated, w2, b2).reshape(*lead, w2.shape[0])
+    y = F.linear(activated.view(*lead, sizes[1]), w2, b2)
     return y, pre.reshape(*lead, sizes[1]) if save else nothing(x)
 
 

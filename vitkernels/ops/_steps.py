@@ -247,7 +247,7 @@ class _Step:
         if not any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale)):
             ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
         ctx.set_materialize_grads(False)
-        return total, result
+        return total, dispatch.own(result)
 
     def _backward(self, ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[Tensor | None, ...]:
         normed, bias, *saved = saved_tensors(ctx)

@@ -38,7 +38,7 @@ def draw_uniform(module: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tenso
 LAYER_NORMS: dict[str, Callable[[nn.Module], str | None]] = {  # why a module of the class is no plain LayerNorm
     "torch.nn.modules.normalization.LayerNorm": lambda norm: None,
 }
-LINEARS: set[str] = set()  # those that make their bias at each call, and multiply as nn.Linear does
+MASKED_LINEARS: set[str] = set()  # nn.Linear with bias * bias_mask, made at each call
 LAYER_SCALES: dict[str, str] = {"vitkernels.nn.layer_scale.LayerScale": "gamma"}  # the name of the parameter
 DROP_PATHS: dict[str, Draw] = {"vitkernels.nn.drop_path.DropPath": draw_bernoulli}
 ACTIVATIONS: dict[str, Callable[[nn.Module], str]] = {
@@ -48,8 +48,14 @@ ACTIVATIONS: dict[str, Callable[[nn.Module], str]] = {
 }
 FUNCTIONS: dict[Callable[..., Tensor], str] = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
 
+_tried_linears: set[type] = set()
 _tried_scales: dict[type, str] = {}
 _tried_paths: dict[type, Draw] = {}
+
+
+def is_masked_linear(module: nn.Module) -> bool:
+    """Whether a Linear multiplies its bias by a mask at each call."""
+    return owner_name(module) in MASKED_LINEARS or owner(module) in _tried_linears
 
 
 def scale_name(module: nn.Module) -> str | None:
@@ -66,7 +72,7 @@ def drop_path_draw(module: nn.Module) -> Draw | None:
 
 
 def try_out(module: nn.Module) -> None:
-    """Learn of every class inside a module that it is a LayerScale or a DropPath, where it computes the same.
+    """Learn of every class inside a module that it is a LayerScale, a DropPath or a masked Linear, if it computes so.
 
     Args:
         module: one whose structure is known and whose package is not; it is left alone.
@@ -75,7 +81,10 @@ def try_out(module: nn.Module) -> None:
         kind = owner(each)
         if each._modules or why_not_read(each) is not None or scale_name(each) or drop_path_draw(each):
             continue
-        if list(each._parameters) == ["gamma"] and _is_scale(kind, each):
+        if isinstance(each, nn.Linear) and "bias_mask" in each._buffers:
+            if _is_masked(each):
+                _tried_linears.add(kind)
+        elif list(each._parameters) == ["gamma"] and _is_scale(kind, each):
             _tried_scales[kind] = "gamma"
         elif not each._parameters and isinstance(getattr(each, "drop_prob", None), float | int):
             draw = next((draw for draw in (draw_bernoulli, draw_uniform) if _draws_so(kind, each, draw)), None)
@@ -92,6 +101,18 @@ def _twin(kind: type[nn.Module], module: nn.Module, **attributes: object) -> nn.
     for name, value in attributes.items():
         setattr(twin, name, value)
     return twin
+
+
+@torch.no_grad()
+def _is_masked(linear: nn.Linear) -> bool:
+    """Whether a Linear of random weights computes with bias * bias_mask."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(3, linear.in_features, generator=generator, dtype=torch.float32, device="cpu").to(linear.weight)
+    try:
+        bias = None if linear.bias is None else linear.bias * linear.bias_mask  # type: ignore[operator]
+        return torch.equal(linear(x), F.linear(x, linear.weight, bias))
+    except Exception:
+        return False
 
 
 @torch.no_grad()

@@ -107,14 +107,14 @@ def operand_dtype(reader: nn.Module | None, x: Tensor) -> torch.dtype | None:
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
         return None
-    if reader is not None and _rounds(owner(reader)) and why_not_part("", reader) is None:
+    if reader is not None and _rounds(reader) and why_not_part("", reader) is None:
         return dtype
     return torch.float32 if x.is_cuda else None
 
 
-def _rounds(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class round what they are given to autocast's dtype."""
-    return kind in (nn.Linear, nn.MultiheadAttention) or name_of(kind) in known.LINEARS
+def _rounds(reader: nn.Module) -> bool:
+    """Whether the module rounds what it is given to autocast's dtype."""
+    return owner(reader) in (nn.Linear, nn.MultiheadAttention) or known.is_masked_linear(reader)
 
 
 # ------------------------------------------------------------------------------------------------------ activation

@@ -18,7 +18,7 @@ from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
 from vitkernels.ops._check import integer, is_integer
-from vitkernels.residual import genuine, known, parts
+from vitkernels.residual import known, parts
 from vitkernels.residual.stream import Branch, Part, Step, Sublayer
 from vitkernels.residual.sublayers import (
     ATTENTION,
@@ -35,7 +35,7 @@ from vitkernels.residual.sublayers import (
     why_not_linears,
 )
 
-known.LINEARS.add("dinov3.layers.attention.LinearKMaskedBias")
+known.MASKED_LINEARS.add("dinov3.layers.attention.LinearKMaskedBias")
 known.LAYER_SCALES.update(dict.fromkeys((f"dinov{n}.layers.layer_scale.LayerScale" for n in (2, 3)), "gamma"))
 known.DROP_PATHS["dinov2.layers.drop_path.DropPath"] = known.draw_bernoulli
 Rope = tuple[Tensor, Tensor]  # sines and cosines, each [patches, K], or with samples and heads in front
@@ -152,9 +152,7 @@ def _biased(attn_bias: Any) -> str | None:
 
 def _is_masked(qkv: Any) -> bool:
     """Whether this is DINOv3's LinearKMaskedBias, and may be read around."""
-    kind = genuine.owner(qkv)
-    named = kind.__name__ == "LinearKMaskedBias" and issubclass(kind, nn.Linear)  # of a block that was tried, or Meta's
-    return named and parts.why_not_part("qkv", qkv) is None
+    return known.is_masked_linear(qkv) and parts.why_not_part("qkv", qkv) is None
 
 
 def _project(qkv: Any, x: Tensor) -> Tensor:
@@ -295,7 +293,7 @@ class FusedSelfAttentionBlock(FusedBlock):
 
 
 def _is_block(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "sample_drop_ratio", None), float | int)
+    return isinstance(vars(module).get("sample_drop_ratio"), float | int)  # its own: wrappers hand on what is inside
 
 
 _STEPS = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
