@@ -38,6 +38,13 @@ def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool =
         TypeError: an argument that is no floating-point tensor.
         ValueError: shapes that do not fit, an odd K, a prefix that x does not have, or tensors on different devices.
     """
+    prefix = _check.integer(prefix)
+    _check_args(x, sin, cos, prefix)
+    return op(x, _with_four_axes(sin), _with_four_axes(cos), prefix, bool(half))
+
+
+@_check.once
+def _check_args(x: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> None:
     name = "rotary"
     _check.is_tensor(name, x=x, sin=sin, cos=cos, optional={})
     _check.is_floating(name, x=x, sin=sin, cos=cos)
@@ -45,28 +52,23 @@ def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool =
     batch, heads, tokens, width = x.shape
     if width == 0 or width % 2:
         raise ValueError(f"{name}: argument 'x' has a last axis of {width}; needs an even number, 2 or more, for pairs")
-    prefix = _check.integer(prefix)
     if not _check.is_integer(prefix) or not 0 <= prefix <= tokens:
         raise ValueError(f"{name}: argument 'prefix' is {prefix!r}; needs an int from 0 to x's {tokens} tokens")
-    sin, cos = (
-        _as_positions(name, each_name, each, (batch, heads, tokens - prefix, width))
-        for each_name, each in (("sin", sin), ("cos", cos))
-    )
-    return op(x, sin, cos, prefix, bool(half))
-
-
-def _as_positions(name: str, tensor_name: str, tensor: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """sin or cos with four axes, each of size 1 or the positions'."""
-    fits = tensor.dim() <= 4 and all(
-        size == 1 or size == wanted  # not `in`: dynamo finds no traced size in a tuple
-        for size, wanted in zip(reversed(tensor.shape), reversed(positions), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"{name}: argument '{tensor_name}' has shape {list(tensor.shape)}; "
-            f"needs one that broadcasts to [B, H, N - prefix, K] = {list(positions)}"
+    positions = (batch, heads, tokens - prefix, width)
+    for tensor_name, tensor in (("sin", sin), ("cos", cos)):
+        fits = tensor.dim() <= 4 and all(
+            size == 1 or size == wanted  # not `in`: dynamo finds no traced size in a tuple
+            for size, wanted in zip(reversed(tensor.shape), reversed(positions), strict=False)
         )
-    return tensor[(None,) * (4 - tensor.dim())]
+        if not fits:
+            raise ValueError(
+                f"{name}: argument '{tensor_name}' has shape {list(tensor.shape)}; "
+                f"needs one that broadcasts to [B, H, N - prefix, K] = {list(positions)}"
+            )
+
+
+def _with_four_axes(positions: Tensor) -> Tensor:
+    return positions[(None,) * (4 - positions.dim())]
 
 
 def why_not_fused(direction: str, args: tuple[Any, ...]) -> str | None:
