@@ -191,6 +191,52 @@ def test_comparisons() -> None:
         assert compute(f"setp.num.{kind}", "pred", [kind, kind], *given) == [not each for each in unordered]
 
 
+def test_two_floats_in_64_bits() -> None:
+    """f32x2 of sm_100 and later: each half as by itself."""
+    values = [1.5, -0.0, 3e38, 1 + 2.0**-23]
+    rows = [(a, b, c) for a in values for b in values for c in values[:2]]
+
+    def pack(low: float, high: float) -> int:
+        return bits_of(low, "f32") | bits_of(high, "f32") << 32
+
+    columns = [[pack(row[n], row[(n + 1) % 3]) for row in rows] for n in range(3)]
+    for name in ("add", "sub", "mul", "fma"):
+        count = 3 if name == "fma" else 2
+        got = compute(f"{name}.rn.f32x2", "u64", ["u64"] * count, *columns[:count])
+        plain = f"{name}.rn.f32"
+        low = compute(plain, "f32", ["f32"] * count, *([row[n] for row in rows] for n in range(count)))
+        high = compute(plain, "f32", ["f32"] * count, *([row[(n + 1) % 3] for row in rows] for n in range(count)))
+        assert got == [pack(*both) for both in zip(low, high, strict=True)], name
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_halves_and_a_float(kind: str) -> None:
+    """Mixed operands of sm_100 and later: add.f32.bf16 d, a, c; fma.rn.f32.bf16 d, a, b, c."""
+    a, b, c = [1.5, -2.0, 0.25], [3.0, 0.5, -8.0], [2.0**-24, 1e10, 7.0]
+    x, y = ([bits_of(each, kind) for each in column] for column in (a, b))
+    for name, function in (("add", lambda p, r: p + r), ("sub", lambda p, r: p - r)):
+        got = compute(f"{name}.rn.f32.{kind}", "f32", [kind, "f32"], x, c)
+        exact = [exactly(function, "f32")(p, rounded(Fraction(r), "f32")) for p, r in zip(a, c, strict=True)]
+        assert got == exact, name
+    got = compute(f"fma.rn.f32.{kind}", "f32", [kind, kind, "f32"], x, y, c)
+    exact = [
+        exactly(lambda p, q, r: p * q + r, "f32")(p, q, rounded(Fraction(r), "f32"))
+        for p, q, r in zip(a, b, c, strict=True)
+    ]
+    assert got == exact
+
+
+def test_the_greatest_of_three() -> None:
+    rows = list(itertools.product([1.0, -2.0, NAN, 5.0], repeat=3))
+    columns = [list(each) for each in zip(*rows, strict=True)]
+    for name, function in (("max", max), ("min", min)):
+        got = compute(f"{name}.f32", "f32", ["f32"] * 3, *columns)
+        want = [function([x for x in row if x == x], default=NAN) for row in rows]
+        assert all(same(x, y) for x, y in zip(got, want, strict=True)), name
+    got = compute("max.NaN.f32", "f32", ["f32"] * 3, *columns)
+    assert [math.isnan(x) for x in got] == [any(math.isnan(x) for x in row) for row in rows]
+
+
 # ------------------------------------------------------------------------------------------------------ conversions
 
 AWKWARD = [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.49, -3.51, 1e10, -1e10, 3e38, -3e38, INF, -INF, NAN, 255.5]
@@ -274,3 +320,82 @@ def test_whole_floats_and_tf32() -> None:
     assert compute("cvt.sat.f32.f32", "f32", ["f32"], [2.5, -1.2, 0.25, NAN]) == [1.0, 0.0, 0.25, 0.0]
     tie = 1 + 2.0**-11  # ties go away from zero
     assert compute("cvt.rna.tf32.f32", "f32", ["f32"], [tie, -tie, 1 + 2.0**-12]) == [1 + 2.0**-10, -1 - 2.0**-10, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------------- packed and relu
+
+
+def joined(low: list[float], high: list[float], kind: str) -> list[int]:
+    return [bits_of(x, kind) | bits_of(y, kind) << 16 for x, y in zip(low, high, strict=True)]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_packed_forms(kind: str) -> None:
+    """What single halves have, for both halves of a word."""
+    a = [1.0, -2.0, 0.5, NAN, -0.0, 3.0]
+    b = [2.0, -2.0, NAN, 1.0, 0.0, -3.0]
+    c = [0.25, 1.0, 1.0, 1.0, 1.0, 1.0]
+    x, y, z = joined(a, b, kind), joined(b, a, kind), joined(c, c[::-1], kind)
+
+    def halves(opcode: str, *columns: list[int]) -> tuple[list[float], list[float]]:
+        words = compute(f"{opcode}.{kind}x2", "u32", ["u32"] * len(columns), *columns)
+        return [number_of(each & 0xFFFF, kind) for each in words], [number_of(each >> 16, kind) for each in words]
+
+    def singles(opcode: str, *columns: list[float]) -> list[float]:
+        bits = [[bits_of(each, kind) for each in column] for column in columns]
+        return [number_of(each, kind) for each in compute(f"{opcode}.{kind}", kind, [kind] * len(bits), *bits)]
+
+    for opcode, low, high in (
+        ("min", (a, b), (b, a)), ("max", (a, b), (b, a)), ("max.NaN", (a, b), (b, a)), ("neg", (a,), (b,)),
+        ("abs", (a,), (b,)), ("fma.rn", (a, b, c), (b, a, c[::-1])), ("ex2.approx.ftz" if kind == "bf16" else "ex2.approx", (a,), (b,)),
+        ("tanh.approx", (a,), (b,)), ("fma.rn.relu", (a, b, c), (b, a, c[::-1])),
+    ):  # fmt: skip
+        got = halves(opcode, *(x, y, z)[: len(low)])
+        for half, operands in zip(got, (low, high), strict=True):
+            assert all(same(p, q) for p, q in zip(half, singles(opcode, *operands), strict=True)), (opcode, half)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_packed_comparisons(kind: str) -> None:
+    """Two predicates: of the lower halves, and of the upper ones."""
+    low, high, other = [1.0, 2.0, NAN], [3.0, -1.0, 1.0], [2.0, 2.0, 2.0]
+    for how, function in (("lt", lambda p, q: p < q), ("gt", lambda p, q: p > q), ("eq", lambda p, q: p == q)):
+        for number, given in enumerate((low, high)):
+            names = "%y|%p9" if number == 0 else "%p9|%y"
+            got = compute(
+                f"setp.{how}.{kind}x2", "pred", ["u32", "u32"], joined(low, high, kind), joined(other, other, kind),
+                destination=names,
+            )  # fmt: skip
+            assert got == [function(*row) for row in zip(given, other, strict=True)], (how, number)
+
+
+def test_a_comparison_and_its_opposite() -> None:
+    """setp p|q: q is the opposite, before the third operand comes in."""
+    got = compute(
+        "setp.lt.and.s32", "pred", ["s32", "s32", "pred"], [1, 1, 3], [2, 2, 2], [1, 0, 1], destination="%p9|%y"
+    )
+    assert got == [0, 0, 1]
+
+
+def test_negative_results_to_zero() -> None:
+    """.relu: -NaN apart, nothing below 0."""
+    for kind in HALVES:
+        got = compute(f"cvt.rn.relu.{kind}.f32", "b16", ["f32"], [-1.5, 2.5, -0.0])
+        assert [abs(number_of(each, kind)) for each in got] == [0.0, 2.5, 0.0]
+        words = compute(f"cvt.rn.relu.{kind}x2.f32", "u32", ["f32", "f32"], [-1.5, 2.5], [4.0, -1.0])
+        assert [(number_of(each >> 16, kind), number_of(each & 0xFFFF, kind)) for each in words] == [
+            (0.0, 4.0),
+            (2.5, 0.0),
+        ]
+
+
+def test_approximations_of_halves() -> None:
+    for kind in HALVES:
+        for name, function in (("ex2.approx", lambda x: 2.0**x), ("tanh.approx", math.tanh)):
+            form = "ex2.approx.ftz" if (kind, name) == ("bf16", "ex2.approx") else name
+            given = [0.0, 1.0, -2.5, 0.125]
+            got = compute(f"{form}.{kind}", kind, [kind], [bits_of(each, kind) for each in given])
+            limit = 2.0**-7 if kind == "bf16" else 2.0**-10
+            assert all(
+                math.isclose(number_of(a, kind), function(x), rel_tol=limit) for a, x in zip(got, given, strict=True)
+            )

@@ -37,9 +37,11 @@ _CHANGES: dict[str, Callable[[Any, Any], Any]] = {
 def _add_halves(kind: str) -> Callable[[Any, Any], Any]:
     def add(old: Any, new: Any) -> Any:
         base = kind.removesuffix("x2")
-        if kind == base:
-            wide = [floats.from_bf16(x) if base == "bf16" else x.view("f2").astype("f4") for x in (old, new)]
-            return floats.half_bits(np.atleast_1d(wide[0] + wide[1]), base)[0]
+        if kind == "f16":
+            return (old.astype("f4") + new.astype("f4")).astype("f2")
+        if kind == "bf16":
+            wide = floats.from_bf16(np.atleast_1d(old)) + floats.from_bf16(np.atleast_1d(new))
+            return floats.bf16_bits(wide)[0]
         pairs = [floats.unpack(base)(np.atleast_1d(x)) for x in (old, new)]
         return floats.pack(pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1], base)[0]
 
