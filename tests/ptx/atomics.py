@@ -10,7 +10,7 @@ import numpy as np
 from ptx import floats
 from ptx.memory import ordering, space_of
 from ptx.operands import Address, Instruction
-from ptx.spaces import _local_index, grains, shared_offset, windows
+from ptx.spaces import grains, local_index, shared_offset, windows
 from ptx.state import Strand
 from ptx.step import DTYPES, Result, Step, define, register
 
@@ -56,7 +56,7 @@ def _places(strand: Strand, space: str, address: Any, active: Any, size: int, i:
         cohort.order.on_atomic(group.launch, i, *grains(strand, offset, size, active))
         return cohort.shared[size], strand.full((offset >> _SHIFT[size]) + group.base[size])
     if space == "local":
-        index = _local_index(strand, address, size, active, i) >> _SHIFT[size]
+        index = local_index(strand, address, size, active, i) >> _SHIFT[size]
         return cohort.local.view(f"i{size}"), index
     region, offset = group.launch.memory.place(strand, address, active, size, i)
     elements = strand.full(offset // region.item)

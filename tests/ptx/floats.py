@@ -139,7 +139,7 @@ def _fused_half(a: Any, b: Any, c: Any) -> Any:
     return wide
 
 
-def _to_odd(wide: Any) -> Any:
+def to_odd(wide: Any) -> Any:
     """float64 to float32 by rounding to odd: a later rounding to bfloat16 is as if there had been no first one."""
     out = wide.astype("f4")
     error = wide - out
@@ -157,7 +157,7 @@ def _half_step(i: Instruction, kind: str, function: Callable[..., Any], count: i
         out = function(*values)
         if relu:
             out = np.where(np.isnan(out), out, np.maximum(out, 0))
-        return _to_odd(out) if out.dtype == np.float64 and base == "bf16" else out
+        return to_odd(out) if out.dtype == np.float64 and base == "bf16" else out
 
     if kind.endswith("x2"):
         split = unpack(base)
@@ -313,7 +313,7 @@ def _(i: Instruction) -> Step:
         if len(destinations) > 1:
             answers.append(~answers[0])
         if more:
-            answers = [integers._LOGIC[combine](each, more[0]) for each in answers]
+            answers = [integers.LOGIC[combine](each, more[0]) for each in answers]
         return answers if len(destinations) > 1 else answers[0]
 
     if combine:

@@ -84,9 +84,9 @@ def listing(outcomes: dict[str, Planted], version: str) -> str:
     lines = [
         "# Faults that nothing shows",
         "",
-        f"Planted one at a time in the PTX of triton {version}, bfloat16 (`faults.py` plants them, `plant.py` says where):",
-        f"{seen} of {needed} are seen by the machine. The others change nothing, each by a rule that `faults.redundant` and",
-        "`trace.py` hold it to; what is neither seen nor shown to be redundant is listed as open.",
+        f"Planted one at a time in the PTX of triton {version}, bfloat16 (`plant.py` says in which kernels): {seen} of",
+        f"{needed} are seen by the machine. The others change nothing, each by a rule that `faults.redundant` holds it",
+        "to; what is neither seen nor shown to be redundant is listed as open.",
         "",
         "| kernel | fault | times | why it changes nothing |",
         "| --- | --- | ---: | --- |",
