@@ -1,58 +1,17 @@
-"""Floating-point instructions and conversions of the machine against exact arithmetic, rounded once."""
+"""Floating-point instructions of the machine against exact arithmetic, rounded once."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
-from ptx.rounding import bits_of, number_of, rounded
+from ptx.rounding import HALVES, bits_of, exactly, hold, number_of, numbers, rounded, same
 from ptx.snippet import compute
 
 NAN, INF = math.nan, math.inf
-HALVES = ["f16", "bf16"]
-
-
-def numbers(kind: str, count: int = 60) -> list[float]:
-    """Finite numbers of a format: edges, neighbours of powers of two, and some by chance."""
-    chance = random.Random(kind)
-    found = [0.0, -0.0, 1.0, -1.0, 1.5, 3.0, -2.5, 0.1, 1e-3, 1024.0, 65504.0, -7e-5, 5e-8]
-    found += [1 + 2.0**-n for n in (7, 8, 10, 11, 12, 23)] + [1 - 2.0**-n for n in (8, 9, 11, 12, 24)]
-    found += [chance.uniform(-4, 4) * 2.0 ** chance.randint(-12, 12) for _ in range(count)]
-    return [rounded(Fraction(each), kind) if each else each for each in found]
-
-
-def same(a: float, b: float) -> bool:
-    return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
-
-
-def hold(
-    opcode: str, kind: str, rows: list[tuple[float, ...]], expected: Callable[..., float], result: str = ""
-) -> None:
-    """The instruction's results on rows of operands; halves travel as bits."""
-    result = result or kind
-    pack = (lambda each: bits_of(each, kind)) if kind in HALVES else (lambda each: each)
-    columns = [[pack(each) for each in column] for column in zip(*rows, strict=True)]
-    for begin in range(0, len(rows), 512):
-        part = [column[begin : begin + 512] for column in columns]
-        got = compute(opcode, result, [kind] * len(part), *part)
-        got = [number_of(each, result) if result in HALVES else each for each in got]
-        for row, a in zip(rows[begin : begin + 512], got, strict=True):
-            b = expected(*row)
-            assert same(a, b), f"{opcode} {row}: got {a!r}, needs {b!r}"
-
-
-def exactly(function: Callable[..., Fraction], kind: str) -> Callable[..., float]:
-    """An operation on exact numbers, rounded once; a result of zero has the sign that IEEE 754 says, as Python's."""
-
-    def expected(*row: float) -> float:
-        exact = function(*map(Fraction, row))
-        return rounded(exact, kind) if exact else float(function(*row))
-
-    return expected
 
 
 SUMS: dict[str, Callable[..., Fraction]] = {
@@ -191,86 +150,127 @@ def test_comparisons() -> None:
         assert compute(f"setp.num.{kind}", "pred", [kind, kind], *given) == [not each for each in unordered]
 
 
-# ------------------------------------------------------------------------------------------------------ conversions
+def test_two_floats_in_64_bits() -> None:
+    """f32x2 of sm_100 and later: each half as by itself."""
+    values = [1.5, -0.0, 3e38, 1 + 2.0**-23]
+    rows = [(a, b, c) for a in values for b in values for c in values[:2]]
 
-AWKWARD = [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.49, -3.51, 1e10, -1e10, 3e38, -3e38, INF, -INF, NAN, 255.5]
+    def pack(low: float, high: float) -> int:
+        return bits_of(low, "f32") | bits_of(high, "f32") << 32
 
-
-@pytest.mark.parametrize("kind", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
-def test_floats_to_integers(kind: str) -> None:
-    """Rounded as named, clamped to the range; NaN is 0."""
-    bits = int(kind[1:])
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind[0] == "s" else (0, 2**bits - 1)
-    ways: dict[str, Callable[[float], int]] = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
-    given = [rounded(Fraction(x), "f32") if math.isfinite(x) and x else x for x in AWKWARD]
-    for how, function in ways.items():
-        want = [
-            0 if x != x else low if x == -INF else high if x == INF else min(max(function(x), low), high) for x in given
-        ]
-        stored = kind if bits > 8 else f"{kind[0]}16"
-        got = compute(f"cvt.{how}.{kind}.f32", stored, ["f32"], given)
-        assert got == want, (how, kind)
-
-
-@pytest.mark.parametrize("source", ["u16", "s16", "u32", "s32", "u64", "s64"])
-def test_integers_to_floats(source: str) -> None:
-    bits = int(source[1:])
-    given = [0, 1, 2, 255, 2**15 - 1, 2**24 + 1, 2**24 + 3, 2**31 - 1, 2**53 + 1, 2**63 - 1]
-    given = [each for each in given if each < 2 ** (bits - 1)] + ([-1, -(2 ** (bits - 1))] if source[0] == "s" else [])
-    for kind in ("f32", "f64"):
-        want = [rounded(Fraction(each), kind) for each in given]
-        assert compute(f"cvt.rn.{kind}.{source}", kind, [source], given) == want
-    if bits <= 32:
-        want = [rounded(Fraction(each), "f32", "rz") for each in given]
-        assert compute(f"cvt.rz.f32.{source}", "f32", [source], given) == want
-        for kind in HALVES:
-            got = compute(f"cvt.rn.{kind}.{source}", "b16", [source], given)
-            assert [number_of(each, kind) for each in got] == [rounded(Fraction(each), kind) for each in given], kind
-
-
-def test_integers_to_integers() -> None:
-    """Widened by their own sign, cut to the width, clamped where .sat is asked for."""
-    assert compute("cvt.s64.s32", "s64", ["s32"], [-1, 5]) == [-1, 5]
-    assert compute("cvt.u64.u32", "u64", ["u32"], [0xFFFFFFFF]) == [0xFFFFFFFF]
-    assert compute("cvt.u32.u64", "u32", ["u64"], [0x123456789A]) == [0x3456789A]
-    assert compute("cvt.s32.s8", "s32", ["s32"], [0x80, 0x17F]) == [-128, 127]
-    assert compute("cvt.u32.u8", "u32", ["s32"], [0x180]) == [0x80]
-    assert compute("cvt.s16.s32", "s16", ["s32"], [0x18000]) == [-32768]
-    assert compute("cvt.sat.s16.s32", "s16", ["s32"], [40000, -40000, 7]) == [32767, -32768, 7]
-    assert compute("cvt.sat.u16.s32", "u16", ["s32"], [-5, 70000]) == [0, 65535]
+    columns = [[pack(row[n], row[(n + 1) % 3]) for row in rows] for n in range(3)]
+    for name in ("add", "sub", "mul", "fma"):
+        count = 3 if name == "fma" else 2
+        got = compute(f"{name}.rn.f32x2", "u64", ["u64"] * count, *columns[:count])
+        plain = f"{name}.rn.f32"
+        low = compute(plain, "f32", ["f32"] * count, *([row[n] for row in rows] for n in range(count)))
+        high = compute(plain, "f32", ["f32"] * count, *([row[(n + 1) % 3] for row in rows] for n in range(count)))
+        assert got == [pack(*both) for both in zip(low, high, strict=True)], name
 
 
 @pytest.mark.parametrize("kind", HALVES)
-def test_halves(kind: str) -> None:
-    """float32 to a half, to nearest even; a half to float32, exactly; two to a packed pair, the first one above."""
-    wide = [*numbers("f32"), *numbers(kind), INF, -INF, 65519.0, 65520.0, 3.4e38, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25]
-    wide = [rounded(Fraction(each), "f32") if math.isfinite(each) and each else each for each in wide]
-    want = [rounded(Fraction(x), kind) if math.isfinite(x) and x else x for x in wide]
-    got = compute(f"cvt.rn.{kind}.f32", "b16", ["f32"], wide)
-    assert all(same(number_of(a, kind), b) for a, b in zip(got, want, strict=True))
-    back = compute(f"cvt.f32.{kind}", "f32", [kind], got)
-    assert all(same(a, b) for a, b in zip(back, want, strict=True))
-    both = compute(f"cvt.rn.{kind}x2.f32", "u32", ["f32", "f32"], wide, wide[::-1])
-    assert [each >> 16 for each in both] == got
-    assert [each & 0xFFFF for each in both] == got[::-1]
-    assert math.isnan(number_of(compute(f"cvt.rn.{kind}.f32", "b16", ["f32"], [NAN])[0], kind))
+def test_halves_and_a_float(kind: str) -> None:
+    """Mixed operands of sm_100 and later: add.f32.bf16 d, a, c; fma.rn.f32.bf16 d, a, b, c."""
+    a, b, c = [1.5, -2.0, 0.25], [3.0, 0.5, -8.0], [2.0**-24, 1e10, 7.0]
+    x, y = ([bits_of(each, kind) for each in column] for column in (a, b))
+    for name, function in (("add", lambda p, r: p + r), ("sub", lambda p, r: p - r)):
+        got = compute(f"{name}.rn.f32.{kind}", "f32", [kind, "f32"], x, c)
+        exact = [exactly(function, "f32")(p, rounded(Fraction(r), "f32")) for p, r in zip(a, c, strict=True)]
+        assert got == exact, name
+    got = compute(f"fma.rn.f32.{kind}", "f32", [kind, kind, "f32"], x, y, c)
+    exact = [
+        exactly(lambda p, q, r: p * q + r, "f32")(p, q, rounded(Fraction(r), "f32"))
+        for p, q, r in zip(a, b, c, strict=True)
+    ]
+    assert got == exact
 
 
-def test_float64_to_narrower() -> None:
-    given = [1 + 2.0**-24, 1 + 2.0**-24 + 2.0**-50, 1 + 2.0**-9, 1 + 2.0**-9 + 2.0**-40, -0.1, 1e300]
-    assert compute("cvt.rn.f32.f64", "f32", ["f64"], given) == [rounded(Fraction(x), "f32") for x in given]
-    assert compute("cvt.rz.f32.f64", "f32", ["f64"], given) == [rounded(Fraction(x), "f32", "rz") for x in given]
-    assert compute("cvt.f64.f32", "f64", ["f32"], [0.5, -3.0]) == [0.5, -3.0]
+def test_the_greatest_of_three() -> None:
+    rows = list(itertools.product([1.0, -2.0, NAN, 5.0], repeat=3))
+    columns = [list(each) for each in zip(*rows, strict=True)]
+    for name, function in (("max", max), ("min", min)):
+        got = compute(f"{name}.f32", "f32", ["f32"] * 3, *columns)
+        want = [function([x for x in row if x == x], default=NAN) for row in rows]
+        assert all(same(x, y) for x, y in zip(got, want, strict=True)), name
+    got = compute("max.NaN.f32", "f32", ["f32"] * 3, *columns)
+    assert [math.isnan(x) for x in got] == [any(math.isnan(x) for x in row) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------- packed and relu
+
+
+def joined(low: list[float], high: list[float], kind: str) -> list[int]:
+    return [bits_of(x, kind) | bits_of(y, kind) << 16 for x, y in zip(low, high, strict=True)]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_packed_forms(kind: str) -> None:
+    """What single halves have, for both halves of a word."""
+    a = [1.0, -2.0, 0.5, NAN, -0.0, 3.0]
+    b = [2.0, -2.0, NAN, 1.0, 0.0, -3.0]
+    c = [0.25, 1.0, 1.0, 1.0, 1.0, 1.0]
+    x, y, z = joined(a, b, kind), joined(b, a, kind), joined(c, c[::-1], kind)
+
+    def halves(opcode: str, *columns: list[int]) -> tuple[list[float], list[float]]:
+        words = compute(f"{opcode}.{kind}x2", "u32", ["u32"] * len(columns), *columns)
+        return [number_of(each & 0xFFFF, kind) for each in words], [number_of(each >> 16, kind) for each in words]
+
+    def singles(opcode: str, *columns: list[float]) -> list[float]:
+        bits = [[bits_of(each, kind) for each in column] for column in columns]
+        return [number_of(each, kind) for each in compute(f"{opcode}.{kind}", kind, [kind] * len(bits), *bits)]
+
+    exponential = "ex2.approx.ftz" if kind == "bf16" else "ex2.approx"
+    for opcode, low, high in (
+        ("min", (a, b), (b, a)), ("max", (a, b), (b, a)), ("max.NaN", (a, b), (b, a)), ("neg", (a,), (b,)),
+        ("abs", (a,), (b,)), ("fma.rn", (a, b, c), (b, a, c[::-1])), (exponential, (a,), (b,)),
+        ("tanh.approx", (a,), (b,)), ("fma.rn.relu", (a, b, c), (b, a, c[::-1])),
+    ):  # fmt: skip
+        got = halves(opcode, *(x, y, z)[: len(low)])
+        for half, operands in zip(got, (low, high), strict=True):
+            assert all(same(p, q) for p, q in zip(half, singles(opcode, *operands), strict=True)), (opcode, half)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_packed_comparisons(kind: str) -> None:
+    """Two predicates: of the lower halves, and of the upper ones."""
+    low, high, other = [1.0, 2.0, NAN], [3.0, -1.0, 1.0], [2.0, 2.0, 2.0]
+    for how, function in (("lt", lambda p, q: p < q), ("gt", lambda p, q: p > q), ("eq", lambda p, q: p == q)):
+        for number, given in enumerate((low, high)):
+            names = "%y|%p9" if number == 0 else "%p9|%y"
+            got = compute(
+                f"setp.{how}.{kind}x2", "pred", ["u32", "u32"], joined(low, high, kind), joined(other, other, kind),
+                destination=names,
+            )  # fmt: skip
+            assert got == [function(*row) for row in zip(given, other, strict=True)], (how, number)
+
+
+def test_a_comparison_and_its_opposite() -> None:
+    """setp p|q: q is the opposite, before the third operand comes in."""
+    got = compute(
+        "setp.lt.and.s32", "pred", ["s32", "s32", "pred"], [1, 1, 3], [2, 2, 2], [1, 0, 1], destination="%p9|%y"
+    )
+    assert got == [0, 0, 1]
+
+
+def test_negative_results_to_zero() -> None:
+    """.relu: -NaN apart, nothing below 0."""
     for kind in HALVES:
-        got = compute(f"cvt.rn.{kind}.f64", "b16", ["f64"], given)
-        assert [number_of(each, kind) for each in got] == [rounded(Fraction(x), kind) for x in given]
+        got = compute(f"cvt.rn.relu.{kind}.f32", "b16", ["f32"], [-1.5, 2.5, -0.0])
+        assert [abs(number_of(each, kind)) for each in got] == [0.0, 2.5, 0.0]
+        words = compute(f"cvt.rn.relu.{kind}x2.f32", "u32", ["f32", "f32"], [-1.5, 2.5], [4.0, -1.0])
+        assert [(number_of(each >> 16, kind), number_of(each & 0xFFFF, kind)) for each in words] == [
+            (0.0, 4.0),
+            (2.5, 0.0),
+        ]
 
 
-def test_whole_floats_and_tf32() -> None:
-    assert compute("cvt.rni.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [2.0, -1.0]
-    assert compute("cvt.rmi.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [2.0, -2.0]
-    assert compute("cvt.rpi.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [3.0, -1.0]
-    assert compute("cvt.rzi.f32.f32", "f32", ["f32"], [2.5, -1.2]) == [2.0, -1.0]
-    assert compute("cvt.sat.f32.f32", "f32", ["f32"], [2.5, -1.2, 0.25, NAN]) == [1.0, 0.0, 0.25, 0.0]
-    tie = 1 + 2.0**-11  # ties go away from zero
-    assert compute("cvt.rna.tf32.f32", "f32", ["f32"], [tie, -tie, 1 + 2.0**-12]) == [1 + 2.0**-10, -1 - 2.0**-10, 1.0]
+def test_approximations_of_halves() -> None:
+    for kind in HALVES:
+        for name, function in (("ex2.approx", lambda x: 2.0**x), ("tanh.approx", math.tanh)):
+            form = "ex2.approx.ftz" if (kind, name) == ("bf16", "ex2.approx") else name
+            given = [0.0, 1.0, -2.5, 0.125]
+            got = compute(f"{form}.{kind}", kind, [kind], [bits_of(each, kind) for each in given])
+            limit = 2.0**-7 if kind == "bf16" else 2.0**-10
+            assert all(
+                math.isclose(number_of(a, kind), function(x), rel_tol=limit) for a, x in zip(got, given, strict=True)
+            )

@@ -131,7 +131,7 @@ ATOMICS = {
     "add.u32": (5, [1, 2, 3], 11), "add.s32": (5, [-1, 2, -30], -24), "min.s32": (5, [7, -3, 0], -3),
     "max.u32": (5, [7, 3, 0], 7), "and.b32": (0xFF, [0x3F, 0xF6], 0x36),
     "or.b32": (1, [2, 8], 11), "xor.b32": (7, [1, 2], 4),
-    "exch.b32": (9, [4, 6], 6), "inc.u32": (2, [3, 3, 3], 1), "dec.u32": (1, [5, 5, 5], 4),
+    "exch.b32": (9, [4, 6], 6), "inc.u32": (2, [3, 3, 3], 1), "dec.u32": (9, [5, 5, 5], 3),
 }  # fmt: skip
 
 
@@ -159,6 +159,19 @@ def test_compare_and_swap_red_and_floats() -> None:
     execute(body, [memory, floats])
     assert memory.tolist() == [77, 96]
     assert floats[0] == sum(range(32))
+
+
+def test_atomic_sums_of_halves() -> None:
+    """One by one and in pairs, each sum rounded; in global memory and in shared memory by a generic address."""
+    memory = np.array([1.5, -2.0], "f2")
+    body = f"""{TID} mov.b32 %r1, 0x3C004000; red.global.add.noftz.f16x2 [%rd0], %r1; mov.b16 %rs1, 0x3C00;
+    atom.global.add.noftz.f16 %rs2, [%rd0+2], %rs1;"""
+    execute(body, [memory], threads=2)
+    assert memory.tolist() == [1.5 + 2 * 2.0, -2.0 + 2 * 1.0 + 2 * 1.0]
+    bits = (np.array([256.0, 1.0], "f4").view("u4") >> 16).astype("u2")
+    one = 0x3F80
+    execute(f"{TID} mov.b32 %r1, {one << 16 | one:#x}; red.global.add.noftz.bf16x2 [%rd0], %r1;", [bits], threads=1)
+    assert (bits.astype("u4") << 16).view("f4").tolist() == [256.0, 2.0]  # 257 lies between two bfloat16
 
 
 def test_atomics_in_shared_memory_do_not_race_with_each_other() -> None:

@@ -118,6 +118,12 @@ def test_a_shuffle_waits_for_its_lanes() -> None:
     assert outputs(body).tolist() == [1000 + each + 16 for each in range(16)] + list(range(16))
 
 
+def test_a_shuffle_waits_for_lanes_that_jump_back_to_it() -> None:
+    body = """mov.b32 %r1, %r0; setp.ge.u32 %p1, %r0, 16; @%p1 bra FAR; MEET: shfl.sync.bfly.b32 %r10, %r1, 16, 31, -1;
+    bra.uni DONE; FAR: add.u32 %r1, %r1, 1000; bra.uni MEET; DONE: mov.b32 %r2, 0;"""
+    assert outputs(body).tolist() == [1000 + each + 16 for each in range(16)] + list(range(16))
+
+
 def test_a_shuffle_among_some_lanes() -> None:
     """A mask of the lanes that took one way; a warp is not held up by the others."""
     body = """mov.b32 %r10, -1; setp.lt.u32 %p1, %r0, 4; @!%p1 bra DONE; shfl.sync.bfly.b32 %r10, %r0, 1, 31, 0xf;

@@ -10,7 +10,7 @@ import numpy as np
 from ptx import floats
 from ptx.memory import ordering, space_of
 from ptx.operands import Address, Instruction
-from ptx.spaces import _local_index, grains, shared_offset, windows
+from ptx.spaces import grains, local_index, shared_offset, windows
 from ptx.state import Strand
 from ptx.step import DTYPES, Result, Step, define, register
 
@@ -37,9 +37,11 @@ _CHANGES: dict[str, Callable[[Any, Any], Any]] = {
 def _add_halves(kind: str) -> Callable[[Any, Any], Any]:
     def add(old: Any, new: Any) -> Any:
         base = kind.removesuffix("x2")
-        if kind == base:
-            wide = [floats.from_bf16(x) if base == "bf16" else x.view("f2").astype("f4") for x in (old, new)]
-            return floats.half_bits(np.atleast_1d(wide[0] + wide[1]), base)[0]
+        if kind == "f16":
+            return (old.astype("f4") + new.astype("f4")).astype("f2")
+        if kind == "bf16":
+            wide = floats.from_bf16(np.atleast_1d(old)) + floats.from_bf16(np.atleast_1d(new))
+            return floats.bf16_bits(wide)[0]
         pairs = [floats.unpack(base)(np.atleast_1d(x)) for x in (old, new)]
         return floats.pack(pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1], base)[0]
 
@@ -54,7 +56,7 @@ def _places(strand: Strand, space: str, address: Any, active: Any, size: int, i:
         cohort.order.on_atomic(group.launch, i, *grains(strand, offset, size, active))
         return cohort.shared[size], strand.full((offset >> _SHIFT[size]) + group.base[size])
     if space == "local":
-        index = _local_index(strand, address, size, active, i) >> _SHIFT[size]
+        index = local_index(strand, address, size, active, i) >> _SHIFT[size]
         return cohort.local.view(f"i{size}"), index
     region, offset = group.launch.memory.place(strand, address, active, size, i)
     elements = strand.full(offset // region.item)

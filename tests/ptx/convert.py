@@ -105,7 +105,7 @@ def _between(i: Instruction, to: str, source: str, rounding: str, sat: bool, rel
             return simple(i, lambda x: toward_zero(x.astype("f8")), "f4", a)
         if rounding == "rn" and a[1] in "124":
             # float64 holds 32 bits; to odd on the way, so that only the last rounding counts
-            return simple(i, lambda x: floats.half_bits(floats._to_odd(x.astype("f8")), to), "u2", a)
+            return simple(i, lambda x: floats.half_bits(floats.to_odd(x.astype("f8")), to), "u2", a)
         raise i.refuse("form of cvt")
     if rounding:
         raise i.refuse("rounding")
@@ -134,7 +134,7 @@ def _to_float(
         return lambda x: _bf16_toward_zero(positive(x))
     if rounding != "rn" and source != to:
         raise i.refuse("rounding")
-    odd = floats._to_odd if source == "f64" else lambda x: x
+    odd = floats.to_odd if source == "f64" else lambda x: x
     return lambda x: floats.half_bits(positive(clamp(odd(widen(x)))), to)
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ptx.plant import KERNELS, Planted, plant
+from ptx.plant import KERNELS, Planted, listing, plant
 from ptx.trials import Outcome, Trial, attempt, everything, quick
 
 ROOT = Path(__file__).parents[2]
@@ -123,12 +123,16 @@ def table_of_trials(trials: list[Trial], store: Store) -> tuple[Table, int]:
     return table, sum(bool(each.faults) for outcomes in rows.values() for each in outcomes)
 
 
+def planted_of(store: Store) -> dict[str, Planted]:
+    done = {str(each): store.done[str(each)] for each in KERNELS}
+    return {name: Planted(each["counts"], each["open"]) for name, each in done.items()}
+
+
 def table_of_faults(store: Store) -> tuple[Table, bool]:
     """Planted faults by kernel; and whether enough of them were seen."""
     table = Table("kernel", "fault", "planted", "seen", "redundant", "open")
     seen = planted = 0
-    for each in KERNELS:
-        found = Planted(**{key: value for key, value in store.done[str(each)].items() if key != "name"})
+    for each, found in planted_of(store).items():
         for kernel, fault, total, shown, spare in found.rows():
             table.add_row(
                 f"{each}: {kernel}", fault, str(total), str(shown), str(spare), str(total - shown - spare or "")
@@ -147,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--faults", action=argparse.BooleanOptionalAction, default=None, help="planted faults alone, or not"
     )
     parser.add_argument("--fresh", action="store_true", help="do again what was done")
+    parser.add_argument("--write", action="store_true", help="write REDUNDANT.md")
     options = parser.parse_args(arguments)
     console = Console()
     store = Store(options.fresh)
@@ -165,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
         table, enough = table_of_faults(store)
         console.print(table)
         good = good and enough
+        if options.write:
+            (Path(__file__).parent / "REDUNDANT.md").write_text(listing(planted_of(store), triton.__version__))
     return 0 if good else 1
 
 

@@ -7,6 +7,7 @@ statement; `redundant` says by which rule, and no other statement counts as one.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def calls(op: str, name: str, dtype: torch.dtype, capability: tuple[int, int], p
 
 def sites(call: Call) -> Iterator[Site]:
     """Where faults can be planted. Masks count where they are off for some threads in this launch."""
-    launch, _ = call.run()
+    launch, _ = _sound(call)
     lines = call.ptx.split("\n")
     for kind, (pattern, instead) in KINDS.items():
         for number, line in enumerate(lines, 1):
@@ -71,7 +72,7 @@ def sites(call: Call) -> Iterator[Site]:
 
 def seen(site: Site) -> str:
     """How the fault shows: kinds of findings, "numbers", or "" where it does not."""
-    before, expected = site.call.run()
+    before, expected = _sound(site.call)
     found = {(each.kind, each.instruction.line) for each in before.findings}
     try:
         launch, got = site.call.run(site.ptx)
@@ -88,13 +89,13 @@ def redundant(site: Site) -> str:
     shown by the accesses of both runs (`trace`): none of them may come together that were apart before.
     """
     if "mask" in site.kind:
-        (before, expected), (after, got) = site.call.run(), site.call.run(site.ptx)
+        (before, expected), (after, got) = _sound(site.call), site.call.run(site.ptx)
         if not all(_same_bits(a, b) for a, b in zip(got, expected, strict=True)) or _written(after) != _written(before):
             return ""
         if "store" in site.kind:
             return "threads that the mask switches off hold the value that others store there"
         return "what the mask keeps from being read lies inside of the tensor, and nothing stored depends on it"
-    old, new = (_traces(site, ptx) for ptx in (site.call.ptx, site.ptx))
+    old, new = _traces(site.call), _traces(site.call, site.ptx)
     for a, b in zip(old, new, strict=True):
         if b.meetings() - a.meetings() or b.disturbed() - a.disturbed() or b.unfenced - a.unfenced:
             return ""
@@ -109,9 +110,16 @@ def redundant(site: Site) -> str:
     }.get(site.kind, "")
 
 
-def _traces(site: Site, ptx: str) -> list[Trace]:
+@functools.lru_cache(maxsize=1)
+def _sound(call: Call) -> tuple[Loaded, list[Any]]:
+    """The launch without a fault."""
+    return call.run()
+
+
+@functools.lru_cache(maxsize=2)
+def _traces(call: Call, ptx: str = "") -> list[Trace]:
     Trace.kept.clear()
-    site.call.run(ptx, order=Trace)
+    call.run(ptx, order=Trace)
     return list(Trace.kept)
 
 

@@ -139,7 +139,7 @@ def _fused_half(a: Any, b: Any, c: Any) -> Any:
     return wide
 
 
-def _to_odd(wide: Any) -> Any:
+def to_odd(wide: Any) -> Any:
     """float64 to float32 by rounding to odd: a later rounding to bfloat16 is as if there had been no first one."""
     out = wide.astype("f4")
     error = wide - out
@@ -157,7 +157,7 @@ def _half_step(i: Instruction, kind: str, function: Callable[..., Any], count: i
         out = function(*values)
         if relu:
             out = np.where(np.isnan(out), out, np.maximum(out, 0))
-        return _to_odd(out) if out.dtype == np.float64 and base == "bf16" else out
+        return to_odd(out) if out.dtype == np.float64 and base == "bf16" else out
 
     if kind.endswith("x2"):
         split = unpack(base)
@@ -181,10 +181,13 @@ def _half_step(i: Instruction, kind: str, function: Callable[..., Any], count: i
 
 @define("add", "sub", "mul", "min", "max", "neg", "abs", "mad", "fma", "div")
 def _(i: Instruction) -> Step:
-    kind = i.one_of(f"f32 f64 {_HALVES} {INTEGERS}")
+    kind = i.one_of(f"f32 f64 f32x2 {_HALVES} {INTEGERS}")
+    mixed = i.one_of("f16 bf16", "") if kind == "f32" else ""
     i.begin()
     if kind in INTEGERS.split():
         return integers.divide(i) if i.name == "div" else integers.arithmetic(i)
+    if kind == "f32x2" or mixed:
+        return _two_floats(i) if kind == "f32x2" else _mixed(i, mixed)
     i.one_of(kind)
     nan = i.flag("NaN")
     if i.name in ("add", "sub", "mul", "fma", "mad", "div"):
@@ -196,12 +199,51 @@ def _(i: Instruction) -> Step:
         function = _fused_half if count == 3 else _UNARY[i.name] if count == 1 else _BINARY[i.name]
         return _half_step(i, kind, _with_nan(function) if nan else function, count)
     dtype = DTYPES[kind]
+    if i.name in ("min", "max") and dtype == "f4" and len(i.operands) == 4:
+        return simple(i, _of_three(i.name, nan, ftz), "f4", "f4", "f4", "f4")
     if count == 3:
         function = fused if dtype == "f4" else fused64
     else:
         function = _UNARY[i.name] if count == 1 else _BINARY[i.name]
     function = _with_nan(function) if nan else function
     return simple(i, _flushed(function) if ftz else function, dtype, *[dtype] * count)
+
+
+def _two_floats(i: Instruction) -> Step:
+    """Packed float32 of sm_100 and later: two in 64 bits."""
+    i.one_of("f32x2")
+    i.one_of("rn", "rn")
+    count = 3 if i.name == "fma" else 2
+    function = fused if count == 3 else _BINARY[i.name]
+    function = _flushed(function) if i.flag("ftz") else function
+
+    def pairs(*words: Any) -> Any:
+        parts = [np.ascontiguousarray(word).view("f4") for word in words]
+        low, high = (function(*(part[..., n::2] for part in parts)) for n in (0, 1))
+        return np.stack([low, high], -1).reshape(*low.shape[:-1], -1).view("i8")
+
+    return simple(i, pairs, "i8", *["i8"] * count)
+
+
+def _mixed(i: Instruction, kind: str) -> Step:
+    """float32 with halves as the first operands, of sm_100 and later: they are widened, and the result rounded once."""
+    i.one_of("f32")
+    i.one_of(kind)
+    i.one_of("rn", "rn")
+    widen = from_bf16 if kind == "bf16" else lambda x: x.astype("f4")
+    half = DTYPES[kind]
+    if i.name == "fma":
+        return simple(i, lambda a, b, c: fused(widen(a), widen(b), c), "f4", half, half, "f4")
+    if i.name not in ("add", "sub"):
+        raise i.refuse("mixed operands")
+    return simple(i, lambda a, b: _BINARY[i.name](widen(a), b), "f4", half, "f4")
+
+
+def _of_three(name: str, nan: bool, ftz: bool) -> Callable[[Any, Any, Any], Any]:
+    """min and max of three, of sm_100 and later."""
+    of_two = _with_nan(_BINARY[name]) if nan else _BINARY[name]
+    of_two = _flushed(of_two) if ftz else of_two
+    return lambda a, b, c: of_two(of_two(a, b), c)
 
 
 def _refuse_saturation(i: Instruction) -> None:
@@ -271,7 +313,7 @@ def _(i: Instruction) -> Step:
         if len(destinations) > 1:
             answers.append(~answers[0])
         if more:
-            answers = [integers._LOGIC[combine](each, more[0]) for each in answers]
+            answers = [integers.LOGIC[combine](each, more[0]) for each in answers]
         return answers if len(destinations) > 1 else answers[0]
 
     if combine:

@@ -9,7 +9,7 @@ import numpy as np
 from ptx.operands import Instruction
 from ptx.step import BITS, DTYPES, INTEGERS, Step, define, number, simple, unsigned
 
-_LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def low_product(a: Any, b: Any) -> Any:
@@ -169,7 +169,7 @@ def reversed_bits(a: Any) -> Any:
 @define("and", "or", "xor")
 def _(i: Instruction) -> Step:
     dtype = DTYPES[i.one_of(f"pred {BITS}")]
-    return simple(i, _LOGIC[i.name], dtype, dtype, dtype)
+    return simple(i, LOGIC[i.name], dtype, dtype, dtype)
 
 
 @define("not")

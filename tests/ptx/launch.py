@@ -26,11 +26,9 @@ from ptx import (
     warpgroup,
 )
 from ptx.copies import TensorMap
-from ptx.findings import Fault, Findings
 from ptx.operands import Instruction
 from ptx.order import Order
 from ptx.state import SHARED, Cohort, Launch
-from ptx.step import DTYPES
 from ptx.text import Module, Variable
 from ptx.translate import Translator
 
@@ -216,6 +214,3 @@ def run(
         for first in range(0, total, at_once):
             schedule.run(Cohort(launch, np.arange(first, min(first + at_once, total))))
     return launch
-
-
-__all__ = ["DTYPES", "Fault", "Findings", "Program", "TensorMap", "program", "run"]

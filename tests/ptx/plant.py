@@ -1,6 +1,7 @@
-"""Which kernels get planted faults, and what comes of them: one of each kind, and REDUNDANT.md beside this file.
+"""Which kernels get planted faults, one of each kind, and what comes of them.
 
-python -m ptx.plant        # writes REDUNDANT.md anew from what `make emulate` has kept
+The statements that no fault shows, with the reason, are listed in REDUNDANT.md beside this file, which
+`python -m ptx.emulate --faults --write` makes anew.
 """
 
 from __future__ import annotations
@@ -74,3 +75,26 @@ def plant(kernel: Kernel) -> Planted:
             planted.open.append(str(site))
     planted.counts = [[*key, times] for key, times in counts.items()]
     return planted
+
+
+def listing(outcomes: dict[str, Planted], version: str) -> str:
+    """REDUNDANT.md: the faults that nothing shows, and why."""
+    rows = [row for each in outcomes.values() for row in each.rows()]
+    seen, needed = sum(shown for *_, shown, _ in rows), sum(total - spare for _, _, total, _, spare in rows)
+    lines = [
+        "# Faults that nothing shows",
+        "",
+        f"Planted one at a time in the PTX of triton {version}, bfloat16 (`plant.py` says in which kernels): {seen} of",
+        f"{needed} are seen by the machine. The others change nothing, each by a rule that `faults.redundant` holds it",
+        "to; what is neither seen nor shown to be redundant is listed as open.",
+        "",
+        "| kernel | fault | times | why it changes nothing |",
+        "| --- | --- | ---: | --- |",
+    ]
+    for name, outcome in outcomes.items():
+        for kernel, fault, how, times in outcome.counts:
+            if how != "seen":
+                where = name.removeprefix("faults: ")
+                lines.append(f"| {where}, `{kernel}` | {fault} | {times} | {how} |")
+    lines += [f"\nOpen: {site}" for each in outcomes.values() for site in each.open]
+    return "\n".join(lines) + "\n"

@@ -43,7 +43,9 @@ def _own(kind: str) -> str:
     return _STORED.get(kind, kind)
 
 
-def compute(opcode: str, result: str, sources: Sequence[str], *columns: Sequence[Any], tail: str = "") -> list[Any]:
+def compute(
+    opcode: str, result: str, sources: Sequence[str], *columns: Sequence[Any], tail: str = "", destination: str = "%y"
+) -> list[Any]:
     """One instruction for each thread: `opcode %d, %a, %b, %c`.
 
     Args:
@@ -52,6 +54,7 @@ def compute(opcode: str, result: str, sources: Sequence[str], *columns: Sequence
         sources: PTX types of the operands.
         columns: their values, one list an operand, as many as threads are wanted.
         tail: constant operands after these.
+        destination: what stands for the result, where there is more than %y.
 
     Returns:
         The results, as Python numbers.
@@ -76,7 +79,7 @@ def compute(opcode: str, result: str, sources: Sequence[str], *columns: Sequence
         names.append(register)
     out = np.zeros(threads, DTYPES[_own(result)])
     register = f".reg .{'pred' if result == 'pred' else 'f64' if result == 'f64' else _REGISTER[out.itemsize]} %y;"
-    operands = ", ".join(["%y", *names, *([tail] if tail else [])])
+    operands = ", ".join([destination, *names, *([tail] if tail else [])])
     lines += [f"    {register}", f"    {opcode} {operands};"]
     if result == "pred":
         lines += ["    selp.u32 %r1, 1, 0, %y;"]

@@ -83,7 +83,7 @@ def store_shared(
     )
 
 
-def _local_index(strand: Strand, address: Any, nbytes: int, mask: Any, instruction: Instruction) -> Any:
+def local_index(strand: Strand, address: Any, nbytes: int, mask: Any, instruction: Instruction) -> Any:
     group, cohort = strand.group, strand.group.cohort
     offset = strand.full(address - WINDOWS["local"] if (address >= WINDOWS["local"]).any() else address)
     if mask is not None:
@@ -98,7 +98,7 @@ def _local_index(strand: Strand, address: Any, nbytes: int, mask: Any, instructi
 
 
 def load_local(strand: Strand, address: Any, size: int, count: int, mask: Any, instruction: Instruction) -> list[Any]:
-    index = _local_index(strand, address, size * count, mask, instruction) >> _SHIFT[size]
+    index = local_index(strand, address, size * count, mask, instruction) >> _SHIFT[size]
     array = strand.group.cohort.local.view(f"i{size}" if size > 2 else f"u{size}")
     return [array[index + n] for n in range(count)]
 
@@ -106,7 +106,7 @@ def load_local(strand: Strand, address: Any, size: int, count: int, mask: Any, i
 def store_local(
     strand: Strand, address: Any, size: int, values: list[Any], mask: Any, instruction: Instruction
 ) -> None:
-    index = _local_index(strand, address, size * len(values), mask, instruction) >> _SHIFT[size]
+    index = local_index(strand, address, size * len(values), mask, instruction) >> _SHIFT[size]
     array = strand.group.cohort.local.view(f"i{size}" if size > 2 else f"u{size}")
     for n, value in enumerate(values):
         value = strand.full(value)

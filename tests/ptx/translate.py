@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.flow import END, Flow, writes
+from ptx.flow import END, Flow
 from ptx.operands import (
     Address,
     Guard,
@@ -27,7 +27,6 @@ from ptx.operands import (
     Register,
     Special,
     Symbol,
-    Unsupported,
 )
 from ptx.special import SPECIALS
 from ptx.step import DTYPES, Layout, Packed, Step
@@ -309,6 +308,3 @@ def _forget_early(lines: list[str]) -> list[str]:
         gone.setdefault(number, []).append(name)
     gone.pop(len(lines) - 1, None)  # the return
     return [f"{line}; del {', '.join(gone[number])}" if number in gone else line for number, line in enumerate(lines)]
-
-
-__all__ = ["POISON", "Translator", "Unsupported", "merge", "writes"]

@@ -144,6 +144,7 @@ def everything() -> list[Trial]:
     trials: list[Trial] = []
     for capability in ((9, 0), (8, 0), (8, 9), (8, 6)):
         trials += _on(CASES, (BF16, F16, F32), capability)
+    trials += _on(FEW, (BF16, F16), (12, 0))
     for capability in ((9, 0), (8, 0), (8, 9), (8, 6)):
         trials += _on(REAL, (BF16, F16) if capability == (9, 0) else (BF16,), capability)
     return trials
