@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitkernels as vk
 from vitkernels import dispatch, kernels
+from vitkernels.op import Op
 
 triton = pytest.importorskip("triton")
 if kernels.interpreting():
@@ -42,7 +43,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield seen
 
 
-def _as_declared(op: dispatch.Op, direction: str, args: tuple[Any, ...], results: Any) -> None:
+def _as_declared(op: Op, direction: str, args: tuple[Any, ...], results: Any) -> None:
     with FakeTensorMode() as mode:
         fakes = pytree.tree_map_only(Tensor, mode.from_tensor, args)
         declared = (op.forward_op if direction == "forward" else op.backward_op)(*fakes)

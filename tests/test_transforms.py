@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
+from vitkernels.op import Op
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap's own fallback
 
@@ -120,7 +121,7 @@ def test_create_graph_alone_is_no_double_backward(loss: Loss) -> None:
 def test_raw_op_differentiates(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """The op without the Function around it, as a compiler calls it, gives no silent zeros."""
     want = loss.gradients()
-    monkeypatch.setattr(dispatch.Op, "__call__", lambda op, *args: op.forward_op(*args))
+    monkeypatch.setattr(Op, "__call__", lambda op, *args: op.forward_op(*args))
     monkeypatch.setattr(dispatch.OPS[loss.case.op], "function", None)
     torch.testing.assert_close(loss.gradients(), want)
 

@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 
 from vitkernels import dispatch, ops
+from vitkernels.op import own, plain_function
+from vitkernels.op import signature as signature_of
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, cast_dtype
+from vitkernels.ops._plan import MOST, Launch, Plan, launch_backward
 from vitkernels.ops.add_layer_norm import KEPT, saved_tensors
 from vitkernels.ops.add_layer_norm import backward as norm_backward
 from vitkernels.ops.add_layer_norm import check as check_norm
@@ -129,37 +132,6 @@ def attention(
 
 # ------------------------------------------------------------------------------------------------------- one step
 
-Launch = Callable[..., Any]  # (site, op, *arguments of its schema) -> its results
-_MOST = 4096  # kinds of calls that a step remembers
-
-
-class _Plan:
-    """What one kind of call settles once: its checks are passed, and each launch in it has its launcher.
-
-    A site names a launch within a step: one op may stand at several.
-    """
-
-    def __init__(self) -> None:
-        self.choices: dict[str, dispatch.Choice] = {}
-        self.backward: dict[Any, _Plan] = {}
-
-    def forward(self, site: str, op: dispatch.Op, *args: Any) -> Any:
-        return self._launch(site, op, "forward", args)
-
-    def __call__(self, site: str, op: dispatch.Op, *args: Any) -> Any:
-        return self._launch(site, op, "backward", args)
-
-    def _launch(self, site: str, op: dispatch.Op, direction: str, args: tuple[Any, ...]) -> Any:
-        choice = self.choices.get(site)
-        if choice is None:
-            choice = self.choices[site] = op.choose(direction, args)
-        return choice(*args)
-
-
-def _by_the_ops(site: str, op: dispatch.Op, *args: Any) -> Any:
-    """A backward launch that somebody looks at: a graph of the gradients is made, or gradients come in a batch."""
-    return op.backward(*args)
-
 
 class _Step:
     """A norm, and a product that reads it, as one autograd Function.
@@ -182,14 +154,14 @@ class _Step:
         backward: Callable[..., Sequence[Tensor | None]],
     ) -> None:
         self.check, self.ops, self.forward, self.backward = check, ops, forward, backward
-        self.apply = dispatch.plain_function(name, self._forward, self._backward)
-        self.plans: dict[Any, _Plan] = {}
+        self.apply = plain_function(name, self._forward, self._backward)
+        self.plans: dict[Any, Plan] = {}
 
     def __call__(self, x: Tensor, added: Added | None, norm: Norm, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
         dtype = autocast_dtype(x)
         inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, dtype, *arguments)
-        found = None if torch.compiler.is_compiling() else dispatch.signature(inputs)
+        found = None if torch.compiler.is_compiling() else signature_of(inputs)
         if found is None:
             total, normed = add_norm(x, added, norm, None if dtype is None else cast_dtype(x, dtype))
             return total, self.ops(normed, *arguments)
@@ -204,16 +176,16 @@ class _Step:
             return self.apply(plan, *inputs)
         return self._run(plan, False, *inputs)[:2]
 
-    def _planned(self, key: Any, inputs: tuple[Any, ...]) -> _Plan:
+    def _planned(self, key: Any, inputs: tuple[Any, ...]) -> Plan:
         x, branch, weight, bias, _, branch_bias, scale, row_scale, dtype, *arguments = inputs
         check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
         self.check(_widened(x, branch), dtype, *arguments)
-        if len(self.plans) == _MOST:
+        if len(self.plans) == MOST:
             self.plans.clear()
-        plan = self.plans[key] = _Plan()
+        plan = self.plans[key] = Plan()
         return plan
 
-    def _run(self, plan: _Plan, learns: bool, *inputs: Any) -> tuple[Any, ...]:
+    def _run(self, plan: Plan, learns: bool, *inputs: Any) -> tuple[Any, ...]:
         """total, result, normed, the norm's statistics, and what the product's backward keeps."""
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
         normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
@@ -230,7 +202,7 @@ class _Step:
                 torch.set_autocast_enabled(kind, True)
         return x if branch is None else total, result, normed, mean, rstd, kept
 
-    def _forward(self, ctx: Any, plan: _Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def _forward(self, ctx: Any, plan: Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
         total, result, normed, mean, rstd, kept = self._run(plan, True, *inputs)
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
         again = normed.numel() >= _SMALL and not normed.is_cuda  # on GPUs the pass costs more than the memory is worth
@@ -247,7 +219,7 @@ class _Step:
         if not any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale)):
             ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
         ctx.set_materialize_grads(False)
-        return total, dispatch.own(result)
+        return total, own(result)
 
     def _backward(self, ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[Tensor | None, ...]:
         normed, bias, *saved = saved_tensors(ctx)
@@ -255,7 +227,7 @@ class _Step:
         count = len(ctx.rest)
         arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], ctx.rest, strict=True)]
         needs = ctx.needs_input_grad[1:]
-        launch = _launch_backward(ctx.plan, (dtotal, dresult), needs, of_norm[0].device.type)
+        launch = launch_backward(ctx.plan, (dtotal, dresult), needs, of_norm[0].device.type)
         needs_normed, needs_arguments = any(needs[:8]), needs[9:]
         dnormed: Tensor | None = None
         grads: Sequence[Tensor | None] = [None] * count
@@ -276,20 +248,6 @@ class _Step:
 def _widened(x: Tensor, branch: Tensor | None) -> Tensor:
     """The stream in the dtype of its sum with a branch."""
     return x if branch is None else x.to(torch.promote_types(x.dtype, branch.dtype))
-
-
-def _launch_backward(plan: _Plan, grads: tuple[Tensor | None, ...], needs: Sequence[bool], kind: str) -> Launch:
-    """How a backward pass launches: by the plan of its kind, or through the ops where somebody looks on."""
-    found = None if torch.is_grad_enabled() or torch.is_autocast_enabled(kind) else dispatch.signature(grads)
-    if found is None:
-        return _by_the_ops
-    key = found[0], needs, dispatch.order(kind), dispatch.generation()
-    known = plan.backward.get(key)
-    if known is None:
-        if len(plan.backward) == _MOST:
-            plan.backward.clear()
-        known = plan.backward[key] = _Plan()
-    return known
 
 
 def _again(ctx: Any, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels.dispatch import Op
+from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import accumulate_dtype, given, nothing, wide
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels.dispatch import Op
+from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import given, nothing
 from vitkernels.ops.attention import _heads_last

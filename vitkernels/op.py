@@ -1,0 +1,239 @@
+"""One op: its pair of opaque torch ops, the autograd Functions over them, and what makes a call plain.
+
+An `Op` is the middle of the road that `dispatch` describes: a forward and a backward torch op with fake
+implementations, and the autograd Function over them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from vitkernels import dispatch
+
+_NAMESPACE = "vitkernels"
+_library = torch.library.Library(_NAMESPACE, "DEF")  # held: the ops live as long as it does
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Op:
+    """A pair of opaque torch ops (forward, backward), the autograd Function over them, and their backends.
+
+    Args:
+        name: the op's name in every room of the package; the torch ops are `vitkernels::<name>` and
+            `vitkernels::<name>_backward`.
+        schema: arguments and results of the forward op, without the name. What backward needs of the results is part
+            of it, so that backends can be mixed. No result may share memory with an argument or another result.
+        backward_schema: the same for the backward op; a gradient that was not asked for is a tensor of no elements.
+        fake, fake_backward: shapes, strides and dtypes of the results, for tracing.
+        setup_context: saves for backward, as `torch.autograd.Function.setup_context`.
+        gradients: the backward formula `(ctx, *grad_outputs) -> grads`; it calls `op.backward(...)`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        backward_schema: str,
+        *,
+        fake: Callable[..., Any],
+        fake_backward: Callable[..., Any],
+        setup_context: Callable[..., None],
+        gradients: Callable[..., Any],
+    ) -> None:
+        self.name = name
+        self.schemas = {name: schema, f"{name}_backward": backward_schema}
+        self.implementations: dict[str, dispatch.Implementation] = {}
+        self.forward_op = self._define(name, schema, "forward", fake)
+        self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
+        # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
+        no_double = _refusal(name, "double backward (create_graph=True, grad of grad)")
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}_backward", no_double, lib=_library)
+        self.function = _function(name, self.forward_op, setup_context, gradients)
+        self.apply_plain = _apply_plain(self, setup_context, gradients)
+        self.backward_function = _function(
+            f"{name}_backward", self.backward_op, lambda ctx, inputs, output: None, no_double
+        )
+        dispatch.OPS[name] = self
+
+    def _define(self, name: str, schema: str, direction: str, fake: Callable[..., Any]) -> Any:
+        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, lambda *args: self.run(direction, args), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+    def register(
+        self,
+        backend: str,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        why_not: Callable[[str, tuple[Any, ...]], str | None] = lambda direction, args: None,
+    ) -> None:
+        """Add a backend's launchers; they take the schema's arguments in order."""
+        self.implementations[backend] = dispatch.Implementation(forward, backward, why_not)
+        dispatch.backends_changed()
+
+    def __call__(self, *args: Any) -> Any:
+        """The forward op, differentiable."""
+        if torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                self.function.jvp()  # refuses, where the bare op would answer with a tangent of zeros
+            return self.forward_op(*args)
+        plain, function = look_at(args)
+        if function:
+            return self.apply_plain(*args) if plain else self.function.apply(*args)
+        return self.run("forward", args) if plain else self.forward_op(*args)
+
+    def backward(self, *args: Any) -> Any:
+        """The backward op; asking for its own gradient raises."""
+        if torch.compiler.is_compiling():
+            return self.backward_op(*args)
+        plain, function = look_at(args)
+        if function:
+            return self.backward_function.apply(*args)
+        return self.run("backward", args) if plain else self.backward_op(*args)
+
+    def choose(self, direction: str, args: tuple[Any, ...]) -> dispatch.Choice:
+        """The launcher that serves such a call, as `dispatch.choose`."""
+        return dispatch.choose(self.name, direction, args, self.implementations)
+
+    def why_not(self, backend: str, direction: str, args: tuple[Any, ...]) -> str | None:
+        """A sentence that says why a backend cannot serve this call, or None when it can."""
+        return dispatch.why_not_call(backend, self.name, direction, args, self.implementations)
+
+    def run(self, direction: str, args: tuple[Any, ...]) -> Any:
+        """Launch the first backend that can serve a plain call; direction is "forward" or "backward"."""
+        choice = self.choose(direction, args)
+        kind = dispatch.device_type(args)
+        if not torch.is_autocast_enabled(kind):
+            return choice(*args)
+        # dtypes were settled before the op; inside it, autocast would cast again
+        torch.set_autocast_enabled(kind, False)
+        try:
+            return choice(*args)
+        finally:
+            torch.set_autocast_enabled(kind, True)
+
+
+def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether the call is plain, and whether it needs an autograd Function; one look, at every call.
+
+    A call is plain where nobody looks on: tensors of memory, no transform, no dispatch mode, no profiler. Such a call
+    goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors, tensor
+    subclasses, counters of FLOPs.
+    """
+    transformed = _transformed()
+    plain = not (transformed or _watched())
+    learns = False
+    for arg in args:
+        if type(arg) in _PLAIN:
+            learns = learns or arg.requires_grad
+            plain = plain and not arg.is_meta and torch._C._has_storage(arg)
+        elif isinstance(arg, torch.Tensor):
+            learns, plain = learns or arg.requires_grad, False
+    return plain, transformed or (learns and torch.is_grad_enabled())
+
+
+def signature(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool] | None:
+    """What a plain call's checks and choices depend on, and whether a tensor requires a gradient; None if not plain.
+
+    Two calls of one signature, in one order of backends, pass the same checks and are served by the same launcher.
+    """
+    if _transformed() or _watched():
+        return None
+    learns = False
+    found = []
+    for arg in args:
+        if type(arg) in _PLAIN:
+            if arg.is_meta or not torch._C._has_storage(arg):
+                return None
+            learns = learns or arg.requires_grad
+            found.append((arg.dtype, arg.shape, arg.stride(), arg.device))
+        elif isinstance(arg, torch.Tensor):
+            return None
+        else:
+            found.append(arg)
+    return tuple(found), learns
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _watched() -> bool:
+    return torch._C._len_torch_dispatch_stack() != 0 or torch._C._is_tracing() or torch.autograd._profiler_enabled()
+
+
+def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of the Function of plain calls; it needs no `setup_context` of torch's and no transforms."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = own(op.run("forward", args))
+        setup_context(ctx, args, output)
+        return output
+
+    return plain_function(op.name, forward, gradients)
+
+
+def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of an autograd Function for plain calls, (ctx, *args) -> outputs and (ctx, *grad_outputs) -> grads.
+
+    Its backward pass asks the backends that its forward pass asked.
+    """
+
+    def forward_in_scope(ctx: Any, *args: Any) -> Any:
+        ctx.backends = dispatch.scoped()
+        return forward(ctx, *args)
+
+    members = {"forward": staticmethod(forward_in_scope), "backward": staticmethod(_scoped(backward))}
+    function: Any = type(name, (torch.autograd.Function,), members)
+    # the base's own: what Function's adds to it serves setup_context and transforms
+    return super(torch.autograd.Function, function).apply
+
+
+def own(results: Any) -> Any:
+    """Results as nobody's views: autograd would not let a caller write into one that a Function returned."""
+    if isinstance(results, torch.Tensor):
+        return torch.ops.aten._unsafe_view.default(results, results.shape) if results._is_view() else results
+    return tuple(map(own, results))
+
+
+def _scoped(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.backends is None:
+            return gradients(ctx, *grads)
+        with dispatch.scope(ctx.backends):
+            return gradients(ctx, *grads)
+
+    return backward
+
+
+def _function(name: str, op: Any, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Any:
+    def forward(*args: Any) -> Any:
+        return op(*args)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backends = dispatch.scoped()
+        setup_context(ctx, inputs, output)
+
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # cached: read at every apply
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(save),
+        "backward": staticmethod(_scoped(gradients)),
+        "jvp": staticmethod(_refusal(name, "forward-mode differentiation (jvp, dual numbers)")),
+    }
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _refusal(name: str, what: str) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(f"vitkernels: {name} does not support {what}")
+
+    return refuse
