@@ -22,7 +22,7 @@ class Plan:
     """
 
     def __init__(self) -> None:
-        self.choices: dict[str, Choice] = {}
+        self.choices: dict[str, dispatch.Choice] = {}
         self.backward: dict[Any, Plan] = {}
 
     def forward(self, site: str, op: Op, *args: Any) -> Any:
