@@ -136,6 +136,7 @@ def test_a_wrong_gradient_has_no_figure(dtype: torch.dtype, factor: float, monke
 
     bad = dispatch.Implementation(good.forward, wrong, good.why_not)
     monkeypatch.setitem(dispatch.OPS["linear"].implementations, "ext", bad)
+    dispatch.backends_changed()
     for bench in (_op("linear", dtype), _model(OURS, "naive", dtype=dtype)):
         timed = measure(bench, EFFORT)
         assert timed[OURS].row["failed"].startswith("not timed, wrong: gradient of ")
@@ -143,6 +144,8 @@ def test_a_wrong_gradient_has_no_figure(dtype: torch.dtype, factor: float, monke
         assert timed[OURS].samples == []
         peer = timed["eager" if "eager" in timed else "naive"]
         assert peer.samples, "the others are timed all the same"
+    monkeypatch.undo()
+    dispatch.backends_changed()
 
 
 def test_peers_that_round_more_are_named_and_others_not_timed() -> None:

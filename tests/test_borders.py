@@ -103,7 +103,7 @@ def test_the_second_half_is_elsewhere(name: str) -> None:
         first.register_forward_hook(lambda module, args, out: reached.append(out))
     with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
         model(*inputs)
-    assert len(reached) == 1, "the first block ran"
+    assert reached, "the first block ran"
 
 
 @each_kind

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch_layers import Adds
 
 import vitkernels as vk
+from vitkernels import dispatch
 from vitkernels.nn import Block, VisionTransformer
 from vitkernels.ops.add_layer_norm import op as op_norm
 
@@ -55,19 +56,21 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
 
 
 @pytest.fixture
-def norms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, torch.dtype]]:
+def norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, torch.dtype]]]:
     """Of every forward launch of add_layer_norm: whether there was no add before the norm, and the norm's dtype."""
     launched = []
-    run = op_norm.run
+    own = op_norm.implementations["ext"]
 
-    def spy(direction: str, args: tuple[Any, ...]) -> Any:
-        results = run(direction, args)
-        if direction == "forward":
-            launched.append((args[1] is None, results[1].dtype))
+    def spy(*args: Any) -> Any:
+        results = own.forward(*args)
+        launched.append((args[1] is None, results[1].dtype))
         return results
 
-    monkeypatch.setattr(op_norm, "run", spy)
-    return launched
+    monkeypatch.setitem(op_norm.implementations, "ext", dispatch.Implementation(spy, own.backward, own.why_not))
+    dispatch.backends_changed()
+    yield launched
+    monkeypatch.undo()
+    dispatch.backends_changed()
 
 
 def test_every_residual_add_runs_with_the_norm_after_it(norms: list[tuple[bool, torch.dtype]], images: Tensor) -> None:

@@ -116,9 +116,9 @@ def normed(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
     seen: list[StorageWeakRef] = []
 
     def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(normed: Tensor, *args: Any) -> Any:
+        def run(launch: Any, normed: Tensor, *args: Any) -> Any:
             seen.append(StorageWeakRef(normed.untyped_storage()))
-            return forward(normed, *args)
+            return forward(launch, normed, *args)
 
         return run
 
@@ -202,7 +202,7 @@ def test_a_block_keeps_ten_tensors_of_its_tokens(own: bool, monkeypatch: pytest.
     for smallest, units in ((0, 10), (2**16, 12)):
         monkeypatch.setattr(_steps, "_SMALL", smallest)
         two, three = (_kept_units(model, image, unit) for model in models)
-        assert units <= three - two < units + 0.1
+        assert units <= three - two < units + 0.2
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["vitkernels", "timm"])

@@ -45,7 +45,8 @@ def _by_the_ops(site: str, op: Op, *args: Any) -> Any:
 
 def launch_backward(plan: Plan, grads: tuple[Tensor | None, ...], needs: Sequence[bool], kind: str) -> Launch:
     """How a backward pass launches: by the plan of its kind, or through the ops where somebody looks on."""
-    found = None if torch.is_grad_enabled() or torch.is_autocast_enabled(kind) else signature(grads)
+    looked_at = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)
+    found = None if looked_at else signature(grads)
     if found is None:
         return _by_the_ops
     key = found[0], needs, dispatch.order(kind), dispatch.generation()

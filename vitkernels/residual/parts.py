@@ -139,8 +139,8 @@ def scale_parameter(module: nn.Module | Tensor | None) -> Tensor | None:
     return None if name is None else getattr(module, name)
 
 
-def why_not_scale(name: str, module: nn.Module | Tensor | None) -> str | None:
-    """Why the module cannot be read as a LayerScale (or nothing), or None when it can."""
+def why_not_scale(name: str, module: nn.Module | Tensor | None, width: int) -> str | None:
+    """Why the module cannot be read as a LayerScale of D = width features (or nothing), or None when it can."""
     if module is None or (not isinstance(module, Tensor) and is_identity(module)):
         return None
     if not isinstance(module, Tensor):
@@ -150,7 +150,7 @@ def why_not_scale(name: str, module: nn.Module | Tensor | None) -> str | None:
         if reason is not None:
             return reason
     gamma = scale_parameter(module)
-    return None if gamma is not None and gamma.dim() == 1 else f"{name} has no factor for each feature"
+    return None if gamma is not None and gamma.shape == (width,) else f"{name} has no factor for each feature"
 
 
 def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:

@@ -87,12 +87,17 @@ class Sublayer:
         """The rows of `explain`: the branch, and the residual add with its norm."""
         reasons = (
             parts.why_not_layer_norm(f"the norm of {self.name}", self.norm),
-            parts.why_not_scale(f"the scale of {self.name}", self.scale),
+            parts.why_not_scale(f"the scale of {self.name}", self.scale, self._width()),
             parts.why_not_drop_path(f"the drop path of {self.name}", self.drop_path),
         )
         why_not = next((reason for reason in reasons if reason is not None), None)
         residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
         return [self.branch.part(self.name), residual]
+
+    def _width(self) -> int:
+        """D, as the norm has it; the scale's own where the norm says nothing."""
+        tensors = (getattr(self.norm, "weight", None), parts.scale_parameter(self.scale))
+        return next((each.shape[-1] for each in tensors if isinstance(each, Tensor) and each.dim()), 0)
 
 
 def pre_norm(
@@ -114,7 +119,7 @@ def pre_norm(
     added: Added | None = None
     for sublayer, norm, following in zip(sublayers, norms, [*norms[1:], last], strict=True):
         branch = sublayer.branch
-        joins = following is not None and _adds(sublayer)
+        joins = following is not None and _adds(sublayer, x.shape[-1])
         if norm is None:
             out, bias = branch.run(sublayer.norm(x), joins)
         elif branch.step is not None:
@@ -146,7 +151,7 @@ def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | Non
         x = x.to(dtype)
     for sublayer in sublayers:
         norm = _readable(sublayer.norm, x.shape[-1])
-        if norm is None or not _adds(sublayer):
+        if norm is None or not _adds(sublayer, x.shape[-1]):
             out, _ = sublayer.branch.run(x, False)
             x = parts.layer_norm(sublayer.norm, _added_now(x, sublayer, out, widen=dtype is None))
             continue
@@ -168,9 +173,10 @@ def _readable(norm: nn.Module, width: int) -> Norm | None:
     return Norm(norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
 
 
-def _adds(sublayer: Sublayer) -> bool:
+def _adds(sublayer: Sublayer, width: int) -> bool:
     """Whether what the sub-layer adds can wait for the norm behind it."""
-    return parts.why_not_scale("", sublayer.scale) is None and parts.why_not_drop_path("", sublayer.drop_path) is None
+    why_not = parts.why_not_scale("", sublayer.scale, width) or parts.why_not_drop_path("", sublayer.drop_path)
+    return why_not is None
 
 
 def _waiting(x: Tensor, sublayer: Sublayer, out: Tensor, bias: Tensor | None, widen: bool) -> tuple[Tensor, Added]:
