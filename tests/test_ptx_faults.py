@@ -29,6 +29,6 @@ def test_planted_faults(kernel: Kernel) -> None:
     found = list(kernel.sites())
     by_kind = {kind: [site for site in found if site.kind == kind] for kind in KINDS}
     chosen = list(itertools.chain.from_iterable([sites[0], sites[-1]] for sites in by_kind.values() if sites))
-    answers = {str(site): seen(site) or redundant(site) for site in chosen}
-    assert all(answers.values()), [name for name, answer in answers.items() if not answer]
-    assert sum(bool(seen(site)) for site in chosen) >= len(chosen) // 2
+    hidden = [site for site in chosen if not seen(site)]
+    assert not [str(site) for site in hidden if not redundant(site)]
+    assert len(hidden) <= len(chosen) // 2

@@ -32,7 +32,7 @@ class Known:
 KNOWN = (
     Known(
         PROXY,
-        ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel", "embed", "image_gradient"),
+        ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel", "embed", "image_gradient", "weight_gradient"),
         (3, 7, 1),
         "",
         "triton before 3.7.1 puts no fence.proxy.async between cp.async and a wgmma that reads what it wrote (#9610)",

@@ -29,7 +29,7 @@ class Trace(Order):
         super().__init__(count, warps, nbytes, grain)
         self.section = np.zeros(count + 1, "i8")
         self.accesses: list[tuple[Any, Any, Any, Any]] = []
-        self.touches: list[tuple[Any, int]] = []  # (grains, line) in order of time
+        self.touches: list[tuple[Any, int, bool]] = []  # (grains, line, whether it writes) in order of time
         self.flights: list[list[Any]] = []
         self.generic = np.zeros(self.nowhere + 1, bool)  # written by threads since a fence
         self.unfenced: set[int] = set()
@@ -44,7 +44,7 @@ class Trace(Order):
         both = np.unique(np.stack([place, warps]), axis=1)
         size = both.shape[1]
         self.accesses.append((both[0], both[1], np.full(size, writes), np.full(size, instruction.line)))
-        self.touches.append((np.unique(grains), instruction.line))
+        self.touches.append((np.unique(grains), instruction.line, writes))
         if writes:
             self.generic[grains] = True
         self.line = instruction.line
@@ -125,16 +125,22 @@ class Trace(Order):
             begins[several & written], ends[several & written], strict=True)}  # fmt: skip
 
     def disturbed(self) -> set[tuple[int, int]]:
-        """(line of an asynchronous operation, line of an access to the same grains before its end)."""
-        found = set()
-        for begin, end, grains, line, writes in self.flights:
-            for touched, other in self.touches[begin:end]:
-                if (other, line) not in found and np.intersect1d(touched, grains, assume_unique=True).size and (
-                    writes or other in self.writing
-                ):  # fmt: skip
-                    found.add((line, other))
-        return found
+        """(line of an asynchronous operation, line of an access to the same grains before its end).
 
-    @property
-    def writing(self) -> set[int]:
-        return {int(line[0]) for _, _, writes, line in self.accesses if len(writes) and writes[0]}
+        What is written asynchronously may not be touched, what is read not be written.
+        """
+        if not self.touches:
+            return set()
+        ends = np.cumsum([0, *(len(grains) for grains, _, _ in self.touches)])
+        touched = np.concatenate([grains for grains, _, _ in self.touches])
+        lines = np.repeat([line for _, line, _ in self.touches], np.diff(ends))
+        writing = np.repeat([writes for _, _, writes in self.touches], np.diff(ends))
+        found = set()
+        inside = np.zeros(self.nowhere + 1, bool)
+        for begin, end, grains, line, writes in self.flights:
+            part = slice(ends[begin], ends[-1 if end is None else end])
+            inside[grains] = True
+            hit = inside[touched[part]] & (writes | writing[part])
+            found.update((line, other) for other in np.unique(lines[part][hit]).tolist())
+            inside[grains] = False
+        return found
