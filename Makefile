@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu lint test test-asan clean
+.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu lint test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,11 @@ bench: .venv/.built ## time ops, models and scaling against every peer that is i
 
 bench-quick: .venv/.built ## each op, a block and a small model, in two minutes
 	$(PY) -m bench.run --quick
+	$(PY) -m bench.host
+	$(PY) -m bench.report
+
+bench-host: .venv/.built ## what a block costs the processor that feeds the device
+	$(PY) -m bench.host
 	$(PY) -m bench.report
 
 bench-cpu: .venv/.built ## whole models on this machine against every library's

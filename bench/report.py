@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import coverage, plots, scaling, tables
+from bench import coverage, host, plots, scaling, tables
 from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
@@ -40,6 +40,7 @@ class Results:
     devices: dict[str, Content] = field(default_factory=dict)
     demo: dict[str, Any] | None = None
     coverage: dict[str, Any] | None = None
+    host: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -51,6 +52,8 @@ class Results:
                 found.demo = content
             elif path.stem == coverage.RESULTS.stem:
                 found.coverage = content
+            elif path.stem == host.FILE.stem:
+                found.host = content
             elif isinstance(content, dict) and {"device", "kind", "versions", "rows"} <= content.keys():
                 found.devices[path.stem] = content
         return found
@@ -76,6 +79,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "models": _for_each(tables.models),
     "ops": _for_each(tables.ops),
     "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
+    "host": lambda results: host.report(results.host) if results.host else "Not yet measured.\n",
     "coverage": lambda results: coverage.table(results.coverage) if results.coverage else "Not yet measured.\n",
     "scaling": lambda results: scaling.page(list(results.devices.values())),
 }
@@ -119,6 +123,7 @@ def report(results: Results) -> str:
         parts += [f"![{title}]({name}-{kind}.png)\n" for title, (kind, make) in plots.PICTURES.items() if make(content)]
     if not results.has_gpu:
         parts.append(f"## GPU\n\n{NOT_MEASURED}\n")
+    parts.append(f"## Host time of a block\n\n{BLOCKS['host'](results)}")
     parts.append(f"## Training: the demo\n\n{BLOCKS['demo'](results)}")
     return "\n".join(parts)
 

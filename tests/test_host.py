@@ -1,0 +1,32 @@
+"""The bench of host time: it counts what it says, and its figures reach the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the driver that launches nothing is Triton's")
+
+from bench import host
+from vitkernels import kernels
+
+if kernels.interpreting():
+    pytest.skip("TRITON_INTERPRET is set: nothing is launched", allow_module_level=True)
+
+
+def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "host.json"
+    assert host.main(["--rounds", "1", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    rows = {(row["library"], row["dtype"], row["backend"]): row for row in content["rows"]}
+    assert len(rows) == 2 * 8, "in two dtypes, two libraries stock and fused twice, and vk.nn fused twice"
+    for (library, _, backend), row in rows.items():
+        assert row["microseconds"] > 0
+        assert row["calls"] > 0
+        assert row["allocations"] > 0
+        assert (row["launches"] > 0) == (backend != "stock"), library
+    assert rows["timm", "float32", "ext"]["launches"] == 12, "six launches a block each way"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("host: float32 ext ")
+    assert host.report(content).count("\n| timm | ") == 6
