@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ptx.driver
 import torch
 from torch import Tensor, nn
 
@@ -154,7 +153,9 @@ def _calls(lane: _Lane, x: Tensor, dtype: str) -> int:
 def _launches(lane: _Lane, x: Tensor, dtype: str) -> int:
     if lane.backend == "stock":
         return 0
-    launched = ptx.driver.runtime.active.record.launches
+    from triton.runtime import driver
+
+    launched = driver.active.record.launches
     before = len(launched)
     with vk.record() as calls:
         lane.step(x, dtype)
@@ -212,9 +213,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=60, help="turns of each lane")
     parser.add_argument("--out", type=Path, default=FILE, help="results file")
     known = parser.parse_args(arguments)
+    from ptx.driver import Gpu, Nothing, activate  # the tests' machine, and triton with it
+
     torch.set_num_threads(1)
-    device = ptx.driver.Gpu(processors_=PROCESSORS)
-    with ptx.driver.activate(device, ptx.driver.Nothing):
+    with activate(Gpu(processors_=PROCESSORS), Nothing):
         rows = [asdict(row) for row in measure(known.rounds)]
     content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}
     known.out.parent.mkdir(parents=True, exist_ok=True)
