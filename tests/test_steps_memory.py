@@ -247,3 +247,13 @@ def test_what_is_not_kept_may_be_written_into(kind: str) -> None:
     with torch.no_grad():
         layer.tensors["branch"].zero_()
     check_equal(layer.gradients(results), expected)
+
+
+@pytest.mark.parametrize(("option", "again"), [(True, 2), (False, 0), (None, 2)])
+def test_fuse_says_whether_norms_are_made_again(option: bool | None, again: int) -> None:
+    """None is what suits the device: on a CPU they are."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    block = vk.fuse(timm.models.vision_transformer.Block(64, 2), recompute_norms=option)
+    with vk.record() as calls:
+        block(torch.randn(8, 130, 64)).sum().backward()
+    assert norms(calls) == 2 + again

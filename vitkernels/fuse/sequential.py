@@ -31,7 +31,8 @@ class FusedSequential(Fused):
                 continue
             assert isinstance(first, PreNormBlock)
             with first.backend():
-                input = pre_norm(input, _sublayers(blocks), first._vitkernels.residual_dtype)
+                state = first._vitkernels
+                input = pre_norm(input, _sublayers(blocks), state.residual_dtype, again=state.recompute_norms)
         return input
 
     def parts(self) -> list[Part]:
@@ -66,8 +67,10 @@ def _why_not(block: nn.Module, x: Tensor) -> str | None:
 
 
 def _same_options(one: Any, other: Any) -> bool:
-    mine, others = one._vitkernels, other._vitkernels
-    return (mine.residual_dtype, mine.backends) == (others.residual_dtype, others.backends)
+    mine, others = (
+        (state.residual_dtype, state.recompute_norms, state.backends) for state in (one._vitkernels, other._vitkernels)
+    )
+    return mine == others
 
 
 def _sublayers(blocks: list[nn.Module]) -> list[Sublayer]:

@@ -30,11 +30,13 @@ class State:
 
     Attributes:
         residual_dtype: dtype of the residual stream; None for the stock model's.
+        recompute_norms: whether backward makes norms again; None for what suits the device.
         backends: the order of backends that its calls ask; None for the process's.
         fallbacks: why calls went to the stock `forward`, and how many.
     """
 
     residual_dtype: torch.dtype | None = None
+    recompute_norms: bool | None = None
     backends: tuple[str, ...] | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
 
@@ -142,7 +144,8 @@ class PreNormBlock(Fused):
     def run(self, x: Tensor, **options: Any) -> Tensor:
         """The block on its tokens, [B, N, D] to the same."""
         with self.backend():
-            return pre_norm(x, self.sublayers(**options), self._vitkernels.residual_dtype)
+            state = self._vitkernels
+            return pre_norm(x, self.sublayers(**options), state.residual_dtype, again=state.recompute_norms)
 
     def parts(self) -> list[Part]:
         return [part for sublayer in self.sublayers() for part in sublayer.parts()]

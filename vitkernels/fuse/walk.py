@@ -37,6 +37,7 @@ def fuse(
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] | None = None,
     strict: bool = False,
+    recompute_norms: bool | None = None,
 ) -> nn.Module:
     """Swap fused kernels into a model, in place; nothing else of it changes.
 
@@ -54,6 +55,8 @@ def fuse(
         only: a pattern, or several, of module names ("blocks.[0-5]*"); modules that match none stay as they are.
         skip: the same for modules that stay as they are.
         strict: raise, changing nothing, if any Transformer block would not be fused, or not all of it.
+        recompute_norms: True keeps no norm's result for backward but makes it again from the sum (less memory, one
+            more pass over it); False keeps it; None decides by the device: made again on CPUs, kept on GPUs.
 
     Returns:
         The model itself.
@@ -78,7 +81,8 @@ def fuse(
             swap(each.module, each.match.rule.mixin)
     for module in model.modules():
         if isinstance(module, Fused):
-            module._vitkernels.residual_dtype, module._vitkernels.backends = residual_dtype, order
+            state = module._vitkernels
+            state.residual_dtype, state.recompute_norms, state.backends = residual_dtype, recompute_norms, order
     if strict:
         _require_all(model, before)
     keep_scriptable(model)

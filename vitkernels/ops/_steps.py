@@ -42,11 +42,15 @@ _SMALL = 2**16  # elements; a norm's result of fewer is kept: making it again wo
 
 
 class Norm(NamedTuple):
-    """A LayerNorm's weight, [D], bias, [D] or None, and eps."""
+    """A LayerNorm's weight, [D], bias, [D] or None, and eps; and whether its result is made again in backward.
+
+    `again` is None for what suits the device: on GPUs the pass over memory costs more than the memory is worth.
+    """
 
     weight: Tensor
     bias: Tensor | None
     eps: float
+    again: bool | None = None
 
 
 class Added(NamedTuple):
@@ -71,7 +75,7 @@ def add_norm(x: Tensor, added: Added | None, norm: Norm, out_dtype: torch.dtype 
     return ops.add_layer_norm(
         x,
         branch,
-        *norm,
+        *norm[:3],
         branch_bias=branch_bias,
         scale=scale,
         row_scale=row_scale,
@@ -160,7 +164,8 @@ class _Step:
     def __call__(self, x: Tensor, added: Added | None, norm: Norm, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
         dtype = autocast_dtype(x)
-        inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, dtype, *arguments)
+        how = dtype, norm.again
+        inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, how, *arguments)
         found = None if torch.compiler.is_compiling() else signature_of(inputs)
         if found is None:
             total, normed = add_norm(x, added, norm, None if dtype is None else cast_dtype(x, dtype))
@@ -177,7 +182,7 @@ class _Step:
         return self._run(plan, False, *inputs)[:2]
 
     def _planned(self, key: Any, inputs: tuple[Any, ...]) -> Plan:
-        x, branch, weight, bias, _, branch_bias, scale, row_scale, dtype, *arguments = inputs
+        x, branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
         check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
         self.check(_widened(x, branch), dtype, *arguments)
         if len(self.plans) == MOST:
@@ -187,7 +192,7 @@ class _Step:
 
     def _run(self, plan: Plan, learns: bool, *inputs: Any) -> tuple[Any, ...]:
         """total, result, normed, the norm's statistics, and what the product's backward keeps."""
-        x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
         normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
         kind = x.device.type
         if dtype is not None:  # dtypes are settled here; inside, autocast would cast again
@@ -204,8 +209,8 @@ class _Step:
 
     def _forward(self, ctx: Any, plan: Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
         total, result, normed, mean, rstd, kept = self._run(plan, True, *inputs)
-        x, branch, weight, bias, eps, branch_bias, scale, row_scale, dtype, *arguments = inputs
-        again = normed.numel() >= _SMALL and not normed.is_cuda  # on GPUs the pass costs more than the memory is worth
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, again), *arguments = inputs
+        again = normed.numel() >= _SMALL and (not normed.is_cuda if again is None else again)
         ctx.save_for_backward(
             None if again else normed,
             bias,

@@ -101,7 +101,11 @@ class Sublayer:
 
 
 def pre_norm(
-    x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | None = None, last_norm: nn.Module | None = None
+    x: Tensor,
+    sublayers: Sequence[Sublayer],
+    dtype: torch.dtype | None = None,
+    last_norm: nn.Module | None = None,
+    again: bool | None = None,
 ) -> Tensor:
     """x = x + drop_path(scale(branch(norm(x)))) for each sub-layer, [B, N, D] to the same.
 
@@ -110,12 +114,13 @@ def pre_norm(
         sublayers: the steps, in order; of one block or of several.
         dtype: of the residual stream under autocast; None leaves it as the modules one by one would have it.
         last_norm: the norm of the sum, where the one who calls owns it too; its result is returned.
+        again: whether norms are made again in backward, as `Norm` has it.
     """
     dtype = _stream_dtype(x, dtype)
     if dtype is not None:
         x = x.to(dtype)
     last = None if last_norm is None else _readable(last_norm, x.shape[-1])
-    norms = [_readable(each.norm, x.shape[-1]) for each in sublayers]
+    norms = [_readable(each.norm, x.shape[-1], again) for each in sublayers]
     added: Added | None = None
     for sublayer, norm, following in zip(sublayers, norms, [*norms[1:], last], strict=True):
         branch = sublayer.branch
@@ -166,11 +171,11 @@ def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
     return None if autocast_dtype(x) is None or x.dtype == torch.float64 else dtype
 
 
-def _readable(norm: nn.Module, width: int) -> Norm | None:
+def _readable(norm: nn.Module, width: int, again: bool | None = None) -> Norm | None:
     """A norm's parameters, where `ops.add_layer_norm` can stand for it in a stream of this width."""
     if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != width:  # type: ignore[index]
         return None
-    return Norm(norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+    return Norm(norm.weight, norm.bias, norm.eps, again)  # type: ignore[arg-type]
 
 
 def _adds(sublayer: Sublayer, width: int) -> bool:

@@ -168,7 +168,8 @@ class FusedTransformer(Fused):
         with self.backend():
             norm: Any = getattr(self, "norm", None)
             sublayers = [sublayer for block in self._blocks() for sublayer in block]
-            return pre_norm(x, sublayers, self._vitkernels.residual_dtype, last_norm=norm)
+            state = self._vitkernels
+            return pre_norm(x, sublayers, state.residual_dtype, norm, state.recompute_norms)
 
     def _blocks(self) -> list[tuple[Sublayer, Sublayer]]:
         return [(_sublayer("attn", attn), _sublayer("ff", ff)) for attn, ff in self.layers]  # type: ignore[union-attr]
