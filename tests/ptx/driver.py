@@ -79,14 +79,10 @@ class Record:
 
     Attributes:
         launches: what the launchers gave, in order.
-        rewrite: changes a kernel's PTX before it runs, to plant a fault.
-        texts: the PTX that was launched, and the name of its kernel.
         calls: what each launch was given, where `keeps` is set: tensors as they were before it.
     """
 
     launches: list[Any] = field(default_factory=list)
-    rewrite: Callable[[str], str] = lambda ptx: ptx
-    texts: dict[str, str] = field(default_factory=dict)
     keeps: bool = False
     calls: list[Call] = field(default_factory=list)
 
@@ -126,12 +122,11 @@ class Emulated:
                 arguments.append(each)
         record = runtime.active.record
         kernel, ptx = function
-        record.texts[ptx] = kernel
         arguments += [None, None]  # scratch memory, which no kernel here has
         if record.keeps:
             kept = copied(arguments)
             record.calls.append(Call(ptx, kernel, (x, y, z), self.threads, self.shared, kept, names))
-        launch = run(record.rewrite(ptx), kernel, (x, y, z), (self.threads,), self.shared, arguments, names)
+        launch = run(ptx, kernel, (x, y, z), (self.threads,), self.shared, arguments, names)
         record.launches.append(launch)
 
 

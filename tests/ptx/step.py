@@ -128,9 +128,5 @@ def number(instruction: Instruction, operand: Operand) -> int:
     return int(operand.of("i8"))
 
 
-def signed(dtype: str) -> str:
-    return dtype.replace("u", "i")
-
-
 def unsigned(dtype: str) -> str:
     return dtype.replace("i", "u")
