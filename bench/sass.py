@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import wgmma
 from vitkernels.kernels.variants import Variant
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,6 +40,7 @@ class Reading:
         widest: bits of the widest load from global memory; 0 without one, -1 where the copy engine (TMA) loads.
         scratch: bytes of global memory that a launch would have to bring.
         waits: waits for matrix instructions and for copies in an iteration of the main loop; None without a loop.
+        overwritten: instructions that write what an HGMMA in flight still reads.
     """
 
     threads: int
@@ -49,6 +51,7 @@ class Reading:
     widest: int
     scratch: int
     waits: tuple[int, int] | None
+    overwritten: tuple[str, ...] = ()
 
 
 def read(variant: Variant, capability: int) -> Reading:
@@ -62,7 +65,7 @@ def read(variant: Variant, capability: int) -> Reading:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
-        instructions, labels = _parse(_tool("nvdisasm", "-c", path))
+        instructions, labels = parse(_tool("nvdisasm", "-c", path))
     return Reading(
         threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", compiled.asm["ptx"]),
         registers=_number(r"REG:(\d+)", usage),
@@ -72,6 +75,7 @@ def read(variant: Variant, capability: int) -> Reading:
         widest=_widest_load(instructions),
         scratch=compiled.metadata.global_scratch_size,
         waits=_waits(_main_loop(instructions, labels)),
+        overwritten=tuple(wgmma.overwritten(instructions, labels)),
     )
 
 
@@ -109,7 +113,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _parse(listing: str) -> tuple[list[str], dict[str, int]]:
+def parse(listing: str) -> tuple[list[str], dict[str, int]]:
     """Instructions without their predicates, and the index of the one behind each label."""
     instructions: list[str] = []
     labels: dict[str, int] = {}

@@ -34,6 +34,6 @@ def fenced(tile: Tile, chip: int) -> Tile:
 @functools.cache
 def _in_one_stage(tile: Any) -> Any:
     """With `stages` of 1, also in the tiles that are its fields."""
-    changed = {field.name: getattr(tile, field.name) for field in dataclasses.fields(tile)}
-    inner = {name: _in_one_stage(value) for name, value in changed.items() if dataclasses.is_dataclass(value)}
-    return dataclasses.replace(tile, **inner, **({"stages": 1} if "stages" in changed else {}))
+    values = {field.name: getattr(tile, field.name) for field in dataclasses.fields(tile)}
+    changed = {name: _in_one_stage(value) for name, value in values.items() if hasattr(value, "stages")}
+    return dataclasses.replace(tile, **changed, **({"stages": 1} if "stages" in values else {}))
