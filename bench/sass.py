@@ -60,26 +60,27 @@ def read(variant: Variant, capability: int) -> Reading:
     Raises:
         Exception: whatever triton or ptxas raise for a kernel that does not compile.
     """
-    compiled = _compile(variant, capability)
+    found = compiled(variant, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
+        path.write_bytes(found.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
         instructions, labels = parse(_tool("nvdisasm", "-c", path))
     return Reading(
-        threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", compiled.asm["ptx"]),
+        threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", found.asm["ptx"]),
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        shared=compiled.metadata.shared,
+        shared=found.metadata.shared,
         matrix=_count_matrix(instructions),
         widest=_widest_load(instructions),
-        scratch=compiled.metadata.global_scratch_size,
+        scratch=found.metadata.global_scratch_size,
         waits=_waits(_main_loop(instructions, labels)),
         overwritten=tuple(wgmma.overwritten(instructions, labels)),
     )
 
 
-def _compile(variant: Variant, capability: int) -> Any:
+def compiled(variant: Variant, capability: int) -> Any:
+    """The compiled kernel, Triton's own object."""
     names: list[str] = variant.kernel.arg_names
     unmatched = set(names) ^ (variant.signature.keys() | variant.constants.keys())
     if unmatched:

@@ -135,6 +135,20 @@ def test_registers_of_a_product_in_flight(left: str, before: str, behind: str, f
     assert [each.rstrip(" ;") for each in overwritten(instructions, labels)] == found
 
 
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_norms_divide_with_correct_rounding(kernel: str) -> None:
+    from bench.sass import compiled
+    from vitkernels.kernels import add_layer_norm, interpreting
+
+    if interpreting():
+        pytest.skip("TRITON_INTERPRET is set: interpreted kernels do not compile")
+    variant = next(each for each in add_layer_norm.variants((9, 0)) if f" {kernel}" in each.name)
+    ptx = compiled(variant, 90).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert "div.full.f32" not in ptx
+    assert "div.approx" not in ptx
+
+
 def test_sound_kernels_end_with_0_on_every_chip() -> None:
     done = audit("--page", "planted", "--only", "good")
     assert done.returncode == 0, done.stdout + done.stderr

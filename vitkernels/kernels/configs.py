@@ -239,6 +239,10 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
 }
 
 
+# A multiprocessor needs so many of its programs, one a head, else the long kernels' tiles of queries share the work
+SHORT_PROGRAMS = 2
+
+
 def attention_short(
     direction: str, keys: int, masked: bool, width: int, float32: bool, capability: Capability
 ) -> AttentionTile | None:
