@@ -117,6 +117,9 @@ def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     tokens = image.shape[0] * (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
     if tokens >= 2**31 - 2**16:
         return f"the kernels number rows in 32 bits, and the batch has {tokens} patches"
+    # A library multiplies TF32 on the tensor cores, several times as fast as these kernels on the ordinary ones
+    if weight.dtype == torch.float32 and weight.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "torch.backends.cuda.matmul allows TF32, and the kernels multiply float32 exactly"
     return None
 
 
