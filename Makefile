@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu lint test test-asan clean
+.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-models lint test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -82,8 +82,15 @@ emulate: .venv/.built $(TRITON_PATH) ## run every case on the compiled kernels, 
 tune: ## on a machine with an NVIDIA GPU: time what could stand in the rows of configs.py, under 8 minutes
 	python3 -m bench.tune
 
-gpu: ## on a machine with an NVIDIA GPU, no network needed: install, tests on real kernels, benches
-	python3 -m bench.gpu
+# OUT=<folder> gets copies of outcomes and figures after each stage
+gpu: ## on a machine with an NVIDIA GPU, no network needed: install, tests on real kernels, benches (9 minutes)
+	python3 -m bench.gpu tests $(if $(OUT),--out $(OUT))
+
+gpu-checks: ## there: memcheck, and the same tests under the other ptxas that triton brings (9 minutes)
+	python3 -m bench.gpu checks $(if $(OUT),--out $(OUT))
+
+gpu-models: ## there: a training step of ViT-B against torch.compile's max-autotune (9 minutes)
+	python3 -m bench.gpu models $(if $(OUT),--out $(OUT))
 
 lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff check .

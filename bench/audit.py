@@ -2,8 +2,9 @@
 
     python -m bench.audit [--capability 80 90 100] [--only NAME] [--short] [--page MODULE]
 
-Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, more shared memory than the chip
-gives a program, and a row that does not compile. The roofline columns are estimates for an H100.
+Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, registers of an HGMMA written before
+its wait, more shared memory than the chip gives a program, and a row that does not compile. The roofline columns are
+estimates for an H100.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ class Row:
             faults.append("multiplies matrices without HGMMA")
         if self.variant.matrix and not reading.matrix and self.capability != 90:
             faults.append("multiplies matrices without a matrix instruction")
+        if reading.overwritten:
+            faults.append(
+                f"writes registers that a product in flight reads, {len(reading.overwritten)} times; first: "
+                f"{reading.overwritten[0]}"
+            )
         if reading.scratch:
             faults.append(f"wants {reading.scratch} bytes of scratch memory, which nobody allocates")
         if reading.shared > limit:

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import wgmma
 from vitkernels.kernels.variants import Variant
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,6 +40,7 @@ class Reading:
         widest: bits of the widest load from global memory; 0 without one, -1 where the copy engine (TMA) loads.
         scratch: bytes of global memory that a launch would have to bring.
         waits: waits for matrix instructions and for copies in an iteration of the main loop; None without a loop.
+        overwritten: instructions that write what an HGMMA in flight still reads.
     """
 
     threads: int
@@ -49,6 +51,7 @@ class Reading:
     widest: int
     scratch: int
     waits: tuple[int, int] | None
+    overwritten: tuple[str, ...] = ()
 
 
 def read(variant: Variant, capability: int) -> Reading:
@@ -57,25 +60,27 @@ def read(variant: Variant, capability: int) -> Reading:
     Raises:
         Exception: whatever triton or ptxas raise for a kernel that does not compile.
     """
-    compiled = _compile(variant, capability)
+    found = compiled(variant, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
+        path.write_bytes(found.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
-        instructions, labels = _parse(_tool("nvdisasm", "-c", path))
+        instructions, labels = parse(_tool("nvdisasm", "-c", path))
     return Reading(
-        threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", compiled.asm["ptx"]),
+        threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", found.asm["ptx"]),
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        shared=compiled.metadata.shared,
+        shared=found.metadata.shared,
         matrix=_count_matrix(instructions),
         widest=_widest_load(instructions),
-        scratch=compiled.metadata.global_scratch_size,
+        scratch=found.metadata.global_scratch_size,
         waits=_waits(_main_loop(instructions, labels)),
+        overwritten=tuple(wgmma.overwritten(instructions, labels)),
     )
 
 
-def _compile(variant: Variant, capability: int) -> Any:
+def compiled(variant: Variant, capability: int) -> Any:
+    """The compiled kernel, Triton's own object."""
     names: list[str] = variant.kernel.arg_names
     unmatched = set(names) ^ (variant.signature.keys() | variant.constants.keys())
     if unmatched:
@@ -109,7 +114,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _parse(listing: str) -> tuple[list[str], dict[str, int]]:
+def parse(listing: str) -> tuple[list[str], dict[str, int]]:
     """Instructions without their predicates, and the index of the one behind each label."""
     instructions: list[str] = []
     labels: dict[str, int] = {}

@@ -215,7 +215,7 @@ def _mlp_arguments(direction: str) -> Callable[[int], tuple[Any, ...]]:
 
 def _patch_embed(capability: Capability) -> Iterator[Slot]:
     for kernel, direction in (("embed", "forward"), ("weight_gradient", "backward")):
-        now = configs.patch_embed(kernel, 768, True, False, capability)
+        now = configs.patch_embed(kernel, 768, True, False, False, capability)
         tiles = _grid(now, rows=(64, 128, 256), columns=(128, 256), warps=(4, 8), stages=(2, 3, 4))
         yield Slot(
             "patch_embed", f"patch_embed {kernel} P=16 D=768 bf16 image, bf16", "patch_embed", direction,

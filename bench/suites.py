@@ -1,11 +1,12 @@
 """What is timed, by suite: the same list for every device, at sizes that each can bear.
 
-quick    each op, a block and a small model: minutes
-ops      each op, forward and with its backward
-models   blocks and whole models against every library's
-scaling  how cost grows with tokens, batch, width and depth
-full     ops, models and scaling
-smoke    seconds: what the tests run, too small to say anything
+quick      each op, a block and a small model: minutes
+ops        each op, forward and with its backward
+models     blocks and whole models against every library's
+scaling    how cost grows with tokens, batch, width and depth
+full       ops, models and scaling
+autotuned  one whole model, at the size of training, against the fastest that torch.compile makes
+smoke      seconds: what the tests run, too small to say anything
 
 torch.compile's max-autotune is for GPUs: on a CPU it tries matrix products for minutes, for what the default gives.
 """
@@ -145,6 +146,13 @@ def scaling(device: torch.device) -> Iterator[Plan]:
         yield _model(effort, "vit", arguments, 4 * grown, dtype, device, lanes, sweep="depth", at=depth)
 
 
+def autotuned(device: torch.device) -> Iterator[Plan]:
+    gpu = device.type == "cuda"
+    peer = "timm, max-autotune" if gpu else "timm, compiled"
+    effort, batch = (Effort(60, 7, 31), 256) if gpu else (Effort(12, 5, 9), 4)
+    yield _model(effort, "vit_base_patch16", {}, batch, BF16, device, (OURS, "timm", peer), update=True)
+
+
 def smoke(device: torch.device) -> Iterator[Plan]:
     effort, size = Effort(0.0, 3, 3), Size(1, 16, 32, 2)
     yield from (plan for plan in _ops(device, size, F32, effort, FORWARD, BOTH) if plan.make().key.name == "linear")
@@ -158,6 +166,7 @@ SUITES: dict[str, Callable[[torch.device], Iterator[Plan]]] = {
     "ops": ops,
     "models": models,
     "scaling": scaling,
+    "autotuned": autotuned,
     "smoke": smoke,
 }
 PARTS = {"full": ("ops", "models", "scaling")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from case import Loss
 from cases import SMALL
 
 from vitkernels import dispatch, ext, products
+
+# read when cuBLAS makes its first handle; without it, its products are not deterministic, and torch warns
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 BACKENDS = ("reference", "ext")  # a new backend is one more name
 ISAS = ext.ISAS

@@ -77,6 +77,10 @@ def test_the_table_reads_what_was_compiled(planted: subprocess.CompletedProcess[
     [
         ({}, None),
         ({"matrix": {}}, "multiplies matrices without a matrix instruction"),
+        (
+            {"overwritten": ("LDS.64 R88, [R6] ;", "MOV R90, R1 ;")},
+            "writes registers that a product in flight reads, 2 times; first: LDS.64 R88, [R6] ;",
+        ),
         ({"scratch": 256}, "wants 256 bytes of scratch memory, which nobody allocates"),
     ],
 )
@@ -87,6 +91,62 @@ def test_faults_that_no_kernel_here_has(changed: dict[str, Any], fault: str | No
     sound = Reading(128, 64, 0, 1024, {"HMMA": 8}, 128, 0, None)
     variant = Variant("product", None, {}, {}, matrix=True)
     assert Row(variant, 80, dataclasses.replace(sound, **changed), "").faults == ([fault] if fault else [])
+
+
+# a pipelined loop: of two products of a step the second may be in flight when the next step begins
+LOOP = """
+.L_x_0:
+        /*0010*/                   LDS.128 R40, [R2+UR5] ;
+        /*0020*/                   {before} ;
+        /*0030*/                   WARPGROUP.ARRIVE ;
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0 ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR8], R24, gsb0 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, {left} ;
+        /*0080*/                   {behind} ;
+        /*0090*/              @!P5 BRA `(.L_x_0) ;
+        /*00a0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00b0*/                   MOV R92, R1 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("left", "before", "behind", "found"),
+    [
+        ("0x1", "IADD3 R87, P5, R92, 0xc0, RZ", "STG.E [R88], R92", []),
+        ("0x0", "LDS.64 R92, [R6]", "MOV R95, R1", []),
+        ("0x1", "LDS.64 R88, [R6]", "MOV R91, R1", []),
+        ("0x1", "LDS.64 R92, [R6]", "NOP", ["LDS.64 R92, [R6]"]),  # across the loop's back edge
+        ("0x1", "LDG.E.128 R92, desc[UR4][R4.64]", "NOP", ["LDG.E.128 R92, desc[UR4][R4.64]"]),
+        ("0x1", "LDG.E.128 R89, desc[UR4][R4.64]", "NOP", ["LDG.E.128 R89, desc[UR4][R4.64]"]),
+        ("0x1", "NOP", "ISETP.GE.AND P0, PT, R92, R95, PT", []),
+        ("0x1", "NOP", "IADD3 R95, P5, R16, 0xc0, RZ", ["IADD3 R95, P5, R16, 0xc0, RZ"]),
+        ("0x1", "NOP", "@!P0 SHFL.IDX PT, R94, R1, R2, R3", ["SHFL.IDX PT, R94, R1, R2, R3"]),
+        ("0x1", "NOP", "IMAD.WIDE.U32 R90, R1, R2, R4", []),
+        ("0x3", "NOP", "IMAD.WIDE.U32 R90, R1, R2, R4", ["IMAD.WIDE.U32 R90, R1, R2, R4"]),
+        ("0x1", "LDSM.16.M88.4 R90, [R6]", "NOP", ["LDSM.16.M88.4 R90, [R6]"]),
+    ],
+)
+def test_registers_of_a_product_in_flight(left: str, before: str, behind: str, found: list[str]) -> None:
+    from bench.sass import parse
+    from bench.wgmma import overwritten
+
+    instructions, labels = parse(LOOP.format(left=left, before=before, behind=behind))
+    assert [each.rstrip(" ;") for each in overwritten(instructions, labels)] == found
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_norms_divide_with_correct_rounding(kernel: str) -> None:
+    from bench.sass import compiled
+    from vitkernels.kernels import add_layer_norm, interpreting
+
+    if interpreting():
+        pytest.skip("TRITON_INTERPRET is set: interpreted kernels do not compile")
+    variant = next(each for each in add_layer_norm.variants((9, 0)) if f" {kernel}" in each.name)
+    ptx = compiled(variant, 90).asm["ptx"]
+    assert "div.rn.f32" in ptx
+    assert "div.full.f32" not in ptx
+    assert "div.approx" not in ptx
 
 
 def test_sound_kernels_end_with_0_on_every_chip() -> None:

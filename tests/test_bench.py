@@ -323,7 +323,7 @@ def test_ceilings_are_rates() -> None:
 def test_every_suite_has_cases_of_its_own_for_each_device(suite: str, device: str) -> None:
     keys = [plan.make().key for plan in plans(suite, torch.device(device))]
     assert len(keys) == len(set(keys))
-    assert len(keys) >= 4
+    assert len(keys) >= (1 if suite == "autotuned" else 4)
     if device == "cuda" and suite in PARTS:
         assert {key.dtype for key in keys} == {"float32", "bfloat16", "float16"}
         assert {"vit_large_patch14", "vit_so400m_patch14", "vit_giant_patch14"} <= {key.name for key in keys}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,19 +14,30 @@ import pytest
 import torch
 
 from bench import gpu
-from bench.gpu import PYTHON, ROOT, Outcome, Stage, run, run_all, stages
+from bench.gpu import COMMANDS, PYTHON, ROOT, Outcome, Stage, run, run_all, stages
 
 
 def python(name: str, code: str, limit: int = 30) -> Stage:
     return Stage(name, [PYTHON, "-c", code], limit)
 
 
-def test_limits_fit_into_nine_minutes() -> None:
-    assert sum(stage.limit for stage in stages()) <= gpu.LIMIT == 540
-    assert [stage.name for stage in stages()] == ["install", "info", "behaviour", "cases", "sanitizer", "benches"]
+EVERY = [stage for command in COMMANDS for stage in stages(command)]
 
 
-@pytest.mark.parametrize("stage", stages(), ids=lambda stage: stage.name)
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("tests", ["install", "info", "behaviour", "cases", "benches"]),
+        ("checks", ["install", "sanitizer", "behaviour, other ptxas", "cases, other ptxas"]),
+        ("models", ["install", "models"]),
+    ],
+)
+def test_limits_fit_into_nine_minutes(command: str, names: list[str]) -> None:
+    assert sum(stage.limit for stage in stages(command)) <= gpu.LIMIT == 540
+    assert [stage.name for stage in stages(command)] == names
+
+
+@pytest.mark.parametrize("stage", EVERY, ids=lambda stage: stage.name)
 def test_what_a_stage_runs_is_there(stage: Stage) -> None:
     """Its files and modules; the programs themselves are asked for when it runs."""
     words = [word for word in stage.command if word.endswith(".py")]
@@ -38,7 +50,44 @@ def test_what_a_stage_runs_is_there(stage: Stage) -> None:
 
 def test_without_workers_tests_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not any("-n" in stage.command for stage in stages())
+    assert not any("-n" in stage.command for command in COMMANDS for stage in stages(command))
+
+
+def test_the_largest_cases_are_one_worker_s() -> None:
+    behaviour = next(stage for stage in EVERY if stage.name == "behaviour")
+    assert behaviour.command[behaviour.command.index("--dist") + 1] == "loadgroup"
+    source = (ROOT / "tests" / "test_gpu.py").read_text()
+    mark, test = source.index("@pytest.mark.xdist_group("), source.index("def test_more_than_2_31_elements")
+    assert "def " not in source[mark:test]
+
+
+def test_checks_run_the_same_tests_under_another_ptxas(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    first = {stage.name: stage for stage in stages("tests")}
+    again = {stage.name: stage for stage in stages("checks")}
+    for name in ("behaviour", "cases"):
+        stage = again[f"{name}, other ptxas"]
+        assert stage.command == first[name].command
+        assert stage.environment["TRITON_PTXAS_PATH"] == str(gpu.other_ptxas())
+        assert "TRITON_PTXAS_PATH" not in first[name].environment
+        assert stage.missing is None, "triton brings it"
+    absent = tmp_path / "ptxas-blackwell"
+    assert Stage("cases", [PYTHON], 5, files=(absent,)).missing == str(absent)
+
+
+def test_what_is_new_is_copied_out_though_a_later_stage_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, out = tmp_path / "results", tmp_path / "out"
+    figures.mkdir()
+    (figures / "old.json").write_text("{}")
+    os.utime(figures / "old.json", (0, 0))
+    monkeypatch.setattr(gpu, "FIGURES", figures)
+    code = f"import pathlib; pathlib.Path({str(figures / 'new.json')!r}).write_text('[1]')"
+    planned = [python("benches", code), python("later", f"assert not __import__('os').path.exists({str(out)!r})")]
+    run_all("a device", planned, tmp_path / "gpu.json", out)
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "new.json"]
+    stages_written = json.loads((out / "gpu.json").read_text())["stages"]
+    assert stages_written["benches"]["outcome"] == "passed"
+    assert stages_written["later"]["outcome"] == "failed: exit code 1", "the copies were there before it ran"
 
 
 def test_outcomes(tmp_path: Path) -> None:
@@ -99,7 +148,7 @@ def test_what_ran_before_an_interruption_is_written(tmp_path: Path, monkeypatch:
 
 def test_a_stage_gets_its_environment() -> None:
     code = "import os; assert os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'; assert os.environ['PATH']"
-    sanitizer = next(stage for stage in stages() if stage.name == "sanitizer")
+    sanitizer = next(stage for stage in EVERY if stage.name == "sanitizer")
     assert run(Stage("environment", [PYTHON, "-c", code], 30, (), sanitizer.environment)).text == "passed"
 
 
@@ -107,15 +156,15 @@ def test_a_stage_gets_its_environment() -> None:
 def test_exit_code(failing: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
-    monkeypatch.setattr(gpu, "OUTCOMES", tmp_path / "gpu.json")
-    monkeypatch.setattr(gpu, "stages", lambda: [python("tests", f"raise SystemExit({int(failing)})")])
-    assert gpu.main() == code
+    monkeypatch.setattr(gpu, "OUTCOMES", tmp_path)
+    monkeypatch.setattr(gpu, "stages", lambda command: [python("tests", f"raise SystemExit({int(failing)})")])
+    assert gpu.main([]) == code
     assert "tests" in capfd.readouterr().out
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 2
+    assert gpu.main([]) == 2
     assert capsys.readouterr().err == "make gpu: torch sees no CUDA device; needs an NVIDIA GPU\n"
 
 

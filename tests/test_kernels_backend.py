@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitkernels import dispatch, kernels
 from vitkernels.kernels.device import Cuda, Interpreter, current, stand_in
@@ -140,6 +141,35 @@ def test_what_rotary_leaves_to_the_reference() -> None:
     assert learned == "the kernels have no gradients of sin and cos"
     reason = why_not("forward", (wide, wide, wide, 0, False))
     assert reason == "the kernels hold heads in registers, at most 256 wide, and the last axis has 258"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision", "served"),
+    [
+        ("cuda", torch.float32, "ieee", True),
+        ("cuda", torch.float32, "tf32", False),
+        ("cuda", torch.bfloat16, "tf32", True),
+        ("cpu", torch.float32, "tf32", True),
+    ],
+)
+def test_float32_patches_go_to_a_library_where_tf32_is_allowed(
+    device: str, dtype: torch.dtype, precision: str, served: bool
+) -> None:
+    pytest.importorskip("triton")
+    from vitkernels.kernels import patch_embed
+
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = precision
+    try:
+        with FakeTensorMode():
+            image, weight = (torch.empty(1, 3, 4, 4, device=device, dtype=dtype) for _ in range(2))
+            calls = {"forward": (image, weight), "backward": (None, image, weight)}
+            reasons = [patch_embed.why_not(direction, args) for direction, args in calls.items()]
+    finally:
+        products.fp32_precision = before
+    sentence = "torch.backends.cuda.matmul allows TF32, and the kernels multiply float32 exactly"
+    assert reasons == 2 * [None if served else sentence]
 
 
 def test_asking_for_it_on_the_cpu_raises_its_sentence() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from case import Case
-from cases import CASES
+from cases import CASES, IMAGENET, UINT8, attention_qkv, patch_embed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,14 +28,17 @@ if kernels.interpreting():
 
 from ptx.driver import Gpu, Nothing, activate  # noqa: E402  # needs triton
 
+from vitkernels.kernels import patch_embed_kernels  # noqa: E402
+from vitkernels.kernels.fences import FENCED  # noqa: E402
+
 
 @pytest.fixture
-def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the kernels that were bound; the Triton backend takes tensors of the CPU meanwhile."""
-    seen: list[str] = []
+def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The kernels that were bound, "page.kernel", and their launch options; CPU tensors go to Triton meanwhile."""
+    seen: list[dict[str, Any]] = []
 
-    def bind(*, fn: Any, **about: Any) -> bool:
-        seen.append(fn.name)
+    def bind(*, fn: Any, compile: dict[str, Any], **about: Any) -> bool:
+        seen.append({"kernel": f"{fn.module.rpartition('.')[2]}.{fn.name.rpartition('.')[2]}"} | compile)
         return True  # as if another had compiled it
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", bind)
@@ -56,7 +59,9 @@ def _as_declared(op: Op, direction: str, args: tuple[Any, ...], results: Any) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", kernels.PAGES)
-def test_every_case_binds(op: str, dtype: torch.dtype, bound: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_case_binds(
+    op: str, dtype: torch.dtype, bound: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = dispatch.OPS[op].implementations
     triton_kernels = there["triton"]
 
@@ -86,3 +91,43 @@ def _run(case: Case, dtype: torch.dtype) -> None:
         roots = [outputs[name] for name in gradients]
         torch.autograd.grad(roots, leaves, list(gradients.values()), allow_unused=True)
     assert [call.backend for call in calls] == ["triton", "triton"], case
+
+
+SHORT = ["attention_short.forward_kernel", "attention_short.backward_kernel"]
+LONG = [f"attention_long.{name}_kernel" for name in ("forward", "delta", "dq", "dkdv")]
+
+
+@pytest.mark.parametrize(
+    ("batch", "processors", "kernels"), [(2, 3, SHORT), (1, 3, LONG), (2, 4, LONG), (88, 132, SHORT), (87, 132, LONG)]
+)
+def test_few_heads_go_to_the_long_kernels(
+    batch: int, processors: int, kernels: list[str], bound: list[dict[str, Any]]
+) -> None:
+    """Three heads a sample: two programs a multiprocessor of the short kernels, or none of them."""
+    with activate(Gpu(processors_=processors), Nothing):
+        _run(attention_qkv("few heads", batch, 3, 17, 16), torch.bfloat16)
+    assert [each["kernel"] for each in bound] == kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "stages", "columns"),
+    [
+        ({}, 3, 256),
+        ({"table": torch.float32}, 3, 128),
+        ({"image": {"dtype": torch.float32}}, 1, 128),
+        ({"image": {"dtype": torch.float32}, "table": torch.float32}, 1, 128),
+        ({"image": UINT8}, 1, 128),
+        (IMAGENET, 1, 128),
+    ],
+    ids=["bf16", "float32 table", "float32 image", "autocast", "uint8", "mean and std"],
+)
+def test_converted_pixels_are_multiplied_in_one_stage(
+    options: dict[str, Any], stages: int, columns: int, bound: list[dict[str, Any]]
+) -> None:
+    """And a product's other operand comes in the dtype of the products, whatever dtype the gradient arrives in."""
+    _run(patch_embed("launch", 16, (2, 2), width=256, prefix=1, pos_embed=5, **options), torch.bfloat16)
+    kernels = {each["kernel"].partition(".")[2]: each for each in bound}
+    embed, product = kernels["embed"], kernels["weight_gradient"]
+    assert embed["num_stages"] == (stages if FENCED else 1)
+    assert embed["constants"][(patch_embed_kernels.embed.arg_names.index("BLOCK_N"),)] == columns
+    assert product["signature"]["p_dout"] == "*bf16"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import triton
 
-from ptx.findings import PROXY, REGISTERS, Finding
+from ptx.findings import REGISTERS, Finding
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,8 @@ class Known:
 
 KNOWN = (
     Known(
-        PROXY,
-        ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel", "embed", "image_gradient", "weight_gradient"),
-        (3, 7, 1),
-        "",
-        "triton before 3.7.1 puts no fence.proxy.async between cp.async and a wgmma that reads what it wrote (#9610)",
-    ),
-    Known(
         REGISTERS,
-        ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel", "embed", "weight_gradient", "image_gradient"),
+        ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel"),
         (9, 9, 9),
         r"^writes \S+ operand of a product in flight",
         "LLVM gives the registers of a product's A operand to the next value at once: undefined by PTX; ptxas gives "

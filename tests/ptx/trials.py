@@ -30,6 +30,8 @@ from ptx.operands import Unsupported
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PERSISTENT = ("linear", "mlp", "add_layer_norm", "patch_embed")  # ops whose launches ask for multiprocessors
 
+HEADS = ("attention", "attention_qkv")  # few heads for the multiprocessors go to the long kernels
+
 # launches of real models: tiles and loops that small cases do not reach
 _AUTOCAST = {"image": {"dtype": F32}, "table": F32, "dtypes": (BF16, F16)}
 REAL = [
@@ -101,12 +103,14 @@ def attempt(trial: Trial) -> Outcome:
     return outcome
 
 
-def _on(cases: list[Case], dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) -> Iterator[Trial]:
-    """Each case in each of its dtypes; with 1 and with 132 multiprocessors where a launch depends on it."""
+def _on(
+    cases: list[Case], dtypes: tuple[torch.dtype, ...], capability: tuple[int, int], spread: tuple[str, ...] = HEADS
+) -> Iterator[Trial]:
+    """Each case in each of its dtypes; with 1 and with 132 multiprocessors in persistent ops and those of `spread`."""
     for case in cases:
         for dtype in dtypes:
             if dtype in case.dtypes:
-                for processors in (1, 132) if case.op in PERSISTENT else (1,):
+                for processors in (1, 132) if case.op in (*PERSISTENT, *spread) else (1,):
                     yield Trial(case, dtype, capability, processors)
 
 
@@ -132,10 +136,11 @@ FEW = _named(
 
 def quick() -> list[Trial]:
     """What `make test` runs: bfloat16 on sm_90 over the list, a few cases of the rest."""
-    trials = list(_on(PLAIN, (BF16,), (9, 0)))
-    trials += _on(STRIDES_16[::16], (BF16,), (9, 0))
-    trials += _on(FEW, (F16, F32), (9, 0))
-    trials += _on(FEW, (BF16,), (8, 0))
+    trials = list(_on(PLAIN, (BF16,), (9, 0), spread=()))
+    trials += _on(STRIDES_16[::16], (BF16,), (9, 0), spread=())
+    trials += _on(FEW, (F16, F32), (9, 0), spread=())
+    trials += _on(FEW, (BF16,), (8, 0), spread=())
+    trials += [Trial(case, BF16, processors=132) for case in FEW if case.op in HEADS]
     return trials
 
 

@@ -64,9 +64,10 @@ def forward_kernel(
             b_total = rounded(b_x + b_branch, p_total.dtype.element_ty)
             tl.store(p_total + o_out, b_total, mask=m_d)
             b_x = b_total.to(tl.float32)  # normed belongs to the total that is stored
-        b_mean = tl.sum(b_x, 0) / D
+        # the operator's division is off by up to two units in the last place
+        b_mean = tl.div_rn(tl.sum(b_x, 0), 1.0 * D)
         b_x = tl.where(m_d, b_x - b_mean, 0.0)
-        b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 0) / D + eps)
+        b_rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(b_x * b_x, 0), 1.0 * D) + eps))
         b_x = b_x * b_rstd * _vector(p_weight, o_d, m_d)
         if p_bias is not None:
             b_x += _vector(p_bias, o_d, m_d)
@@ -140,8 +141,8 @@ def backward_kernel(
             b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
             b_normalised = (b_total - b_mean) * b_rstd
             b_inner = b_dnormed * b_weight
-            b_shift = tl.sum(b_inner, 1)[:, None] / D
-            b_slope = tl.sum(b_inner * b_normalised, 1)[:, None] / D
+            b_shift = tl.div_rn(tl.sum(b_inner, 1), 1.0 * D)[:, None]
+            b_slope = tl.div_rn(tl.sum(b_inner * b_normalised, 1), 1.0 * D)[:, None]
             b_g = (b_inner - b_shift - b_normalised * b_slope) * b_rstd
             if p_dweight is not None:
                 b_dweight += tl.sum(b_dnormed * b_normalised, 0)

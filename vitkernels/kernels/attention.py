@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitkernels.kernels import attention_long, attention_short, capability, configs
 from vitkernels.kernels.attention_variants import variants
+from vitkernels.kernels.common import processors
 from vitkernels.kernels.launch import launch
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention import _heads_last, _unpack, score_units
@@ -106,10 +107,12 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
 
 
 def _short(
-    direction: str, keys: int, mask: Tensor | None, is_causal: bool, scale: float, *key: Any
+    direction: str, q: Tensor, keys: int, mask: Tensor | None, is_causal: bool, scale: float, *key: Any
 ) -> configs.AttentionTile | None:
-    """The row of the short kernels where they serve: they take masks that hide keys from all queries alike."""
+    """The row of the short kernels where they serve: many heads, and masks that hide keys from all queries alike."""
     if scale <= 0 or (mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1)):
+        return None
+    if q.shape[0] * q.shape[1] < configs.SHORT_PROGRAMS * processors(q.device):
         return None
     return configs.attention_short(direction, keys, mask is not None or is_causal, *key)
 
@@ -141,7 +144,7 @@ def _forward(
     key = (width, q.dtype == torch.float32, capability(q.device))
     values, mask_strides, mask_constants = _mask_arguments(mask)
     factor, unit = _units(mask, scale)
-    short = _short("forward", keys, mask, is_causal, scale, *key)
+    short = _short("forward", q, keys, mask, is_causal, scale, *key)
     if short is not None:
         mask_b, mask_h, _, mask_n = mask_strides
         launch(
@@ -183,7 +186,7 @@ def _backward(
     key = (width, q.dtype == torch.float32, capability(q.device))
     values, mask_strides, mask_constants = _mask_arguments(mask)
     factor, unit = _units(mask, scale)
-    short = _short("backward", keys, mask, is_causal, scale, *key)
+    short = _short("backward", q, keys, mask, is_causal, scale, *key)
     if short is not None:
         mask_b, mask_h, _, mask_n = mask_strides
         launch(

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vitkernels.kernels.fences import fenced
+
 Capability = tuple[int, int]
 
 
@@ -143,16 +145,11 @@ _LONG_SM_80 = {
 }
 LONG = {80: _LONG_SM_80, 86: _LONG_SM_80, 90: _LONG_SM_90, 100: _LONG_SM_90}
 # exact products run on the ordinary cores: small tiles, so that operands fit into registers
+_EXACT = AttentionTile(16, 32, 4, 1)
 _LONG_FLOAT32 = {
-    64: AttentionLong(
-        AttentionTile(32, 32, 4, 1), AttentionTile(16, 32, 4, 1), AttentionTile(32, 32, 4, 1),
-        AttentionTile(16, 32, 4, 1),
-    ),
-    128: AttentionLong(
-        AttentionTile(16, 32, 4, 1), AttentionTile(16, 32, 4, 1), AttentionTile(32, 16, 4, 1),
-        AttentionTile(16, 16, 8, 1),
-    ),
-}  # fmt: skip
+    64: AttentionLong(AttentionTile(32, 32, 4, 1), _EXACT, AttentionTile(32, 32, 4, 1), _EXACT),
+    128: AttentionLong(_EXACT, _EXACT, AttentionTile(32, 16, 4, 1), AttentionTile(16, 16, 8, 1)),
+}
 
 
 def attention_widths(width: int) -> tuple[int, ...]:
@@ -211,22 +208,19 @@ SHORT_FORWARD: Mapping[int, tuple[AttentionShort, ...]] = {
 }
 # dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Where tiles of 32 queries spill, tiles of 16,
 # or one stage: the next queries are fetched later, and their addresses need no registers meanwhile.
+_SHORT_BACKWARD_SM_86 = (  # within 99 KiB of shared memory
+    AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
+    AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
+    AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
+    AttentionShort(128, 64, AttentionTile(32, 128, 8)),
+)
 SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     80: (
-        AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
-        AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
-        AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
-        AttentionShort(128, 64, AttentionTile(32, 128, 8)),
+        *_SHORT_BACKWARD_SM_86,
         AttentionShort(128, 128, AttentionTile(16, 128, 8, 1, spills=56)),  # 0 but for 104-wide heads
         AttentionShort(256, 64, AttentionTile(16, 256, 8, 1, spills=8)),  # 0 where no keys are hidden
     ),
-    # as above, within 99 KiB of shared memory
-    86: (
-        AttentionShort(64, 80, AttentionTile(32, 64, 4, 1)),
-        AttentionShort(64, 104, AttentionTile(32, 64, 8, 1)),
-        AttentionShort(64, 128, AttentionTile(16, 64, 8, 1)),
-        AttentionShort(128, 64, AttentionTile(32, 128, 8)),
-    ),
+    86: _SHORT_BACKWARD_SM_86,
     90: (
         AttentionShort(64, 96, AttentionTile(32, 64, 4)),
         # 0 but for 104-wide heads by triton 3.6
@@ -245,6 +239,10 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
 }
 
 
+# A multiprocessor needs so many of its programs, one a head, else the long kernels' tiles of queries share the work
+SHORT_PROGRAMS = 2
+
+
 def attention_short(
     direction: str, keys: int, masked: bool, width: int, float32: bool, capability: Capability
 ) -> AttentionTile | None:
@@ -253,14 +251,15 @@ def attention_short(
         return None
     for row in {"forward": SHORT_FORWARD, "backward": SHORT_BACKWARD}[direction][chip(capability)]:
         if keys <= row.keys and width <= row.width and (row.masked or not masked):
-            return row.tile
+            return fenced(row.tile, chip(capability))
     return None
 
 
 def attention_long(width: int, float32: bool, capability: Capability) -> AttentionLong:
     """The row for heads of a width up to 128."""
     table = _LONG_FLOAT32 if float32 else LONG[chip(capability)]
-    return next(row for widest, row in table.items() if sum(attention_widths(width)) <= widest)
+    row = next(row for widest, row in table.items() if sum(attention_widths(width)) <= widest)
+    return fenced(row, chip(capability))
 
 
 # ------------------------------------------------------------------------------------------------------------- rotary
@@ -369,9 +368,12 @@ _PATCH_EMBED_HOPPER = {
     "weight_gradient": PatchEmbedTile(128, 128, 64, 8, 2),  # three stages of float32 pixels leave room for one only
     "image_gradient": PatchEmbedTile(128, 128, 64, 8, 3),
 }
-# half as many reads of the image, one program an SM, 222 to 252 registers; irregular patches would spill 48 to 200
-# bytes with it, and sm_100 280
+# half as many reads of the image, one program an SM, 212 to 231 registers; irregular patches would spill 48 to 200
+# bytes with it, a wider result 80 to 96, and sm_100 280
 _PATCH_EMBED_WIDE = PatchEmbedTile(128, 256, 64, 8, 3)
+# Pixels that are converted feed wgmma from registers, which those of the next step would overwrite while products of a
+# pipelined loop are in flight: one stage waits for each product. 128 registers for uint8, 180 for float32.
+_PATCH_EMBED_CONVERTED = PatchEmbedTile(128, 128, 64, 8, 1)
 # shared memory of 99 KiB holds no deeper steps
 _PATCH_EMBED_AMPERE = PatchEmbedTile(128, 128, 32, 8, 3)
 # exact products run on the ordinary cores; steps of 32 spill 8 bytes on sm_90
@@ -380,20 +382,19 @@ _PATCH_EMBED_FLOAT32 = PatchEmbedTile(64, 64, 16, 8, 2)
 PATCH_EMBED_SUM = PatchEmbedTile(16, 256, 0, 4, 1)
 
 
-def patch_embed(kernel: str, width: int, regular: bool, float32: bool, capability: Capability) -> PatchEmbedTile:
-    """The row for one of the kernels that multiply.
+def patch_embed(
+    kernel: str, width: int, regular: bool, converted: bool, float32: bool, capability: Capability
+) -> PatchEmbedTile:
+    """The row for a kernel that multiplies, of a D and a weight that may be float32.
 
     Args:
-        kernel: its name.
-        width: D.
-        regular: whether all patches are read, and their rows are contiguous and multiples of 16 pixels.
-        float32: whether weight is float32.
-        capability: of the device.
+        regular: whether all patches are read, their rows are contiguous and multiples of 16 pixels, and the result has
+            weight's dtype.
+        converted: whether pixels are normalised, or of another dtype than weight.
     """
     if float32:
         return _PATCH_EMBED_FLOAT32
-    if chip(capability) < 90:
-        return _PATCH_EMBED_AMPERE
-    if kernel == "embed" and capability == (9, 0) and width % 256 == 0 and regular:
-        return _PATCH_EMBED_WIDE
-    return _PATCH_EMBED_HOPPER[kernel]
+    row = _PATCH_EMBED_AMPERE if chip(capability) < 90 else _PATCH_EMBED_HOPPER[kernel]
+    if kernel == "embed" and chip(capability) == 90 and (converted or (regular and width % 256 == 0)):
+        row = _PATCH_EMBED_CONVERTED if converted else _PATCH_EMBED_WIDE
+    return fenced(row, chip(capability))

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import processors
-from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
+from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.kernels.patch_embed_kernels import embed, image_gradient, sum_tokens, weight_gradient
-from vitkernels.kernels.variants import Variant
+from vitkernels.kernels.patch_embed_variants import padded_shape, variants
 from vitkernels.ops._amp import nothing
+
+__all__ = ["backward", "forward", "variants", "why_not"]
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -66,6 +68,11 @@ class Patches:
     def normalize(self) -> bool:
         return self.image.dtype == torch.uint8 or self.mean is not None or self.std is not None
 
+    @property
+    def converted(self) -> bool:
+        """Whether what is multiplied is not what lies in memory."""
+        return self.normalize or self.image.dtype != self.weight.dtype
+
     def affine(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(pixel / 255 - mean) / std as a factor and an offset for each channel; only uint8 is divided by 255."""
         channels = self.image.shape[1]
@@ -75,10 +82,10 @@ class Patches:
 
     def shape(self) -> dict[str, int]:
         """The constants that every kernel of the product takes."""
-        return _shape(*self.weight.shape)
+        return padded_shape(*self.weight.shape)
 
     def padded_weight(self) -> Tensor:
-        """[WIDTH, SIZE] as `_shape` has it; weight itself where no padding is needed."""
+        """[WIDTH, SIZE] as `padded_shape` has it; weight itself where no padding is needed."""
         width, channels, rows, columns = self.weight.shape
         shape = self.shape()
         weight = self.weight if shape["PITCH"] == columns else F.pad(self.weight, (0, shape["PITCH"] - columns))
@@ -86,17 +93,11 @@ class Patches:
         return F.pad(weight, (0, shape["SIZE"] - weight.shape[1])).contiguous()
 
 
-def _shape(width: int, channels: int, rows: int, columns: int) -> dict[str, int]:
-    pitch = next_power_of_2(columns)
-    size = configs.PATCH_EMBED_DEPTH * cdiv(channels * rows * pitch, configs.PATCH_EMBED_DEPTH)
-    return {"WIDTH": width, "CHANNELS": channels, "ROWS": rows, "COLUMNS": columns, "PITCH": pitch, "SIZE": size}
-
-
-def _tile(kernel: str, patches: Patches) -> configs.PatchEmbedTile:
+def _tile(kernel: str, patches: Patches, wide: bool = False) -> configs.PatchEmbedTile:
     weight = patches.weight
-    regular = patches.keep is None and patches.image.stride(3) == 1 and weight.shape[3] % 16 == 0
-    float32 = weight.dtype == torch.float32
-    return configs.patch_embed(kernel, weight.shape[0], regular, float32, capability(weight.device))
+    regular = patches.keep is None and patches.image.stride(3) == 1 and weight.shape[3] % 16 == 0 and not wide
+    float32, on = weight.dtype == torch.float32, capability(weight.device)
+    return configs.patch_embed(kernel, weight.shape[0], regular, patches.converted, float32, on)
 
 
 def _launch_options(tile: configs.PatchEmbedTile) -> dict[str, int]:
@@ -116,6 +117,9 @@ def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     tokens = image.shape[0] * (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
     if tokens >= 2**31 - 2**16:
         return f"the kernels number rows in 32 bits, and the batch has {tokens} patches"
+    # A library multiplies TF32 on the tensor cores, several times as fast as these kernels on the ordinary ones
+    if weight.dtype == torch.float32 and weight.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "torch.backends.cuda.matmul allows TF32, and the kernels multiply float32 exactly"
     return None
 
 
@@ -140,7 +144,7 @@ def forward(
     )
     if out.numel() == 0:
         return out
-    tile = _tile("embed", patches)
+    tile = _tile("embed", patches, wide=out.dtype != weight.dtype)
     launch(
         embed,
         (cdiv(weight.shape[0], tile.columns) * cdiv(patches.rows, tile.rows),),
@@ -199,6 +203,7 @@ def _weight_gradient(dout: Tensor, patches: Patches) -> Tensor:
     weight, image, shape = patches.weight, patches.image, patches.shape()
     if dout.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dout = dout.to(weight.dtype)  # converted in the kernel, it would feed wgmma from registers that are written anew
     tile = _tile("weight_gradient", patches)
     grid = cdiv(shape["SIZE"], tile.columns), cdiv(shape["WIDTH"], tile.rows)
     blocks = cdiv(patches.rows, tile.depth)
@@ -235,8 +240,9 @@ def _image_gradient(dout: Tensor, patches: Patches) -> Tensor:
     dimage = torch.empty(image.shape, dtype=image.dtype, device=image.device)
     if dimage.numel() == 0:
         return dimage
-    dpatches = dout[:, patches.prefixes :]
-    if patches.keep is not None:  # linear: a patch kept twice gets the product of the sum
+    if patches.keep is None:
+        dpatches = dout[:, patches.prefixes :].to(weight.dtype)
+    else:  # linear: a patch kept twice gets the product of the sum
         groups = _groups(patches.keep, patches.count, of_image=True)
         dpatches = dout.new_empty(image.shape[0], patches.count, weight.shape[0], dtype=weight.dtype)
         _sum(dout, dpatches, patches, groups)
@@ -306,90 +312,4 @@ def _sum(dout: Tensor, sums: Tensor, patches: Patches, groups: tuple[Tensor, Ten
         BLOCK_N=tile.columns,
         num_warps=tile.warps,
         num_stages=tile.stages,
-    )
-
-
-def variants(capability: configs.Capability) -> list[Variant]:
-    """B=256, 224 px; patches of 16 and 14; ViT-S, B and L; bf16 and uint8; at ViT-B float32, keep and channels_last."""
-    rows = []
-    for patch in (16, 14):
-        for width in (384, 768, 1024):
-            rows += _products(capability, patch, width, "bf16", "bf16")
-            rows += _products(capability, patch, width, "u8", "bf16")
-        for dtype in ("bf16", "fp32"):
-            rows += _products(capability, patch, 768, "fp32", dtype)
-        rows += _products(capability, patch, 768, "bf16", "bf16", "keep")
-        rows += _products(capability, patch, 768, "u8", "bf16", "channels_last")
-    return rows + [_sum_variant(width, "bf16") for width in (384, 768, 1024)] + [_sum_variant(768, "bf16", "keep")]
-
-
-_SIZES = {"u8": 1, "bf16": 2, "fp32": 4}
-
-
-def _products(
-    capability: configs.Capability, patch: int, width: int, image: str, dtype: str, special: str = ""
-) -> list[Variant]:
-    batch, channels, side = 256, 3, 224
-    down = side // patch
-    rows, tokens = batch * down**2, batch * (down**2 + 1)
-    shape = _shape(width, channels, patch, patch)
-
-    # what each argument is, by name; a kernel takes those that it has
-    divisible = ["stride_b", "stride_c", "stride_y", "stride_gb", "stride_gt"]
-    integers = (*divisible, "stride_x", "count", "tokens", "prefixes", "across", "last", "first", "steps", "height")
-    types: dict[str, Any] = dict.fromkeys(integers, "i32")
-    types |= {f"p_{each}": f"*{dtype}" for each in ("weight", "bias", "prefix", "pos", "out", "dout")}
-    types |= {"p_image": f"*{image}", "p_dimage": f"*{image}", "p_parts": "*fp32", "p_keep": "*i64"}
-    types |= {"factors": ("fp32",) * channels, "offsets": ("fp32",) * channels}
-    constants: dict[str, Any] = shape | {"stride_gd": 1, "NORMALIZE": image == "u8"}
-    constants |= {"DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
-    if special != "keep":
-        constants["p_keep"] = None
-    if special == "channels_last":
-        constants["stride_c"] = 1
-    else:
-        constants["stride_x"] = 1
-
-    def product(kernel: Any, m: int, n: int, k: int) -> Variant:
-        regular = patch % 16 == 0 and not special
-        tile = configs.patch_embed(kernel.__name__, width, regular, dtype == "fp32", capability)
-        given = constants | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
-        flops = 2.0
-        for extent, block in ((m, tile.rows), (n, tile.columns), (k, tile.depth)):
-            flops *= cdiv(extent, block) * block
-        weights = width * channels * patch**2
-        return Variant(
-            f"patch_embed {kernel.__name__} P={patch} D={width} {image} image, {dtype} {special}".rstrip(),
-            kernel,
-            {name: types[name] for name in kernel.arg_names if name not in given},
-            {name: given[name] for name in kernel.arg_names if name in given},
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            divisible=tuple(name for name in kernel.arg_names if name in divisible and name not in given),
-            matrix=dtype != "fp32",
-            moved=batch * channels * side**2 * _SIZES[image] + (tokens * width + weights) * _SIZES[dtype],
-            flops=flops,
-            useful=2.0 * rows * weights,
-        )
-
-    found = [product(embed, tokens, width, shape["SIZE"]), product(weight_gradient, width, shape["SIZE"], tokens)]
-    if image != "u8" and not special:
-        found.append(product(image_gradient, rows, shape["SIZE"], width))
-    return found
-
-
-def _sum_variant(width: int, dtype: str, special: str = "") -> Variant:
-    tile = configs.PATCH_EMBED_SUM
-    listed = {"p_order": "*i64", "p_starts": "*i64"}
-    integers = ("batch", "tokens", "prefixes", "stride_gb", "stride_gt")
-    return Variant(
-        f"patch_embed sum_tokens D={width} {dtype} {special}".rstrip(),
-        sum_tokens,
-        {"p_dout": f"*{dtype}", "p_sums": "*fp32"} | dict.fromkeys(integers, "i32") | (listed if special else {}),
-        {"stride_gd": 1, "WIDTH": width, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns}
-        | ({} if special else dict.fromkeys(listed)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        divisible=("stride_gb", "stride_gt"),
-        moved=256 * 197 * width * _SIZES[dtype],
     )

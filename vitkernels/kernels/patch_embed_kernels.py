@@ -119,7 +119,7 @@ def weight_gradient(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr, SIZE: tl.constexpr, NORMALIZE: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dout^T patches over one part of the rows, `steps` blocks of BLOCK_K of them: [parts, WIDTH, SIZE]."""
+    """dout^T patches, in DTYPE, over one part of the rows, `steps` blocks of BLOCK_K each: [parts, WIDTH, SIZE]."""
     o_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     i_part = tl.program_id(2)
@@ -136,7 +136,7 @@ def weight_gradient(
         )  # fmt: skip
         o_token = i_image * stride_gb + (o_row % (prefixes + tokens)).to(tl.int64) * stride_gt
         p_tile = p_dout + o_token[:, None] + o_d.to(tl.int64)[None, :] * stride_gd
-        b_dout = tl.load(p_tile, mask=m_patch[:, None] & (o_d < WIDTH)[None, :], other=0).to(DTYPE)
+        b_dout = tl.load(p_tile, mask=m_patch[:, None] & (o_d < WIDTH)[None, :], other=0)
         acc = dot(tl.trans(b_dout), b_pixels, acc)
     o_part = (i_part * WIDTH + o_d).to(tl.int64)[:, None] * SIZE + o_k[None, :]
     tl.store(p_parts + o_part, acc, mask=(o_d < WIDTH)[:, None] & (o_k < SIZE)[None, :])
@@ -148,7 +148,7 @@ def image_gradient(
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dout weight, rounded to weight's dtype as the patches were, stored into a contiguous image."""
+    """dout weight, of one dtype, rounded to it as the patches were, stored into a contiguous image."""
     TILES: tl.constexpr = (SIZE + BLOCK_N - 1) // BLOCK_N
     o_k = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     o_row = tl.program_id(0) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -163,7 +163,7 @@ def image_gradient(
     for d in range(0, WIDTH, BLOCK_K):
         o_d = d + tl.arange(0, BLOCK_K)
         p_tile = p_dout + o_token[:, None] + o_d.to(tl.int64)[None, :] * stride_gd
-        b_dout = tl.load(p_tile, mask=m_patch[:, None] & (o_d < WIDTH)[None, :], other=0).to(DTYPE)
+        b_dout = tl.load(p_tile, mask=m_patch[:, None] & (o_d < WIDTH)[None, :], other=0)
         m_weight = (o_d < WIDTH)[:, None] & (o_k < SIZE)[None, :]
         b_weight = tl.load(p_weight + o_d[:, None] * SIZE + o_k[None, :], mask=m_weight, other=0)
         acc = dot(b_dout, b_weight, acc)
