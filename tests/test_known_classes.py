@@ -232,3 +232,38 @@ def test_a_tried_class_whose_forward_is_replaced_later(monkeypatch: pytest.Monke
     got = ecosystems.numbers(block, (x,))
     assert "another forward on" in vk.explain(block).summary
     fused.check_same(got, ecosystems.numbers(vk.unfuse(block), (x,)))
+
+
+class Times(nn.Module):
+    """A LayerScale with a factor beside its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.factor = nn.Parameter(torch.ones(D)), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma * self.factor
+
+
+def test_a_tried_class_whose_attribute_changes_later() -> None:
+    block = dino.Block(D, 3, mlp_ratio=2, init_values=0.5)
+    block.ls1 = Times()
+    fused.stir(block)
+    assert vk.explain(vk.fuse(block)).summary == "1 of 1 blocks fused"
+    block.ls1.factor = 2.0
+    x = torch.randn(2, 7, D)
+    got = ecosystems.numbers(block, (x,))
+    assert "not LayerScale" in vk.explain(block).summary
+    fused.check_same(got, ecosystems.numbers(vk.unfuse(block), (x,)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 1.0), ("num_heads", 6)])
+def test_a_tried_attention_whose_scale_is_no_longer_the_usual_one(name: str, value: float) -> None:
+    block = dino.Block(D, 3, mlp_ratio=2, init_values=0.5)
+    fused.stir(block)
+    vk.fuse(block)
+    setattr(block.attn, name, value)
+    x = torch.randn(2, 7, D)
+    got = ecosystems.numbers(block, (x,))
+    assert "a scale of its own" in str(vk.explain(block))
+    fused.check_same(got, ecosystems.numbers(vk.unfuse(block), (x,)))

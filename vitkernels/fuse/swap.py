@@ -175,8 +175,8 @@ def why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | Non
     """
     if axes is not None and x.dim() != axes:
         return f"called with {x.dim()} axes, not {axes}"
-    weight = getattr(reader, "weight", None)
-    if not isinstance(weight, Tensor):
+    weight = reader._parameters.get("weight") if isinstance(reader, nn.Module) else None
+    if weight is None:  # or made at each look (a parametrization), or hung on by somebody: its own call checks
         return None
     if weight.device != x.device:
         return f"called with a tensor on {x.device}, and its weights are on {weight.device}"

@@ -146,7 +146,8 @@ class _Step:
         ops: (normed, *arguments) -> result, through the public ops.
         forward: (launch, normed, dtype, learns, *arguments) -> (result, what its backward keeps).
         backward: (launch, dresult, normed, dtype, needs of normed and of the arguments, arguments, kept) -> gradients
-            of normed and of the arguments.
+            of normed and of the arguments, these in any dtype; arguments that are biases come as None.
+        biases: which of the arguments are biases: nothing reads them again, so that they may be written into.
     """
 
     def __init__(
@@ -156,8 +157,9 @@ class _Step:
         ops: Callable[..., Tensor],
         forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
         backward: Callable[..., Sequence[Tensor | None]],
+        biases: tuple[int, ...],
     ) -> None:
-        self.check, self.ops, self.forward, self.backward = check, ops, forward, backward
+        self.check, self.ops, self.forward, self.backward, self.biases = check, ops, forward, backward, biases
         self.apply = plain_function(name, self._forward, self._backward)
         self.plans: dict[Any, Plan] = {}
 
@@ -210,18 +212,25 @@ class _Step:
     def _forward(self, ctx: Any, plan: Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
         total, result, normed, mean, rstd, kept = self._run(plan, True, *inputs)
         x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, again), *arguments = inputs
-        again = normed.numel() >= _SMALL and (not normed.is_cuda if again is None else again)
+        summed = any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale))
+        learns = summed or weight.requires_grad or (bias is not None and bias.requires_grad)
+        # a frozen norm's input is anybody's to write into
+        again = learns and normed.numel() >= _SMALL and (not normed.is_cuda if again is None else again)
+        of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
+        read = [isinstance(each, Tensor) and index not in self.biases for index, each in enumerate(arguments)]
         ctx.save_for_backward(
-            None if again else normed,
-            bias,
-            *kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale),
-            *[each if isinstance(each, Tensor) else None for each in arguments],
+            None if again or not (learns or arguments[0].requires_grad) else normed,
+            bias if learns else None,
+            *(of_norm if learns else [None] * KEPT),
+            *[each if is_read else None for each, is_read in zip(arguments, read, strict=True)],
             *kept,
         )
         ctx.rest = [None if isinstance(each, Tensor) else each for each in arguments]
+        ctx.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
         ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.plan, ctx.eps, ctx.dtype, ctx.normed_dtype = plan, eps, dtype, normed.dtype
-        if not any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale)):
+        ctx.plan, ctx.eps, ctx.dtype, ctx.kind = plan, eps, dtype, x.device.type
+        ctx.normed_shape, ctx.normed_dtype = normed.shape, normed.dtype
+        if not summed:
             ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
         ctx.set_materialize_grads(False)
         return total, own(result)
@@ -232,17 +241,18 @@ class _Step:
         count = len(ctx.rest)
         arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], ctx.rest, strict=True)]
         needs = ctx.needs_input_grad[1:]
-        launch = launch_backward(ctx.plan, (dtotal, dresult), needs, of_norm[0].device.type)
+        launch = launch_backward(ctx.plan, (dtotal, dresult), needs, ctx.kind)
         needs_normed, needs_arguments = any(needs[:8]), needs[9:]
         dnormed: Tensor | None = None
         grads: Sequence[Tensor | None] = [None] * count
         if dresult is not None:
             if normed is None:
-                normed = _again(ctx, of_norm, bias, reads=needs_arguments[0])
+                normed = _again(ctx, dresult, of_norm, bias, reads=needs_arguments[0])
             needs_product = [needs_normed, *needs_arguments]
-            dnormed, *grads = self.backward(
+            dnormed, *given = self.backward(
                 launch, dresult, normed, ctx.dtype, needs_product, arguments, tensors[count:]
             )
+            grads = [_in_dtype(*each) for each in zip(given, ctx.dtypes, strict=True)]
         above: Sequence[Tensor | None] = (None,) * 8
         if needs_normed:
             run = functools.partial(launch, "norm", op_norm)
@@ -255,11 +265,11 @@ def _widened(x: Tensor, branch: Tensor | None) -> Tensor:
     return x if branch is None else x.to(torch.promote_types(x.dtype, branch.dtype))
 
 
-def _again(ctx: Any, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
+def _again(ctx: Any, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
     """The norm's result once more, a forward launch of add_layer_norm; without contents where nothing reads it."""
-    total, _, weight, *_ = of_norm
     if not reads:
-        return total.new_empty(total.shape, dtype=ctx.normed_dtype)
+        return like.new_empty(ctx.normed_shape, dtype=ctx.normed_dtype)
+    total, _, weight, *_ = of_norm
     with torch.no_grad():
         return op_norm(total, None, weight, bias, ctx.eps, None, None, None, ctx.normed_dtype)[1]
 
@@ -268,10 +278,14 @@ def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
     return tensors if dtype is None else cast(dtype, *tensors)
 
 
-def _given(needs: Sequence[bool], grads: Sequence[Tensor], like: Sequence[Any]) -> list[Tensor | None]:
-    """The gradients that are needed, in the dtypes of what they are gradients of; in pairs with `like`."""
-    pairs = zip(needs, grads, like, strict=True)
-    return [(grad if grad.dtype == each.dtype else grad.to(each.dtype)) if need else None for need, grad, each in pairs]
+def _given(needs: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that are needed."""
+    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
+
+
+def _in_dtype(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient in the dtype of what it is the gradient of."""
+    return grad if grad is None or grad.dtype == dtype else grad.to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- linear
@@ -289,10 +303,10 @@ def _linear(
 
 def _linear_backward(launch, dy, normed, dtype, needs, arguments, kept):
     dx, *grads = launch("linear", op_linear, dy, normed, _cast(dtype, arguments[0])[0], list(needs))
-    return dx if needs[0] else None, *_given(needs[1:], grads, arguments)
+    return dx if needs[0] else None, *_given(needs[1:], grads)
 
 
-_LINEAR = _Step("linear_step", _check_linear, ops.linear, _linear, _linear_backward)
+_LINEAR = _Step("linear_step", _check_linear, ops.linear, _linear, _linear_backward, (1,))
 
 
 # ------------------------------------------------------------------------------------------------------------ mlp
@@ -319,10 +333,10 @@ def _mlp_backward(launch, dy, normed, dtype, needs, arguments, kept):
     w1, _, w2, _ = weights
     w1, w2 = _cast(dtype, w1, w2)
     dx, *grads = launch("mlp", op_mlp, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
-    return dx if needs[0] else None, *_given(needs[1:5], grads, weights), None
+    return dx if needs[0] else None, *_given(needs[1:5], grads), None
 
 
-_MLP = _Step("mlp_step", _check_mlp, _mlp_ops, _mlp, _mlp_backward)
+_MLP = _Step("mlp_step", _check_mlp, _mlp_ops, _mlp, _mlp_backward, (1, 3))
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -367,21 +381,21 @@ def _attention(
 
 
 def _attention_backward(launch, dy, normed, dtype, needs, arguments, kept):
-    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
+    qkv_weight, _, proj_weight, _, num_heads, mask, is_causal, scale = arguments
     qkv, heads, *statistics = kept
     inner = needs[0] or needs[1] or needs[2] or needs[6]
     dheads, *proj = launch("proj", op_linear, dy, heads, _cast(dtype, proj_weight)[0], [inner, *needs[3:5]])
     grads: list[Tensor | None] = [None] * 9
-    grads[3:5] = _given(needs[3:5], proj, (proj_weight, proj_bias))
+    grads[3:5] = _given(needs[3:5], proj)
     if inner:
         options = packed_options(qkv, num_heads, mask, is_causal, scale)
         dqkv, dmask = launch("attention", op_qkv, dheads, qkv, heads, *statistics, *options, needs[6])
         if any(needs[:3]):  # else the mask alone learns
             dx, *packed = launch("qkv", op_linear, dqkv, normed, _cast(dtype, qkv_weight)[0], list(needs[:3]))
             grads[0] = dx if needs[0] else None
-            grads[1:3] = _given(needs[1:3], packed, (qkv_weight, qkv_bias))
+            grads[1:3] = _given(needs[1:3], packed)
         grads[6] = dmask.reshape(mask.shape) if needs[6] else None
     return grads
 
 
-_ATTENTION = _Step("attention_step", _check_attention, _attention_ops, _attention, _attention_backward)
+_ATTENTION = _Step("attention_step", _check_attention, _attention_ops, _attention, _attention_backward, (1, 3))

@@ -172,6 +172,8 @@ def backward(
         return (None,) * 8
     total, branch, weight, mean, rstd, branch_bias, scale, row_scale = saved
     x_, branch_, weight_, bias_, _, branch_bias_, scale_, row_scale_ = needs_input_grad[:8]
+    if dnormed is None:
+        weight_ = bias_ = False  # nobody read the norm: its gradients are None, as those of one that was not called
     needs = [x_, branch_, weight_, bias_, branch_bias_, scale_, row_scale_]
     # where nothing scales the branch and dtypes agree, its gradient is x's: the same tensor, not a second pass
     shared = scale is None and row_scale is None and branch_dtype == total.dtype

@@ -70,20 +70,26 @@ def why_not_read(module: nn.Module) -> str | None:
         return "another forward"
     if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
         return "a __call__ of its own"  # tracers that export wrap Module's
-    if module._parameters:
-        reason = why_not_weights(module)
-        if reason is not None:
-            return reason
-    return _watched()
+    if "parametrizations" in module._modules:
+        return "a parametrization"  # it computes at each look, and may draw or count
+    return why_not_weights(module) or _watched()
+
+
+_WEIGHTS = frozenset({"weight", "bias", "gamma"})  # where one that is no parameter is an attribute
 
 
 def why_not_weights(module: nn.Module) -> str | None:
-    """Which of the module's own parameters is a tensor that acts (sharded, quantized); None for none."""
+    """Which of the module's own weights is a tensor that acts (sharded, quantized); None for none."""
     for weight in module._parameters.values():
         kind = type(weight)
         if kind is not nn.Parameter and kind is not type(None) and acts(kind):
             return f"a {kind.__name__} weight"
-    return None
+    others = [*module._buffers.values()] if module._buffers else []
+    if not _WEIGHTS.isdisjoint(module.__dict__.keys()):
+        others += [module.__dict__.get(name) for name in _WEIGHTS]
+    return next(
+        (f"a {type(each).__name__} weight" for each in others if isinstance(each, Tensor) and acts(type(each))), None
+    )
 
 
 # of each class: the stock class, the forward of it that was judged, and whether that is not the one in the class's text

@@ -8,6 +8,7 @@ their structure alone, `try_out` holds one against the usual formula first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,28 @@ ACTIVATIONS: dict[str, Callable[[nn.Module], str]] = {
 }
 FUNCTIONS: dict[Callable[..., Tensor], str] = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
 
+# by class, and by the attributes with which it was tried: what it computes may depend on them
+_Tried = tuple[type, tuple[tuple[str, object], ...]]
 _tried_linears: set[type] = set()
-_tried_scales: dict[type, str] = {}
-_tried_paths: dict[type, Draw] = {}
+_tried_scales: dict[_Tried, str] = {}
+_tried_paths: dict[_Tried, Draw] = {}
+_MODULE = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+def _tried(module: nn.Module) -> _Tried | None:
+    """A module's class and its own attributes but for the rate, which is read at each call; None without a hash."""
+    own = tuple((name, each) for name, each in vars(module).items() if name not in _MODULE and name != "drop_prob")
+    key = owner(module), own
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _found(tried: dict[_Tried, Any], module: nn.Module) -> Any:
+    key = _tried(module) if tried else None
+    return None if key is None else tried.get(key)
 
 
 def is_masked_linear(module: nn.Module) -> bool:
@@ -60,12 +80,12 @@ def is_masked_linear(module: nn.Module) -> bool:
 
 def scale_name(module: nn.Module) -> str | None:
     """What a LayerScale calls its parameter; None where the module is not known to be one."""
-    return LAYER_SCALES.get(owner_name(module)) or _tried_scales.get(owner(module))
+    return LAYER_SCALES.get(owner_name(module)) or _found(_tried_scales, module)
 
 
 def drop_path_draw(module: nn.Module) -> Draw | None:
     """How a DropPath draws; None where the module is not known to be one."""
-    return DROP_PATHS.get(owner_name(module)) or _tried_paths.get(owner(module))
+    return DROP_PATHS.get(owner_name(module)) or _found(_tried_paths, module)
 
 
 # ---------------------------------------------------------------------------------------------- classes that are tried
@@ -78,18 +98,18 @@ def try_out(module: nn.Module) -> None:
         module: one whose structure is known and whose package is not; it is left alone.
     """
     for each in module.modules():
-        kind = owner(each)
-        if each._modules or why_not_read(each) is not None or scale_name(each) or drop_path_draw(each):
+        kind, key = owner(each), _tried(each)
+        if key is None or each._modules or why_not_read(each) is not None or scale_name(each) or drop_path_draw(each):
             continue
         if isinstance(each, nn.Linear) and "bias_mask" in each._buffers:
             if _is_masked(each):
                 _tried_linears.add(kind)
         elif list(each._parameters) == ["gamma"] and _is_scale(kind, each):
-            _tried_scales[kind] = "gamma"
+            _tried_scales[key] = "gamma"
         elif not each._parameters and isinstance(getattr(each, "drop_prob", None), float | int):
             draw = next((draw for draw in (draw_bernoulli, draw_uniform) if _draws_so(kind, each, draw)), None)
             if draw is not None:
-                _tried_paths[kind] = draw
+                _tried_paths[key] = draw
 
 
 def _twin(kind: type[nn.Module], module: nn.Module, **attributes: object) -> nn.Module:

@@ -68,9 +68,12 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     reason = known_why_not(norm)
     if reason is not None:
         return f"{name} {reason}"
+    reason = why_not_part(name, norm)  # before any look at its weight, which may be made at each
+    if reason is not None:
+        return reason
     if norm.weight is None or len(norm.normalized_shape) != 1 or norm.weight.shape != norm.normalized_shape:
         return f"{name} has no weight of its last axis"
-    return why_not_part(name, norm)
+    return None
 
 
 def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -57,7 +57,11 @@ class FusedAttention(Fused):
     def why_not_now(self) -> str | None:
         drop: Any = getattr(self, "attn_drop", None)
         drops = self.training and drop > 0 if isinstance(drop, float | int) else not parts.drops_nothing(drop)
-        return "a dropout of attention's weights" if drops else None
+        if drops:
+            return "a dropout of attention's weights"
+        scale: Any = getattr(self, "scale", None)
+        usual = isinstance(scale, float | int) and abs(scale * _head_width(self) ** 0.5 - 1) < 1e-6
+        return None if scale is None or usual else "a scale of its own"
 
     def branch(self, **options: Any) -> Branch:
         attn: Any = self
@@ -167,6 +171,10 @@ def _packed(qkv: Any) -> tuple[Tensor, Tensor | None]:
     return qkv.weight, qkv.bias * qkv.bias_mask.to(qkv.bias.dtype)
 
 
+def _head_width(attn: Any) -> int:
+    return attn.qkv.out_features // (3 * attn.num_heads)
+
+
 def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Rule:
     return Rule(
         mixin,
@@ -179,7 +187,7 @@ def _attention_rule(mixin: type[Fused], owners: set[str], *arguments: str) -> Ru
 
 def _random_rope(attn: Any, tokens: Tensor) -> Rope:
     """Positions for a trial: of all tokens but the first."""
-    width = attn.qkv.out_features // (3 * attn.num_heads)
+    width = _head_width(attn)
     angles = torch.linspace(0, 9, (tokens.shape[1] - 1) * width, dtype=tokens.dtype, device=tokens.device).view(
         -1, width
     )

@@ -36,6 +36,14 @@ known.ACTIVATIONS.update(
 # ------------------------------------------------------------------------------------------------------- attention
 
 
+def _why_not_heads(attn: Any) -> str | None:
+    """Why the heads are not those that their shapes alone settle; the stock module computes with them, or raises."""
+    if getattr(attn, "attn_dim", None) not in (None, attn.num_heads * getattr(attn, "head_dim", 0)):
+        return f"{attn.num_heads} heads do not make up its width"
+    head_dim = getattr(attn, "head_dim", None) or attn.proj.in_features // attn.num_heads
+    return None if attn.fused_attn or attn.scale == head_dim**-0.5 else "a scale of its own"
+
+
 def why_not_two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
     """Whether a call asks for what timm itself answers in two ways."""
     return "called with attn_mask and is_causal" if attn_mask is not None and is_causal else None
@@ -60,7 +68,10 @@ class FusedAttention(Fused):
     def why_not_now(self) -> str | None:
         """Why the attention between its projections cannot run fused now, or None when it can."""
         attn: Any = self
-        return None if parts.drops_nothing(attn.attn_drop) else "a dropout of attention's weights"
+        rate = getattr(attn.attn_drop, "p", 0.0) if attn.training else 0.0  # read past the module's own mode
+        if rate or not parts.drops_nothing(attn.attn_drop):
+            return "a dropout of attention's weights"
+        return _why_not_heads(attn)
 
     def project(self, x: Tensor) -> Tensor:
         """[B, N, D] to q, k and v side by side."""
@@ -256,6 +267,7 @@ class FusedBlock(PreNormBlock):
     """timm.models.vision_transformer.Block, its adds run with the norms that follow them."""
 
     reads = ("norm1",)
+    passes: ClassVar[dict[str, Any]] = {"attn_mask": None, "is_causal": False}  # what a plain call hands to attn
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.declines(x, lambda: why_not_two_masks(attn_mask, is_causal), attn_mask):
@@ -264,8 +276,9 @@ class FusedBlock(PreNormBlock):
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
+        attention = branch_of("attn", block.attn, **(self.passes | options))
         return [
-            Sublayer("attn", block.norm1, branch_of("attn", block.attn, **options), block.ls1, block.drop_path1),
+            Sublayer("attn", block.norm1, attention, block.ls1, block.drop_path1),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.ls2, block.drop_path2),
         ]
 

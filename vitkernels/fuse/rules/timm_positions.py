@@ -5,7 +5,7 @@ Read from timm 1.0.31: `models/eva.py`, `models/beit.py`, `models/vision_transfo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -143,12 +143,16 @@ class FusedRelPosAttention(FusedAttention):
 class FusedRelPosBlock(FusedBlock):
     """timm's RelPosBlock."""
 
+    passes: ClassVar[dict[str, Any]] = {"shared_rel_pos": None}
+
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return _stepped(self, x, shared_rel_pos=shared_rel_pos)
 
 
 class FusedEvaBlock(FusedBlock):
     """timm.models.eva.EvaBlock: as `Block`, with LayerScale as parameters of its own, and rotary positions."""
+
+    passes: ClassVar[dict[str, Any]] = {"rope": None, "attn_mask": None, "is_causal": False}
 
     def forward(  # type: ignore[override]
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -157,14 +161,17 @@ class FusedEvaBlock(FusedBlock):
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
+        attention = branch_of("attn", block.attn, **(self.passes | options))
         return [
-            Sublayer("attn", block.norm1, branch_of("attn", block.attn, **options), block.gamma_1, block.drop_path1),
+            Sublayer("attn", block.norm1, attention, block.gamma_1, block.drop_path1),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.gamma_2, block.drop_path2),
         ]
 
 
 class FusedBeitBlock(FusedEvaBlock):
     """timm.models.beit.Block."""
+
+    passes: ClassVar[dict[str, Any]] = {"shared_rel_pos_bias": None}
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return _stepped(self, x, shared_rel_pos_bias=shared_rel_pos_bias)
