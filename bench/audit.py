@@ -101,14 +101,14 @@ class Row:
 def _compile(work: tuple[str, int, int]) -> tuple[Reading | None, str]:
     """A variant by page, capability and index: kernels themselves do not travel between processes."""
     page, capability, index = work
-    return compiled(lambda: _variants(page, capability)[index], capability)
+    return attempt(lambda: read(_variants(page, capability)[index], capability))
 
 
-def compiled(make: Callable[[], Variant], capability: int) -> tuple[Reading | None, str]:
-    """What the compiler made of a variant, or a sentence on why it made nothing."""
+def attempt(reading: Callable[[], Reading]) -> tuple[Reading | None, str]:
+    """What the compiler made of a kernel, or a sentence on why it made nothing."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # triton prints the whole of what ptxas refused
-            return read(make(), capability), ""
+            return reading(), ""
     except Exception as error:  # whatever triton or ptxas raise is the row's fault, and the audit goes on
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         reason = next((line for line in lines if line.startswith("ptxas")), lines[-1])

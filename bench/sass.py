@@ -61,19 +61,25 @@ def read(variant: Variant, capability: int) -> Reading:
         Exception: whatever triton or ptxas raise for a kernel that does not compile.
     """
     found = compiled(variant, capability)
+    threads = _number(r"\.(?:reqntid|maxntid)\s+(\d+)", found.asm["ptx"])
+    return reading(found.asm["cubin"], threads, found.metadata.shared, found.metadata.global_scratch_size)
+
+
+def reading(cubin: bytes, threads: int, shared: int, scratch: int) -> Reading:
+    """Read registers, memory and instructions of a kernel's binary; the others are as the compiler told them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(found.asm["cubin"])
+        path.write_bytes(cubin)
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
         instructions, labels = parse(_tool("nvdisasm", "-c", path))
     return Reading(
-        threads=_number(r"\.(?:reqntid|maxntid)\s+(\d+)", found.asm["ptx"]),
+        threads=threads,
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        shared=found.metadata.shared,
+        shared=shared,
         matrix=_count_matrix(instructions),
         widest=_widest_load(instructions),
-        scratch=found.metadata.global_scratch_size,
+        scratch=scratch,
         waits=_waits(_main_loop(instructions, labels)),
         overwritten=tuple(wgmma.overwritten(instructions, labels)),
     )

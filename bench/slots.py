@@ -36,7 +36,8 @@ class Slot:
         page: module under `vitkernels.kernels`.
         row: name of the row's compilation, as `make audit` prints it.
         op, direction: what is timed, with the page's launcher.
-        arguments: the launcher's arguments for a seed; a backward's come from a forward pass.
+        arguments: the launcher's arguments for a seed, on the GPU, or for None on the meta device; a backward's come
+            from a forward pass.
         tiles: what could stand in the row; the first is what stands there.
         patch: how a tile is put there.
     """
@@ -45,7 +46,7 @@ class Slot:
     row: str
     op: str
     direction: str
-    arguments: Callable[[int], tuple[Any, ...]]
+    arguments: Callable[[int | None], tuple[Any, ...]]
     tiles: tuple[Any, ...]
     patch: Callable[[Any], Patch]
 
@@ -67,7 +68,9 @@ def _row(table: str, value: Callable[[Any], Any]) -> Callable[[Any], Patch]:
     return lambda tile: (table, value(tile))
 
 
-def _draw(seed: int) -> Callable[..., Tensor]:
+def _draw(seed: int | None) -> Callable[..., Tensor]:
+    if seed is None:
+        return lambda *shape, gain=1.0, dtype=torch.bfloat16: torch.empty(shape, device="meta", dtype=dtype)
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def draw(*shape: int, gain: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -113,7 +116,7 @@ def _attention_slot(
     kernel: str, tokens: int, width: int, heads: int, direction: str, tiles: tuple[AttentionTile, ...],
     patch: Callable[[AttentionTile], Patch],
 ) -> Slot:  # fmt: skip
-    def arguments(seed: int) -> tuple[Any, ...]:
+    def arguments(seed: int | None) -> tuple[Any, ...]:
         from vitkernels.kernels import attention
 
         draw, batch = _draw(seed), BATCH if tokens <= 288 else 32
@@ -149,8 +152,8 @@ def _add_layer_norm() -> Iterator[Slot]:
             )  # fmt: skip
 
 
-def _norm_arguments(width: int, direction: str, scaled: bool) -> Callable[[int], tuple[Any, ...]]:
-    def arguments(seed: int) -> tuple[Any, ...]:
+def _norm_arguments(width: int, direction: str, scaled: bool) -> Callable[[int | None], tuple[Any, ...]]:
+    def arguments(seed: int | None) -> tuple[Any, ...]:
         from vitkernels.kernels import add_layer_norm
 
         draw = _draw(seed)
@@ -195,8 +198,8 @@ def _mlp(capability: Capability) -> Iterator[Slot]:
         )  # fmt: skip
 
 
-def _mlp_arguments(direction: str) -> Callable[[int], tuple[Any, ...]]:
-    def arguments(seed: int) -> tuple[Any, ...]:
+def _mlp_arguments(direction: str) -> Callable[[int | None], tuple[Any, ...]]:
+    def arguments(seed: int | None) -> tuple[Any, ...]:
         from vitkernels.kernels import mlp
 
         draw, width = _draw(seed), 768
@@ -229,8 +232,8 @@ def _instead(kernel: str, tile: PatchEmbedTile) -> Callable[..., PatchEmbedTile]
     return lambda name, *key: tile if name == kernel else pick(name, *key)
 
 
-def _patch_arguments(direction: str) -> Callable[[int], tuple[Any, ...]]:
-    def arguments(seed: int) -> tuple[Any, ...]:
+def _patch_arguments(direction: str) -> Callable[[int | None], tuple[Any, ...]]:
+    def arguments(seed: int | None) -> tuple[Any, ...]:
         draw, width = _draw(seed), 768
         image, weight = draw(BATCH, 3, 224, 224), draw(width, 3, 16, 16, gain=768**-0.5)
         bias, prefix, pos = draw(width), draw(1, width), draw(197, width)
@@ -261,10 +264,10 @@ def _instead_of_its_width(tile: RotaryTile) -> tuple[RotaryTile, ...]:
     return tuple(tile if each.width == tile.width else each for each in configs.ROTARY)
 
 
-def _rotary_arguments(width: int, half: bool) -> Callable[[int], tuple[Any, ...]]:
+def _rotary_arguments(width: int, half: bool) -> Callable[[int | None], tuple[Any, ...]]:
     """q in a packed projection, behind a class token."""
 
-    def arguments(seed: int) -> tuple[Any, ...]:
+    def arguments(seed: int | None) -> tuple[Any, ...]:
         draw, tokens = _draw(seed), ROWS // BATCH
         q = draw(BATCH, tokens, 3, 12, width)[:, :, 0].transpose(1, 2)
         angles = draw(1, 1, tokens - 1, width, gain=3.0, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
     python -m bench.tune [--page attention ...] [--shapes NAME] [--seconds 420] [--json PATH] [--dry-run]
 
-A candidate is compiled as the audit compiles it, and dropped where it spills or does not fit; run, and dropped where
+A candidate is compiled from the arguments of its call, and dropped where it fails the audit; run, and dropped where
 its results are not the reference's; then timed in turn with the others, on inputs larger than the cache. With
 --dry-run, on any machine, it stops after the compiler and prints its readings.
 """
@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import audit, machine
+from bench import audit, machine, warm
 from bench.sass import Reading
 from bench.slots import Slot, slots, source
 from vitkernels import dispatch, kernels
@@ -36,6 +36,7 @@ from vitkernels.kernels.variants import Variant
 
 SECONDS = 420.0
 TURNS = 7
+PROCESSORS = 132  # of an H100, for a dry run
 WRONG = 0.02  # of the reference's norm; bf16 operands come within 0.01
 
 
@@ -67,16 +68,25 @@ def variant(slot: Slot, tile: Any, capability: int) -> Variant:
     return next(each for each in found if each.name == slot.row)
 
 
-def _read(work: tuple[str, Any, int]) -> tuple[Reading | None, str]:
+def _read(work: tuple[str, Any, int, int]) -> tuple[Reading | None, str]:
     """A tile in the slot of that row: slots themselves do not travel between processes."""
-    row, tile, capability = work
+    row, tile, capability, processors = work
     slot = next(each for each in slots(divmod(capability, 10)) if each.row == row)
-    return audit.compiled(lambda: variant(slot, tile, capability), capability)
+    kernel = variant(slot, tile, capability).kernel.__name__
+
+    def call() -> None:
+        with put(slot, tile):
+            _launcher(slot)(*slot.arguments(None))
+
+    return audit.attempt(lambda: warm.read(call, kernel, capability, processors))
 
 
-def candidates(slot: Slot, capability: int, pool: ProcessPoolExecutor) -> list[Candidate]:
-    """Every tile of a slot as the compiler sees it; dropped are those that fail the audit."""
-    works = [(slot.row, tile, capability) for tile in slot.tiles]
+def candidates(slot: Slot, capability: int, processors: int, pool: ProcessPoolExecutor) -> list[Candidate]:
+    """Every tile of a slot as the compiler sees it; dropped are those that fail the audit.
+
+    What compiles it is the very call that is timed later, so that one finds it in Triton's cache.
+    """
+    works = [(slot.row, tile, capability, processors) for tile in slot.tiles]
     found = []
     for tile, (reading, error) in zip(slot.tiles, pool.map(_read, works), strict=True):
         row = audit.Row(variant(slot, tile, capability), capability, reading, error)
@@ -193,9 +203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("make tune: torch sees no CUDA device; needs an NVIDIA GPU, or --dry-run", file=sys.stderr)
         return 2
-    capability = options.capability
+    capability, processors = options.capability, PROCESSORS
     if not options.dry_run:
         capability = configs.chip(torch.cuda.get_device_capability())
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
     chosen = [
         each
         for each in slots(divmod(capability, 10))
@@ -210,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if time.monotonic() > end:
                 print(f"# no time left for {len(chosen) - index} more rows, {slot.row} the first of them", flush=True)
                 break
-            found = candidates(slot, capability, pool)
+            found = candidates(slot, capability, processors, pool)
             if not options.dry_run:
                 share = (end - time.monotonic()) / (len(chosen) - index)
                 measure(slot, found, time.monotonic() + share)

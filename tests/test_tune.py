@@ -14,7 +14,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("tuning compiles with triton, which is not installed", allow_module_level=True)
 
-from bench import audit, machine, tune
+import triton
+
+from bench import audit, machine, tune, warm
 from bench.slots import Slot, slots, source
 from vitkernels import dispatch
 from vitkernels.kernels import configs, interpreting
@@ -76,6 +78,31 @@ def test_a_row_leaves_the_others_of_its_table() -> None:
 )
 def test_a_row_can_be_pasted(tile: object) -> None:
     assert eval(source(tile), vars(configs)) == tile
+
+
+def test_a_call_finds_what_was_compiled_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile is compiled once: the call with real tensors adds nothing to what the one without them left."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    each = slot(NORM)
+
+    def compiled(*arguments: object) -> list[Path]:
+        reading = warm.read(lambda: tune._launcher(each)(*arguments), "forward_kernel", 90, 132)
+        assert reading.registers > 0
+        return sorted(tmp_path.rglob("*.cubin"))
+
+    arguments = each.arguments(None)
+    real = [torch.zeros_like(a, device="cpu") if isinstance(a, torch.Tensor) else a for a in arguments]
+    before = compiled(*arguments)
+    assert len(before) == 1
+    assert compiled(*real) == before
+    shorter = [a[:3] if isinstance(a, torch.Tensor) and a.dim() == 3 else a for a in real]
+    assert len(compiled(*shorter)) == 2, "a number of rows that 16 does not divide is another kernel"
+
+
+def test_a_call_without_the_kernel_is_an_error() -> None:
+    each = slot(NORM)
+    with pytest.raises(KeyError, match="no_such_kernel"):
+        warm.read(lambda: tune._launcher(each)(*each.arguments(None)), "no_such_kernel", 90, 132)
 
 
 def _candidate(tile: configs.AttentionTile, seconds: float | None, dropped: str = "") -> tune.Candidate:
