@@ -77,7 +77,7 @@ _WEIGHTS = frozenset({"weight", "bias", "gamma", "in_proj_weight"})  # where one
 
 
 def why_not_weights(module: nn.Module) -> str | None:
-    """Which of the module's own weights is a tensor that acts (sharded, quantized) or made at each look; None for none."""
+    """Which of its own weights acts (sharded, quantized) or is made at each look; None for none."""
     if "parametrizations" in module._modules:
         return "a parametrization"  # it computes at each look, and may draw or count
     for weight in module._parameters.values():
