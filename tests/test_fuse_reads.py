@@ -126,3 +126,38 @@ def test_a_plain_call_hands_on_what_the_block_hands_on() -> None:
 
     check(change)
     assert seen == [{"attn_mask": None, "is_causal": False}] * 2
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+@pytest.mark.parametrize("grad", [True, False])
+def test_dropouts_that_stay_in_training_draw_as_in_the_stock_layer(grad: bool, heads: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, heads, 48, 0.4, activation="gelu", batch_first=True, norm_first=True)
+    stock = nn.Sequential(layer, copy.deepcopy(layer))
+    model = vk.fuse(copy.deepcopy(stock))
+    x, results = torch.randn(3, 7, 24), []
+    for each in (stock, model):
+        each.eval()
+        for part in each.modules():
+            part.train(isinstance(part, nn.Dropout))
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(grad):
+            results.append(each(x))
+    torch.testing.assert_close(*results)
+    assert "a dropout in training, in a layer in eval" in str(vk.explain(model))
+
+
+def test_a_dropout_behind_an_attention_in_eval_draws_as_torch_does() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 48, 0.4, activation="gelu", batch_first=True, norm_first=True)
+    stock = nn.Sequential(layer, copy.deepcopy(layer))
+    model = vk.fuse(copy.deepcopy(stock))
+    results, x = [], torch.randn(3, 7, 24)
+    with vk.record() as calls:
+        for each in (stock, model):
+            for part in each.modules():
+                part.train(not isinstance(part, nn.MultiheadAttention))
+            torch.manual_seed(1)
+            results.append(each(x))
+    torch.testing.assert_close(*results)
+    assert any(call.op == "attention_qkv" for call in calls)

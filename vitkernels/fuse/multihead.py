@@ -113,7 +113,7 @@ class FusedMultiheadAttention(Fused):
             else:
                 out = ops.attention(q, k, v, attn_mask=mask, is_causal=is_causal)
             tokens = join_heads(out)
-        if attn.batch_first and attn.training and not bias_apart:
+        if attn.batch_first and not bias_apart and _in_parts(attn, query):
             # torch's own result lies in memory as [N, B, D], and a dropout after it draws in that order
             return parts.linear(attn.out_proj, tokens.transpose(0, 1)).transpose(0, 1), None
         return parts.last_linear(attn.out_proj, _batch_first(attn, tokens), bias_apart)
@@ -134,7 +134,7 @@ class FusedMultiheadAttention(Fused):
             options = {"attn_mask": _taking_part(attn, masks), "is_causal": is_causal}
             packed = (attn.in_proj_weight, attn.in_proj_bias)
             whole = attention_step(lambda: packed, attn.out_proj, attn.num_heads, **options)
-            step = _in_torch_order(whole) if attn.training else whole
+            step = _in_torch_order(attn, whole)
         return Branch(run, "linear, attention, linear", self, step=step)
 
     def parts(self) -> list[Part]:
@@ -162,12 +162,28 @@ def attention_branch(name: str, attn: nn.Module, masks: Masks = NO_MASKS, memory
 # ----------------------------------------------------------------------------------------------------------- pieces
 
 
-def _in_torch_order(whole: Step) -> Step:
-    """The branch laid out in memory as [N, B, D], as torch's own is: a dropout after it draws in that order."""
+def _in_parts(attn: Any, query: Tensor) -> bool:
+    """Whether torch itself would run the module part by part: in eval and without gradients one kernel is all of it."""
+    if (
+        attn.training
+        or attn.num_heads % 2
+        or torch.is_autocast_enabled()
+        or not torch.backends.mha.get_fastpath_enabled()
+    ):
+        return True
+    return torch.is_grad_enabled() and (query.requires_grad or any(each.requires_grad for each in attn.parameters()))
+
+
+def _in_torch_order(attn: Any, whole: Step) -> Step:
+    """The branch laid out in memory as torch's own is, part by part as [N, B, D]: a dropout after it draws so."""
 
     def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         total, out, bias = whole(x, added, norm, bias_apart)
-        return total, out if bias_apart else out.transpose(0, 1).contiguous().transpose(0, 1), bias
+        return (
+            total,
+            out if bias_apart or not _in_parts(attn, x) else out.transpose(0, 1).contiguous().transpose(0, 1),
+            bias,
+        )
 
     return step
 

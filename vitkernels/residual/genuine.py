@@ -70,16 +70,16 @@ def why_not_read(module: nn.Module) -> str | None:
         return "another forward"
     if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
         return "a __call__ of its own"  # tracers that export wrap Module's
-    if "parametrizations" in module._modules:
-        return "a parametrization"  # it computes at each look, and may draw or count
     return why_not_weights(module) or _watched()
 
 
-_WEIGHTS = frozenset({"weight", "bias", "gamma"})  # where one that is no parameter is an attribute
+_WEIGHTS = frozenset({"weight", "bias", "gamma", "in_proj_weight"})  # where one that is no parameter is an attribute
 
 
 def why_not_weights(module: nn.Module) -> str | None:
-    """Which of the module's own weights is a tensor that acts (sharded, quantized); None for none."""
+    """Which of its own weights acts (sharded, quantized) or is made at each look; None for none."""
+    if "parametrizations" in module._modules:
+        return "a parametrization"  # it computes at each look, and may draw or count
     for weight in module._parameters.values():
         kind = type(weight)
         if kind is not nn.Parameter and kind is not type(None) and acts(kind):

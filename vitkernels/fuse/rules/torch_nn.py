@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitkernels.fuse.multihead import NO_MASKS, FusedMultiheadAttention, Masks, attention_branch, why_not_call
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import PreNormBlock
+from vitkernels.residual import parts
 from vitkernels.residual.genuine import owner, stock_type
 from vitkernels.residual.stream import Sublayer, post_norm
 from vitkernels.residual.sublayers import dropped, mlp_branch
@@ -59,9 +60,15 @@ class FusedEncoderLayer(FusedLayer):
         is_causal: bool = False,
     ) -> Tensor:
         masks = Masks(src_mask, src_key_padding_mask, is_causal)
-        if self.declines(src, lambda: why_not_call(self.self_attn, src, src, masks)):
+        if self.declines(src, lambda: self.why_not_now() or why_not_call(self.self_attn, src, src, masks)):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         return self.run(src, masks=masks)
+
+    def why_not_now(self) -> str | None:
+        layer: Any = self
+        drops = not all(map(parts.drops_nothing, (layer.dropout, layer.dropout1, layer.dropout2)))
+        # without gradients, torch's one kernel for a layer in eval leaves them out
+        return "a dropout in training, in a layer in eval" if drops and not layer.training else None
 
     def sublayers(self, masks: Masks = NO_MASKS) -> list[Sublayer]:  # type: ignore[override]
         layer: Any = self
