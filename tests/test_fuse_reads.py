@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -161,3 +162,27 @@ def test_a_dropout_behind_an_attention_in_eval_draws_as_torch_does() -> None:
             results.append(each(x))
     torch.testing.assert_close(*results)
     assert any(call.op == "attention_qkv" for call in calls)
+
+
+def test_a_weight_put_in_a_parameters_place_after_the_forward_pass() -> None:
+    """The gradients are of what was multiplied, as stock's are."""
+    model, x = vit(), images().requires_grad_()
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        loss = model(x).square().sum()
+        for linear in (model.blocks[0].attn.qkv, model.blocks[1].mlp.fc2):  # type: ignore[index,union-attr]
+            linear.weight.data = torch.zeros_like(linear.weight)
+        return list(torch.autograd.grad(loss, [x, model.blocks[0].norm1.weight]))  # type: ignore[index,union-attr,list-item]
+
+    expected = gradients(copy.deepcopy(model))
+    torch.testing.assert_close(gradients(vk.fuse(model)), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1"])
+def test_a_norm_of_another_dtype_is_refused_as_stock_refuses_it(name: str) -> None:
+    model, x = vit(), images()
+    model.get_submodule(name).double()
+    with pytest.raises(RuntimeError) as expected:
+        model(x)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        vk.fuse(model)(x)

@@ -180,13 +180,7 @@ def why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | Non
         return None
     if weight.device != x.device:
         return f"called with a tensor on {x.device}, and its weights are on {weight.device}"
-    if weight.dtype == x.dtype:
-        return None
-    if autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype):
-        return None
-    # torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32
-    mixes = isinstance(reader, nn.LayerNorm) and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
-    return None if mixes else f"called with {x.dtype}, and its weights are {weight.dtype}"
+    return parts.why_not_dtypes(reader, x)  # type: ignore[arg-type]
 
 
 def why_not_mask(mask: Any, x: Tensor) -> str | None:

@@ -142,7 +142,7 @@ class _Step:
 
     Args:
         name: of the Function.
-        check: (x, autocast's dtype, *arguments), which raises.
+        check: (x, *arguments, autocast's dtype), which raises.
         ops: (normed, *arguments) -> result, through the public ops.
         forward: (launch, normed, dtype, learns, *arguments) -> (result, what its backward keeps).
         backward: (launch, dresult, normed, dtype, needs of normed and of the arguments, arguments, kept) -> gradients
@@ -186,7 +186,7 @@ class _Step:
     def _planned(self, key: Any, inputs: tuple[Any, ...]) -> Plan:
         x, branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
         check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
-        self.check(_widened(x, branch), dtype, *arguments)
+        self.check(_widened(x, branch), *arguments, dtype)
         if len(self.plans) == MOST:
             self.plans.clear()
         plan = self.plans[key] = Plan()
@@ -225,6 +225,11 @@ class _Step:
             *[each if is_read else None for each, is_read in zip(arguments, read, strict=True)],
             *kept,
         )
+        # what was multiplied, whatever a caller puts in a parameter's place (p.data = ...)
+        ctx.values = [
+            each.detach() if isinstance(each, torch.nn.Parameter) and is_read else None
+            for each, is_read in zip(arguments, read, strict=True)
+        ]
         ctx.rest = [None if isinstance(each, Tensor) else each for each in arguments]
         ctx.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
         ctx.branch_dtype = None if branch is None else branch.dtype
@@ -240,6 +245,8 @@ class _Step:
         of_norm, tensors = saved[:KEPT], saved[KEPT:]
         count = len(ctx.rest)
         arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], ctx.rest, strict=True)]
+        if not torch.is_grad_enabled():  # else the graph of the gradients needs the parameters themselves
+            arguments = [each if value is None else value for each, value in zip(arguments, ctx.values, strict=True)]
         needs = ctx.needs_input_grad[1:]
         launch = launch_backward(ctx.plan, (dtotal, dresult), needs, ctx.kind)
         needs_normed, needs_arguments = any(needs[:8]), needs[9:]
@@ -291,10 +298,6 @@ def _in_dtype(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 # --------------------------------------------------------------------------------------------------------- linear
 
 
-def _check_linear(x: Tensor, dtype: torch.dtype | None, weight: Tensor, bias: Tensor | None) -> None:
-    check_linear(x, weight, bias, dtype)
-
-
 def _linear(
     launch: Launch, normed: Tensor, dtype: torch.dtype | None, learns: bool, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -306,14 +309,10 @@ def _linear_backward(launch, dy, normed, dtype, needs, arguments, kept):
     return dx if needs[0] else None, *_given(needs[1:], grads)
 
 
-_LINEAR = _Step("linear_step", _check_linear, ops.linear, _linear, _linear_backward, (1,))
+_LINEAR = _Step("linear_step", check_linear, ops.linear, _linear, _linear_backward, (1,))
 
 
 # ------------------------------------------------------------------------------------------------------------ mlp
-
-
-def _check_mlp(x: Tensor, dtype: torch.dtype | None, *arguments: Any) -> None:
-    check_mlp(x, *arguments, dtype)
 
 
 def _mlp_ops(normed: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
@@ -336,7 +335,7 @@ def _mlp_backward(launch, dy, normed, dtype, needs, arguments, kept):
     return dx if needs[0] else None, *_given(needs[1:5], grads), None
 
 
-_MLP = _Step("mlp_step", _check_mlp, _mlp_ops, _mlp, _mlp_backward, (1, 3))
+_MLP = _Step("mlp_step", check_mlp, _mlp_ops, _mlp, _mlp_backward, (1, 3))
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -345,7 +344,6 @@ _MLP = _Step("mlp_step", _check_mlp, _mlp_ops, _mlp, _mlp_backward, (1, 3))
 @_check.once
 def _check_attention(
     x: Tensor,
-    dtype: torch.dtype | None,
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
     proj_weight: Tensor,
@@ -354,6 +352,7 @@ def _check_attention(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    dtype: torch.dtype | None,
 ) -> None:
     _check.has_rank("attention", "x", x, "[B, N, D]")
     check_linear(x, qkv_weight, qkv_bias, dtype)

@@ -76,6 +76,19 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     return None
 
 
+def why_not_dtypes(reader: nn.Module, x: Tensor) -> str | None:
+    """Why torch would refuse tokens of x's dtype beside the reader's weight, or None where it takes both."""
+    weight = reader.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype == x.dtype:
+        return None
+    if autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype):
+        return None
+    # torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32
+    mixes = isinstance(reader, nn.LayerNorm) and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
+    return None if mixes else f"called with {x.dtype}, and its weights are {weight.dtype}"
+
+
 def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """norm(x); where it may be read, rounded to the dtype that its consumer multiplies in."""
     if why_not_layer_norm("norm", norm) is not None:

@@ -119,8 +119,8 @@ def pre_norm(
     dtype = _stream_dtype(x, dtype)
     if dtype is not None:
         x = x.to(dtype)
-    last = None if last_norm is None else _readable(last_norm, x.shape[-1])
-    norms = [_readable(each.norm, x.shape[-1], again) for each in sublayers]
+    last = None if last_norm is None else _readable(last_norm, x)
+    norms = [_readable(each.norm, x, again) for each in sublayers]
     added: Added | None = None
     for sublayer, norm, following in zip(sublayers, norms, [*norms[1:], last], strict=True):
         branch = sublayer.branch
@@ -143,7 +143,7 @@ def pre_norm(
 
 def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:
     """branch(norm(x)) alone."""
-    readable = _readable(norm, x.shape[-1])
+    readable = _readable(norm, x)
     if readable is not None and branch.step is not None:
         return branch.step(x, None, readable, False)[1]
     return branch.run(parts.layer_norm(norm, x, parts.operand_dtype(branch.reader, x)), False)[0]
@@ -155,7 +155,7 @@ def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | Non
     if dtype is not None:
         x = x.to(dtype)
     for sublayer in sublayers:
-        norm = _readable(sublayer.norm, x.shape[-1])
+        norm = _readable(sublayer.norm, x)
         if norm is None or not _adds(sublayer, x.shape[-1]):
             out, _ = sublayer.branch.run(x, False)
             x = parts.layer_norm(sublayer.norm, _added_now(x, sublayer, out, widen=dtype is None))
@@ -171,10 +171,13 @@ def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
     return None if autocast_dtype(x) is None or x.dtype == torch.float64 else dtype
 
 
-def _readable(norm: nn.Module, width: int, again: bool | None = None) -> Norm | None:
-    """A norm's parameters, where `ops.add_layer_norm` can stand for it in a stream of this width."""
-    if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != width:  # type: ignore[index]
+def _readable(norm: nn.Module, x: Tensor, again: bool | None = None) -> Norm | None:
+    """A norm's parameters, where `ops.add_layer_norm` can stand for it in this stream."""
+    if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != x.shape[-1]:  # type: ignore[index]
         return None
+    mixed = norm.bias is not None and norm.bias.dtype != norm.weight.dtype
+    if mixed or parts.why_not_dtypes(norm, x) is not None:
+        return None  # torch's own checks are the ones to see
     return Norm(norm.weight, norm.bias, norm.eps, again)  # type: ignore[arg-type]
 
 

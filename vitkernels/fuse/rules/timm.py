@@ -40,7 +40,10 @@ def _why_not_heads(attn: Any) -> str | None:
     """Why the heads are not those that their shapes alone settle; the stock module computes with them, or raises."""
     if getattr(attn, "attn_dim", None) not in (None, attn.num_heads * getattr(attn, "head_dim", 0)):
         return f"{attn.num_heads} heads do not make up its width"
-    head_dim = getattr(attn, "head_dim", None) or attn.proj.in_features // attn.num_heads
+    width = getattr(attn.proj, "in_features", 0)
+    if width % attn.num_heads:
+        return f"{attn.num_heads} heads do not make up its width"
+    head_dim = getattr(attn, "head_dim", None) or width // attn.num_heads or 1
     return None if attn.fused_attn or attn.scale == head_dim**-0.5 else "a scale of its own"
 
 

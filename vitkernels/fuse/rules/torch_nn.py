@@ -68,7 +68,11 @@ class FusedEncoderLayer(FusedLayer):
         layer: Any = self
         drops = not all(map(parts.drops_nothing, (layer.dropout, layer.dropout1, layer.dropout2)))
         # without gradients, torch's one kernel for a layer in eval leaves them out
-        return "a dropout in training, in a layer in eval" if drops and not layer.training else None
+        if drops and not layer.training:
+            return "a dropout in training, in a layer in eval"
+        # torch's own layer looks at the attention's weights on its way, and what makes them is made once more
+        reason = parts.why_not_part("self_attn", layer.self_attn)
+        return reason if reason is not None and "parametrization" in reason else None
 
     def sublayers(self, masks: Masks = NO_MASKS) -> list[Sublayer]:  # type: ignore[override]
         layer: Any = self
