@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from vitkernels import dispatch, ext, products
 
 # read when cuBLAS makes its first handle; without it, its products are not deterministic, and torch warns
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Inductor keeps compiled code by graph: what another version of an op left on the machine would assert its shapes
+_inductor = tempfile.TemporaryDirectory(prefix="vitkernels-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 BACKENDS = ("reference", "ext")  # a new backend is one more name
 ISAS = ext.ISAS
