@@ -252,7 +252,8 @@ def test_what_is_not_kept_may_be_written_into(kind: str) -> None:
 @pytest.mark.parametrize(("option", "again"), [(True, 2), (False, 0), (None, 2)])
 def test_fuse_says_whether_norms_are_made_again(option: bool | None, again: int) -> None:
     """None is what suits the device: on a CPU they are."""
-    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from timm_vit import timm
+
     block = vk.fuse(timm.models.vision_transformer.Block(64, 2), recompute_norms=option)
     with vk.record() as calls:
         block(torch.randn(8, 130, 64)).sum().backward()

@@ -128,7 +128,7 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     subclasses, counters of FLOPs.
     """
     transformed = _transformed()
-    plain = not (transformed or _watched())
+    plain = not (transformed or _watched() or torch.autograd._profiler_enabled())
     learns = False
     for arg in args:
         if type(arg) in _PLAIN:
@@ -142,7 +142,8 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
 def signature(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool] | None:
     """What a plain call's checks and choices depend on, and whether a tensor requires a gradient; None if not plain.
 
-    Two calls of one signature, in one order of backends, pass the same checks and are served by the same launcher.
+    Two calls of one signature, in one order of backends, pass the same checks and are served by the same launcher. A
+    profiler changes nothing: what it sees, it sees at each launch.
     """
     if _transformed() or _watched():
         return None
@@ -166,7 +167,7 @@ def _transformed() -> bool:
 
 
 def _watched() -> bool:
-    return torch._C._len_torch_dispatch_stack() != 0 or torch._C._is_tracing() or torch.autograd._profiler_enabled()
+    return torch._C._len_torch_dispatch_stack() != 0 or torch._C._is_tracing()
 
 
 def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
