@@ -246,3 +246,29 @@ def test_inference(mode: Any) -> None:
     assert {call.op for call in calls} == OPS
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eva02_tiny_patch14_224",
+        "vit_small_patch16_dinov3",
+        "vit_small_patch16_rope_224",
+        "vit_relpos_small_patch16_224",
+        "beit_base_patch16_224",
+        "vit_small_patch16_224",
+    ],
+)
+def test_timms_feature_extractor_traces_as_it_traces_stock(name: str) -> None:
+    """Arguments, weights and masks may be proxies, and a module may be called on a buffer meanwhile."""
+    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    options = {
+        "leaf_modules": get_notrace_modules(),
+        "autowrap_functions": get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    model = timm.create_model(name, depth=1).eval()
+    expected = get_graph_node_names(model, tracer_kwargs=options)
+    assert get_graph_node_names(vk.fuse(model), tracer_kwargs=options) == expected
