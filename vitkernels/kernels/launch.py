@@ -43,7 +43,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if interpreting() or _hooked(kernel):
         kernel[grid](*args, **options)
         return
-    kinds = [_kind(arg) for arg in args]
+    # in line: a call for each of some thirty arguments would take longer than all else here
+    kinds = [
+        (arg.dtype, arg.data_ptr() % 16 == 0)
+        if isinstance(arg, Tensor)
+        else (arg.base.dtype, tuple(arg.block_shape), arg.padding)
+        if isinstance(arg, TensorDescriptor)
+        else arg
+        for arg in args
+    ]
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     key = kernel, device, dispatch.generation(), *kinds, *options.values()
     known = _compiled.get(key)
@@ -61,15 +69,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     stream = driver.active.get_current_stream(driver.active.get_current_device())
     programs = (*grid, 1, 1)[:3]
     compiled.run(*programs, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
-
-
-def _kind(arg: Any) -> Any:
-    """What of an argument the JIT looks at, or more."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, TensorDescriptor):
-        return arg.base.dtype, tuple(arg.block_shape), arg.padding
-    return arg
 
 
 def _hooked(kernel: Any) -> bool:
