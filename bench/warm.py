@@ -7,41 +7,18 @@ another process that makes the call on a GPU finds them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+from ptx.driver import Gpu
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench import sass
 from bench.sass import Reading
 from vitkernels.kernels.device import stand_in
-
-
-@dataclass(frozen=True)
-class _Absent:
-    """A GPU that is not there: `vitkernels.kernels.device.Device`."""
-
-    capability_: tuple[int, int]
-    processors_: int
-    kind: str = "meta"
-    title: str = "no device"
-
-    def why_not(self) -> str | None:
-        return None
-
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        return self.capability_
-
-    def processors(self, device: torch.device) -> int:
-        return self.processors_
-
-    def launching(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
 
 
 @dataclass
@@ -100,7 +77,7 @@ def read(call: Callable[[], Any], kernel: str, capability: int, processors: int)
     driver.set_active(made)
     try:
         major, minor = divmod(capability, 10)
-        with stand_in(_Absent((major, minor), processors)):
+        with stand_in(Gpu((major, minor), processors, kind="meta", title="no device")):
             call()
     finally:
         driver.set_active(before)
