@@ -53,7 +53,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         for arg in args
     ]
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    key = kernel, device, dispatch.generation(), *kinds, *options.values()
+    key = kernel, device, dispatch.generation(), *kinds, *options.items()
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*args, **options)
