@@ -26,7 +26,7 @@ from vitkernels.op import own, plain_function
 from vitkernels.op import signature as signature_of
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, cast_dtype
-from vitkernels.ops._plan import MOST, Launch, Plan, launch_backward
+from vitkernels.ops._plan import MOST, Launch, Plan, by_the_ops, keep
 from vitkernels.ops.add_layer_norm import KEPT, saved_tensors
 from vitkernels.ops.add_layer_norm import backward as norm_backward
 from vitkernels.ops.add_layer_norm import check as check_norm
@@ -161,124 +161,181 @@ class _Step:
     ) -> None:
         self.check, self.ops, self.forward, self.backward, self.biases = check, ops, forward, backward, biases
         self.apply = plain_function(name, self._forward, self._backward)
-        self.plans: dict[Any, Plan] = {}
+        self.kinds: dict[Any, _Kind] = {}
 
     def __call__(self, x: Tensor, added: Added | None, norm: Norm, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
+        weight, bias, eps, again = norm
         dtype = autocast_dtype(x)
-        how = dtype, norm.again
-        inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, how, *arguments)
+        inputs = (x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, again), *arguments)
         found = None if torch.compiler.is_compiling() else signature_of(inputs)
         if found is None:
             total, normed = add_norm(x, added, norm, None if dtype is None else cast_dtype(x, dtype))
             return total, self.ops(normed, *arguments)
-        signature, learns = found
-        key = signature, dispatch.order(x.device.type), dispatch.generation()
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self._planned(key, inputs)
+        key = found, torch.is_grad_enabled(), dispatch.order(x.device.type), dispatch.generation()
+        kind = self.kinds.get(key)
+        if kind is None:
+            kind = self._kind(key, inputs)
         if branch is not None and branch.dtype != x.dtype:
             inputs = (_widened(x, branch), *inputs[1:])
-        if learns and torch.is_grad_enabled():
-            return self.apply(plan, *inputs)
-        return self._run(plan, False, *inputs)[:2]
+        if kind.learns:
+            return self.apply(kind, *inputs)
+        return kind.run(inputs)
 
-    def _planned(self, key: Any, inputs: tuple[Any, ...]) -> Plan:
+    def _kind(self, key: Any, inputs: tuple[Any, ...]) -> _Kind:
         x, branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
         check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
         self.check(_widened(x, branch), *arguments, dtype)
-        if len(self.plans) == MOST:
-            self.plans.clear()
-        plan = self.plans[key] = Plan()
-        return plan
+        learns = torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs)
+        if len(self.kinds) == MOST:
+            self.kinds.clear()
+        kind = self.kinds[key] = _Kind(self, inputs, learns)
+        return kind
 
-    def _run(self, plan: Plan, learns: bool, *inputs: Any) -> tuple[Any, ...]:
-        """total, result, normed, the norm's statistics, and what the product's backward keeps."""
-        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
-        normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
-        kind = x.device.type
-        if dtype is not None:  # dtypes are settled here; inside, autocast would cast again
-            torch.set_autocast_enabled(kind, False)
-        try:
-            total, normed, mean, rstd = plan.forward(
-                "norm", op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype
-            )
-            result, kept = self.forward(plan.forward, normed, dtype, learns, *arguments)
-        finally:
-            if dtype is not None:
-                torch.set_autocast_enabled(kind, True)
-        return x if branch is None else total, result, normed, mean, rstd, kept
-
-    def _forward(self, ctx: Any, plan: Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
-        total, result, normed, mean, rstd, kept = self._run(plan, True, *inputs)
-        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, again), *arguments = inputs
-        summed = any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale))
-        learns = summed or weight.requires_grad or (bias is not None and bias.requires_grad)
-        # a frozen norm's input is anybody's to write into
-        again = learns and normed.numel() >= _SMALL and (not normed.is_cuda if again is None else again)
-        of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
-        read = [isinstance(each, Tensor) and index not in self.biases for index, each in enumerate(arguments)]
-        ctx.save_for_backward(
-            None if again or not (learns or arguments[0].requires_grad) else normed,
-            bias if learns else None,
-            *(of_norm if learns else [None] * KEPT),
-            *[each if is_read else None for each, is_read in zip(arguments, read, strict=True)],
-            *kept,
-        )
+    def _forward(self, ctx: Any, kind: _Kind, *inputs: Any) -> tuple[Tensor, Tensor]:
+        total, result, *saved = kind.run(inputs)
+        ctx.save_for_backward(*saved)
         # what was multiplied, whatever a caller puts in a parameter's place (p.data = ...)
-        ctx.values = [
-            each.detach() if isinstance(each, torch.nn.Parameter) and is_read else None
-            for each, is_read in zip(arguments, read, strict=True)
-        ]
-        ctx.rest = [None if isinstance(each, Tensor) else each for each in arguments]
-        ctx.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
-        ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.plan, ctx.eps, ctx.dtype, ctx.kind = plan, eps, dtype, x.device.type
-        ctx.normed_shape, ctx.normed_dtype = normed.shape, normed.dtype
-        if not summed:
+        ctx.values = [inputs[index].detach() for index in kind.multiplied]
+        ctx.kind = kind
+        if not kind.summed:
             ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
         ctx.set_materialize_grads(False)
-        return total, own(result)
+        return total, result
 
     def _backward(self, ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[Tensor | None, ...]:
-        normed, bias, *saved = saved_tensors(ctx)
-        of_norm, tensors = saved[:KEPT], saved[KEPT:]
-        count = len(ctx.rest)
-        arguments = [rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], ctx.rest, strict=True)]
-        if not torch.is_grad_enabled():  # else the graph of the gradients needs the parameters themselves
-            arguments = [each if value is None else value for each, value in zip(arguments, ctx.values, strict=True)]
+        kind: _Kind = ctx.kind
+        saved = list(saved_tensors(ctx))
         needs = ctx.needs_input_grad[1:]
-        launch = launch_backward(ctx.plan, (dtotal, dresult), needs, ctx.kind)
-        needs_normed, needs_arguments = any(needs[:8]), needs[9:]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind.device):
+            # a graph of the gradients needs the parameters themselves
+            return kind.gradients(needs, by_the_ops, dtotal, dresult, *saved)
+        for index, value in zip(kind.multiplied, ctx.values, strict=True):
+            saved[_BEFORE_ARGUMENTS + index - _ADDED] = value
+        inputs = (dtotal, dresult, *saved)
+        found = signature_of(inputs)
+        if found is None:
+            return kind.gradients(needs, by_the_ops, *inputs)
+        key = found, needs, dispatch.order(kind.device), dispatch.generation()
+        plan = kind.backward.get(key)
+        if plan is None:
+            plan = keep(kind.backward, key, Plan("backward", functools.partial(kind.gradients, needs)))
+        return plan(*inputs)
+
+
+_ADDED = 9  # inputs of a step before its product's arguments
+_BEFORE_ARGUMENTS = 2 + KEPT  # tensors that are saved before them: normed, the norm's bias, what its backward keeps
+
+
+class _Kind:
+    """One kind of call of a step.
+
+    Attributes:
+        learns: whether it has a backward pass.
+        summed: whether the sum has a gradient.
+        multiplied: which inputs are parameters that the product's backward reads.
+        device: type of its tensors' device.
+        backward: its backward passes, by kind.
+    """
+
+    def __init__(self, step: _Step, inputs: tuple[Any, ...], learns: bool) -> None:
+        x, branch, weight, bias, self.eps, branch_bias, scale, row_scale, (self.dtype, again), *arguments = inputs
+        x = _widened(x, branch)
+        self.step, self.learns, self.device = step, learns, x.device.type
+        self.summed = any(
+            each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale)
+        )
+        self.norm_learns = self.summed or weight.requires_grad or (bias is not None and bias.requires_grad)
+        # a frozen norm's input is anybody's to write into
+        again = x.numel() >= _SMALL and (not x.is_cuda if again is None else again)
+        self.keeps_normed = not (again and self.norm_learns) and (self.norm_learns or arguments[0].requires_grad)
+        self.normed_shape = x.shape
+        self.normed_dtype = x.dtype if self.dtype is None else cast_dtype(x, self.dtype)
+        self.branch_dtype = None if branch is None else branch.dtype
+        self.read = [isinstance(each, Tensor) and index not in step.biases for index, each in enumerate(arguments)]
+        self.multiplied = [
+            _ADDED + index
+            for index, (each, is_read) in enumerate(zip(arguments, self.read, strict=True))
+            if is_read and isinstance(each, torch.nn.Parameter)
+        ]
+        self.rest = [None if isinstance(each, Tensor) else each for each in arguments]
+        self.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
+        self.forward = Plan("forward", self._compute)
+        self.backward: dict[Any, Plan] = {}
+
+    def run(self, inputs: tuple[Any, ...]) -> Any:
+        """(total, result), and where it learns what is to be saved."""
+        if self.dtype is None:
+            return self.forward(*inputs)
+        torch.set_autocast_enabled(self.device, False)  # dtypes are settled; inside, autocast would cast again
+        try:
+            return self.forward(*inputs)
+        finally:
+            torch.set_autocast_enabled(self.device, True)
+
+    def _compute(self, launch: Launch, *inputs: Any) -> tuple[Tensor | None, ...]:
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, _, *arguments = inputs
+        total, normed, mean, rstd = launch(
+            "norm", op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, self.normed_dtype
+        )
+        total = x if branch is None else total
+        result, kept = self.step.forward(launch, normed, self.dtype, self.learns, *arguments)
+        if not self.learns:
+            return total, own(result)
+        of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
+        return (
+            total,
+            own(result),
+            normed if self.keeps_normed else None,
+            bias if self.norm_learns else None,
+            *(of_norm if self.norm_learns else [None] * KEPT),
+            *[each if is_read else None for each, is_read in zip(arguments, self.read, strict=True)],
+            *kept,
+        )
+
+    def gradients(
+        self,
+        needs: Sequence[bool],
+        launch: Launch,
+        dtotal: Tensor | None,
+        dresult: Tensor | None,
+        *saved: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Of the Function's inputs; `saved` is what `_compute` said, parameters by their values."""
+        normed, bias, of_norm, tensors = saved[0], saved[1], saved[2:_BEFORE_ARGUMENTS], saved[_BEFORE_ARGUMENTS:]
+        count = len(self.rest)
+        arguments = [
+            rest if tensor is None else tensor for tensor, rest in zip(tensors[:count], self.rest, strict=True)
+        ]
+        needs_normed, needs_arguments = any(needs[: _ADDED - 1]), needs[_ADDED:]
         dnormed: Tensor | None = None
         grads: Sequence[Tensor | None] = [None] * count
         if dresult is not None:
             if normed is None:
-                normed = _again(ctx, dresult, of_norm, bias, reads=needs_arguments[0])
+                normed = self._again(dresult, of_norm, bias, reads=needs_arguments[0])
             needs_product = [needs_normed, *needs_arguments]
-            dnormed, *given = self.backward(
-                launch, dresult, normed, ctx.dtype, needs_product, arguments, tensors[count:]
+            dnormed, *found = self.step.backward(
+                launch, dresult, normed, self.dtype, needs_product, arguments, tensors[count:]
             )
-            grads = [_in_dtype(*each) for each in zip(given, ctx.dtypes, strict=True)]
-        above: Sequence[Tensor | None] = (None,) * 8
+            grads = [_in_dtype(*each) for each in zip(found, self.dtypes, strict=True)]
+        above: Sequence[Tensor | None] = (None,) * (_ADDED - 1)
         if needs_normed:
             run = functools.partial(launch, "norm", op_norm)
-            above = norm_backward(needs, dtotal, dnormed, of_norm, ctx.branch_dtype, run)
+            above = norm_backward(needs, dtotal, dnormed, of_norm, self.branch_dtype, run)
         return None, *above, None, *grads
+
+    def _again(self, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
+        """The norm's result once more, a forward launch of add_layer_norm; without contents where nothing reads it."""
+        if not reads:
+            return like.new_empty(self.normed_shape, dtype=self.normed_dtype)
+        total, _, weight, *_ = of_norm
+        with torch.no_grad():
+            return op_norm(total, None, weight, bias, self.eps, None, None, None, self.normed_dtype)[1]
 
 
 def _widened(x: Tensor, branch: Tensor | None) -> Tensor:
     """The stream in the dtype of its sum with a branch."""
     return x if branch is None else x.to(torch.promote_types(x.dtype, branch.dtype))
-
-
-def _again(ctx: Any, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
-    """The norm's result once more, a forward launch of add_layer_norm; without contents where nothing reads it."""
-    if not reads:
-        return like.new_empty(ctx.normed_shape, dtype=ctx.normed_dtype)
-    total, _, weight, *_ = of_norm
-    with torch.no_grad():
-        return op_norm(total, None, weight, bias, ctx.eps, None, None, None, ctx.normed_dtype)[1]
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
