@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vitkernels as vk
 from vitkernels import dispatch
-from vitkernels.ops import _steps
+from vitkernels.ops import _step, _steps
 
 B, N, D, F, H = 2, 5, 24, 40, 3
 KINDS = ("linear", "mlp", "attention")
@@ -172,5 +172,5 @@ def check_equal(got: dict[str, Tensor | None], expected: dict[str, Tensor | None
 
 def keep_smaller_norms(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Keep the results of norms of fewer elements, and make all others again in backward."""
-    monkeypatch.setattr(_steps, "_SMALL", elements)
+    monkeypatch.setattr(_step, "_SMALL", elements)
     dispatch.backends_changed()  # what calls have settled, they settle anew

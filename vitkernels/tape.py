@@ -93,6 +93,7 @@ class _Tape(TorchFunctionMode):
         self._names: dict[int, str] = {}  # of tensors, by id
         self._held: list[Any] = []  # so that no id is used twice
         self._roots: dict[int, _Root | None] = {}  # the first tensor in each memory; None where inputs share it
+        self._views: dict[Any, str] = {}  # by first tensor, shape, strides and offset
         self._space: dict[str, Any] = {"as_strided": torch.as_strided}
         self._inputs = [f"a{index}" for index in range(len(inputs))]
         self._same: list[tuple[int, int]] = []  # inputs that are one tensor
@@ -164,10 +165,16 @@ class _Tape(TorchFunctionMode):
         """
         with self._noting():
             reads: list[str] = []
-            given = "".join(f"{self._text(each, reads)}, " for each in args)
+            given = "".join(f"{self._text(self._memory(each), reads)}, " for each in args)
             names = {name: self._value(each) for name, each in space.items()}
             self._lines.append(_Line(text.format(given, **names), reads, [], only_makes=False))
             self._ready = ready
+
+    def _memory(self, arg: Any) -> Any:
+        """A kernel gets a dtype and where memory begins: the first tensor there stands for a view of it."""
+        root = self._roots.get(arg.untyped_storage()._cdata) if isinstance(arg, Tensor) else None
+        same = root is not None and root.tensor.dtype == arg.dtype and root.tensor.data_ptr() == arg.data_ptr()
+        return root.tensor if root is not None and same else arg
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -238,10 +245,10 @@ class _Tape(TorchFunctionMode):
         """Straight-line Python of what was noted, without what nobody reads; None where something could not be."""
         reads: list[str] = []
         with self._noting():
-            result = "".join(f"{self._text(each, reads)}, " for each in outputs)
+            result = self._text(outputs, reads)
         if self.why_not is not None:
             return None
-        live, lines = set(reads), [f"return ({result})"]
+        live, lines = set(reads), [f"return {result}"]
         for line in reversed(self._lines):
             if line.only_makes and live.isdisjoint(line.writes):
                 continue
