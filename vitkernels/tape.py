@@ -27,9 +27,11 @@ _LOOKS = frozenset(
     {"stride", "size", "dim", "numel", "data_ptr", "is_contiguous", "element_size", "storage_offset", "__len__"}
     | {"is_floating_point", "get_device", "untyped_storage", "_is_view"}
 )
+# What gives memory without contents: written down as the cheapest of them.
+_EMPTY = frozenset({"empty", "new_empty", "empty_like", "empty_strided"})
 # What makes a tensor and does nothing else: left out where nobody reads the result.
-_MAKES = frozenset(
-    {"empty", "new_empty", "empty_like", "empty_strided", "view", "reshape", "unflatten", "flatten", "transpose", "t"}
+_MAKES = _EMPTY | frozenset(
+    {"view", "reshape", "unflatten", "flatten", "transpose", "t"}
     | {"permute", "unbind", "contiguous", "detach", "__getitem__", "__get__", "unsqueeze", "squeeze", "expand", "to"}
 )
 
@@ -94,7 +96,7 @@ class _Tape(TorchFunctionMode):
         self._held: list[Any] = []  # so that no id is used twice
         self._roots: dict[int, _Root | None] = {}  # the first tensor in each memory; None where inputs share it
         self._views: dict[Any, str] = {}  # by first tensor, shape, strides and offset
-        self._space: dict[str, Any] = {"as_strided": torch.as_strided}
+        self._space: dict[str, Any] = {"as_strided": torch.as_strided, "empty_strided": torch.empty_strided}
         self._inputs = [f"a{index}" for index in range(len(inputs))]
         self._same: list[tuple[int, int]] = []  # inputs that are one tensor
         for index, (name, each) in enumerate(zip(self._inputs, inputs, strict=True)):
@@ -201,9 +203,14 @@ class _Tape(TorchFunctionMode):
         if only_makes and self._as_views(made):
             return
         reads: list[str] = []
-        given = [self._text(each, reads) for each in args]
-        given += [f"{key}={self._text(each, reads)}" for key, each in kwargs.items()]
-        text = f"{self._value(function)}({', '.join(given)})"
+        if name in _EMPTY:
+            shape, strides = self._value(tuple(result.shape)), self._value(result.stride())
+            dtype, device = self._value(result.dtype), self._value(result.device)
+            text = f"empty_strided({shape}, {strides}, dtype={dtype}, device={device})"
+        else:
+            given = [self._text(each, reads) for each in args]
+            given += [f"{key}={self._text(each, reads)}" for key, each in kwargs.items()]
+            text = f"{self._value(function)}({', '.join(given)})"
         if not several and made and id(result) in self._names:  # it was written into, and handed on
             made = []
         writes = [self._new(each) for each in made]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 Value = TypeVar("Value")
 _MOST_CHANGES = 32  # in a row: a tree that changes at each call (as some wrappers have it) is not compared any more
-_NO_CONFIGURATION = (nn.Module, Tensor, type, FunctionType, BuiltinFunctionType, MethodType)
+_NO_CONFIGURATION = (nn.Module, Tensor, type, dict, list, set, FunctionType, BuiltinFunctionType, MethodType)
 _SIMPLE = (type(None), bool, int, float, str)
 
 
