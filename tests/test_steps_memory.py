@@ -17,7 +17,7 @@ import vitkernels as vk
 from vitkernels.ops import _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-STEPS = {"linear": _steps._LINEAR, "mlp": _steps._MLP, "attention": _steps._ATTENTION}
+STEPS = {"linear": _steps.LINEAR, "mlp": _steps.MLP, "attention": _steps.ATTENTION}
 
 
 @pytest.fixture

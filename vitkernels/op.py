@@ -7,7 +7,7 @@ implementations, and the autograd Function over them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     return plain, transformed or (learns and torch.is_grad_enabled())
 
 
-def signature(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
     """All but their values that a plain call's tensors decide about, and what is no tensor; None if it is not plain.
 
     Two calls of one signature, in one order of backends, pass the same checks, are served by the same launchers and do

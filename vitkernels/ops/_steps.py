@@ -16,13 +16,28 @@ from vitkernels import ops
 from vitkernels.ops import _check
 from vitkernels.ops._plan import Launch
 from vitkernels.ops._step import Added, Norm, Step, add_norm
+from vitkernels.ops._stretch import Factors, Stage, run
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
 from vitkernels.ops.linear import check as check_linear
 from vitkernels.ops.linear import op as op_linear
 from vitkernels.ops.mlp import check as check_mlp
 from vitkernels.ops.mlp import op as op_mlp
 
-__all__ = ["Added", "Norm", "add_norm", "attention", "linear", "mlp"]
+__all__ = [
+    "ATTENTION",
+    "LINEAR",
+    "MLP",
+    "Added",
+    "Factors",
+    "Norm",
+    "Stage",
+    "Step",
+    "add_norm",
+    "attention",
+    "linear",
+    "mlp",
+    "run",
+]
 
 
 def linear(x: Tensor, added: Added | None, norm: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,7 +55,7 @@ def linear(x: Tensor, added: Added | None, norm: Norm, weight: Tensor, bias: Ten
     Raises:
         TypeError, ValueError: as `ops.add_layer_norm` and `ops.linear`.
     """
-    return _LINEAR(x, added, norm, (weight, bias))
+    return run(x, added, [Stage(LINEAR, norm, (weight, bias))])
 
 
 def mlp(
@@ -51,7 +66,7 @@ def mlp(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """(total, `ops.mlp` of its norm); arguments as in `linear`, weights and activation as in `ops.mlp`."""
-    return _MLP(x, added, norm, (*weights, activation))
+    return run(x, added, [Stage(MLP, norm, (*weights, activation))])
 
 
 def attention(
@@ -73,7 +88,8 @@ def attention(
         qkv, proj: weight and bias of the projections, as nn.Linear stores them; [3 * D, D] and [D, D].
         num_heads, attn_mask, is_causal, scale: as in `ops.attention_qkv`.
     """
-    return _ATTENTION(x, added, norm, (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale))
+    arguments = (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale)
+    return run(x, added, [Stage(ATTENTION, norm, arguments)])
 
 
 def _given(needs: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:
@@ -95,7 +111,7 @@ def _linear_backward(launch, dy, normed, needs, arguments, kept):
     return dx if needs[0] else None, *_given(needs[1:], grads)
 
 
-_LINEAR = Step("linear_step", check_linear, ops.linear, _linear, _linear_backward, (0,), (1,))
+LINEAR = Step("linear", check_linear, ops.linear, _linear, _linear_backward, (0,), (1,), keeps=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ mlp
@@ -116,7 +132,7 @@ def _mlp_backward(launch, dy, normed, needs, arguments, kept):
     return dx if needs[0] else None, *_given(needs[1:5], grads), None
 
 
-_MLP = Step("mlp_step", check_mlp, _mlp_ops, _mlp, _mlp_backward, (0, 2), (1, 3))
+MLP = Step("mlp", check_mlp, _mlp_ops, _mlp, _mlp_backward, (0, 2), (1, 3), keeps=1)
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -176,4 +192,6 @@ def _attention_backward(launch, dy, normed, needs, arguments, kept):
     return grads
 
 
-_ATTENTION = Step("attention_step", _check_attention, _attention_ops, _attention, _attention_backward, (0, 2), (1, 3))
+ATTENTION = Step(
+    "attention", _check_attention, _attention_ops, _attention, _attention_backward, (0, 2), (1, 3), keeps=3
+)

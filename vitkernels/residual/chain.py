@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.residual.genuine import why_not_read
-from vitkernels.residual.stream import pre_norm
+from vitkernels.residual.stream import Sublayer, pre_norm
 
 
 def why_not_joined(block: nn.Module, x: Tensor) -> str | None:
@@ -31,7 +31,10 @@ class Chain:
     """Blocks that are run as one residual stream, or one of them by itself."""
 
     def __init__(self, blocks: Sequence[Any]) -> None:
-        self.sublayers = [sublayer for block in blocks for sublayer in block.sublayers()]
+        self.sublayers: list[Sublayer] = []
+        for block in blocks:
+            self.sublayers += block.sublayers()
+            self.sublayers[-1].ends = True  # gradients of a block's parameters do not wait for those of others
         self._weights = [next(block.parameters()) for block in blocks if any(True for _ in block.parameters())]
 
     def fits(self, x: Tensor) -> bool:

@@ -16,12 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.ops import _steps
-from vitkernels.ops._amp import autocast_dtype
+from vitkernels.ops._amp import autocast_dtype, cast_dtype
 from vitkernels.ops._steps import Added, Norm
 from vitkernels.residual import parts
 
 # (stream, what is added to it first, norm, bias_apart) -> (sum, branch, bias)
 Step = Callable[[Tensor, Added | None, Norm, bool], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class PlainStep:
+    """A branch that is one product of the steps: with another behind it, both are one autograd Function.
+
+    Args:
+        step: the product.
+        arguments: bias_apart -> its arguments.
+        bias: of its last projection.
+    """
+
+    def __init__(
+        self, step: _steps.Step, arguments: Callable[[bool], tuple[Any, ...]], bias: Callable[[], Tensor | None]
+    ) -> None:
+        self.step, self.arguments, self.bias = step, arguments, bias
+
+    def __call__(
+        self, x: Tensor, added: Added | None, norm: Norm, bias_apart: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        total, out = _steps.run(x, added, [_steps.Stage(self.step, norm, self.arguments(bias_apart))])
+        return total, out, self.bias() if bias_apart else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,7 @@ class Sublayer:
     branch: Branch
     scale: nn.Module | Tensor | None = None
     drop_path: nn.Module | None = None
+    ends: bool = False  # whether it is the last one of a block that is followed by another
     _read: tuple[Any, _Read] | None = None
 
     def read(self, width: int, again: bool | None) -> _Read:
@@ -142,11 +164,22 @@ def pre_norm(
     last = None if last_norm is None else _fitting(_parameters_of(last_norm, width), x)
     read = [each.read(width, again) for each in sublayers]
     norms = [_fitting(each.norm, x) for each in read]
+    following = [*norms[1:], last]
     added: Added | None = None
-    for sublayer, (_, adds, gamma), norm, following in zip(sublayers, read, norms, [*norms[1:], last], strict=True):
-        branch = sublayer.branch
-        joins = following is not None and adds
-        if norm is None:
+    place = 0
+    while place < len(sublayers):
+        end = _end_of_stretch(x, place, sublayers, read, norms, widen=dtype is None)
+        sublayer, norm, gamma = sublayers[end - 1], norms[end - 1], read[end - 1].gamma
+        branch, joins = sublayer.branch, following[end - 1] is not None and read[end - 1].adds
+        if end - place > 1:
+            inner = zip(sublayers[place : end - 1], read[place:], norms[place:], strict=False)
+            stages = [_stage(x, *each) for each in inner]
+            assert isinstance(branch.step, PlainStep)
+            assert norm is not None
+            stages.append(_steps.Stage(branch.step.step, norm, branch.step.arguments(joins)))
+            x, out = _steps.run(x, added, stages)
+            bias = branch.step.bias() if joins else None
+        elif norm is None:
             out, bias = branch.run(sublayer.norm(x), joins)
         elif branch.step is not None:
             x, out, bias = branch.step(x, added, norm, joins)
@@ -157,9 +190,50 @@ def pre_norm(
             x, added = _waiting(x, gamma, sublayer.drop_path, out, bias, widen=dtype is None)
         else:
             x, added = _added_now(x, sublayer, out, widen=dtype is None), None
+        place = end
     if last_norm is None:
         return x
     return last_norm(x) if last is None else _steps.add_norm(x, added, last, parts.operand_dtype(None, x))[1]
+
+
+def _end_of_stretch(
+    x: Tensor,
+    place: int,
+    sublayers: Sequence[Sublayer],
+    read: Sequence[_Read],
+    norms: Sequence[Norm | None],
+    widen: bool,
+) -> int:
+    """Behind the last sub-layer that is one autograd Function with the one at `place`: neighbours of one block, with
+    nothing but the add between their products."""
+    end = place + 1
+    while end < len(sublayers) and not sublayers[end - 1].ends and norms[end] is not None:
+        own, following = sublayers[end - 1].branch.step, sublayers[end].branch.step
+        if not (isinstance(own, PlainStep) and isinstance(following, PlainStep)) or norms[end - 1] is None:
+            break
+        if not read[end - 1].adds or (
+            widen and torch.promote_types(x.dtype, _branch_dtype(x, read[end - 1].gamma)) != x.dtype
+        ):
+            break
+        end += 1
+    return end
+
+
+def _branch_dtype(x: Tensor, gamma: Tensor | None) -> torch.dtype:
+    """Of a product's result once LayerScale has multiplied it: DropPath draws in it, the sum is in it."""
+    autocast = autocast_dtype(x)
+    dtype = x.dtype if autocast is None else cast_dtype(x, autocast)
+    return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+
+
+def _stage(x: Tensor, sublayer: Sublayer, read: _Read, norm: Norm | None) -> _steps.Stage:
+    """A sub-layer that has another behind it in its stretch."""
+    step, gamma = sublayer.branch.step, read.gamma
+    assert isinstance(step, PlainStep)
+    assert norm is not None
+    dtype = _branch_dtype(x, gamma)
+    row_scale = parts.drop_path_factor(sublayer.drop_path, x, dtype)
+    return _steps.Stage(step.step, norm, step.arguments(True), _steps.Factors(step.bias(), gamma, row_scale))
 
 
 def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:
