@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_FROM_CALL = 3  # of one kind: shapes that come once or twice are not worth a tape
+FROM_CALL = 3  # of one kind: shapes that come once or twice are not worth a tape
 # What tells of a tensor without reading its values. Attributes are told by `__get__`.
 _LOOKS = frozenset(
     {"stride", "size", "dim", "numel", "data_ptr", "is_contiguous", "element_size", "storage_offset", "__len__"}
@@ -295,7 +295,7 @@ class Taped:
                 each.extend(program.calls)
             return program.run(*inputs)
         self._calls += 1
-        if self._calls != _FROM_CALL or recording() is not None:
+        if self._calls != FROM_CALL or recording() is not None:
             return self._function(*inputs)
         tape = _here.tape = _Tape(inputs)
         try:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -43,11 +44,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         options: the constants by name, and num_warps, num_stages, maxnreg.
     """
     recording = tape.recording()
-    if interpreting() or _hooked(kernel):
-        if recording is not None:
-            recording.why_not = "launches go through Triton's JIT"
-        kernel[grid](*args, **options)
+    if recording is None:
+        _launch(kernel, grid, args, options)
         return
+    with torch._C.DisableTorchFunction():  # what Triton asks of tensors is no part of a tape
+        compiled = _launch(kernel, grid, args, options)
+    if compiled is None:
+        recording.why_not = "launches go through Triton's JIT"
+    else:
+        _note(recording, grid, args, *compiled)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """Launch; gives the compiled kernel and the constants behind its arguments, None where the JIT launched it."""
+    if interpreting() or _hooked(kernel):
+        kernel[grid](*args, **options)
+        return None
     # in line: a call for each of some thirty arguments would take longer than all else here
     kinds = [
         (arg.dtype, arg.data_ptr() % 16 == 0)
@@ -63,23 +77,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if known is None:
         compiled = kernel[grid](*args, **options)
         if compiled is None:  # another process compiles it, says a hook of Triton's
-            if recording is not None:
-                recording.why_not = "a kernel is not compiled"
-            return
+            return None
         if len(_compiled) == _MOST:
             _compiled.clear()
         defaults = {each.name: each.default for each in kernel.params}
         constants = tuple(options.get(name, defaults[name]) for name in kernel.arg_names[len(args) :])
         known = _compiled[key] = compiled, constants
-    else:
-        compiled, constants = known
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
-        programs = (*grid, 1, 1)[:3]
-        compiled.run(
-            *programs, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
-        )
-    if recording is not None:
-        _note(recording, grid, args, *known)
+        return known
+    compiled, constants = known
+    stream = driver.active.get_current_stream(driver.active.get_current_device())
+    programs = (*grid, 1, 1)[:3]
+    compiled.run(*programs, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
+    return known
 
 
 def _note(
