@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import vitkernels as vk
+from vitkernels import dispatch, tape
 from vitkernels.ops import _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -124,6 +125,8 @@ def normed(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
 
     for step in STEPS.values():
         monkeypatch.setattr(step, "forward", watched(step.forward))
+    monkeypatch.setattr(tape, "FROM_CALL", 1000)  # a tape holds what it sees until it ends
+    dispatch.backends_changed()
     return seen
 
 

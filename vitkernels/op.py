@@ -32,6 +32,8 @@ class Op:
         fake, fake_backward: shapes, strides and dtypes of the results, for tracing.
         setup_context: saves for backward, as `torch.autograd.Function.setup_context`.
         gradients: the backward formula `(ctx, *grad_outputs) -> grads`; it calls `op.backward(...)`.
+        one_dtype: whether all tensors have the first one's dtype. Launches within the package may give weights in
+            float32 beside narrower rows; they are rounded for a backend whose kernels do not round them.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Op:
         fake_backward: Callable[..., Any],
         setup_context: Callable[..., None],
         gradients: Callable[..., Any],
+        one_dtype: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.one_dtype = name, one_dtype
         self.schemas = {name: schema, f"{name}_backward": backward_schema}
         self.implementations: dict[str, dispatch.Implementation] = {}
         self.forward_op = self._define(name, schema, "forward", fake)
@@ -73,9 +76,10 @@ class Op:
         forward: Callable[..., Any],
         backward: Callable[..., Any],
         why_not: Callable[[str, tuple[Any, ...]], str | None] = lambda direction, args: None,
+        rounds_weights: bool = False,
     ) -> None:
-        """Add a backend's launchers; they take the schema's arguments in order."""
-        self.implementations[backend] = dispatch.Implementation(forward, backward, why_not)
+        """Add a backend, by what `dispatch.Implementation` has of it."""
+        self.implementations[backend] = dispatch.Implementation(forward, backward, why_not, rounds_weights)
         dispatch.backends_changed()
 
     def __call__(self, *args: Any) -> Any:

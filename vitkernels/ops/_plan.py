@@ -42,6 +42,8 @@ class Plan(Taped):
 
 def by_the_ops(site: str, op: Op, *args: Any) -> Any:
     """A backward launch that somebody looks at: a graph of the gradients is made, or gradients come in a batch."""
+    if op.one_dtype:
+        args = tuple(each.to(args[0].dtype) if isinstance(each, torch.Tensor) else each for each in args)
     return op.backward(*args)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import ops
+from vitkernels.op import Op
 from vitkernels.ops._amp import cast, cast_dtype
 from vitkernels.ops._plan import Launch
 from vitkernels.ops.add_layer_norm import KEPT
@@ -87,6 +88,7 @@ class Step:
         weights, biases: which of the arguments are; autocast rounds both. Nothing reads a bias again: it may be written
             into.
         keeps: how many tensors its backward keeps.
+        op: that reads the norm.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Step:
     weights: tuple[int, ...]
     biases: tuple[int, ...]
     keeps: int
+    op: Op
 
 
 class Stream(NamedTuple):
@@ -163,16 +166,35 @@ class Part:
         """Where an argument is among the tensors that are saved."""
         return _BEFORE_ARGUMENTS + argument
 
+    def rounds(self, like: Tensor, arguments: Sequence[Any]) -> bool:
+        """Whether autocast's rounding of the weights is left to the kernels; `like` has the stream's device."""
+        normed = like.new_empty(1, dtype=self.normed_dtype).expand(self.total.shape)
+        choice = self.step.op.choose("forward", (normed, *arguments))
+        return self.step.op.implementations[choice.call.backend].rounds_weights
+
     def compute(
-        self, launch: Launch, learns: bool, x: Tensor, branch: Tensor | None, given: Sequence[Any]
+        self,
+        launch: Launch,
+        learns: bool,
+        copies: bool,
+        x: Tensor,
+        branch: Tensor | None,
+        given: Sequence[Any],
     ) -> tuple[Tensor, Tensor, Sequence[Any], list[Tensor | None]]:
-        """total, result, the arguments as they were multiplied, and what is to be saved."""
+        """total, result, the arguments as they were multiplied, and what is to be saved.
+
+        Args:
+            launch: what launches.
+            learns: whether there will be a backward pass.
+            copies: whether autocast's copies of weights are made here; launchers make their own otherwise.
+            x, branch, given: the inputs.
+        """
         _, weight, bias, eps, branch_bias, scale, row_scale, _, *arguments = given
         total, normed, mean, rstd = launch(
             "norm", op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, self.normed_dtype
         )
         total = x if branch is None else total
-        rounded = self._rounded((*self.step.weights, *self.step.biases), arguments)
+        rounded = self._rounded((*self.step.weights, *self.step.biases), arguments) if copies else arguments
         result, kept = self.step.forward(launch, normed, learns, *rounded)
         if not learns:
             return total, result, rounded, []
@@ -205,9 +227,8 @@ class Part:
         if dresult is not None:
             if normed is None:
                 normed = self._again(dresult, of_norm, bias, reads=needs_arguments[0])
-            rounded = self._rounded(self.step.weights, arguments)
             needs_product = [needs_normed, *needs_arguments]
-            dnormed, *found = self.step.backward(launch, dresult, normed, needs_product, rounded, tensors[count:])
+            dnormed, *found = self.step.backward(launch, dresult, normed, needs_product, arguments, tensors[count:])
             grads = [_in_dtype(*each) for each in zip(found, self.dtypes, strict=True)]
         above: Sequence[Tensor | None] = (None,) * (ADDED - 1)
         if needs_normed:
@@ -217,8 +238,7 @@ class Part:
 
     def _rounded(self, indices: Sequence[int], arguments: Sequence[Any]) -> Sequence[Any]:
         """The arguments, those of these indices as autocast gives them to a product."""
-        if self.dtype is None:
-            return arguments
+        assert self.dtype is not None
         found = list(arguments)
         for index in indices:
             (found[index],) = cast(self.dtype, found[index])

@@ -111,7 +111,7 @@ def _linear_backward(launch, dy, normed, needs, arguments, kept):
     return dx if needs[0] else None, *_given(needs[1:], grads)
 
 
-LINEAR = Step("linear", check_linear, ops.linear, _linear, _linear_backward, (0,), (1,), keeps=0)
+LINEAR = Step("linear", check_linear, ops.linear, _linear, _linear_backward, (0,), (1,), keeps=0, op=op_linear)
 
 
 # ------------------------------------------------------------------------------------------------------------ mlp
@@ -132,7 +132,7 @@ def _mlp_backward(launch, dy, normed, needs, arguments, kept):
     return dx if needs[0] else None, *_given(needs[1:5], grads), None
 
 
-MLP = Step("mlp", check_mlp, _mlp_ops, _mlp, _mlp_backward, (0, 2), (1, 3), keeps=1)
+MLP = Step("mlp", check_mlp, _mlp_ops, _mlp, _mlp_backward, (0, 2), (1, 3), keeps=1, op=op_mlp)
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -193,5 +193,5 @@ def _attention_backward(launch, dy, normed, needs, arguments, kept):
 
 
 ATTENTION = Step(
-    "attention", _check_attention, _attention_ops, _attention, _attention_backward, (0, 2), (1, 3), keeps=3
+    "attention", _check_attention, _attention_ops, _attention, _attention_backward, (0, 2), (1, 3), 3, op_linear
 )

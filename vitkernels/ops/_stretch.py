@@ -114,7 +114,9 @@ class _Kind:
         self._slices: list[slice] = []  # of the inputs behind x
         self.multiplied: list[tuple[int, int]] = []
         stream, branch = Stream.of(x), None if given[0] is None else Stream.of(given[0])
-        begin, saved, rounds = 0, 0, True
+        begin, saved = 0, 0
+        few = self.dtype is not None and x.shape[:-1].numel() < FEW_ROWS
+        self._copies = few  # whether autocast's copies of weights are kept
         for step, count in zip(steps, counts, strict=True):
             self._slices.append(slice(begin, begin + ADDED - 1 + count))
             own_inputs = given[self._slices[-1]]
@@ -125,13 +127,12 @@ class _Kind:
             else:
                 check(step, x, own_inputs)
             part = Part(step, stream, branch, own_inputs)
-            rounds = rounds and set(part.multiplied) <= set(step.weights)
+            if few and (not set(part.multiplied) <= set(step.weights) or part.rounds(x, own_inputs[ADDED - 1 :])):
+                self._copies = False
             self.multiplied += [(begin + ADDED + each, saved + part.saved_at(each)) for each in part.multiplied]
             begin, saved = self._slices[-1].stop, saved + part.saves
             self.parts.append(part)
             stream, branch = part.total, part.result
-        few = x.shape[:-1].numel() < FEW_ROWS
-        self._keeps_copies = self.dtype is not None and few and rounds
         self.forward = Plan("forward", self._compute)
         self.backward: dict[Any, Plan] = {}
 
@@ -151,8 +152,8 @@ class _Kind:
         saved: list[Tensor | None] = []
         for number, (part, own_inputs) in enumerate(zip(self.parts, self._slices, strict=True)):
             at_step = functools.partial(_at, launch, number)
-            x, branch, rounded, more = part.compute(at_step, self.learns, x, branch, given[own_inputs])
-            copies += [rounded[index] for index in part.multiplied] if self._keeps_copies else []
+            x, branch, rounded, more = part.compute(at_step, self.learns, self._copies, x, branch, given[own_inputs])
+            copies += [rounded[index] for index in part.multiplied] if self._copies else []
             saved += more
         return (x, own(branch), copies, *saved) if self.learns else (x, own(branch))
 
