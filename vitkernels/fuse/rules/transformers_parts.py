@@ -320,7 +320,7 @@ class FusedUpDownMlp(FusedMlp):
 
 
 class FusedGatedMlp(FusedMlp):
-    """DINOv2's and DINOv3's SwiGLU (Shazeer 2020): the products are ours, the gate between them is torch's."""
+    """DINOv2's and DINOv3's SwiGLU (Shazeer 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -333,7 +333,7 @@ class FusedGatedMlp(FusedMlp):
             return mlp.act_fn(first) * second
 
         projections = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
-        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj})
+        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj}, act=mlp.act_fn)
 
 
 def _has_mlp_parts(module: nn.Module) -> bool:
