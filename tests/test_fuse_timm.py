@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import fused
@@ -52,6 +53,11 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "pre_norm": (lambda: vit(pre_norm=True), OPS),
     "fc_norm": (lambda: vit(fc_norm=True, global_pool="avg"), OPS),
     "eps 1e-5": (lambda: vit(norm_layer=lambda *args, **keywords: nn.LayerNorm(*args, eps=1e-5, **keywords)), OPS),
+    "RMSNorm": (lambda: vit(norm_layer=timm.layers.RmsNorm), OPS - {"add_layer_norm"} | {"add_rms_norm"}),
+    "torch's RMSNorm": (
+        lambda: vit(norm_layer=functools.partial(nn.RMSNorm, eps=1e-5)),
+        OPS - {"add_layer_norm"} | {"add_rms_norm"},
+    ),
     "deit": (lambda: named("deit_tiny_patch16_224"), OPS),
     "deit, distilled": (lambda: named("deit_tiny_distilled_patch16_224"), OPS),
     "deit3": (lambda: named("deit3_small_patch16_224"), OPS),
@@ -173,11 +179,11 @@ def test_blocks_that_no_rule_knows_are_named() -> None:
     assert {"blocks.0.attn", "blocks.0.mlp", "patch_embed.proj"} <= served
 
 
-def test_a_rms_norm_is_said_and_runs_as_it_is() -> None:
-    model = vit(norm_layer=timm.layers.RmsNorm)
+def test_another_norm_is_said_and_runs_as_it_is() -> None:
+    model = vit(norm_layer=timm.layers.SimpleNorm)
     fused.stir(model)
     explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=OPS - {"add_layer_norm"})
-    assert explanation.unfused["blocks.1"] == "the norm of attn is RmsNorm, not LayerNorm"
+    assert explanation.unfused["blocks.1"] == "the norm of attn is SimpleNorm, not LayerNorm"
 
 
 def test_learned_positions_are_turned_without_their_kernels() -> None:

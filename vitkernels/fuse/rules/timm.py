@@ -22,6 +22,12 @@ known.LAYER_NORMS.update(
         "timm.layers.norm.LayerNormFp32": lambda norm: None,
     }
 )
+known.RMS_NORMS.update(
+    {
+        "timm.layers.norm.RmsNorm": lambda norm: "runs timm's fast norm" if norm._fast_norm else norm.eps,
+        "timm.layers.norm.RmsNormFp32": lambda norm: norm.eps,
+    }
+)
 known.LAYER_SCALES["timm.layers.layer_scale.LayerScale"] = "gamma"
 known.DROP_PATHS["timm.layers.drop.DropPath"] = known.draw_bernoulli
 known.ACTIVATIONS.update(

@@ -71,6 +71,27 @@ known.ACTIVATIONS.update(
     {f"transformers.activations.{name}": functools.partial(_formula, kind) for name, kind in _ACTIVATIONS.items()}
 )
 
+# RMSNorm of vision towers, by the model whose text it stands in; all are copies of one
+RMS_NORMS = {
+    "aimv2": "Aimv2RMSNorm",
+    "deepseek_ocr2": "DeepseekOcr2VisionRMSNorm",
+    "glm4v": "Glm4vRMSNorm",
+    "glm4v_moe": "Glm4vMoeRMSNorm",
+    "glm_image": "GlmImageRMSNorm",
+    "glm_ocr": "GlmOcrRMSNorm",
+    "internvl": "InternVLVisionRMSNorm",
+    "ovis2": "Ovis2RMSNorm",
+    "pixtral": "PixtralRMSNorm",
+    "qwen2_5_omni": "Qwen2_5OmniRMSNorm",
+    "qwen2_5_vl": "Qwen2_5_VLRMSNorm",
+}
+known.RMS_NORMS.update(
+    {
+        f"transformers.models.{model}.modeling_{model}.{name}": lambda norm: norm.variance_epsilon
+        for model, name in RMS_NORMS.items()
+    }
+)
+
 
 def _records_nothing(hook: Callable[..., Any]) -> bool:
     """Whether this is the library's recorder of outputs, and nothing that is read around is recorded now.
