@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import vitkernels as vk
-from vitkernels.ops import _steps
+from vitkernels import dispatch
+from vitkernels.ops import _step, _steps
 
 B, N, D, F, H = 2, 5, 24, 40, 3
 KINDS = ("linear", "mlp", "glu_mlp", "attention")
@@ -169,3 +171,9 @@ def check_equal(got: dict[str, Tensor | None], expected: dict[str, Tensor | None
         else:
             assert mine.dtype == tensor.dtype, name
             assert torch.equal(mine, tensor), f"{name}: {(mine - tensor).abs().max()}"
+
+
+def keep_smaller_norms(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Keep the results of norms of fewer elements, and make all others again in backward."""
+    monkeypatch.setattr(_step, "_SMALL", elements)
+    dispatch.backends_changed()  # what calls have settled, they settle anew

@@ -20,11 +20,11 @@ from cases import (
     patch_embed,
     rotary,
 )
+from step_layers import keep_smaller_norms
 from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
-from vitkernels.ops import _steps
 
 
 @pytest.fixture(autouse=True)
@@ -289,7 +289,7 @@ def test_compiled_autograd() -> None:
 
 @pytest.mark.parametrize("smallest", [0, 2**16], ids=["made again", "kept"])
 def test_compiled_autograd_of_steps(smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_steps, "_SMALL", smallest)
+    keep_smaller_norms(monkeypatch, smallest)
     calls = _by_compiled_autograd(vk.nn.Block(24, 3), torch.randn(2, 5, 24))
     forward = [call.op for call in calls if call.direction == "forward"]
     assert forward == ([] if smallest else ["add_layer_norm", "add_layer_norm"]), (

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import step_layers
 import torch
-from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, launches, norms
+from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, keep_smaller_norms, launches, norms
 from torch import Tensor
 
 import vitkernels as vk
-from vitkernels.ops import _steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEPT, AGAIN = 2**16, 0
@@ -70,7 +69,7 @@ def test_norms_of_other_weights(
     backend: str, kind: str, weight: str, rms: bool, again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No weight, or weight, bias and scale of each sample."""
-    monkeypatch.setattr(_steps, "_SMALL", again)
+    keep_smaller_norms(monkeypatch, again)
     layer = Layer(kind, rms=rms, factors=FACTORS)
     if weight == "none":
         del layer.tensors["weight"], layer.tensors["bias"]
@@ -214,7 +213,7 @@ def test_frozen_tensors(
             return
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             expected = layer.gradients(layer.together())
-        monkeypatch.setattr(_steps, "_SMALL", AGAIN)
+        keep_smaller_norms(monkeypatch, AGAIN)
         with vk.record() as calls:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 results = layer.together()

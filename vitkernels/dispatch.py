@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from vitkernels import tape
+
 BACKENDS = ("triton", "ext", "reference")
 _ROOMS = {"triton": f"{__package__}.kernels", "ext": f"{__package__}.ext"}  # each with a `why_not` of the machine
 _DEFAULT_ORDER = {"cuda": BACKENDS, "cpu": ("ext", "reference")}
@@ -51,7 +53,6 @@ class Implementation:
 
 
 OPS: dict[str, Any] = {}  # every `op.Op`, by name
-_records: list[list[Call]] = []
 _warned: set[str] = set()
 
 
@@ -148,12 +149,12 @@ def record() -> Iterator[list[Call]]:
     """
     _outside_compiled_code("record")
     calls: list[Call] = []
-    _records.append(calls)
+    tape.records.append(calls)
     try:
         yield calls
     finally:
         # by identity: two records opened around the same calls are equal lists
-        _records[:] = [each for each in _records if each is not calls]
+        tape.records[:] = [each for each in tape.records if each is not calls]
 
 
 def _outside_compiled_code(name: str) -> None:
@@ -249,15 +250,20 @@ def device_type(args: tuple[Any, ...]) -> str:
 class Choice:
     """A backend's launcher, chosen for one kind of call; calling it launches, and `record` sees it."""
 
-    __slots__ = ("call", "launch")
+    __slots__ = ("call", "in_python", "launch")
 
     def __init__(self, call: Call, launch: Callable[..., Any]) -> None:
         self.call, self.launch = call, launch
+        self.in_python = getattr(launch, "in_python", False)  # what it does can be taped step by step
 
     def __call__(self, *args: Any) -> Any:
-        for calls in _records:
+        for calls in tape.records:
             calls.append(self.call)
-        return self.launch(*args)
+        recording = tape.recording()
+        if recording is None:
+            return self.launch(*args)
+        recording.calls.append(self.call)
+        return self.launch(*args) if self.in_python else recording.opaque(self.launch, args)
 
 
 def _warn_once(name: str, declined: list[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ implementations, and the autograd Function over them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,27 +139,29 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     return plain, transformed or (learns and torch.is_grad_enabled())
 
 
-def signature(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool] | None:
-    """What a plain call's checks and choices depend on, and whether a tensor requires a gradient; None if not plain.
+def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """All but their values that a plain call's tensors decide about, and what is no tensor; None if it is not plain.
 
-    Two calls of one signature, in one order of backends, pass the same checks and are served by the same launcher. A
-    profiler changes nothing: what it sees, it sees at each launch.
+    Two calls of one signature, in one order of backends, pass the same checks, are served by the same launchers and do
+    the same with their tensors (`vitkernels.tape`). A profiler changes nothing: what it sees, it sees at each launch.
     """
     if _transformed() or _watched():
         return None
-    learns = False
-    found = []
+    found: list[Any] = []
     for arg in args:
         if type(arg) in _PLAIN:
-            if arg.is_meta or not torch._C._has_storage(arg):
+            if arg.is_meta:
                 return None
-            learns = learns or arg.requires_grad
-            found.append((arg.dtype, arg.shape, arg.stride(), arg.device))
+            try:
+                start = arg.data_ptr() & 15  # kernels move 16 bytes at a time where they may
+            except RuntimeError:  # it has no memory
+                return None
+            found.append((arg.dtype, arg.shape, arg.stride(), arg.device, start, arg.requires_grad))
         elif isinstance(arg, torch.Tensor):
             return None
         else:
             found.append(arg)
-    return tuple(found), learns
+    return tuple(found)
 
 
 def _transformed() -> bool:

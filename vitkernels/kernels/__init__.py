@@ -84,6 +84,7 @@ def _launcher(op: str, direction: str) -> Callable[..., Any]:
         with current().launching(device):
             return getattr(_page(op), f"{direction}{PAGES[op][1]}")(*args)
 
+    launch.in_python = True  # type: ignore[attr-defined]
     return launch
 
 

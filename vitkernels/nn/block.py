@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitkernels.nn import _check
@@ -13,6 +14,7 @@ from vitkernels.nn.layer_scale import LayerScale
 from vitkernels.nn.mlp import GluMlp, Mlp
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import why_not_around
+from vitkernels.residual.kept import Kept
 from vitkernels.residual.stream import Branch, Sublayer, pre_norm
 
 
@@ -66,6 +68,7 @@ class Block(nn.Module):
         self.mlp = (GluMlp if gated_mlp else Mlp)(dim, int(dim * mlp_ratio), activation=activation, bias=proj_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self._kept = Kept()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Run the block.
@@ -81,7 +84,9 @@ class Block(nn.Module):
         if why_not_around() is not None:  # every module is called, and seen
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **options)))
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return pre_norm(x, self.sublayers(**options))
+        if options or torch.compiler.is_compiling():
+            return pre_norm(x, self.sublayers(**options))
+        return pre_norm(x, self._kept.get(self, None, self.sublayers))
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         """The block's residual steps; the options are forward's."""

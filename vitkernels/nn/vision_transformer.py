@@ -16,9 +16,9 @@ from vitkernels.nn.mlp import ACTIVATIONS
 from vitkernels.nn.patch_embed import PatchEmbed, place
 from vitkernels.nn.pos_embed import resize_pos_embed
 from vitkernels.residual import parts
-from vitkernels.residual.chain import why_not_joined
-from vitkernels.residual.genuine import owner, why_not_read
-from vitkernels.residual.stream import pre_norm
+from vitkernels.residual.chain import Chain, why_not_joined
+from vitkernels.residual.genuine import owner, why_not_around, why_not_read
+from vitkernels.residual.kept import Kept
 
 POOLS = ("token", "avg", "")
 
@@ -99,6 +99,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.no_embed_class = no_embed_class
         self.grad_checkpointing = False
+        self._kept = Kept()
 
         size = _check.pair(owner, "img_size", img_size)
         self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, mean=mean, std=std)
@@ -175,17 +176,24 @@ class VisionTransformer(nn.Module):
         if self.grad_checkpointing and why_not_read(self.blocks) is None:
             for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-        elif self._is_one_stream(x):
-            return pre_norm(x, [step for block in self.blocks for step in block.sublayers()], last_norm=self.norm)  # type: ignore[operator]
+        elif (chain := self._chain(x)) is not None:
+            return chain.run(x, last_norm=self.norm)
         else:
             x = self.blocks(x)
         return parts.layer_norm(self.norm, x)
 
-    def _is_one_stream(self, x: Tensor) -> bool:
-        """Whether the blocks' residual steps may run in a row, with nobody between two blocks."""
+    def _chain(self, x: Tensor) -> Chain | None:
+        """The blocks as one residual stream, where nobody stands between two of them."""
+        if torch.compiler.is_compiling() or why_not_around() is not None:
+            return self._read_chain(x)
+        chain = self._kept.get(self.blocks, x.device, lambda: self._read_chain(x))
+        return chain if chain is None or chain.fits(x) else self._read_chain(x)
+
+    def _read_chain(self, x: Tensor) -> Chain | None:
         if parts.why_not_part("blocks", self.blocks, nn.Sequential) is not None:
-            return False
-        return all(owner(block) is Block and why_not_joined(block, x) is None for block in self.blocks)
+            return None
+        joined = all(owner(block) is Block and why_not_joined(block, x) is None for block in self.blocks)
+        return Chain(list(self.blocks)) if joined else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify features.

@@ -106,13 +106,24 @@ def why_not_dtypes(reader: nn.Module, x: Tensor) -> str | None:
     """Why torch would refuse tokens of x's dtype beside the reader's weight, or None where it takes both."""
     weight = reader.weight
     assert isinstance(weight, Tensor)
-    if weight.dtype == x.dtype:
-        return None
-    if autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype):
-        return None
-    # torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32
-    mixes = isinstance(reader, nn.LayerNorm) and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
-    return None if mixes else f"called with {x.dtype}, and its weights are {weight.dtype}"
+    if isinstance(reader, nn.LayerNorm):
+        return why_not_norm_dtypes(weight, x)
+    return None if weight.dtype == x.dtype or _casts(weight, x) else _refusal(weight, x)
+
+
+def why_not_norm_dtypes(weight: Tensor, x: Tensor, rms: bool = False) -> str | None:
+    """The same for a norm: torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32."""
+    mixes = not rms and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
+    return None if weight.dtype == x.dtype or mixes or _casts(weight, x) else _refusal(weight, x)
+
+
+def _casts(weight: Tensor, x: Tensor) -> bool:
+    """Whether autocast brings both to one dtype."""
+    return autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def _refusal(weight: Tensor, x: Tensor) -> str:
+    return f"called with {x.dtype}, and its weights are {weight.dtype}"
 
 
 def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
