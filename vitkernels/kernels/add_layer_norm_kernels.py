@@ -133,16 +133,9 @@ def backward_kernel(
     """
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
+    i_sample = 0
     if WEIGHT_BY_SAMPLE or SCALE_BY_SAMPLE:
         i_sample = tl.program_id(0) // programs
-        i_begin = i_sample * tokens + tl.program_id(0) % programs * ROWS
-        i_end = (i_sample + 1) * tokens
-        step = programs * ROWS
-    else:
-        i_sample = 0
-        i_begin = tl.program_id(0) * ROWS
-        i_end = rows
-        step = tl.num_programs(0) * ROWS
     if p_weight is not None:
         b_weight = _vector(p_weight, i_sample, o_d, m_d, D, WEIGHT_BY_SAMPLE)[None, :]
     b_dweight = tl.zeros([BLOCK_D], tl.float32)
@@ -150,6 +143,13 @@ def backward_kernel(
     b_dbranch_bias = tl.zeros([BLOCK_D], tl.float32)
     b_dscale = tl.zeros([BLOCK_D], tl.float32)
 
+    i_begin = tl.program_id(0) * ROWS
+    i_end = rows
+    step = tl.num_programs(0) * ROWS
+    if WEIGHT_BY_SAMPLE or SCALE_BY_SAMPLE:
+        i_begin = i_sample * tokens + tl.program_id(0) % programs * ROWS
+        i_end = (i_sample + 1) * tokens
+        step = programs * ROWS
     for i_first in tl.range(i_begin, i_end, step, num_stages=STAGES):
         i_row = i_first + tl.arange(0, ROWS)
         m_row = i_row < i_end
@@ -164,18 +164,19 @@ def backward_kernel(
             o_dnormed += o_d.to(tl.int64)[None, :] * stride_dnormed_d
             b_total = tl.load(p_total + o_total, mask=m, other=0.0).to(tl.float32)
             b_dnormed = tl.load(p_dnormed + o_dnormed, mask=m, other=0.0).to(tl.float32)
-            b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
             if p_mean is not None:
                 b_total -= tl.load(p_mean + i_row, mask=m_row, other=0.0)[:, None]
+            b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
             b_normalised = b_total * b_rstd
             b_inner = b_dnormed
             if p_weight is not None:
                 b_inner *= b_weight
-            b_slope = tl.div_rn(tl.sum(b_inner * b_normalised, 1), 1.0 * D)[:, None]
-            b_g = b_inner
             if p_mean is not None:
-                b_g -= tl.div_rn(tl.sum(b_inner, 1), 1.0 * D)[:, None]
-            b_g = (b_g - b_normalised * b_slope) * b_rstd
+                b_shift = tl.div_rn(tl.sum(b_inner, 1), 1.0 * D)[:, None]
+            b_slope = tl.div_rn(tl.sum(b_inner * b_normalised, 1), 1.0 * D)[:, None]
+            if p_mean is not None:
+                b_inner -= b_shift
+            b_g = (b_inner - b_normalised * b_slope) * b_rstd
             if p_dweight is not None:
                 b_dweight += tl.sum(b_dnormed * b_normalised, 0)
             if p_dbias is not None:
