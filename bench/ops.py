@@ -48,8 +48,10 @@ def of_size(size: Size) -> Iterator[Case]:
     yield cases.attention_qkv(f"{size}", size.batch, size.heads, size.tokens, width // size.heads)
     yield cases.rotary(f"{size}", (size.batch, size.heads, size.tokens, width // size.heads))
     yield cases.add_layer_norm(f"{size}", (*rows, width), vectors=("bias",))
+    yield cases.add_rms_norm(f"{size}", (*rows, width), vectors=())
     hidden = size.hidden or 4 * width
     yield cases.mlp(f"{size}", rows, (width, hidden, width))
+    yield cases.glu_mlp(f"{size}", rows, (width, hidden * 2 // 3 // 8 * 8, width))  # as many weights as mlp's
     yield cases.linear(f"{size}, qkv", rows, width, 3 * width)
 
 
@@ -119,8 +121,8 @@ class OpBench:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Of the matrix products, two backward for each one forward; each way of add_layer_norm about 8 an element, and
-        of rotary 3.
+        """Of the matrix products, two backward for each one forward; each way of a norm about 8 an element, and of
+        rotary 3.
 
         What a kernel computes anew to save memory is not counted.
         """
@@ -131,6 +133,9 @@ class OpBench:
         if self.case.op == "mlp":
             products = math.prod(shapes["x"]) * shapes["w1"][0] * 2
             return 2.0 * products * (1 + backward)
+        if self.case.op == "glu_mlp":
+            rows = math.prod(shapes["x"][:-1])
+            return 2.0 * rows * (math.prod(shapes["w_gate_up"]) + math.prod(shapes["w_down"])) * (1 + backward)
         if self.case.op == "patch_embed":
             rows = math.prod(self._shapes["out"].shape[:2])
             return 2.0 * rows * math.prod(shapes["weight"]) * (1 + self.backward)  # no gradient of the image
@@ -143,8 +148,8 @@ class OpBench:
     def bytes(self) -> float:
         """Every argument, result and gradient once each way: what no kernel can do without.
 
-        Backward, add_layer_norm needs neither x nor branch but their sum, and their gradients are one; rotary needs
-        its sines and cosines alone.
+        Backward, a norm needs neither x nor branch but their sum, and their gradients are one; rotary needs its sines
+        and cosines alone.
         """
         specs = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
         sizes = {name: math.prod(spec.shape) * (spec.dtype or self.dtype).itemsize for name, spec in specs.items()}
@@ -153,7 +158,7 @@ class OpBench:
         if not self.backward:
             return float(read + written)
         gradients = sum(sizes[name] for name, spec in specs.items() if spec.grad)
-        spared = {"add_layer_norm": 2 * sizes.get("branch", 0), "rotary": sizes.get("x", 0)}.get(self.case.op, 0)
+        spared = sizes["x"] if self.case.op == "rotary" else 2 * sizes.get("branch", 0)
         return float(2 * (read + written) + gradients - spared)
 
 

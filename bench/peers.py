@@ -215,6 +215,56 @@ def _te_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     return total, torch.func.functional_call(module, {"weight": weight, "bias": bias}, total)
 
 
+# ------------------------------------------------------------------------------------------------------- add_rms_norm
+
+
+@peer("add_rms_norm", "eager", compiled=True)
+def _add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + branch
+    return total, F.rms_norm(total, weight.shape, weight, EPS)
+
+
+@peer("add_rms_norm", "apex", package="apex", cuda_only=True)
+def _apex_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    total = x + branch
+    return total, fused_rms_norm_affine(total, weight, weight.shape, EPS)
+
+
+@peer("add_rms_norm", "liger", package="liger_kernel", cuda_only=True)
+def _liger_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    total = x + branch
+    return total, LigerRMSNormFunction.apply(total, weight, EPS, 0.0, "llama", False)  # not in place
+
+
+@peer("add_rms_norm", "flash-attn", package="flash_attn", cuda_only=True)
+def _flash_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn.ops.triton.layer_norm import rms_norm_fn
+
+    normed, total = rms_norm_fn(branch, weight, None, residual=x, eps=EPS, prenorm=True)
+    return total, normed
+
+
+@peer("add_rms_norm", "quack", package="quack", cuda_only=True)
+def _quack_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from quack import rmsnorm
+
+    normed, total = rmsnorm(branch, weight.float(), residual=x, eps=EPS, prenorm=True)
+    return total, normed
+
+
+@peer("add_rms_norm", "transformer-engine", package="transformer_engine", cuda_only=True)
+def _te_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    import transformer_engine.pytorch as te
+
+    total = x + branch
+    module = te.RMSNorm(weight.shape[0], eps=EPS, device="meta")
+    return total, torch.func.functional_call(module, {"weight": weight}, total)
+
+
 # ---------------------------------------------------------------------------------------------------------------- mlp
 
 
@@ -229,3 +279,20 @@ def _apex_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tens
 
     rows = fused_dense_gelu_dense_function(x.flatten(0, -2), w1, b1, w2, b2)
     return rows.unflatten(0, x.shape[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------------ glu_mlp
+
+
+@peer("glu_mlp", "eager", compiled=True)
+def _glu_mlp(x: Tensor, w_gate_up: Tensor, b_gate_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
+    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w_down, b_down)
+
+
+@peer("glu_mlp", "liger", package="liger_kernel", cuda_only=True)
+def _liger_glu(x: Tensor, w_gate_up: Tensor, b_gate_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+    return F.linear(LigerSiLUMulFunction.apply(gate, up), w_down, b_down)

@@ -38,6 +38,8 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "attention": lambda: _tensors(q=(2, 3, 7, 8), k=(2, 3, 9, 8), v=(2, 3, 9, 8)),
     "attention_qkv": lambda: _tensors(qkv=(2, 7, 48)) | {"num_heads": 2},
     "add_layer_norm": lambda: _tensors(x=(2, 5, 16), branch=(2, 5, 16), weight=(16,), bias=(16,)),
+    "add_rms_norm": lambda: _tensors(x=(2, 5, 16), branch=(2, 5, 16), weight=(16,)),
+    "glu_mlp": lambda: _tensors(x=(2, 5, 16), w_gate_up=(48, 16), b_gate_up=(48,), w_down=(16, 24), b_down=(16,)),
     "mlp": lambda: _tensors(x=(2, 5, 16), w1=(24, 16), b1=(24,), w2=(16, 24), b2=(16,)),
     "rotary": lambda: _tensors(x=(2, 3, 7, 8), sin=(6, 8), cos=(6, 8)) | {"prefix": 1},
 }
@@ -183,10 +185,17 @@ ADD_LAYER_NORM = [
     Bad("add_layer_norm", {"branch": _meta(2, 5, 16)}, ValueError, ("'branch'", "meta", "'x' is on cpu")),
     Bad("add_layer_norm", {"weight": _zeros(5)}, ValueError, ("'weight'", "[5]", "needs [16]")),
     Bad("add_layer_norm", {"weight": _integers(16)}, TypeError, ("'weight'", "torch.int64", FLOATING)),
-    Bad("add_layer_norm", {"weight": None}, TypeError, ("'weight'", "NoneType", "torch.Tensor")),
+    Bad("add_layer_norm", {"weight": None}, ValueError, ("'bias'", "'weight' is None", "a weight beside it")),
+    Bad("add_layer_norm", {"weight": 1.0}, TypeError, ("'weight'", "float", "torch.Tensor")),
+    Bad(
+        "add_layer_norm", {"weight": _zeros(5, 16)}, ValueError, ("'weight'", "[5, 16]", "needs [2, 16]", "first axis")
+    ),
+    Bad("add_layer_norm", {"weight": _zeros(1, 16)}, ValueError, ("'weight'", "[1, 16]", "needs [2, 16]")),
+    Bad("add_layer_norm", {"weight": _zeros(2, 16)}, ValueError, ("'bias'", "[16]", "needs [2, 16]", "weight's shape")),
     Bad("add_layer_norm", {"bias": _zeros(5, 16)}, ValueError, ("'bias'", "[5, 16]", "needs [16]")),
     Bad("add_layer_norm", {"branch_bias": _zeros(1)}, ValueError, ("'branch_bias'", "[1]", "needs [16]")),
     Bad("add_layer_norm", {"scale": _zeros(15)}, ValueError, ("'scale'", "[15]", "needs [16]")),
+    Bad("add_layer_norm", {"scale": _zeros(5, 16)}, ValueError, ("'scale'", "[5, 16]", "needs [2, 16]")),
     Bad("add_layer_norm", {"scale": 0.1}, TypeError, ("'scale'", "float", "torch.Tensor")),
     Bad(
         "add_layer_norm",
@@ -203,6 +212,42 @@ ADD_LAYER_NORM = [
         "add_layer_norm", {"branch": None, "branch_bias": _zeros(16)}, ValueError, ("'branch_bias'", "'branch' is None")
     ),
     Bad("add_layer_norm", {"out_dtype": torch.int32}, TypeError, ("'out_dtype'", "torch.int32", FLOATING)),
+]
+
+ADD_RMS_NORM = [
+    Bad("add_rms_norm", {"x": _integers(2, 5, 16)}, TypeError, ("add_rms_norm", "'x'", "torch.int64", FLOATING)),
+    Bad("add_rms_norm", {"branch": _zeros(5, 16)}, ValueError, ("add_rms_norm", "'branch'", "[5, 16]", "[2, 5, 16]")),
+    Bad("add_rms_norm", {"weight": _zeros(5)}, ValueError, ("add_rms_norm", "'weight'", "[5]", "needs [16]")),
+    Bad("add_rms_norm", {"weight": _zeros(3, 16)}, ValueError, ("'weight'", "[3, 16]", "needs [2, 16]")),
+    Bad("add_rms_norm", {"weight": None, "bias": _zeros(16)}, ValueError, ("'bias'", "'weight' is None")),
+    Bad("add_rms_norm", {"bias": _zeros(2, 16)}, ValueError, ("'bias'", "[2, 16]", "needs [16]", "weight's shape")),
+    Bad("add_rms_norm", {"branch": None, "scale": _zeros(16)}, ValueError, ("'scale'", "'branch' is None")),
+    Bad("add_rms_norm", {"out_dtype": torch.int32}, TypeError, ("'out_dtype'", "torch.int32", FLOATING)),
+]
+
+GLU_MLP = [
+    Bad("glu_mlp", {"x": _zeros()}, ValueError, ("'x'", "[]", "at least 1 dimension")),
+    Bad("glu_mlp", {"x": _integers(2, 16)}, TypeError, ("'x'", "torch.int64", FLOATING)),
+    Bad("glu_mlp", {"w_gate_up": _zeros(48)}, ValueError, ("'w_gate_up'", "[48]", "2 dimensions, [2 * F, D]")),
+    Bad("glu_mlp", {"w_gate_up": _zeros(48, 15)}, ValueError, ("'w_gate_up'", "[48, 15]", "needs [48, 16]")),
+    Bad("glu_mlp", {"w_gate_up": _zeros(47, 16)}, ValueError, ("'w_gate_up'", "47", "2 * F, an even number")),
+    Bad("glu_mlp", {"w_gate_up": _meta(48, 16)}, ValueError, ("'w_gate_up'", "meta", "'x' is on cpu")),
+    Bad("glu_mlp", {"w_gate_up": (_zeros(24, 16),)}, TypeError, ("'w_gate_up'", "tuple(Tensor)", "or two")),
+    Bad("glu_mlp", {"w_gate_up": [_zeros(24, 16), None]}, TypeError, ("'w_gate_up'", "list(Tensor, NoneType)")),
+    Bad(
+        "glu_mlp",
+        {"w_gate_up": (_zeros(24, 16), _zeros(23, 16))},
+        ValueError,
+        ("'w_gate_up'", "[24, 16]", "[23, 16]", "two tensors of one shape"),
+    ),
+    Bad(
+        "glu_mlp", {"b_gate_up": (_zeros(24), _double(24))}, ValueError, ("'b_gate_up'", "float64", "one shape, dtype")
+    ),
+    Bad("glu_mlp", {"b_gate_up": _zeros(24)}, ValueError, ("'b_gate_up'", "[24]", "needs [48]")),
+    Bad("glu_mlp", {"w_down": _zeros(16, 48)}, ValueError, ("'w_down'", "[16, 48]", "needs [16, 24]", "half")),
+    Bad("glu_mlp", {"w_down": _double(16, 24)}, TypeError, ("'w_down'", "torch.float64", "'x'", "torch.float32")),
+    Bad("glu_mlp", {"b_down": _zeros(24)}, ValueError, ("'b_down'", "[24]", "needs [16]")),
+    Bad("glu_mlp", {"activation": "sigmoid"}, ValueError, ("'activation'", "'sigmoid'", "'gelu', 'gelu_tanh'")),
 ]
 
 MLP = [
@@ -252,7 +297,9 @@ def _check_refused(call: Callable[[], Any], error: type[Exception], words: tuple
         position = message.index(word, position)
 
 
-@pytest.mark.parametrize("bad", [*LINEAR, *PATCH_EMBED, *ATTENTION, *ADD_LAYER_NORM, *MLP, *ROTARY], ids=str)
+@pytest.mark.parametrize(
+    "bad", [*LINEAR, *PATCH_EMBED, *ATTENTION, *ADD_LAYER_NORM, *ADD_RMS_NORM, *MLP, *GLU_MLP, *ROTARY], ids=str
+)
 def test_wrong_argument(bad: Bad) -> None:
     op = getattr(vk.ops, bad.op)
     op(**GOOD[bad.op]())  # what was let through before must not let this through

@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.utils.checkpoint as checkpoint
 from case import Case, Loss, T
-from cases import add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed, rotary
+from cases import (
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    attention_qkv,
+    glu_mlp,
+    linear,
+    mlp,
+    patch_embed,
+    rotary,
+)
 from step_layers import keep_smaller_norms
 from torch import Tensor, nn
 
@@ -58,7 +68,9 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
         "attention": lambda: attention("sizes", batch, 3, tokens, mask=mask),
         "attention_qkv": lambda: attention_qkv("sizes", batch, 3, tokens, mask=mask),
         "add_layer_norm": lambda: add_layer_norm("sizes", (batch, tokens, 16)),
+        "add_rms_norm": lambda: add_rms_norm("sizes", (batch, tokens, 16), by_sample=("weight", "scale")),
         "mlp": lambda: mlp("sizes", (batch, tokens)),
+        "glu_mlp": lambda: glu_mlp("sizes", (batch, tokens)),
         "rotary": lambda: rotary("sizes", (batch, 3, tokens, 16), prefix=1, half=True),
     }
     return cases[op]()

@@ -12,15 +12,19 @@ from accuracy import check_case, run
 from case import Case, T
 from cases import (
     ADD_LAYER_NORM,
+    ADD_RMS_NORM,
     ATTENTION,
     ATTENTION_QKV,
     CASES,
+    GATES,
     PLAIN,
     ROTARY,
     SMALL,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
+    glu_mlp,
     linear,
     mlp,
     patch_embed,
@@ -147,7 +151,7 @@ def test_same_bits_every_time(case: Case, dtype: torch.dtype, backend: str) -> N
             assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *ROTARY], ids=str)
+@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *ADD_RMS_NORM, *ROTARY], ids=str)
 def test_same_bits_with_any_number_of_threads(case: Case) -> None:
     """Where no vendor's GEMM takes part, how the work is split changes no sum."""
     skip_without("ext")
@@ -170,6 +174,10 @@ SLOPES = [
     attention_qkv("slopes", 1, 2, 3, 3, mask=T((3, 3))),
     add_layer_norm("slopes", (2, 2, 5)),
     add_layer_norm("slopes, no branch", (2, 2, 5), branch=False, vectors=("bias",)),
+    add_layer_norm("slopes, adaptive", (2, 2, 5), vectors=("bias", "scale"), by_sample=("weight", "scale")),
+    add_rms_norm("slopes", (2, 2, 5)),
+    add_rms_norm("slopes, adaptive", (2, 2, 5), vectors=("bias", "scale"), by_sample=("weight", "scale")),
+    *(glu_mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in GATES),
     *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("gelu", "gelu_tanh")),
     *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("quick_gelu", "silu")),
     mlp("slopes, relu", (2, 2), (3, 5, 2), options={"activation": "relu"}),

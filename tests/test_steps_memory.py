@@ -18,7 +18,12 @@ from vitkernels import dispatch, tape
 from vitkernels.ops import _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-STEPS = {"linear": _steps.LINEAR, "mlp": _steps.MLP, "attention": _steps.ATTENTION}
+STEPS = {
+    "linear": _steps.LINEAR,
+    "mlp": _steps.MLP,
+    "glu_mlp": _steps.GLU_MLP,
+    "attention": _steps.ATTENTION,
+}
 
 
 @pytest.fixture

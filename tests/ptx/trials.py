@@ -14,8 +14,10 @@ from cases import (
     PLAIN,
     STRIDES_16,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
+    glu_mlp,
     linear,
     mlp,
     patch_embed,
@@ -28,7 +30,8 @@ from ptx.known import is_known
 from ptx.operands import Unsupported
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-PERSISTENT = ("linear", "mlp", "add_layer_norm", "patch_embed")  # ops whose launches ask for multiprocessors
+# ops whose launches ask for multiprocessors
+PERSISTENT = ("linear", "mlp", "glu_mlp", "add_layer_norm", "add_rms_norm", "patch_embed")
 
 HEADS = ("attention", "attention_qkv")  # few heads for the multiprocessors go to the long kernels
 
@@ -44,6 +47,8 @@ REAL = [
     add_layer_norm("ViT-B", (2, 197, 768)),
     add_layer_norm("ViT-S, autocast", (2, 197, 384), x=F32, parameters=F32, dtypes=(BF16, F16)),
     add_layer_norm("so400m", (2, 256, 1152)),
+    add_layer_norm("DiT-B", (2, 256, 768), vectors=("bias", "scale"), by_sample=("weight", "scale")),
+    add_rms_norm("Qwen-VL", (2, 256, 1280), vectors=()),
     rotary("DINOv3", (2, 12, 201, 64), prefix=5, half=True, layout="packed"),
     rotary("EVA-02", (2, 12, 197, 64), prefix=1, layout="packed"),
     patch_embed("ViT-S", 16, (14, 14), width=384, prefix=1, pos_embed=197),
@@ -55,6 +60,7 @@ REAL = [
     mlp("ViT-S, one image", (1, 197), (384, 1536, 384)),
     mlp("ViT-B", (2, 197), (768, 3072, 768)),
     mlp("so400m", (1, 256), (1152, 4304, 1152)),
+    glu_mlp("Qwen-VL", (1, 256), (1280, 3420, 1280)),
 ]
 
 
@@ -129,7 +135,10 @@ FEW = _named(
     "attention_qkv: causal",
     "add_layer_norm: 197 tokens",
     "add_layer_norm: width 768",
+    "add_layer_norm: adaptive, many rows",
+    "add_rms_norm: width 768",
     "mlp: gelu, blocked gemm",
+    "glu_mlp: silu, blocked gemm",
     "rotary: head width 64, halves",
 )
 

@@ -22,7 +22,7 @@ from vitkernels import ops
 from vitkernels.op import Op
 from vitkernels.ops._amp import cast, cast_dtype
 from vitkernels.ops._plan import Launch
-from vitkernels.ops.add_layer_norm import KEPT
+from vitkernels.ops.add_layer_norm import KEPT, op_rms
 from vitkernels.ops.add_layer_norm import backward as norm_backward
 from vitkernels.ops.add_layer_norm import check as check_norm
 from vitkernels.ops.add_layer_norm import kept as kept_of_norm
@@ -33,15 +33,17 @@ FEW_ROWS = 256  # autocast's copies of weights are kept for fewer: making them a
 
 
 class Norm(NamedTuple):
-    """A LayerNorm's weight, [D], bias, [D] or None, and eps; and whether its result is made again in backward.
+    """A norm's weight, bias (as in `ops.add_layer_norm`) and eps; and whether its result is made again in backward.
 
-    `again` is None for what suits the device: on GPUs the pass over memory costs more than the memory is worth.
+    `again` is None for what suits the device: on GPUs the pass over memory costs more than the memory is worth. `rms`
+    says that it is an RMSNorm.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     eps: float
     again: bool | None = None
+    rms: bool = False
 
 
 class Added(NamedTuple):
@@ -61,12 +63,14 @@ NOTHING_ADDED = (None, None, None, None)
 
 
 def add_norm(x: Tensor, added: Added | None, norm: Norm, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(total, normed) by `ops.add_layer_norm`."""
+    """(total, normed) by `ops.add_layer_norm` or `ops.add_rms_norm`."""
     branch, branch_bias, scale, row_scale = added or NOTHING_ADDED
-    return ops.add_layer_norm(
+    return (ops.add_rms_norm if norm.rms else ops.add_layer_norm)(
         x,
         branch,
-        *norm[:3],
+        norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
         branch_bias=branch_bias,
         scale=scale,
         row_scale=row_scale,
@@ -126,7 +130,7 @@ class Part:
         step: the product.
         x, branch: the stream, and what is added to it.
         given: its inputs behind x: branch, weight, bias, eps, branch_bias, scale, row_scale, (autocast's dtype, whether
-            the norm is made again), *arguments.
+            the norm is made again, whether it is an RMSNorm), *arguments.
 
     Attributes:
         total, result: what it makes of them.
@@ -135,7 +139,8 @@ class Part:
     """
 
     def __init__(self, step: Step, x: Stream, branch: Stream | None, given: Sequence[Any]) -> None:
-        _, weight, bias, self.eps, branch_bias, scale, row_scale, (self.dtype, again), *arguments = given
+        _, weight, bias, self.eps, branch_bias, scale, row_scale, (self.dtype, again, rms), *arguments = given
+        self.op_norm: Op = op_rms if rms else op_norm
         self.step = step
         factors = (branch_bias, scale, row_scale)
         learning = [each is not None and each.requires_grad for each in (*factors, weight, bias)]
@@ -191,7 +196,7 @@ class Part:
         """
         _, weight, bias, eps, branch_bias, scale, row_scale, _, *arguments = given
         total, normed, mean, rstd = launch(
-            "norm", op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, self.normed_dtype
+            "norm", self.op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, self.normed_dtype
         )
         total = x if branch is None else total
         rounded = self._rounded((*self.step.weights, *self.step.biases), arguments) if copies else arguments
@@ -232,7 +237,7 @@ class Part:
             grads = [_in_dtype(*each) for each in zip(found, self.dtypes, strict=True)]
         above: Sequence[Tensor | None] = (None,) * (ADDED - 1)
         if needs_normed:
-            run = functools.partial(launch, "norm", op_norm)
+            run = functools.partial(launch, "norm", self.op_norm)
             above = norm_backward(needs, dtotal, dnormed, of_norm, self.branch_dtype, run)
         return [*above, None, *grads]
 
@@ -245,17 +250,17 @@ class Part:
         return found
 
     def _again(self, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
-        """The norm's result once more, a forward launch of add_layer_norm; without contents where nothing reads it."""
+        """The norm's result once more, a forward launch of its op; without contents where nothing reads it."""
         if not reads:
             return like.new_empty(self.total.shape, dtype=self.normed_dtype)
         total, _, weight, *_ = of_norm
         with torch.no_grad():
-            return op_norm(total, None, weight, bias, self.eps, None, None, None, self.normed_dtype)[1]
+            return self.op_norm(total, None, weight, bias, self.eps, None, None, None, self.normed_dtype)[1]
 
 
 def check(step: Step, x: Tensor, given: Sequence[Any]) -> None:
     """Raise what the ops would raise for these inputs."""
-    branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, _), *arguments = given
+    branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, *_), *arguments = given
     check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
     step.check(x if branch is None else x.to(torch.promote_types(x.dtype, branch.dtype)), *arguments, dtype)
 

@@ -1,23 +1,26 @@
 """The steps of a residual stream: a norm, and the products that read it.
 
 Each adds to the stream first, as `ops.add_layer_norm` does, and is one autograd Function (`_step.Step`); the product is
-`linear`, `mlp`, or attention between its two projections.
+`linear`, `mlp`, `glu_mlp`, or attention between its two projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkernels import ops
+from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._plan import Launch
 from vitkernels.ops._step import Added, Norm, Step, add_norm
 from vitkernels.ops._stretch import Factors, Stage, run
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
+from vitkernels.ops.glu_mlp import check as check_glu_mlp
+from vitkernels.ops.glu_mlp import op as op_glu_mlp
 from vitkernels.ops.linear import check as check_linear
 from vitkernels.ops.linear import op as op_linear
 from vitkernels.ops.mlp import check as check_mlp
@@ -25,6 +28,7 @@ from vitkernels.ops.mlp import op as op_mlp
 
 __all__ = [
     "ATTENTION",
+    "GLU_MLP",
     "LINEAR",
     "MLP",
     "Added",
@@ -34,6 +38,7 @@ __all__ = [
     "Step",
     "add_norm",
     "attention",
+    "glu_mlp",
     "linear",
     "mlp",
     "run",
@@ -67,6 +72,17 @@ def mlp(
 ) -> tuple[Tensor, Tensor]:
     """(total, `ops.mlp` of its norm); arguments as in `linear`, weights and activation as in `ops.mlp`."""
     return run(x, added, [Stage(MLP, norm, (*weights, activation))])
+
+
+def glu_mlp(
+    x: Tensor,
+    added: Added | None,
+    norm: Norm,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(total, `ops.glu_mlp` of its norm); arguments as in `mlp`, gate and up packed."""
+    return run(x, added, [Stage(GLU_MLP, norm, (*weights, activation))])
 
 
 def attention(
@@ -114,25 +130,29 @@ def _linear_backward(launch, dy, normed, needs, arguments, kept):
 LINEAR = Step("linear", check_linear, ops.linear, _linear, _linear_backward, (0,), (1,), keeps=0, op=op_linear)
 
 
-# ------------------------------------------------------------------------------------------------------------ mlp
+# --------------------------------------------------------------------------------------------------- feed-forward
 
 
-def _mlp_ops(normed: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
-    return ops.mlp(normed, w1, b1, w2, b2, activation=activation)
+def _feed_forward(name: str, op: Op, check: Callable[..., None], public: Callable[..., Tensor]) -> Step:
+    """The step of `mlp`, or of `glu_mlp`, whose arguments mean as much to a step."""
+
+    def by_ops(normed: Tensor, *arguments: Any) -> Tensor:
+        return public(normed, *arguments[:4], activation=arguments[4])
+
+    def forward(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, pre = launch(name, op, normed, *arguments, learns)
+        return y, (pre,)
+
+    def backward(launch, dy, normed, needs, arguments, kept):
+        w1, _, w2, _, activation = arguments
+        dx, *grads = launch(name, op, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
+        return dx if needs[0] else None, *_given(needs[1:5], grads), None
+
+    return Step(name, check, by_ops, forward, backward, (0, 2), (1, 3), keeps=1, op=op)
 
 
-def _mlp(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    y, pre = launch("mlp", op_mlp, normed, *arguments, learns)
-    return y, (pre,)
-
-
-def _mlp_backward(launch, dy, normed, needs, arguments, kept):
-    w1, _, w2, _, activation = arguments
-    dx, *grads = launch("mlp", op_mlp, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
-    return dx if needs[0] else None, *_given(needs[1:5], grads), None
-
-
-MLP = Step("mlp", check_mlp, _mlp_ops, _mlp, _mlp_backward, (0, 2), (1, 3), keeps=1, op=op_mlp)
+MLP = _feed_forward("mlp", op_mlp, check_mlp, ops.mlp)
+GLU_MLP = _feed_forward("glu_mlp", op_glu_mlp, check_glu_mlp, ops.glu_mlp)
 
 
 # ------------------------------------------------------------------------------------------------------ attention

@@ -58,8 +58,8 @@ def run(x: Tensor, added: Added | None, stages: Sequence[Stage]) -> tuple[Tensor
     inputs: list[Any] = [x]
     branch, *factors = added or NOTHING_ADDED
     for stage in stages:
-        weight, bias, eps, again = stage.norm
-        inputs += (branch, weight, bias, eps, *factors, (dtype, again), *stage.arguments)
+        weight, bias, eps, *how = stage.norm
+        inputs += (branch, weight, bias, eps, *factors, (dtype, *how), *stage.arguments)
         branch, factors = None, list(stage.factors)
     found = None if torch.compiler.is_compiling() else signature(inputs)
     if found is None:

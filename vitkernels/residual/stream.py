@@ -132,7 +132,7 @@ class Sublayer:
             parts.why_not_drop_path(f"the drop path of {self.name}", self.drop_path),
         )
         why_not = next((reason for reason in reasons if reason is not None), None)
-        residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
+        residual = Part(f"{self.name} residual", "" if why_not else parts.norm_op(self.norm), why_not)
         return [self.branch.part(self.name), residual]
 
     def _width(self) -> int:
@@ -268,18 +268,22 @@ def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _parameters_of(norm: nn.Module, width: int, again: bool | None = None) -> Norm | None:
-    """A norm's parameters, where `ops.add_layer_norm` can stand for it on tokens of this width."""
+    """A norm's parameters, where an op can stand for it on tokens of this width."""
     if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != width:  # type: ignore[index]
         return None
-    return Norm(norm.weight, norm.bias, norm.eps, again)  # type: ignore[arg-type]
+    return parts.read_norm(norm, again)
 
 
 def _fitting(norm: Norm | None, x: Tensor) -> Norm | None:
     """The norm, where torch takes tokens of x's dtype beside its parameters; else torch's own checks are to be seen."""
-    if norm is None or (norm.weight.dtype == x.dtype and (norm.bias is None or norm.bias.dtype == x.dtype)):
+    if norm is None:
+        return None
+    weight, bias = norm.weight, norm.bias
+    assert weight is not None, "a norm without one is not read"
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         return norm
-    mixed = norm.bias is not None and norm.bias.dtype != norm.weight.dtype
-    return None if mixed or parts.why_not_norm_dtypes(norm.weight, x) is not None else norm
+    mixed = bias is not None and bias.dtype != weight.dtype
+    return None if mixed or parts.why_not_norm_dtypes(weight, x, norm.rms) is not None else norm
 
 
 def _waiting(
