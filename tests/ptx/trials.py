@@ -109,13 +109,14 @@ def _on(
                     yield Trial(case, dtype, capability, processors)
 
 
-def _named(*names: str) -> list[Case]:
+def named(*names: str) -> list[Case]:
+    """Cases of the list by op and name, in the list's order."""
     found = [case for case in CASES if str(case) in names]
     assert len(found) == len(names), set(names) - {str(case) for case in found}
     return found
 
 
-FEW = _named(
+FEW = named(
     "linear: blocked gemm",
     "patch_embed: uint8, mean and std",
     "attention: key padding, cross",
