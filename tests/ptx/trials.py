@@ -134,8 +134,8 @@ def quick() -> list[Trial]:
     """What `make test` runs: bfloat16 on sm_90 over the list, a few cases of the rest."""
     trials = list(_on(PLAIN, (BF16,), (9, 0), spread=()))
     trials += _on(STRIDES_16[::16], (BF16,), (9, 0), spread=())
-    trials += _on(FEW, (F16, F32), (9, 0), spread=())
-    trials += _on(FEW, (BF16,), (8, 0), spread=())
+    trials += _on(FEW, (F16, F32), (9, 0))
+    trials += _on(FEW, (BF16,), (8, 0))
     trials += [Trial(case, BF16, processors=132) for case in FEW if case.op in HEADS]
     return trials
 
