@@ -63,8 +63,18 @@ def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command() -> None:
     """make emulate: a table and exit code 0 where all is well; 2 where nothing is called so."""
-    done = emulate("--quick", "--only", "x1 bfloat16 linear: one row")
+
+    def written() -> int:
+        records = (ROOT / "build").glob("emulate-*.jsonl")
+        return sum(each.read_text().count('"sm_90 x1 bfloat16 linear: one row"') for each in records)
+
+    done = emulate("--quick", "--only", "bfloat16 linear: one row")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sm_90" in done.stdout
     assert "linear" in done.stdout
+    before = written()
+    assert before
+    again = emulate("--quick", "--only", "bfloat16 linear: one row")
+    assert again.returncode == 0
+    assert written() == before, "what was done is done again"
     assert emulate("--only", "no such case").returncode == 2
