@@ -2,9 +2,10 @@
 
 from vitkernels.ops.add_layer_norm import add_layer_norm
 from vitkernels.ops.attention import attention, attention_qkv
+from vitkernels.ops.attention_varlen import attention_varlen
 from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
 from vitkernels.ops.patch_embed import patch_embed
 from vitkernels.ops.rotary import rotary
 
-__all__ = ["add_layer_norm", "attention", "attention_qkv", "linear", "mlp", "patch_embed", "rotary"]
+__all__ = ["add_layer_norm", "attention", "attention_qkv", "attention_varlen", "linear", "mlp", "patch_embed", "rotary"]
