@@ -21,7 +21,7 @@ from cases_attention import (
     attention_varlen,
     attention_varlen_qkv,
 )
-from cases_rotary import ROTARY, rotary
+from cases_rotary import LAYER, ROTARY, ROTARY_QKV, rotary, rotary_qkv
 from draws import drop_path, indices, keep_some, pixels
 
 from vitkernels.ops.mlp import ACTIVATIONS
@@ -243,6 +243,7 @@ SMALL = [  # one case an op, which gives every tensor argument
     add_layer_norm("strides", (3, 5, 16)),
     mlp("strides", (3, 5)),
     rotary("strides", (3, 3, 5, 16), prefix=1, lead=(3, 3), layout="contiguous"),
+    rotary_qkv("strides", (3, 5, 3, 3, 16), prefix=1, lead=(3, 3), **LAYER),
 ]
 _LARGE = [  # where GEMMs take another path
     linear("strides, blocked gemm", (3, 100), 96, 288),
@@ -258,6 +259,7 @@ _HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, wh
     add_layer_norm("strides, 16 bits", (3, 5, 64)),
     mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
     rotary("strides, 16 bits", (2, 3, 5, 64), prefix=1, layout="contiguous"),
+    rotary_qkv("strides, 16 bits", (9, 3, 2, 64), **LAYER),
 ]
 _MATRIX = ("transposed", "sliced", "every second row", "expanded", "expanded rows", "offset", "columns")
 _VECTOR = ("sliced", "expanded", "offset")
@@ -285,5 +287,15 @@ def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[C
 STRIDES = [case for base in (*SMALL, *_LARGE) for case in _strided(base)]
 STRIDES_16 = [case for base in _HALVES for case in _strided(base, REDUCED)]
 
-PLAIN = [*LINEAR, *PATCH_EMBED, *ATTENTION, *ATTENTION_QKV, *ATTENTION_VARLEN, *ADD_LAYER_NORM, *MLP, *ROTARY]
+PLAIN = [
+    *LINEAR,
+    *PATCH_EMBED,
+    *ATTENTION,
+    *ATTENTION_QKV,
+    *ATTENTION_VARLEN,
+    *ADD_LAYER_NORM,
+    *MLP,
+    *ROTARY,
+    *ROTARY_QKV,
+]
 CASES = [*PLAIN, *STRIDES, *STRIDES_16]

@@ -29,7 +29,7 @@ from cases import (
     patch_embed,
     rotary,
 )
-from cases_rotary import ROTARY_LEARNED
+from cases_rotary import LAYER, RMS, ROTARY_LEARNED, ROTARY_QKV, rotary_qkv
 from conftest import skip_without
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -152,7 +152,9 @@ def test_same_bits_every_time(case: Case, dtype: torch.dtype, backend: str) -> N
             assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ATTENTION_VARLEN, *ADD_LAYER_NORM, *ROTARY], ids=str)
+@pytest.mark.parametrize(
+    "case", [*ATTENTION, *ATTENTION_QKV, *ATTENTION_VARLEN, *ADD_LAYER_NORM, *ROTARY, *ROTARY_QKV], ids=str
+)
 def test_same_bits_with_any_number_of_threads(case: Case) -> None:
     """Where no vendor's GEMM takes part, how the work is split changes no sum."""
     skip_without("ext")
@@ -182,6 +184,8 @@ SLOPES = [
     mlp("slopes, relu", (2, 2), (3, 5, 2), options={"activation": "relu"}),
     rotary("slopes", (1, 2, 3, 4), prefix=1, positions=None),
     rotary("slopes, halves", (1, 2, 3, 4), prefix=1, half=True, lead=(2,), positions=None),
+    rotary_qkv("slopes, LayerNorm", (1, 3, 3, 2, 4), prefix=1, positions=None, **LAYER),
+    rotary_qkv("slopes, RMSNorm, pairs", (3, 2, 2, 4), half=False, positions=None, **RMS),
 ]
 
 

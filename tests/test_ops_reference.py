@@ -105,6 +105,24 @@ def _rotary(x, sin, cos, prefix=0, half=False):
     return torch.cat([x[:, :, :prefix], patches * cos + turned * sin], dim=2)
 
 
+def _rotary_qkv(
+    qkv, sin=None, cos=None, prefix=0, half=False, norm=None, q_weight=None, q_bias=None, k_weight=None, k_bias=None,
+    eps=1e-6,
+):  # fmt: skip
+    parts = list(qkv.unbind(-3))
+    for index, (weight, bias) in enumerate(((q_weight, q_bias), (k_weight, k_bias))[: len(parts)]):
+        x = parts[index]
+        if norm == "layer_norm":
+            x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        elif norm is not None:
+            x = F.rms_norm(x, x.shape[-1:], weight, eps)
+        if sin is not None:
+            heads = x if x.dim() == 4 else x[None]
+            x = _rotary(heads.transpose(1, 2), sin, cos, prefix, half).transpose(1, 2).reshape(x.shape)
+        parts[index] = x
+    return torch.stack(parts, -3)
+
+
 STOCK: dict[str, Callable[..., Any]] = {
     "linear": F.linear,
     "patch_embed": _patch_embed,
@@ -114,6 +132,7 @@ STOCK: dict[str, Callable[..., Any]] = {
     "add_layer_norm": _add_layer_norm,
     "mlp": _mlp,
     "rotary": _rotary,
+    "rotary_qkv": _rotary_qkv,
 }
 
 

@@ -64,6 +64,13 @@ std::tuple<Tensor, Tensor, Tensor> rotary_backward(const Tensor& dout, const May
                                                    const Tensor& cos, int64_t prefix, bool half,
                                                    const std::vector<bool>& needs);
 
+Tensor rotary_qkv(const Tensor& qkv, const Maybe& sin, const Maybe& cos, int64_t prefix, bool half,
+                  const std::string& norm, const Maybe& q_weight, const Maybe& q_bias, const Maybe& k_weight,
+                  const Maybe& k_bias, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotary_qkv_backward(
+    const Tensor& dout, const Maybe& qkv, const Maybe& sin, const Maybe& cos, int64_t prefix, bool half,
+    const std::string& norm, const Maybe& q_weight, const Maybe& k_weight, double eps, const std::vector<bool>& needs);
+
 int64_t configure(const std::string& name, int64_t value);
 
 }  // namespace vk

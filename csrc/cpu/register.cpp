@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   m.impl("patch_embed_backward", TORCH_BOX(&vk::patch_embed_backward));
   m.impl("rotary", TORCH_BOX(&vk::rotary));
   m.impl("rotary_backward", TORCH_BOX(&vk::rotary_backward));
+  m.impl("rotary_qkv", TORCH_BOX(&vk::rotary_qkv));
+  m.impl("rotary_qkv_backward", TORCH_BOX(&vk::rotary_qkv_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {

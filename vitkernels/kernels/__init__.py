@@ -29,6 +29,7 @@ PAGES: dict[str, tuple[str, str]] = {
     "mlp": ("mlp", ""),
     "patch_embed": ("patch_embed", ""),
     "rotary": ("rotary", ""),
+    "rotary_qkv": ("rotary_qkv", ""),
 }
 __all__ = ["PAGES", "capability", "interpreting", "register", "why_not"]
 OLDEST, NEWEST = (3, 6), (3, 9)

@@ -100,6 +100,10 @@ class Sequences(NamedTuple):
     cu_q: Tensor | None = None
     cu_k: Tensor | None = None
 
+    def longest(self, length: int) -> int | None:
+        """What kernels must be told of the longest sequence's queries or keys: nothing, where all have as many."""
+        return None if self.cu_q is None else length
+
 
 def _align(*tensors: Tensor) -> int:
     """The largest power of two up to 8 that divides the strides of batches, heads and rows."""
@@ -196,13 +200,12 @@ def long_forward(
     align = _align(q, k, v, out)
     tile = configs.attention_long(width, q.dtype == torch.float32, capability(q.device)).forward
     values, mask_strides, mask_constants = _mask_arguments(mask)
-    tiles = cdiv(of.queries, tile.queries)
     launch(
-        attention_long.forward_kernel, (of.batch * of.heads * tiles,),
+        attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, values, out, stats, of.cu_q, of.cu_k, *_strides(q, align), *_strides(k, align), *_strides(v, align),
-        *mask_strides, *_strides(out, align)[:3], of.heads, of.rows, of.keys, tiles, *_units(mask, scale),
-        K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants, CAUSAL=is_causal,
-        PLAIN=mask is None and scale > 0, GROUP=of.heads // k.shape[1], BM=tile.queries, BN=tile.keys,
+        *mask_strides, *_strides(out, align)[:3], of.heads, of.rows, of.keys, of.longest(of.queries),
+        *_units(mask, scale), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants,
+        CAUSAL=is_causal, PLAIN=mask is None and scale > 0, GROUP=of.heads // k.shape[1], BM=tile.queries, BN=tile.keys,
         **_launch_options(tile),
     )  # fmt: skip
 
@@ -257,27 +260,24 @@ def long_backward(
     strides = *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides, *_strides(dout, align)
     delta = stats.new_empty((*stats.shape[:-2], of.rows))
     if not needs_mask:  # else dq's kernel leaves it
-        tiles = cdiv(of.queries, row.delta.queries)
         launch(
-            attention_long.delta_kernel, (of.batch * of.heads * tiles,),
-            out, dout, delta, of.cu_q, *_strides(out, align), *_strides(dout, align), of.heads, of.rows, tiles,
-            **sizes, BM=row.delta.queries, **_launch_options(row.delta),
+            attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, row.delta.queries),),
+            out, dout, delta, of.cu_q, *_strides(out, align), *_strides(dout, align),
+            of.heads, of.rows, of.longest(of.queries), **sizes, BM=row.delta.queries, **_launch_options(row.delta),
         )  # fmt: skip
     ds = q.new_empty((of.batch, of.heads, of.rows, of.keys), dtype=torch.float32) if needs_mask else None
     dq_tile = row.ds if needs_mask else row.dq
-    tiles = cdiv(of.queries, dq_tile.queries)
     launch(
-        attention_long.dq_kernel, (of.batch * of.heads * tiles,),
+        attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, dq_tile.queries),),
         q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_dq,
-        of.heads, of.rows, of.keys, tiles, scale, factor, unit,
+        of.heads, of.rows, of.keys, of.longest(of.queries), scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=dq_tile.queries,
         BN=dq_tile.keys, **_launch_options(dq_tile),
     )  # fmt: skip
-    tiles = cdiv(of.keys, row.dkdv.keys)
     launch(
-        attention_long.dkdv_kernel, (of.batch * k.shape[1] * tiles,),
+        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, row.dkdv.keys),),
         q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides, *strides_dk, *strides_dv,
-        of.heads, of.rows, of.keys, tiles, scale, factor, unit,
+        of.heads, of.rows, of.keys, of.longest(of.keys), scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, GROUP=group, BM=row.dkdv.queries, BN=row.dkdv.keys,
         **_launch_options(row.dkdv),
     )  # fmt: skip

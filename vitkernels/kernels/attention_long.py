@@ -28,6 +28,7 @@ from vitkernels.kernels.attention_tiles import (
     sequence,
     store,
     store_stats,
+    tiles_of,
     weights,
     zeros,
 )
@@ -65,12 +66,13 @@ def forward_kernel(
     p_q, p_k, p_v, p_mask, p_out, p_stats, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_ob, stride_oh, stride_on, H, NQ, NK, TILES, factor, unit,
+    stride_ob, stride_oh, stride_on, H, NQ, NK, LONGEST, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BM queries; neighbours share a head, so its keys and values stay in L2."""
-    i_bh, i_m = tl.program_id(0) // TILES, tl.program_id(0) % TILES * BM
+    n_tiles = tiles_of(NQ, LONGEST, BM)
+    i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
     i_q, n_q = sequence(p_cu_q, i_b, NQ)
     i_k, n_k = sequence(p_cu_k, i_b, NK)
@@ -104,7 +106,7 @@ def forward_kernel(
     b_max, b_sum, acc = state
     if MASK != "none" or p_cu_k is not None:  # a row with nothing to attend to gives zeros
         b_max = tl.where(b_max == -INF, 0.0, b_max)
-    store_stats(rows_of(p_stats, p_cu_q, i_b, i_h, i_q, H, NQ, 2), b_max, b_sum, o_m, m_m, NQ)
+    store_stats(rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2), b_max, b_sum, o_m, m_m, NQ)
     if MASK != "none" or p_cu_k is not None:
         b_sum = tl.where(b_sum == 0, 1.0, b_sum)
     p_out = head_of(p_out, i_q, i_h, stride_ob, stride_oh, ALIGN)
@@ -114,11 +116,12 @@ def forward_kernel(
 @triton.jit
 def delta_kernel(
     p_out, p_dout, p_delta, p_cu_q,
-    stride_ob, stride_oh, stride_on, stride_ok, stride_gb, stride_gh, stride_gn, stride_gk, H, NQ, TILES,
+    stride_ob, stride_oh, stride_on, stride_ok, stride_gb, stride_gh, stride_gn, stride_gk, H, NQ, LONGEST,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dout * out), [B, H, NQ] in float32, or [H, NQ] of all sequences."""
-    i_bh, i_m = tl.program_id(0) // TILES, tl.program_id(0) % TILES * BM
+    n_tiles = tiles_of(NQ, LONGEST, BM)
+    i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
     i_q, n_q = sequence(p_cu_q, i_b, NQ)
     o_m = i_m + tl.arange(0, BM)
@@ -127,7 +130,7 @@ def delta_kernel(
     p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
     out = load(p_out, o_m, m_m, stride_on, stride_ok, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-    p_delta = rows_of(p_delta, p_cu_q, i_b, i_h, i_q, H, NQ, 1)
+    p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1)
     tl.store(p_delta + o_m, row_dot(out, dout, WIDTHS), mask=m_m)
 
 
@@ -158,17 +161,54 @@ def _queries_step(
 
 
 @triton.jit
+def _head_step(
+    grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q, i_b, i_bh, i_h, i_q, o_n, i_n,
+    stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Take the queries of one head into (dk, dv)."""
+    p_q = head_of(p_q, i_q, i_h, stride_qb, stride_qh, ALIGN)
+    p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
+    if MASK != "none":
+        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+    p_stats = rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2)
+    p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1)
+    begin = 0
+    if CAUSAL:  # earlier queries see none of these keys, later ones all of them
+        begin = tl.minimum(n_q, i_n) // BM * BM
+        n_edge = tl.minimum(n_q, tl.cdiv(i_n + BN, BM) * BM)
+        for i_m in tl.range(begin, n_edge, BM, num_stages=1):
+            grads = _queries_step(
+                grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
+                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
+                K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, True,
+            )  # fmt: skip
+        begin = n_edge
+    # a key that is not there needs no mask: its row of dk and dv is not stored
+    for i_m in tl.range(begin, n_q, BM):
+        grads = _queries_step(
+            grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
+            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, False,
+        )  # fmt: skip
+    return grads
+
+
+@triton.jit
 def dkdv_kernel(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dk, p_dv, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, TILES, scale, factor, unit,
+    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, LONGEST, scale, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BN keys; it walks over the heads of q that share them, in order."""
-    i_bh, i_n = tl.program_id(0) // TILES, tl.program_id(0) % TILES * BN
+    n_tiles = tiles_of(NK, LONGEST, BN)
+    i_bh, i_n = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BN
     i_b, i_kh = i_bh // (H // GROUP), i_bh % (H // GROUP)
     i_q, n_q = sequence(p_cu_q, i_b, NQ)
     i_k, n_k = sequence(p_cu_k, i_b, NK)
@@ -181,31 +221,21 @@ def dkdv_kernel(
     k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
     v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
     grads = (zeros(BN, WIDTHS), zeros(BN, WIDTHS))
-    for i_group in tl.range(GROUP):
-        i_h = i_kh * GROUP + i_group
-        p_q_h = head_of(p_q, i_q, i_h, stride_qb, stride_qh, ALIGN)
-        p_dout_h = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
-        p_stats_h = rows_of(p_stats, p_cu_q, i_b, i_h, i_q, H, NQ, 2)
-        p_delta_h = rows_of(p_delta, p_cu_q, i_b, i_h, i_q, H, NQ, 1)
-        p_mask_h = p_mask
-        if MASK != "none":
-            p_mask_h = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
-        begin = 0
-        if CAUSAL:  # earlier queries see none of these keys, later ones all of them
-            n_edge = tl.minimum(n_q, tl.cdiv(i_n + BN, BM) * BM)
-            for i_m in tl.range(tl.minimum(n_q, i_n) // BM * BM, n_edge, BM, num_stages=1):
-                grads = _queries_step(
-                    grads, k, v, p_q_h, p_dout_h, p_mask_h, p_stats_h, p_delta_h, o_n, i_m,
-                    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
-                    K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, True,
-                )  # fmt: skip
-            begin = n_edge
-        # a key that is not there needs no mask: its row of dk and dv is not stored
-        for i_m in tl.range(begin, n_q, BM):
-            grads = _queries_step(
-                grads, k, v, p_q_h, p_dout_h, p_mask_h, p_stats_h, p_delta_h, o_n, i_m,
-                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
-                K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, False,
+    if GROUP == 1:  # a loop of one turn would take registers
+        grads = _head_step(
+            grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q, i_b, i_bh, i_kh, i_q, o_n, i_n,
+            stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm,
+            stride_mn, stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, BN,
+        )  # fmt: skip
+    else:
+        for i_group in tl.range(GROUP):
+            grads = _head_step(
+                grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q,
+                i_b, i_bh * GROUP + i_group, i_kh * GROUP + i_group, i_q, o_n, i_n,
+                stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm,
+                stride_mn, stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+                K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, BN,
             )  # fmt: skip
     dk, dv = grads
     p_dk = head_of(p_dk, i_k, i_kh, stride_dkb, stride_dkh, ALIGN)
@@ -248,12 +278,13 @@ def dq_kernel(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_ds, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, TILES, scale, factor,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, LONGEST, scale, factor,
     unit, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BM queries; `STORE_DS` also writes delta and the gradient of the scores, [B, H, NQ, NK]."""
-    i_bh, i_m = tl.program_id(0) // TILES, tl.program_id(0) % TILES * BM
+    n_tiles = tiles_of(NQ, LONGEST, BM)
+    i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
     i_q, n_q = sequence(p_cu_q, i_b, NQ)
     i_k, n_k = sequence(p_cu_k, i_b, NK)
@@ -269,8 +300,8 @@ def dq_kernel(
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-    b_max, b_log = load_stats(rows_of(p_stats, p_cu_q, i_b, i_h, i_q, H, NQ, 2), o_m, m_m, NQ)
-    p_delta = rows_of(p_delta, p_cu_q, i_b, i_h, i_q, H, NQ, 1) + o_m
+    b_max, b_log = load_stats(rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2), o_m, m_m, NQ)
+    p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1) + o_m
     dq = zeros(BM, WIDTHS)
     if STORE_DS:
         # The mask's gradient sums these over keys, where all but rounding can cancel: delta is summed from the very

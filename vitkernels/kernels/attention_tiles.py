@@ -27,6 +27,12 @@ def begin_of(PIECES, i):
 
 
 @triton.jit
+def tiles_of(N, LONGEST, BLOCK: tl.constexpr):
+    """How many tiles each head has: of N rows, or of the longest sequence's."""
+    return tl.cdiv(N, BLOCK) if LONGEST is None else tl.cdiv(LONGEST, BLOCK)
+
+
+@triton.jit
 def sequence(p_cu, i_b, N):
     """What `head_of` takes for a batch, and its rows: its number and N, or a sequence's first token and its tokens."""
     begin, count = i_b, N
@@ -121,12 +127,12 @@ def row_dot(a, b, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def rows_of(p, p_cu, i_b, i_h, begin, H, NQ, EACH: tl.constexpr):
+def rows_of(p, p_cu, i_bh, i_h, begin, NQ, EACH: tl.constexpr):
     """Pointer to what a head has for its queries in a [B, H, EACH, NQ], or in an [H, EACH, NQ] of all sequences."""
     if p_cu is not None:
         p += tl.cast(i_h, tl.int64) * EACH * NQ + begin
     else:
-        p += tl.cast(i_b * H + i_h, tl.int64) * EACH * NQ
+        p += tl.cast(i_bh, tl.int64) * EACH * NQ
     return p
 
 

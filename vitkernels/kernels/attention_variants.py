@@ -46,6 +46,9 @@ def variants_varlen(capability: Capability) -> list[Variant]:
     ]
 
 
+_OF_SEQUENCES = ("p_cu_q", "p_cu_k", "LONGEST")  # arguments that are None where all sequences have one length
+
+
 @dataclass(frozen=True)
 class _Shape:
     tokens: int
@@ -103,7 +106,7 @@ class _Shape:
         known |= {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name[-1] == "k"}
         known |= {"stride_mn": 1} if known["MASK"] != "none" else {}
         known |= {"p_mask": None} if known["MASK"] == "none" else {}
-        known |= {"GROUP": self.group} | ({} if self.packed else {"p_cu_q": None, "p_cu_k": None})
+        known |= {"GROUP": self.group} | ({} if self.packed else dict.fromkeys(_OF_SEQUENCES))
         known |= {} if known["STORE_DS"] else {"p_ds": None}
         known = {name: value for name, value in known.items() if name in kernel.arg_names}
         queries = -(-self.tokens // tile.queries) * tile.queries
@@ -119,6 +122,7 @@ class _Shape:
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.maxnreg,
+            divisible=("LONGEST",) if self.packed else (),
             spills=tile.spills,
             matrix=flops > 0 and self.dtype != "fp32",
             moved=tensors * self.heads * self.tokens * self.width * size,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitkernels.kernels.attention import Sequences, long_backward, long_forward, why_not_width, zero_results
 from vitkernels.kernels.attention_variants import variants_varlen as variants
+from vitkernels.kernels.launch import cdiv
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention_varlen import parts
 
@@ -24,9 +25,13 @@ def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     return why_not_width(args[0].shape[-1])
 
 
+_LENGTH = 64  # the longest sequence counts as a multiple of it: kernels are compiled for multiples of 16 and the rest
+
+
 def _sequences(q: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Sequences:
     tokens, *_, heads, _ = q.shape
-    return Sequences(cu_q.shape[0] - 1, heads, max_q, max_k, tokens, cu_q.contiguous(), cu_k.contiguous())
+    queries, keys = (cdiv(length, _LENGTH) * _LENGTH for length in (max_q, max_k))
+    return Sequences(cu_q.shape[0] - 1, heads, queries, keys, tokens, cu_q.contiguous(), cu_k.contiguous())
 
 
 def forward(

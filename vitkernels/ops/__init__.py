@@ -7,5 +7,16 @@ from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
 from vitkernels.ops.patch_embed import patch_embed
 from vitkernels.ops.rotary import rotary
+from vitkernels.ops.rotary_qkv import rotary_qkv
 
-__all__ = ["add_layer_norm", "attention", "attention_qkv", "attention_varlen", "linear", "mlp", "patch_embed", "rotary"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_qkv",
+    "attention_varlen",
+    "linear",
+    "mlp",
+    "patch_embed",
+    "rotary",
+    "rotary_qkv",
+]
