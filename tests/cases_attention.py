@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from draws import (
     equal_scores,
     filled,
     first_column,
+    hidden_keys,
     keep_some,
     late_keys,
     ones_first,
@@ -210,6 +212,19 @@ ATTENTION = [
     attention("bool mask a head", mask=T((1, 2, 7, 7), convert=keep_some)),
     attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=keep_some)),
     attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    *(
+        attention(
+            f"key padding, {value}",
+            queries=33,
+            mask=T((2, 1, 1, 33), dtype=F32, grad=False, convert=hidden_keys(value)),
+        )
+        for value in (-math.inf, LOWEST, -1e9)
+    ),
+    attention(
+        "key padding, -inf, expanded",
+        queries=33,
+        mask=T((2, 1, 33, 33), layout="expanded rows", grad=False, convert=hidden_keys(-math.inf)),
+    ),
     attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
     attention("bool mask, transposed", mask=T((2, 1, 7, 7), layout="transposed", convert=keep_some)),
     attention("bool mask, expanded", mask=T((2, 1, 7, 7), layout="expanded rows", convert=keep_some)),

@@ -18,6 +18,8 @@ from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import accumulate_dtype, autocast_dtype, cast, given, nothing, wide
 
+_NO_WEIGHT = -1e30  # added to a score, it leaves nothing of it, and of its weight
+
 
 def attention(
     q: Tensor,
@@ -54,7 +56,7 @@ def attention(
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    out, _ = op(q, k, v, _with_four_axes(attn_mask), is_causal, scale)
+    out, _ = op(q, k, v, _as_read(attn_mask), is_causal, scale)
     return out
 
 
@@ -115,7 +117,7 @@ def packed_options(
 ) -> tuple[int, Tensor | None, bool, float]:
     """What the schema of `op_qkv` has after qkv."""
     scale = 1 / math.sqrt(qkv.shape[2] // (3 * num_heads)) if scale is None else float(scale)
-    return num_heads, _with_four_axes(mask), is_causal, scale
+    return num_heads, _as_read(mask), is_causal, scale
 
 
 @_check.once
@@ -168,8 +170,29 @@ def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[i
         )
 
 
-def _with_four_axes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[(None,) * (4 - mask.dim())]
+def _as_read(mask: Tensor | None) -> Tensor | None:
+    """The mask with four axes; if it learns nothing, of one row where queries share it, and bool where that hides."""
+    if mask is None:
+        return None
+    learns, mask = mask.requires_grad, mask[(None,) * (4 - mask.dim())]
+    if learns:
+        return mask
+    if mask.shape[2] > 1 and mask.stride(2) == 0:
+        mask = mask[:, :, :1]
+    return mask == 0 if _hides_keys(mask) else mask
+
+
+def _hides_keys(mask: Tensor) -> bool:
+    """Whether a row of an additive mask is 0, or leaves a key no weight beside one with 0.
+
+    On a GPU nobody looks: it would stall the stream.
+    """
+    if mask.dtype == torch.bool or mask.shape[2] != 1 or type(mask) is not Tensor or mask.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    seen = mask == 0
+    return bool((seen | (mask < _NO_WEIGHT)).all() and seen.any(-1).all())
 
 
 # ------------------------------------------------------------------------------------------------------ q, k, v apart
