@@ -52,7 +52,7 @@ def attention(
 def lengths(*counts: int) -> T:
     """cu_seqlens of sequences with so many tokens."""
     ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-    return T((len(ends),), convert=lambda _: ends)
+    return T((len(ends),), dtype=torch.int32, grad=False, convert=lambda _: ends)
 
 
 def attention_varlen(
