@@ -49,7 +49,8 @@ def of_size(size: Size) -> Iterator[Case]:
     counts = tuple(size.tokens * (1 + 6 * i // max(size.batch - 1, 1)) // 4 for i in range(size.batch))
     yield cases.attention_varlen_qkv(f"{size} on average", counts, size.heads, width // size.heads)
     yield cases.rotary(f"{size}", (size.batch, size.heads, size.tokens, width // size.heads))
-    yield cases.rotary_qkv(f"{size}", (*rows, 3, size.heads, width // size.heads), **cases.RMS)
+    norms = {"norm": "rms_norm", "vectors": ("q_weight", "k_weight")}
+    yield cases.rotary_qkv(f"{size}", (*rows, 3, size.heads, width // size.heads), **norms)
     yield cases.add_layer_norm(f"{size}", (*rows, width), vectors=("bias",))
     hidden = size.hidden or 4 * width
     yield cases.mlp(f"{size}", rows, (width, hidden, width))

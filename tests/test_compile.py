@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch.utils.checkpoint as checkpoint
 from case import Case, Loss, T
-from cases import add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed, rotary
+from cases import (
+    LAYER,
+    add_layer_norm,
+    attention,
+    attention_qkv,
+    attention_varlen_qkv,
+    linear,
+    mlp,
+    patch_embed,
+    rotary,
+    rotary_qkv,
+)
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -59,7 +70,9 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
         "attention_qkv": lambda: attention_qkv("sizes", batch, 3, tokens, mask=mask),
         "add_layer_norm": lambda: add_layer_norm("sizes", (batch, tokens, 16)),
         "mlp": lambda: mlp("sizes", (batch, tokens)),
+        "attention_varlen": lambda: attention_varlen_qkv("sizes", (tokens,) * batch),
         "rotary": lambda: rotary("sizes", (batch, 3, tokens, 16), prefix=1, half=True),
+        "rotary_qkv": lambda: rotary_qkv("sizes", (batch, tokens, 3, 2, 16), prefix=1, **LAYER),
     }
     return cases[op]()
 

@@ -136,6 +136,8 @@ AUTOCAST = {  # dtype of each result under bfloat16 autocast, of float32 argumen
     "add_layer_norm": {"total": torch.float32, "normed": torch.float32},
     "mlp": {"out": torch.bfloat16},
     "rotary": {"out": torch.float32},  # x's own
+    "attention_varlen": {"out": torch.bfloat16},
+    "rotary_qkv": {"out": torch.float32},
 }
 
 
