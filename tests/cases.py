@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 from case import DTYPES, Case, T
-from cases_attention import ATTENTION, ATTENTION_QKV, attention, attention_qkv
+from cases_attention import (
+    ATTENTION,
+    ATTENTION_QKV,
+    ATTENTION_VARLEN,
+    attention,
+    attention_qkv,
+    attention_varlen,
+    attention_varlen_qkv,
+)
 from cases_norm import ADD_LAYER_NORM, ADD_RMS_NORM, VECTORS, add_layer_norm, add_rms_norm
-from cases_rotary import ROTARY, rotary
+from cases_rotary import LAYER, ROTARY, ROTARY_QKV, rotary, rotary_qkv
 from draws import indices, keep_some, pixels
 
 from vitkernels.ops.mlp import ACTIVATIONS
@@ -211,11 +219,13 @@ SMALL = [  # one case an op, which gives every tensor argument
     patch_embed("strides", 4, (2, 4), prefix=2, pos_embed=10, keep=6),
     attention("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
     attention_qkv("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
+    attention_varlen("strides", (5, 0, 4), 4, keys=(3, 2, 6), keys_heads=2),
     add_layer_norm("strides", (3, 5, 16)),
     add_rms_norm("strides", (3, 5, 16), vectors=VECTORS, by_sample=("weight", "scale")),
     mlp("strides", (3, 5)),
     glu_mlp("strides", (3, 5)),
     rotary("strides", (3, 3, 5, 16), prefix=1, lead=(3, 3), layout="contiguous"),
+    rotary_qkv("strides", (3, 5, 3, 3, 16), prefix=1, lead=(3, 3), **LAYER),
 ]
 _LARGE = [  # where GEMMs take another path
     linear("strides, blocked gemm", (3, 100), 96, 288),
@@ -228,11 +238,13 @@ _HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, wh
     patch_embed("strides, 16 bits, patch 16", 16, (2, 4), prefix=1, pos_embed=9, width=64),
     attention("strides, 16 bits", 2, 3, 40, 24, 64, mask=T((2, 1, 1, 24), convert=keep_some)),
     attention_qkv("strides, 16 bits", 2, 3, 40, 64),
+    attention_varlen_qkv("strides, 16 bits", (40, 7), 2, 64),
     add_layer_norm("strides, 16 bits", (3, 5, 64)),
     add_rms_norm("strides, 16 bits", (3, 5, 64)),
     mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
     glu_mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
     rotary("strides, 16 bits", (2, 3, 5, 64), prefix=1, layout="contiguous"),
+    rotary_qkv("strides, 16 bits", (9, 3, 2, 64), **LAYER),
 ]
 _MATRIX = ("transposed", "sliced", "every second row", "expanded", "expanded rows", "offset", "columns")
 _VECTOR = ("sliced", "expanded", "offset")
@@ -248,6 +260,8 @@ def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[C
             layouts += ("channels_last", "heads last")
         if name == "image":
             layouts += ("grey",)
+        if name.startswith("cu_seqlens"):
+            layouts = ("sliced", "offset")  # all of one number they would be wrong
         for layout in layouts:
             tensors = {**base.tensors, name: dataclasses.replace(spec, layout=layout)}
             yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=dtypes)
@@ -263,10 +277,12 @@ PLAIN = [
     *PATCH_EMBED,
     *ATTENTION,
     *ATTENTION_QKV,
+    *ATTENTION_VARLEN,
     *ADD_LAYER_NORM,
     *ADD_RMS_NORM,
     *MLP,
     *GLU_MLP,
     *ROTARY,
+    *ROTARY_QKV,
 ]
 CASES = [*PLAIN, *STRIDES, *STRIDES_16]

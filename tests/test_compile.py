@@ -10,15 +10,18 @@ import torch
 import torch.utils.checkpoint as checkpoint
 from case import Case, Loss, T
 from cases import (
+    LAYER,
     add_layer_norm,
     add_rms_norm,
     attention,
     attention_qkv,
+    attention_varlen_qkv,
     glu_mlp,
     linear,
     mlp,
     patch_embed,
     rotary,
+    rotary_qkv,
 )
 from step_layers import keep_smaller_norms
 from torch import Tensor, nn
@@ -71,7 +74,9 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
         "add_rms_norm": lambda: add_rms_norm("sizes", (batch, tokens, 16), by_sample=("weight", "scale")),
         "mlp": lambda: mlp("sizes", (batch, tokens)),
         "glu_mlp": lambda: glu_mlp("sizes", (batch, tokens)),
+        "attention_varlen": lambda: attention_varlen_qkv("sizes", (tokens,) * batch),
         "rotary": lambda: rotary("sizes", (batch, 3, tokens, 16), prefix=1, half=True),
+        "rotary_qkv": lambda: rotary_qkv("sizes", (batch, tokens, 3, 2, 16), prefix=1, **LAYER),
     }
     return cases[op]()
 

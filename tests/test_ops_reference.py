@@ -40,13 +40,32 @@ def _patch_embed(image, weight, bias=None, mean=None, std=None, prefix=None, pos
 
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def _attention_qkv(qkv, num_heads, attn_mask=None, is_causal=False, scale=None):
     batch, tokens, packed = qkv.shape
     q, k, v = qkv.reshape(batch, tokens, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     return _attention(q, k, v, attn_mask, is_causal, scale).transpose(1, 2).reshape(batch, tokens, packed // 3)
+
+
+def _attention_varlen(
+    q=None, k=None, v=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, qkv=None,
+    cu_seqlens=None, max_seqlen=0, is_causal=False, scale=None,
+):  # fmt: skip
+    if qkv is not None:
+        (q, k, v), cu_seqlens_q, cu_seqlens_k = qkv.unbind(1), cu_seqlens, cu_seqlens
+    parts = [
+        each.split(ends.diff().tolist())
+        for each, ends in zip((q, k, v), (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k), strict=True)
+    ]
+    apart = [
+        _attention(*(each.transpose(0, 1)[None] for each in one), None, is_causal, scale)
+        for one in zip(*parts, strict=True)
+    ]
+    return torch.cat([q[:0], *(out[0].transpose(0, 1) for out in apart)])
 
 
 def _add_layer_norm(
@@ -110,16 +129,36 @@ def _rotary(x, sin, cos, prefix=0, half=False):
     return torch.cat([x[:, :, :prefix], patches * cos + turned * sin], dim=2)
 
 
+def _rotary_qkv(
+    qkv, sin=None, cos=None, prefix=0, half=False, norm=None, q_weight=None, q_bias=None, k_weight=None, k_bias=None,
+    eps=1e-6,
+):  # fmt: skip
+    parts = list(qkv.unbind(-3))
+    for index, (weight, bias) in enumerate(((q_weight, q_bias), (k_weight, k_bias))[: len(parts)]):
+        x = parts[index]
+        if norm == "layer_norm":
+            x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        elif norm is not None:
+            x = F.rms_norm(x, x.shape[-1:], weight, eps)
+        if sin is not None:
+            heads = x if x.dim() == 4 else x[None]
+            x = _rotary(heads.transpose(1, 2), sin, cos, prefix, half).transpose(1, 2).reshape(x.shape)
+        parts[index] = x
+    return torch.stack(parts, -3)
+
+
 STOCK: dict[str, Callable[..., Any]] = {
     "linear": F.linear,
     "patch_embed": _patch_embed,
     "attention": _attention,
     "attention_qkv": _attention_qkv,
+    "attention_varlen": _attention_varlen,
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,
     "mlp": _mlp,
     "glu_mlp": _glu_mlp,
     "rotary": _rotary,
+    "rotary_qkv": _rotary_qkv,
 }
 
 

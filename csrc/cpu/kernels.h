@@ -84,24 +84,35 @@ struct ProductSizes {
   int64_t rows, tiles, panels, packed, scratch;
 };
 
-// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, [2, queries] of A, are as in
-// vitkernels/ops/attention.py's score_units. `added`: the mask is, where a bool one hides.
+// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, where a row's log-sum stands
+// `stats_row` behind its largest score, are as in vitkernels/ops/attention.py's score_units. `added`: the mask is, where
+// a bool one hides. Of a `group` of heads that share k and v, the members come in order and with one scratch: the first
+// packs k and v, the last one writes their gradients.
 struct Head {
-  int64_t queries, keys, width;
+  int64_t queries, keys, width, stats_row, member, group;
   double scale, factor, unit;
   bool causal, added;
   Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes
 };
 
-// One token of rotary, rows being its heads; sin.data null: no position, a copy. A row step of 0 is shared by all heads.
+// One token of rotary, rows being its heads; sin.data null: no position, nothing turns. A row step of 0 is shared by all
+// heads. `norm`, over a head's width, comes before the turn. Backward x is the gradient that arrives, `input` what was
+// normalised, and where dweight and dbias are not null the gradients of weight and bias, [width], are added to them.
 // `scratch` holds kRotaryScratch rows.
-constexpr int64_t kRotaryScratch = 5;
+constexpr int64_t kRotaryScratch = 7;
+enum class HeadNorm { none, layer, rms };
 
+template <class A>
 struct Rotary {
   int64_t heads, width;
   bool half, backward;
   Rows x, sin, cos;
   OutRows out;
+  HeadNorm norm = HeadNorm::none;
+  A eps = 0;
+  const A *weight = nullptr, *bias = nullptr;  // null: ones, zeros
+  Rows input = {};
+  A *dweight = nullptr, *dbias = nullptr;
 };
 
 template <class A>
@@ -138,7 +149,7 @@ struct Kernels {
   void (*attention_backward)(const Head&, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv,
                              A* dmask, int64_t dmask_row, int64_t dmask_col, A* scratch);
 
-  void (*rotary)(const Rotary&, A* scratch);
+  void (*rotary)(const Rotary<A>&, A* scratch);
 };
 
 template <class A>

@@ -43,6 +43,15 @@ std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tens
                                                   const Tensor& stats, int64_t num_heads, const Maybe& mask,
                                                   bool is_causal, double scale, bool needs_mask);
 
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, const Maybe& v,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale);
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& dout, const Tensor& q, const Maybe& k,
+                                                             const Maybe& v, const Tensor& out, const Tensor& stats,
+                                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                             int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                             bool is_causal, double scale);
+
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
                                const std::string& activation, bool save);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
@@ -67,6 +76,13 @@ Tensor rotary(const Tensor& x, const Tensor& sin, const Tensor& cos, int64_t pre
 std::tuple<Tensor, Tensor, Tensor> rotary_backward(const Tensor& dout, const Maybe& x, const Tensor& sin,
                                                    const Tensor& cos, int64_t prefix, bool half,
                                                    const std::vector<bool>& needs);
+
+Tensor rotary_qkv(const Tensor& qkv, const Maybe& sin, const Maybe& cos, int64_t prefix, bool half,
+                  const std::string& norm, const Maybe& q_weight, const Maybe& q_bias, const Maybe& k_weight,
+                  const Maybe& k_bias, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotary_qkv_backward(
+    const Tensor& dout, const Maybe& qkv, const Maybe& sin, const Maybe& cos, int64_t prefix, bool half,
+    const std::string& norm, const Maybe& q_weight, const Maybe& k_weight, double eps, const std::vector<bool>& needs);
 
 int64_t configure(const std::string& name, int64_t value);
 

@@ -17,11 +17,13 @@ from cases import (
     add_rms_norm,
     attention,
     attention_qkv,
+    attention_varlen_qkv,
     glu_mlp,
     linear,
     mlp,
     patch_embed,
     rotary,
+    rotary_qkv,
 )
 
 from ptx.driver import Gpu, activate
@@ -44,6 +46,7 @@ REAL = [
     attention_qkv("so400m", 2, 16, 256, 72),
     attention_qkv("text, causal", 2, 8, 77, 64, causal=True),
     attention_qkv("DINOv2", 1, 6, 1370, 64),
+    attention_varlen_qkv("images of three sizes", (256, 100, 576), 4, 72),
     add_layer_norm("ViT-B", (2, 197, 768)),
     add_layer_norm("ViT-S, autocast", (2, 197, 384), x=F32, parameters=F32, dtypes=(BF16, F16)),
     add_layer_norm("so400m", (2, 256, 1152)),
@@ -51,6 +54,7 @@ REAL = [
     add_rms_norm("Qwen-VL", (2, 256, 1280), vectors=()),
     rotary("DINOv3", (2, 12, 201, 64), prefix=5, half=True, layout="packed"),
     rotary("EVA-02", (2, 12, 197, 64), prefix=1, layout="packed"),
+    rotary_qkv("images of three sizes", (932, 3, 4, 72), norm="rms_norm", vectors=("q_weight", "k_weight")),
     patch_embed("ViT-S", 16, (14, 14), width=384, prefix=1, pos_embed=197),
     patch_embed("ViT-B", 16, (14, 14), width=768, prefix=1, pos_embed=197),
     patch_embed("ViT-B, autocast", 16, (14, 14), width=768, prefix=1, pos_embed=197, **_AUTOCAST),
@@ -135,7 +139,10 @@ FEW = named(
     "add_rms_norm: width 768",
     "mlp: gelu, blocked gemm",
     "glu_mlp: silu, blocked gemm",
+    "attention_varlen: grouped keys, causal, cross",
+    "attention_varlen: packed, head width 72",
     "rotary: head width 64, halves",
+    "rotary_qkv: LayerNorm, halves",
 )
 
 

@@ -23,6 +23,7 @@ from vitkernels.kernels.device import Device, current, interpreting
 PAGES: dict[str, tuple[str, str]] = {
     "attention": ("attention", ""),
     "attention_qkv": ("attention", "_qkv"),
+    "attention_varlen": ("attention_varlen", ""),
     "add_layer_norm": ("add_layer_norm", ""),
     "add_rms_norm": ("add_layer_norm", "_rms"),
     "glu_mlp": ("glu_mlp", ""),
@@ -30,6 +31,7 @@ PAGES: dict[str, tuple[str, str]] = {
     "mlp": ("mlp", ""),
     "patch_embed": ("patch_embed", ""),
     "rotary": ("rotary", ""),
+    "rotary_qkv": ("rotary_qkv", ""),
 }
 __all__ = ["PAGES", "capability", "interpreting", "register", "why_not"]
 OLDEST, NEWEST = (3, 6), (3, 9)
