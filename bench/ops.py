@@ -127,8 +127,8 @@ class OpBench:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Of the matrix products, two backward for each one forward; each way of a norm about 8 an element, of rotary 3,
-        and of rotary_qkv, which normalises first, 8.
+        """Of the matrix products, two backward for each one forward; each way of a norm about 8 an element, of rotary
+        3, and of rotary_qkv, which normalises first, 8.
 
         What a kernel computes anew to save memory is not counted.
         """
