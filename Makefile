@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-models lint test test-asan clean
+.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-models lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -96,6 +96,10 @@ lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+check: .venv/.built lint ## lint, and the tests that break first (about a minute)
+	$(PY) -m pytest -n $(WORKERS) -q tests/test_ops_reference.py tests/test_steps.py tests/test_tape.py tests/test_kept.py \
+		tests/test_contributing.py tests/test_fuse_timm.py
 
 test: .venv/.built lint audit-short ## ruff, mypy, the short audit and all tests (under 20 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
