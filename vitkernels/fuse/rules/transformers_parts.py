@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused
 from vitkernels.residual import known, parts
-from vitkernels.residual.genuine import IDLE_HOOKS, WRAPPERS
+from vitkernels.residual.genuine import IDLE_HOOKS, WRAPPERS, owner_name
 from vitkernels.residual.stream import Branch, Part, Step
 from vitkernels.residual.sublayers import (
     ATTENTION,
@@ -88,7 +89,7 @@ class Spelling:
     Attributes:
         inputs: the projections of q, k and v, or the one for all three.
         out: the projection behind.
-        heads, scale, dropout: their attributes; no scale is 1 / sqrt(K). The dropout is a rate or a module.
+        heads, scale, dropout, config: their attributes; no scale is 1 / sqrt(K). The dropout is a rate or a module.
         norms: of q and of k, over all heads together, or over each where `each_head`.
         last: the dropout behind `out`.
         inside: modules within, which are read past.
@@ -106,11 +107,21 @@ class Spelling:
     last: str | None = None
     inside: tuple[str, ...] = ()
     is_causal: str | bool | None = None
+    config: str = "config"
 
 
 def why_not_without(needed: Collection[str], options: Mapping[str, Any]) -> str | None:
     """Which keyword a call lacks that it cannot do without; the module's own error is the one to see."""
     return next((f"called without {name}" for name in needed if options.get(name) is None), None)
+
+
+def why_not_inside(module: nn.Module, inside: Mapping[str, frozenset[str]]) -> str | None:
+    """Which child that is read past is of another class than these; None for none."""
+    named = ((name, owner_name(module._modules[name]), known) for name, known in inside.items())  # type: ignore[arg-type]
+    return next(
+        (f"its {name} is {found}, of which nothing is known" for name, found, known in named if found not in known),
+        None,
+    )
 
 
 def at(module: nn.Module, path: str) -> Any:
@@ -157,8 +168,7 @@ class FusedAttention(Fused):
 
     def implementation(self) -> str:
         """The attention function that the config names."""
-        attn: Any = self
-        return (attn.config._attn_implementation or "eager") if self.has_functions else "eager"
+        return (at(self, self.spelling.config)._attn_implementation or "eager") if self.has_functions else "eager"
 
     def why_not_now(self) -> str | None:
         named = {name: at(self, name) for name in self.spelling.inside}
@@ -374,8 +384,9 @@ def attention_rule(
     names: frozenset[str],
     arguments: Collection[str] = _ARGUMENTS,
     optional: Collection[str] = (),
+    inside: Mapping[str, frozenset[str]] = MappingProxyType({}),
 ) -> Rule:
-    """The rule of one text; its children are those that the mixin's spelling names."""
+    """The rule of one text; its children are those that the mixin's spelling names, and of these classes `inside`."""
     spelling = mixin.spelling
     last = () if spelling.last is None else (spelling.last,)
     named = {path.split(".")[0] for path in (*spelling.inputs, spelling.out, *(spelling.norms or ()), *last)}
@@ -383,7 +394,7 @@ def attention_rule(
     def contract(attn: nn.Module) -> str | None:
         if getattr(attn, "num_key_value_groups", 1) != 1:
             return "several heads share their keys"
-        return differs(attn, arguments, named, optional)
+        return differs(attn, arguments, named, optional) or why_not_inside(attn, inside)
 
     return Rule(mixin, names, contract)
 
