@@ -83,18 +83,24 @@ KEYWORDS: dict[str, Callable[[], Any]] = {
     "freqs_ci": _turns,
     "resolution": lambda: (32, 32),
     "position_embeddings": positions,
+    "input_dimensions": lambda: (4, 4),
+    "height": lambda: 4,
+    "width": lambda: 4,
 }
 
 
 def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Tokens and keywords for a layer; for one of packed images these lengths."""
     arguments = list(inspect.signature(genuine.owner(layer).forward).parameters)
-    is_batch_of_one = any(name in type(layer).__name__ for name in ("MiniCPM", "HunYuan"))
-    keywords = {name: make() for name, make in KEYWORDS.items() if name in arguments}
+    name = genuine.stock_type(layer).__name__
+    is_batch_of_one = name.startswith(("MiniCPM", "HunYuan"))
+    keywords = {key: make() for key, make in KEYWORDS.items() if key in arguments}
     if "cu_seqlens" in arguments or is_batch_of_one:
         packed = _packed(lengths)
-        keywords |= {name: value for name, value in packed.items() if name in {*arguments, "cu_seqlens"}}
+        keywords |= {key: value for key, value in packed.items() if key in {*arguments, "cu_seqlens"}}
         tokens = torch.randn(*((1,) if is_batch_of_one else ()), sum(lengths), D)
+    elif name.startswith(("Sam", "GotOcr", "VitDet")) and not name.startswith("Sapiens"):
+        tokens = torch.randn(2, *((D, 4, 4) if name.startswith("VitDet") else (4, 4, D)))
     else:
-        tokens = torch.randn(2, TOKENS, D)
+        tokens = torch.randn(4, 16 if "height" in arguments or "input_dimensions" in arguments else TOKENS, D)
     return (tokens.requires_grad_(),), keywords

@@ -74,10 +74,17 @@ class FusedLinearMlp(FusedStateMlp):
     names = ("linear_fc1", "act_fn", "linear_fc2")
 
 
-class FusedSegGptMlp(FusedMlp):
-    """SegGptMlp."""
+class FusedSamMlp(FusedMlp):
+    """SamMLPBlock and its copies."""
 
     names = ("lin1", "act", "lin2")
+
+
+class FusedSam3Mlp(FusedMlp):
+    """Sam3MLP: a dropout before the activation."""
+
+    def why_not_now(self) -> str | None:
+        return None if parts.drops_nothing(self.dropout) else "a dropout before the activation"  # type: ignore[arg-type]
 
 
 class FusedDropMlp(FusedMlp):
@@ -220,7 +227,18 @@ RULES = (
             """
         ),
     ),
-    _mlp(FusedSegGptMlp, "hidden_states", owners("seggpt.SegGptMlp")),
+    _mlp(
+        FusedSamMlp,
+        "hidden_states",
+        owners(
+            """
+            deepseek_ocr2.DeepseekOcr2SamMLPBlock got_ocr2.GotOcr2MLPBlock pp_formulanet.PPFormulaNetMLPBlock
+            sam.SamMLPBlock sam_hq.SamHQMLPBlock seggpt.SegGptMlp slanext.SLANeXtMLPBlock
+            unlimited_ocr.UnlimitedOcrSamMLPBlock
+            """
+        ),
+    ),
+    _mlp(FusedSam3Mlp, "hidden_states", owners("sam3.Sam3MLP"), ("dropout",)),
     _mlp(FusedDropMlp, "hidden_states", owners("janus.JanusVisionMLP"), FusedDropMlp.drops),
     _mlp(FusedTwiceMlp, "x", owners("lw_detr.LwDetrViTMlp vitdet.VitDetMlp"), FusedTwiceMlp.drops),
     _mlp(FusedMgpMlp, "hidden_states", owners("mgp_str.MgpstrMlp"), FusedMgpMlp.drops),
