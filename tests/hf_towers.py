@@ -93,7 +93,9 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
     """Tokens and keywords for a layer; for one of packed images these lengths."""
     arguments = list(inspect.signature(genuine.owner(layer).forward).parameters)
     name = genuine.stock_type(layer).__name__
-    is_batch_of_one = name.startswith(("MiniCPM", "HunYuan"))
+    is_batch_of_one = name.startswith(("MiniCPM", "MiniMax", "HunYuan"))
+    if name.startswith("MiniMax"):
+        arguments.append("position_embeddings")
     keywords = {key: make() for key, make in KEYWORDS.items() if key in arguments}
     if "cu_seqlens" in arguments or is_batch_of_one:
         packed = _packed(lengths)
@@ -102,5 +104,6 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
     elif name.startswith(("Sam", "GotOcr", "VitDet")) and not name.startswith("Sapiens"):
         tokens = torch.randn(2, *((D, 4, 4) if name.startswith("VitDet") else (4, 4, D)))
     else:
-        tokens = torch.randn(4, 16 if "height" in arguments or "input_dimensions" in arguments else TOKENS, D)
+        width = next(each for each in layer.modules() if isinstance(each, nn.LayerNorm)).weight.shape[0]
+        tokens = torch.randn(4, 16 if {"height", "input_dimensions"} & {*arguments} else TOKENS, width)
     return (tokens.requires_grad_(),), keywords

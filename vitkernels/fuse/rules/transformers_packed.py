@@ -122,6 +122,10 @@ class FusedPaddleAttention(FusedPackedAttention):
     returns_weights = True
 
 
+class FusedMiniMaxAttention(FusedPaddleAttention):
+    """MiniMaxM3VLVisionAttention: the last elements of a head have no position."""
+
+
 class FusedPairwiseAttention(FusedPaddleAttention):
     """Inkling2VisionAttention: neighbours make a pair."""
 
@@ -230,6 +234,25 @@ class FusedInklingLayer(FusedPaddleLayer):
     names = Names(("layernorm_before", "layernorm_after"), "self_attn", scales=("lambda_1", "lambda_2"))
 
 
+class FusedMiniMaxLayer(FusedPackedLayer):
+    """MiniMaxM3VLVisionEncoderLayer: tokens as a batch of one, and a mask that is not looked at."""
+
+    axes = 3
+    names = Names(("layer_norm1", "layer_norm2"), "self_attn")
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if self.leaves(hidden_states, **kwargs):
+            return super(FusedLayer, self).forward(hidden_states, attention_mask, **kwargs)
+        return self.run(hidden_states[0], **kwargs)[None]
+
+    def why_not_call(self, **options: Any) -> str | None:
+        return None
+
+    call = FusedLayer.call
+
+
 class FusedBareLayer(FusedPackedLayer):
     """GlmImageVisionBlock."""
 
@@ -288,6 +311,7 @@ RULES = (
         owners("paddleocr_vl.PaddleOCRVisionAttention video_llama_3.VideoLlama3VisionAttention"),
         _PACKED,
     ),
+    attention_rule(FusedMiniMaxAttention, owners("minimax_m3_vl.MiniMaxM3VLVisionAttention"), _PACKED),
     attention_rule(FusedPairwiseAttention, owners("inkling2.Inkling2VisionAttention"), _PACKED),
     attention_rule(FusedBareAttention, owners("glm_image.GlmImageVisionAttention"), _BARE),
     attention_rule(FusedCosmosAttention, owners("cosmos3_edge.Cosmos3EdgeVisionAttention"), _BARE),
@@ -328,6 +352,7 @@ RULES = (
         owners("paddleocr_vl.PaddleOCRVisionEncoderLayer video_llama_3.VideoLlama3VisionEncoderLayer"),
         _LAYER,
     ),
+    layer_rule(FusedMiniMaxLayer, owners("minimax_m3_vl.MiniMaxM3VLVisionEncoderLayer")),
     layer_rule(FusedInklingLayer, owners("inkling2.Inkling2VisionEncoderLayer"), _LAYER),
     layer_rule(FusedBareLayer, owners("glm_image.GlmImageVisionBlock"), ("hidden_states", "cu_seqlens", "kwargs")),
     layer_rule(

@@ -357,6 +357,29 @@ class FusedJanusAttention(FusedAttention):
     )
 
 
+class FusedMolmoAttention(FusedAttention):
+    """Molmo2VisionAttention: to its own tokens; to others' it is its class's."""
+
+    spelling = Spelling(heads="config.num_attention_heads", is_causal="is_causal")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **kwargs}
+        if self.leaves(hidden_states, **options):
+            return super(FusedAttention, self).forward(hidden_states, **options)
+        return self.attended(hidden_states, **options), None
+
+    def why_not_call(self, attention_mask: Any = None, encoder_hidden_states: Any = None, **options: Any) -> str | None:
+        if encoder_hidden_states is not None:
+            return "called with encoder_hidden_states"
+        return super().why_not_call(attention_mask, **options)
+
+
 class FusedPackedProjection(FusedAttention):
     """Blip2Attention and its copies: one projection for q, k and v, and no mask."""
 
@@ -440,6 +463,11 @@ RULES = (
     KOSMOS_ATTENTION,
     SIGLIP_ATTENTION,
     attention_rule(FusedPhiAttention, owners("phi4_multimodal.Phi4MultimodalVisionAttention")),
+    attention_rule(
+        FusedMolmoAttention,
+        owners("molmo2.Molmo2VisionAttention"),
+        ("hidden_states", "encoder_hidden_states", "attention_mask", "kwargs"),
+    ),
     attention_rule(FusedTextAttention, owners("kosmos2_5.Kosmos2_5VisionAttention")),
     attention_rule(FusedPixAttention, owners("pix2struct.Pix2StructVisionAttention")),
     attention_rule(FusedMllamaAttention, owners("mllama.MllamaVisionAttention")),
