@@ -11,7 +11,6 @@ from vitkernels.fuse.multihead import Masks, attention_branch, why_not_call
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers_parts import owners
 from vitkernels.fuse.swap import PreNormBlock
-from vitkernels.residual import parts
 from vitkernels.residual.stream import Sublayer
 from vitkernels.residual.sublayers import mlp_branch
 
@@ -29,7 +28,7 @@ class FusedBridgeLayer(PreNormBlock):
         masks = Masks(layer.attn_mask, mask)
 
         def why_not() -> str | None:
-            return parts.why_not_part("mlp", layer.mlp) or why_not_call(layer.attn, hidden_state, hidden_state, masks)
+            return why_not_call(layer.attn, hidden_state, hidden_state, masks)
 
         if self.declines(hidden_state, why_not):
             return super().forward(hidden_state, attention_mask)
