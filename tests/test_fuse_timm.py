@@ -40,9 +40,10 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "quick GELU": (lambda: vit(act_layer="quick_gelu"), OPS),
     "SiLU": (lambda: vit(act_layer="silu"), OPS),
     "ReLU": (lambda: vit(act_layer="relu"), OPS),
-    "SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLU), OPS - {"mlp"}),
+    "SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLU), OPS - {"mlp"} | {"glu_mlp"}),
     "scale_mlp_norm": (lambda: vit(scale_mlp_norm=True), OPS - {"mlp"}),
-    "packed SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLUPacked), OPS - {"mlp"}),
+    "packed SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLUPacked), OPS - {"mlp"} | {"glu_mlp"}),
+    "GEGLU, gate last": (lambda: vit(mlp_layer=timm.layers.GluMlp), OPS - {"mlp"} | {"glu_mlp"}),
     "head width 72": (lambda: vit(embed_dim=144, num_heads=2), OPS),
     "head width 80": (lambda: vit(embed_dim=160, num_heads=2), OPS),
     "head width 88": (lambda: vit(embed_dim=176, num_heads=2), OPS),
@@ -60,7 +61,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "dinov2": (lambda: named("vit_small_patch14_dinov2"), OPS),
     "dinov2, registers": (lambda: named("vit_small_patch14_reg4_dinov2"), OPS),
     "dinov3": (lambda: named("vit_small_patch16_dinov3"), ROPED),
-    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), ROPED - {"mlp"}),
+    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), ROPED - {"mlp"} | {"glu_mlp"}),
     # its frequencies are learned
     "rope, mixed": (lambda: named("vit_small_patch16_rope_mixed_224"), APART),
     "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), ROPED),
@@ -71,7 +72,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
         lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", qk_norm=True, init_values=None),
         APART,
     ),
-    "GeGLU": (lambda: vit(mlp_layer=timm.models.vitamin.GeGluMlp), OPS - {"mlp"}),
+    "GeGLU": (lambda: vit(mlp_layer=timm.models.vitamin.GeGluMlp), OPS - {"mlp"} | {"glu_mlp"}),
 }
 
 

@@ -17,7 +17,7 @@ import vitkernels as vk
 from vitkernels import ext
 from vitkernels.products import LIBRARIES
 
-PRODUCTS = [case for case in CASES if case.op in ("linear", "mlp", "patch_embed")]
+PRODUCTS = [case for case in CASES if case.op in ("linear", "mlp", "glu_mlp", "patch_embed")]
 
 
 def _name(value: object) -> str | None:

@@ -52,15 +52,34 @@ def _attention_qkv(qkv, num_heads, attn_mask=None, is_causal=False, scale=None):
 def _add_layer_norm(
     x, branch, weight, bias=None, eps=1e-6, branch_bias=None, scale=None, row_scale=None, out_dtype=None
 ):
-    if branch is not None:
-        if branch_bias is not None:
-            branch = branch + branch_bias
-        if scale is not None:
-            branch = branch * scale
-        if row_scale is not None:
-            branch = branch * row_scale.view(-1, *[1] * (x.dim() - 1))
-        x = x + branch
-    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _after_norm(_sum(x, branch, branch_bias, scale, row_scale), F.layer_norm, weight, bias, eps)
+
+
+def _add_rms_norm(x, branch, weight, eps=1e-6, bias=None, branch_bias=None, scale=None, row_scale=None, out_dtype=None):
+    return _after_norm(_sum(x, branch, branch_bias, scale, row_scale), F.rms_norm, weight, bias, eps)
+
+
+def _sum(x, branch, branch_bias, scale, row_scale):
+    if branch is None:
+        return x
+    if branch_bias is not None:
+        branch = branch + branch_bias
+    if scale is not None:
+        branch = branch * _of_samples(scale, x)
+    if row_scale is not None:
+        branch = branch * row_scale.view(-1, *[1] * (x.dim() - 1))
+    return x + branch
+
+
+def _of_samples(vector, x):
+    return vector if vector.dim() == 1 else vector.view(len(vector), *[1] * (x.dim() - 2), x.shape[-1])
+
+
+def _after_norm(x, norm, weight, bias, eps):
+    normed = norm(x, x.shape[-1:], eps=eps)
+    if weight is not None:
+        normed = normed * _of_samples(weight, x)
+    return x, normed if bias is None else normed + _of_samples(bias, x)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,6 +93,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _mlp(x, w1, b1, w2, b2, activation="gelu"):
     return F.linear(_ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
+
+
+def _glu_mlp(x, w_gate_up, b_gate_up, w_down, b_down, activation="silu"):
+    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+    return F.linear(_ACTIVATIONS[activation](gate) * up, w_down, b_down)
 
 
 def _rotary(x, sin, cos, prefix=0, half=False):
@@ -92,7 +116,9 @@ STOCK: dict[str, Callable[..., Any]] = {
     "attention": _attention,
     "attention_qkv": _attention_qkv,
     "add_layer_norm": _add_layer_norm,
+    "add_rms_norm": _add_rms_norm,
     "mlp": _mlp,
+    "glu_mlp": _glu_mlp,
     "rotary": _rotary,
 }
 

@@ -17,7 +17,12 @@ import vitkernels as vk
 from vitkernels.ops import _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-STEPS = {"linear": _steps._LINEAR, "mlp": _steps._MLP, "attention": _steps._ATTENTION}
+STEPS = {
+    "linear": _steps._LINEAR,
+    "mlp": _steps._MLP,
+    "glu_mlp": _steps._GLU_MLP,
+    "attention": _steps._ATTENTION,
+}
 
 
 @pytest.fixture

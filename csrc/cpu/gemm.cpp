@@ -102,7 +102,7 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
   const Vector<float> bias_values(bias);
   const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
   const Product p{a.rows,
-                  b.cols,
+                  follow.then == Then::gate ? b.cols / 2 : b.cols,
                   a.cols,
                   dtype_of(out),
                   {a.data, a.row, a.col},
@@ -121,8 +121,9 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
   int64_t parts = 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
-  std::vector<float> sums(follow.sums ? parts * p.n : 0);
-  const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * p.n : nullptr; };
+  const int64_t columns = out.size(1);
+  std::vector<float> sums(follow.sums ? parts * columns : 0);
+  const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * columns : nullptr; };
   const int64_t threads = torch::stable::get_num_threads(), panel = sizes.packed / sizes.panels;
   if (parts == 1 && p.a.col == 1 && !b_panels) {  // so few rows that each panel is read once: it need not leave the cache
     constexpr int64_t cached = 1 << 17;           // floats, half of a usual L2
@@ -158,9 +159,9 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
   }
   if (!follow.sums) return;
   for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t j = 0; j < p.n; ++j) sums[j] += sums[part * p.n + j];
+    for (int64_t j = 0; j < columns; ++j) sums[j] += sums[part * columns + j];
   }
-  sums.resize(p.n);
+  sums.resize(columns);
   *follow.sums = std::move(sums);
 }
 

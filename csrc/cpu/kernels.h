@@ -21,7 +21,9 @@ struct OutRows {
 };
 
 // add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
-// of `rows_per_sample` rows. `scratch` holds kLayerNormScratch rows.
+// of `rows_per_sample` rows; the weight (with the bias) and the scale of a sample lie `weight_step` and `scale_step`
+// elements behind those of the sample before it, 0 where all samples share them. Without `mean` it is add_rms_norm.
+// `scratch` holds kLayerNormScratch rows.
 constexpr int64_t kLayerNormScratch = 6;
 
 template <class A>
@@ -30,6 +32,7 @@ struct LayerNormForward {
   double eps;
   Rows x, branch;  // branch.data null: plain LayerNorm
   const A *weight, *bias, *branch_bias, *scale, *row_scale;
+  int64_t weight_step, scale_step;
   OutRows total, normed;
   A *mean, *rstd;
 };
@@ -42,6 +45,7 @@ struct LayerNormBackward {
   int64_t width, rows_per_sample;
   Rows dtotal, dnormed, total, branch;
   const A *weight, *mean, *rstd, *branch_bias, *scale, *row_scale;
+  int64_t weight_step, scale_step;
   OutRows dx, dbranch;
   bool needs_branch_bias, needs_scale, needs_row_scale;
 };
@@ -51,9 +55,12 @@ struct LayerNormBackward {
 //   store               out = C
 //   activate            pre = C, out = activation(C); `pre` may be `out`
 //   activate_backward   out = C * activation'(pre), activated = activation(pre) where not null, sums += out by columns
+//   gate                B's columns are n gates and n ups behind them: pre = C where not null, out = activation(gate) * up
+//   gate_backward       out = the gradient of pre, activated = activation(gate) * up where not null, sums += out by columns
+// pre of both gates, and out and sums of the second, are 2 n wide: gates, then ups. B of the first has its k in rows.
 // Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
 // out, pre and activated are packed [m, n]; activated may be asked for as the panels of a B with m as its k instead.
-enum class Then { store, activate, activate_backward };
+enum class Then { store, activate, activate_backward, gate, gate_backward };
 
 struct Steps {
   const char* data;
@@ -112,11 +119,16 @@ struct Kernels {
   // dpre = dout * activation'(pre), activated = activation(pre), dbias += column sums of dpre, over `rows` rows
   void (*activate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
                             DType dtype, int64_t rows, int64_t width);
+  // The same for pre = [gate, up] a row, 2 * width wide, as dpre and dbias are: out = activation(gate) * up
+  void (*gate)(Activation, char* out, const char* pre, DType dtype, int64_t rows, int64_t width);
+  // `activated` may be `dout`
+  void (*gate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
+                        DType dtype, int64_t rows, int64_t width);
 
   ProductSizes (*product_sizes)(const Product&);
   // B's panels [first, last) into `packed`, where the next reads them
   void (*product_pack)(const Product&, float* packed, int64_t first, int64_t last);
-  // rows [begin, end) of panels [first, last); `sums` has n columns, or is null
+  // rows [begin, end) of panels [first, last); `sums` has out's columns, or is null
   void (*product)(const Product&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                   float* sums, float* scratch);
 

@@ -16,14 +16,20 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const Maybe& bias);
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                    const std::vector<bool>& needs);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Maybe& branch, const Tensor& weight,
-                                                          const Maybe& bias, double eps, const Maybe& branch_bias,
-                                                          const Maybe& scale, const Maybe& row_scale,
-                                                          ScalarType out_dtype);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
-    const Maybe& dtotal, const Maybe& dnormed, const Tensor& total, const Maybe& branch, const Tensor& weight,
-    const Tensor& mean, const Tensor& rstd, const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale,
-    std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs);
+using Norm = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using NormBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Norm add_layer_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
+                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype);
+NormBackward add_layer_norm_backward(const Maybe& dtotal, const Maybe& dnormed, const Tensor& total,
+                                     const Maybe& branch, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
+                                     const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale,
+                                     std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs);
+Norm add_rms_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
+                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype);
+NormBackward add_rms_norm_backward(const Maybe& dtotal, const Maybe& dnormed, const Tensor& total, const Maybe& branch,
+                                   const Maybe& weight, const Tensor& mean, const Tensor& rstd,
+                                   const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale,
+                                   std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs);
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
                                      bool is_causal, double scale);
@@ -43,6 +49,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
                                                                 const Tensor& w1, const Tensor& w2,
                                                                 const std::string& activation,
                                                                 const std::vector<bool>& needs);
+
+std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, const Maybe& b_gate_up,
+                                   const Tensor& w_down, const Maybe& b_down, const std::string& activation, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> glu_mlp_backward(const Tensor& dy, const Tensor& x,
+                                                                    const Tensor& pre, const Tensor& w_gate_up,
+                                                                    const Tensor& w_down, const std::string& activation,
+                                                                    const std::vector<bool>& needs);
 
 Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias, const MaybeNumbers& mean,
                    const MaybeNumbers& std, const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep);

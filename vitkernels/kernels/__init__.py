@@ -24,6 +24,8 @@ PAGES: dict[str, tuple[str, str]] = {
     "attention": ("attention", ""),
     "attention_qkv": ("attention", "_qkv"),
     "add_layer_norm": ("add_layer_norm", ""),
+    "add_rms_norm": ("add_layer_norm", "_rms"),
+    "glu_mlp": ("glu_mlp", ""),
     "linear": ("linear", ""),
     "mlp": ("mlp", ""),
     "patch_embed": ("patch_embed", ""),

@@ -3,10 +3,10 @@
     total  = x + row_scale[b] * scale * (branch + branch_bias)
     result = product(layer_norm(total))
 
-where the product is `linear`, `mlp`, or attention between its two projections. A step computes what the ops one by one
-compute, through the same kernels (`vk.record` shows them), and costs autograd one node in place of two to four. It also
-keeps less: `normed` is made again from `total`, which is kept anyway (one pass over memory gives the same bits), and
-under autocast weights are cast again instead of kept as copies.
+where the product is `linear`, `mlp`, `glu_mlp`, or attention between its two projections, and the norm may be an
+RMSNorm. A step computes what the ops one by one compute, through the same kernels (`vk.record` shows them), and costs
+autograd one node in place of two to four. It also keeps less: `normed` is made again from `total`, which is kept anyway
+(one pass over memory gives the same bits), and under autocast weights are cast again instead of kept as copies.
 
 The Functions serve plain calls. Where somebody looks on (tracing, functorch, tensor subclasses, profilers) the ops run
 one by one: a compiler's partitioner decides itself what is kept.
@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 
 from vitkernels import dispatch, ops
-from vitkernels.op import own, plain_function
+from vitkernels.op import Op, own, plain_function
 from vitkernels.op import signature as signature_of
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, cast_dtype
 from vitkernels.ops._plan import MOST, Launch, Plan, launch_backward
-from vitkernels.ops.add_layer_norm import KEPT, saved_tensors
+from vitkernels.ops.add_layer_norm import KEPT, op_rms, saved_tensors
 from vitkernels.ops.add_layer_norm import backward as norm_backward
 from vitkernels.ops.add_layer_norm import check as check_norm
 from vitkernels.ops.add_layer_norm import kept as kept_of_norm
 from vitkernels.ops.add_layer_norm import op as op_norm
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
+from vitkernels.ops.glu_mlp import check as check_glu_mlp
+from vitkernels.ops.glu_mlp import op as op_glu_mlp
 from vitkernels.ops.linear import check as check_linear
 from vitkernels.ops.linear import op as op_linear
 from vitkernels.ops.mlp import check as check_mlp
@@ -42,15 +44,17 @@ _SMALL = 2**16  # elements; a norm's result of fewer is kept: making it again wo
 
 
 class Norm(NamedTuple):
-    """A LayerNorm's weight, [D], bias, [D] or None, and eps; and whether its result is made again in backward.
+    """A norm's weight, bias (as in `ops.add_layer_norm`) and eps; and whether its result is made again in backward.
 
-    `again` is None for what suits the device: on GPUs the pass over memory costs more than the memory is worth.
+    `again` is None for what suits the device: on GPUs the pass over memory costs more than the memory is worth. `rms`
+    says that it is an RMSNorm.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     eps: float
     again: bool | None = None
+    rms: bool = False
 
 
 class Added(NamedTuple):
@@ -70,12 +74,14 @@ _NOTHING_ADDED = (None, None, None, None)
 
 
 def add_norm(x: Tensor, added: Added | None, norm: Norm, out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """(total, normed) by `ops.add_layer_norm`."""
+    """(total, normed) by `ops.add_layer_norm` or `ops.add_rms_norm`."""
     branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
-    return ops.add_layer_norm(
+    return (ops.add_rms_norm if norm.rms else ops.add_layer_norm)(
         x,
         branch,
-        *norm[:3],
+        norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
         branch_bias=branch_bias,
         scale=scale,
         row_scale=row_scale,
@@ -110,6 +116,17 @@ def mlp(
 ) -> tuple[Tensor, Tensor]:
     """(total, `ops.mlp` of its norm); arguments as in `linear`, weights and activation as in `ops.mlp`."""
     return _MLP(x, added, norm, (*weights, activation))
+
+
+def glu_mlp(
+    x: Tensor,
+    added: Added | None,
+    norm: Norm,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(total, `ops.glu_mlp` of its norm); arguments as in `mlp`, gate and up packed."""
+    return _GLU_MLP(x, added, norm, (*weights, activation))
 
 
 def attention(
@@ -166,7 +183,7 @@ class _Step:
     def __call__(self, x: Tensor, added: Added | None, norm: Norm, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         branch, branch_bias, scale, row_scale = added or _NOTHING_ADDED
         dtype = autocast_dtype(x)
-        how = dtype, norm.again
+        how = dtype, norm.again, norm.rms
         inputs = (x, branch, norm.weight, norm.bias, norm.eps, branch_bias, scale, row_scale, how, *arguments)
         found = None if torch.compiler.is_compiling() else signature_of(inputs)
         if found is None:
@@ -184,7 +201,7 @@ class _Step:
         return self._run(plan, False, *inputs)[:2]
 
     def _planned(self, key: Any, inputs: tuple[Any, ...]) -> Plan:
-        x, branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
+        x, branch, weight, bias, _, branch_bias, scale, row_scale, (dtype, *_), *arguments = inputs
         check_norm(x, branch, weight, bias, branch_bias, scale, row_scale, dtype)
         self.check(_widened(x, branch), *arguments, dtype)
         if len(self.plans) == MOST:
@@ -194,14 +211,14 @@ class _Step:
 
     def _run(self, plan: Plan, learns: bool, *inputs: Any) -> tuple[Any, ...]:
         """total, result, normed, the norm's statistics, and what the product's backward keeps."""
-        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, _), *arguments = inputs
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, _, rms), *arguments = inputs
         normed_dtype = x.dtype if dtype is None else cast_dtype(x, dtype)
         kind = x.device.type
         if dtype is not None:  # dtypes are settled here; inside, autocast would cast again
             torch.set_autocast_enabled(kind, False)
         try:
             total, normed, mean, rstd = plan.forward(
-                "norm", op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype
+                "norm", _op_of(rms), x, branch, weight, bias, eps, branch_bias, scale, row_scale, normed_dtype
             )
             result, kept = self.forward(plan.forward, normed, dtype, learns, *arguments)
         finally:
@@ -211,9 +228,9 @@ class _Step:
 
     def _forward(self, ctx: Any, plan: Plan, *inputs: Any) -> tuple[Tensor, Tensor]:
         total, result, normed, mean, rstd, kept = self._run(plan, True, *inputs)
-        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, again), *arguments = inputs
+        x, branch, weight, bias, eps, branch_bias, scale, row_scale, (dtype, again, rms), *arguments = inputs
         summed = any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale))
-        learns = summed or weight.requires_grad or (bias is not None and bias.requires_grad)
+        learns = summed or any(each is not None and each.requires_grad for each in (weight, bias))
         # a frozen norm's input is anybody's to write into
         again = learns and normed.numel() >= _SMALL and (not normed.is_cuda if again is None else again)
         of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
@@ -233,7 +250,7 @@ class _Step:
         ctx.rest = [None if isinstance(each, Tensor) else each for each in arguments]
         ctx.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
         ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.plan, ctx.eps, ctx.dtype, ctx.kind = plan, eps, dtype, x.device.type
+        ctx.plan, ctx.eps, ctx.rms, ctx.dtype, ctx.kind = plan, eps, rms, dtype, x.device.type
         ctx.normed_shape, ctx.normed_dtype = normed.shape, normed.dtype
         if not summed:
             ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
@@ -262,9 +279,13 @@ class _Step:
             grads = [_in_dtype(*each) for each in zip(given, ctx.dtypes, strict=True)]
         above: Sequence[Tensor | None] = (None,) * 8
         if needs_normed:
-            run = functools.partial(launch, "norm", op_norm)
+            run = functools.partial(launch, "norm", _op_of(ctx.rms))
             above = norm_backward(needs, dtotal, dnormed, of_norm, ctx.branch_dtype, run)
         return None, *above, None, *grads
+
+
+def _op_of(rms: bool) -> Op:
+    return op_rms if rms else op_norm
 
 
 def _widened(x: Tensor, branch: Tensor | None) -> Tensor:
@@ -273,12 +294,12 @@ def _widened(x: Tensor, branch: Tensor | None) -> Tensor:
 
 
 def _again(ctx: Any, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
-    """The norm's result once more, a forward launch of add_layer_norm; without contents where nothing reads it."""
+    """The norm's result once more, a forward launch of its op; without contents where nothing reads it."""
     if not reads:
         return like.new_empty(ctx.normed_shape, dtype=ctx.normed_dtype)
     total, _, weight, *_ = of_norm
     with torch.no_grad():
-        return op_norm(total, None, weight, bias, ctx.eps, None, None, None, ctx.normed_dtype)[1]
+        return _op_of(ctx.rms)(total, None, weight, bias, ctx.eps, None, None, None, ctx.normed_dtype)[1]
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
@@ -312,30 +333,33 @@ def _linear_backward(launch, dy, normed, dtype, needs, arguments, kept):
 _LINEAR = _Step("linear_step", check_linear, ops.linear, _linear, _linear_backward, (1,))
 
 
-# ------------------------------------------------------------------------------------------------------------ mlp
+# ---------------------------------------------------------------------------------------------------- feed-forward
 
 
-def _mlp_ops(normed: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> Tensor:
-    return ops.mlp(normed, w1, b1, w2, b2, activation=activation)
+def _feed_forward(name: str, op: Op, check: Callable[..., None], public: Callable[..., Tensor]) -> _Step:
+    """The step of `mlp`, or of `glu_mlp`, whose arguments mean as much to a step."""
+
+    def by_ops(normed: Tensor, *arguments: Any) -> Tensor:
+        return public(normed, *arguments[:4], activation=arguments[4])
+
+    def forward(
+        launch: Launch, normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        *weights, activation = arguments
+        y, pre = launch(name, op, normed, *_cast(dtype, *weights), activation, learns)
+        return y, (pre,)
+
+    def backward(launch, dy, normed, dtype, needs, arguments, kept):
+        w1, _, w2, _, activation = arguments
+        w1, w2 = _cast(dtype, w1, w2)
+        dx, *grads = launch(name, op, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
+        return dx if needs[0] else None, *_given(needs[1:5], grads), None
+
+    return _Step(f"{name}_step", check, by_ops, forward, backward, (1, 3))
 
 
-def _mlp(
-    launch: Launch, normed: Tensor, dtype: torch.dtype | None, learns: bool, *arguments: Any
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    *weights, activation = arguments
-    y, pre = launch("mlp", op_mlp, normed, *_cast(dtype, *weights), activation, learns)
-    return y, (pre,)
-
-
-def _mlp_backward(launch, dy, normed, dtype, needs, arguments, kept):
-    *weights, activation = arguments
-    w1, _, w2, _ = weights
-    w1, w2 = _cast(dtype, w1, w2)
-    dx, *grads = launch("mlp", op_mlp, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
-    return dx if needs[0] else None, *_given(needs[1:5], grads), None
-
-
-_MLP = _Step("mlp_step", check_mlp, _mlp_ops, _mlp, _mlp_backward, (1, 3))
+_MLP = _feed_forward("mlp", op_mlp, check_mlp, ops.mlp)
+_GLU_MLP = _feed_forward("glu_mlp", op_glu_mlp, check_glu_mlp, ops.glu_mlp)
 
 
 # ------------------------------------------------------------------------------------------------------ attention

@@ -161,22 +161,30 @@ def gated_branch(
     gate: Callable[[Tensor], Tensor],
     last: dict[str, nn.Module],
     dropout: nn.Module | None = None,
+    act: nn.Module | Callable[..., Tensor] | None = None,
+    gate_last: bool = False,
 ) -> Branch:
-    """last(dropout(gate(first(x)))): SwiGLU and its relatives (Shazeer 2020), the products ours, the gate torch's.
+    """last(dropout(gate(first(x)))): SwiGLU and its relatives (Shazeer 2020).
 
     Args:
         first: one Linear, or two whose results stand side by side, by the names that their block has for them.
-        gate: from those results, [B, N, 2 * F], to [B, N, F].
+        gate: from those results, [B, N, 2 * F], to [B, N, F], by torch.
         last: the Linear behind it, by its name.
         dropout: between gate and last.
+        act: the activation, where `gate` is act(one half) * the other half and nothing else: `ops.glu_mlp` then runs
+            it inside the products, if it knows the activation.
+        gate_last: whether the activation is of the second half.
     """
     linears, (output,) = tuple(first.values()), last.values()
+    kind = None if act is None or not parts.drops_nothing(dropout) else parts.activation(act)
 
     def finish(both: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
         hidden = gate(both)
         return parts.last_linear(output, hidden if dropout is None else dropout(hidden), bias_apart)
 
     why_not = why_not_linears(**first, **last)
+    if kind is not None and why_not is None:
+        return _glu_branch(linears, output, kind, gate_last)
     return Branch(
         lambda x, bias_apart: finish(projected(x, *linears), bias_apart),
         "linear, gate of torch, linear",
@@ -184,6 +192,26 @@ def gated_branch(
         why_not,
         step=linear_step(lambda: joined(*linears), finish) if why_not is None else None,
     )
+
+
+def _glu_branch(first: tuple[nn.Module, ...], last: nn.Module, kind: str, gate_last: bool) -> Branch:
+    """`ops.glu_mlp` as the branch of a residual step."""
+
+    def weights(bias_apart: bool) -> tuple[Any, Any, Any, Any]:
+        packed = joined(*first)
+        if gate_last:
+            weight, bias = (None if each is None else torch.cat(each.chunk(2)[::-1]) for each in packed)
+        else:
+            weight, bias = packed
+        return weight, bias, last.weight, None if bias_apart else last.bias
+
+    def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Any]:
+        return ops.glu_mlp(x, *weights(bias_apart), activation=kind), last.bias if bias_apart else None
+
+    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Any]:
+        return *_steps.glu_mlp(x, added, norm, weights(bias_apart), kind), last.bias if bias_apart else None
+
+    return Branch(run, "glu_mlp", first[0], step=step)
 
 
 # ------------------------------------------------------------------------------------------------------- attention

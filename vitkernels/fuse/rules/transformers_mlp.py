@@ -124,7 +124,7 @@ class FusedPvtMlp(FusedDropMlp):
 
 
 class FusedGatedMlp(FusedMlp):
-    """SwiGLU (Shazeer 2020) of DINOv2, DINOv3 and others: the products are ours, the gate between them is torch's."""
+    """SwiGLU (Shazeer 2020) of DINOv2, DINOv3 and others."""
 
     names = ("gate_proj", "act_fn", "down_proj")
     other: ClassVar[str] = "up_proj"
@@ -142,7 +142,7 @@ class FusedGatedMlp(FusedMlp):
 
         projections = {self.names[0]: gating, self.other: getattr(self, self.other)}
         dropout = None if self.between is None else getattr(self, self.between)
-        return sublayers.gated_branch(projections, gate, {self.names[2]: last}, dropout)
+        return sublayers.gated_branch(projections, gate, {self.names[2]: last}, dropout, act=act)
 
 
 class FusedGatedStateMlp(FusedGatedMlp):
