@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 from case import DTYPES, Case, T
-from cases_attention import ATTENTION, ATTENTION_QKV, attention, attention_qkv
+from cases_attention import (
+    ATTENTION,
+    ATTENTION_QKV,
+    ATTENTION_VARLEN,
+    attention,
+    attention_qkv,
+    attention_varlen,
+    attention_varlen_qkv,
+)
 from cases_norm import ADD_LAYER_NORM, ADD_RMS_NORM, VECTORS, add_layer_norm, add_rms_norm
 from cases_rotary import ROTARY, rotary
 from draws import indices, keep_some, pixels
@@ -211,6 +219,7 @@ SMALL = [  # one case an op, which gives every tensor argument
     patch_embed("strides", 4, (2, 4), prefix=2, pos_embed=10, keep=6),
     attention("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
     attention_qkv("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
+    attention_varlen("strides", (5, 0, 4), 4, keys=(3, 2, 6), keys_heads=2),
     add_layer_norm("strides", (3, 5, 16)),
     add_rms_norm("strides", (3, 5, 16), vectors=VECTORS, by_sample=("weight", "scale")),
     mlp("strides", (3, 5)),
@@ -228,6 +237,7 @@ _HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, wh
     patch_embed("strides, 16 bits, patch 16", 16, (2, 4), prefix=1, pos_embed=9, width=64),
     attention("strides, 16 bits", 2, 3, 40, 24, 64, mask=T((2, 1, 1, 24), convert=keep_some)),
     attention_qkv("strides, 16 bits", 2, 3, 40, 64),
+    attention_varlen_qkv("strides, 16 bits", (40, 7), 2, 64),
     add_layer_norm("strides, 16 bits", (3, 5, 64)),
     add_rms_norm("strides, 16 bits", (3, 5, 64)),
     mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
@@ -248,6 +258,8 @@ def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[C
             layouts += ("channels_last", "heads last")
         if name == "image":
             layouts += ("grey",)
+        if name.startswith("cu_seqlens"):
+            layouts = ("sliced", "offset")  # all of one number they would be wrong
         for layout in layouts:
             tensors = {**base.tensors, name: dataclasses.replace(spec, layout=layout)}
             yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=dtypes)
@@ -263,6 +275,7 @@ PLAIN = [
     *PATCH_EMBED,
     *ATTENTION,
     *ATTENTION_QKV,
+    *ATTENTION_VARLEN,
     *ADD_LAYER_NORM,
     *ADD_RMS_NORM,
     *MLP,

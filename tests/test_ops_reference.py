@@ -40,13 +40,32 @@ def _patch_embed(image, weight, bias=None, mean=None, std=None, prefix=None, pos
 
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def _attention_qkv(qkv, num_heads, attn_mask=None, is_causal=False, scale=None):
     batch, tokens, packed = qkv.shape
     q, k, v = qkv.reshape(batch, tokens, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     return _attention(q, k, v, attn_mask, is_causal, scale).transpose(1, 2).reshape(batch, tokens, packed // 3)
+
+
+def _attention_varlen(
+    q=None, k=None, v=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, qkv=None,
+    cu_seqlens=None, max_seqlen=0, is_causal=False, scale=None,
+):  # fmt: skip
+    if qkv is not None:
+        (q, k, v), cu_seqlens_q, cu_seqlens_k = qkv.unbind(1), cu_seqlens, cu_seqlens
+    parts = [
+        each.split(ends.diff().tolist())
+        for each, ends in zip((q, k, v), (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k), strict=True)
+    ]
+    apart = [
+        _attention(*(each.transpose(0, 1)[None] for each in one), None, is_causal, scale)
+        for one in zip(*parts, strict=True)
+    ]
+    return torch.cat([q[:0], *(out[0].transpose(0, 1) for out in apart)])
 
 
 def _add_layer_norm(
@@ -115,6 +134,7 @@ STOCK: dict[str, Callable[..., Any]] = {
     "patch_embed": _patch_embed,
     "attention": _attention,
     "attention_qkv": _attention_qkv,
+    "attention_varlen": _attention_varlen,
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,
     "mlp": _mlp,

@@ -84,10 +84,12 @@ struct ProductSizes {
   int64_t rows, tiles, panels, packed, scratch;
 };
 
-// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, [2, queries] of A, are as in
-// vitkernels/ops/attention.py's score_units. `added`: the mask is, where a bool one hides.
+// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, where a row's log-sum stands
+// `stats_row` behind its largest score, are as in vitkernels/ops/attention.py's score_units. `added`: the mask is, where
+// a bool one hides. Of a `group` of heads that share k and v, the members come in order and with one scratch: the first
+// packs k and v, the last one writes their gradients.
 struct Head {
-  int64_t queries, keys, width;
+  int64_t queries, keys, width, stats_row, member, group;
   double scale, factor, unit;
   bool causal, added;
   Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes

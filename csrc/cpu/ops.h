@@ -43,6 +43,15 @@ std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tens
                                                   const Tensor& stats, int64_t num_heads, const Maybe& mask,
                                                   bool is_causal, double scale, bool needs_mask);
 
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, const Maybe& v,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale);
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& dout, const Tensor& q, const Maybe& k,
+                                                             const Maybe& v, const Tensor& out, const Tensor& stats,
+                                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                             int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                             bool is_causal, double scale);
+
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
                                const std::string& activation, bool save);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,

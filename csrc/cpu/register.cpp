@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&vk::attention_backward));
   m.impl("attention_qkv", TORCH_BOX(&vk::attention_qkv));
   m.impl("attention_qkv_backward", TORCH_BOX(&vk::attention_qkv_backward));
+  m.impl("attention_varlen", TORCH_BOX(&vk::attention_varlen));
+  m.impl("attention_varlen_backward", TORCH_BOX(&vk::attention_varlen_backward));
   m.impl("glu_mlp", TORCH_BOX(&vk::glu_mlp));
   m.impl("glu_mlp_backward", TORCH_BOX(&vk::glu_mlp_backward));
   m.impl("mlp", TORCH_BOX(&vk::mlp));

@@ -2,6 +2,7 @@
 
 from vitkernels.ops.add_layer_norm import add_layer_norm, add_rms_norm
 from vitkernels.ops.attention import attention, attention_qkv
+from vitkernels.ops.attention_varlen import attention_varlen
 from vitkernels.ops.glu_mlp import glu_mlp
 from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
@@ -13,6 +14,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_qkv",
+    "attention_varlen",
     "glu_mlp",
     "linear",
     "mlp",
