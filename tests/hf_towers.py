@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import fused
 import torch
-from hf_models import hf
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused

@@ -14,7 +14,24 @@ from typing import Any
 import fused
 import pytest
 import torch
-from hf_models import IMAGE, MLP, MODELS, OPS, TEXT, WHOLE, WIDTHS, built, close, dinov2, dinov3, hf, images, text, vit, words
+from hf_models import (
+    IMAGE,
+    MLP,
+    MODELS,
+    OPS,
+    TEXT,
+    WHOLE,
+    WIDTHS,
+    built,
+    close,
+    dinov2,
+    dinov3,
+    hf,
+    images,
+    text,
+    vit,
+    words,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

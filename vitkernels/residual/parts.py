@@ -9,6 +9,7 @@ adds a method stays known, one that changes `forward` (LoRA, quantized Linears) 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +62,11 @@ def drops_nothing(module: nn.Module | None) -> bool:
 
 
 def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
-    """Why `ops.add_layer_norm` cannot stand for this norm, or None when it can."""
-    known_why_not = known.LAYER_NORMS.get(owner_name(norm))
-    if known_why_not is None or not isinstance(norm, nn.LayerNorm):
+    """Why neither `ops.add_layer_norm` nor `ops.add_rms_norm` can stand for this norm, or None when one can."""
+    known_why_not = known.LAYER_NORMS.get(owner_name(norm)) if isinstance(norm, nn.LayerNorm) else None
+    if is_rms(norm):
+        known_why_not = known.RMS_NORMS[owner_name(norm)][1]
+    if known_why_not is None:
         return f"{name} is {_told_apart(stock_type(norm), 'LayerNorm')}, not LayerNorm"
     reason = known_why_not(norm)
     if reason is not None:
@@ -71,9 +74,22 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     reason = why_not_part(name, norm)  # before any look at its weight, which may be made at each
     if reason is not None:
         return reason
-    if norm.weight is None or len(norm.normalized_shape) != 1 or norm.weight.shape != norm.normalized_shape:
+    weight: Any = norm.weight
+    shape = getattr(norm, "normalized_shape", None)
+    if weight is None or weight.dim() != 1 or shape not in (None, weight.shape):
         return f"{name} has no weight of its last axis"
     return None
+
+
+def is_rms(norm: nn.Module) -> bool:
+    """Whether the norm's class is known to divide by the root mean square alone."""
+    return owner_name(norm) in known.RMS_NORMS
+
+
+def norm_epsilon(norm: nn.Module) -> float:
+    """What a known norm adds to the variance, or to the mean of squares."""
+    name = known.RMS_NORMS[owner_name(norm)][0] if is_rms(norm) else "eps"
+    return getattr(norm, name)
 
 
 def why_not_dtypes(reader: nn.Module, x: Tensor) -> str | None:
@@ -93,7 +109,10 @@ def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None)
     """norm(x); where it may be read, rounded to the dtype that its consumer multiplies in."""
     if why_not_layer_norm("norm", norm) is not None:
         return norm(x)
-    return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
+    eps = norm_epsilon(norm)
+    if is_rms(norm):
+        return ops.add_rms_norm(x, None, norm.weight, eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
+    return ops.add_layer_norm(x, None, norm.weight, norm.bias, eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------- Linear

@@ -95,7 +95,8 @@ class Sublayer:
             parts.why_not_drop_path(f"the drop path of {self.name}", self.drop_path),
         )
         why_not = next((reason for reason in reasons if reason is not None), None)
-        residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
+        op = "add_rms_norm" if parts.is_rms(self.norm) else "add_layer_norm"
+        residual = Part(f"{self.name} residual", "" if why_not else op, why_not)
         return [self.branch.part(self.name), residual]
 
     def _width(self) -> int:
@@ -176,13 +177,14 @@ def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _readable(norm: nn.Module, x: Tensor, again: bool | None = None) -> Norm | None:
-    """A norm's parameters, where `ops.add_layer_norm` can stand for it in this stream."""
+    """A norm's parameters, where `ops.add_layer_norm` or `ops.add_rms_norm` can stand for it in this stream."""
     if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != x.shape[-1]:  # type: ignore[index]
         return None
-    mixed = norm.bias is not None and norm.bias.dtype != norm.weight.dtype
+    bias = getattr(norm, "bias", None)
+    mixed = bias is not None and bias.dtype != norm.weight.dtype
     if mixed or parts.why_not_dtypes(norm, x) is not None:
         return None  # torch's own checks are the ones to see
-    return Norm(norm.weight, norm.bias, norm.eps, again)  # type: ignore[arg-type]
+    return Norm(norm.weight, bias, parts.norm_epsilon(norm), again, parts.is_rms(norm))  # type: ignore[arg-type]
 
 
 def _adds(sublayer: Sublayer, width: int) -> bool:

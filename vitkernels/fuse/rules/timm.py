@@ -22,6 +22,7 @@ known.LAYER_NORMS.update(
         "timm.layers.norm.LayerNormFp32": lambda norm: None,
     }
 )
+known.RMS_NORMS["timm.layers.norm.RmsNorm"] = ("eps", lambda norm: "runs timm's fast norm" if norm._fast_norm else None)
 known.LAYER_SCALES["timm.layers.layer_scale.LayerScale"] = "gamma"
 known.DROP_PATHS["timm.layers.drop.DropPath"] = known.draw_bernoulli
 known.ACTIVATIONS.update(

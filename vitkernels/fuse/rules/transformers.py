@@ -169,6 +169,13 @@ class FusedClipLayer(FusedLayer):
         return attn(hidden_states=x, **options)[0]
 
 
+class FusedAim2Layer(FusedLayer):
+    """Aimv2EncoderLayer and its copy."""
+
+    names = Names(("rms_norm1", "rms_norm2"), "attention", "ffn")
+    call = FusedClipLayer.call
+
+
 class FusedKeywordLayer(FusedLayer):
     """A layer that takes tokens, and hands every keyword to its attention."""
 
@@ -360,6 +367,7 @@ RULES = (
         ),
         ("hidden_states", "kwargs"),
     ),
+    layer_rule(FusedAim2Layer, owners("aimv2.Aimv2EncoderLayer ovis2.Ovis2VisionEncoderLayer")),
     layer_rule(FusedQianfanLayer, owners("qianfan_ocr.QianfanOCRVisionLayer"), ("hidden_states", "kwargs")),
     layer_rule(FusedInternLayer, owners("internvl.InternVLVisionLayer"), ("hidden_states",)),
     layer_rule(

@@ -152,6 +152,21 @@ class FusedGatedStateMlp(FusedGatedMlp):
         return super().forward(hidden_state)
 
 
+class FusedLimitedMlp(FusedGatedStateMlp):
+    """Glm5NextVisionMLP: both halves are kept within a limit, and the gate is torch's."""
+
+    def branch(self, **options: Any) -> Branch:
+        mlp: Any = self
+        limit = mlp.swiglu_limit
+
+        def gate(both: Tensor) -> Tensor:
+            first, second = both.chunk(2, dim=-1)
+            return mlp.act_fn(first.clamp(max=limit)) * second.clamp(min=-limit, max=limit)
+
+        projections = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
+        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj})
+
+
 class FusedWiMlp(FusedGatedMlp):
     """Pix2StructVisionMlp and its copy, which cast to the last product's dtype on their way."""
 
@@ -268,6 +283,7 @@ RULES = (
         ),
         ("up_proj",),
     ),
+    _mlp(FusedLimitedMlp, "hidden_state", owners("glm5_next.Glm5NextVisionMLP"), ("up_proj",)),
     _mlp(
         FusedWiMlp,
         "hidden_states",

@@ -14,28 +14,30 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
-from vitkernels.residual.sublayers import ROTARY, join_heads, rotary
+from vitkernels.residual.sublayers import ROTARY, rotary
 
 Positions = tuple[Tensor, Tensor]
 
 
-def attention_apart(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def attention_apart(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Any = None, scale: float | None = None
+) -> Tensor:
     """Attention of each sequence to itself, side by side.
 
     Args:
-        q, k, v: [1, H, T, K], the sequences one behind the other.
+        q: [1, H, T, K], the sequences one behind the other.
+        k, v: [1, G, T, K]; each of the G heads serves H / G of q's.
         cu_seqlens: [S + 1] integers from 0 to T: where each begins, and the end.
+        max_seqlen: tokens of the longest, an int or a tensor of one; None to look.
         scale: factor on the scores.
 
     Returns:
         [1, T, H * K].
     """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    if lengths and lengths[0] and lengths.count(lengths[0]) * lengths[0] == q.shape[2]:  # images of one size: a batch
-        batch = [each[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for each in (q, k, v)]
-        return join_heads(ops.attention(*batch, scale=scale)).flatten(0, 1)[None]
-    split = zip(*(torch.split(each, lengths, dim=2) for each in (q, k, v)), strict=True)
-    return torch.cat([join_heads(ops.attention(*each, scale=scale)) for each in split if each[0].shape[2]], dim=1)
+    ends = cu_seqlens.to(q.device, torch.int32)
+    longest = int(ends.diff().max()) if max_seqlen is None else int(max_seqlen)
+    q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
+    return ops.attention_varlen(q, k, v, ends, ends, longest, longest, scale=scale).flatten(1)[None]
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -59,9 +61,14 @@ class FusedPackedAttention(FusedAttention):
         max_seqlen: Any = None,
         **kwargs: Any,
     ) -> Any:
-        options = {"cu_seqlens": cu_seqlens, "position_embeddings": position_embeddings, **kwargs}
+        options = {
+            "cu_seqlens": cu_seqlens,
+            "position_embeddings": position_embeddings,
+            "max_seqlen": max_seqlen,
+            **kwargs,
+        }
         if self.leaves(hidden_states, **options):
-            return super(FusedAttention, self).forward(hidden_states, max_seqlen=max_seqlen, **options)
+            return super(FusedAttention, self).forward(hidden_states, **options)
         return self.returned(self.attended(hidden_states, **options))
 
     def returned(self, out: Tensor) -> Any:
@@ -82,13 +89,18 @@ class FusedPackedAttention(FusedAttention):
         return False
 
     def attend(  # type: ignore[override]
-        self, packed: Tensor, cu_seqlens: Tensor, position_embeddings: Positions | None = None, **options: Any
+        self,
+        packed: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: Positions | None = None,
+        max_seqlen: Any = None,
+        **options: Any,
     ) -> Tensor:
         q, k, v = self.split(packed if packed.dim() == 3 else packed[None])
         if position_embeddings is not None:
             q, k = (self.placed(each, *position_embeddings) for each in (q, k))
         scale = self.keywords(None, {})["scale"]
-        return attention_apart(q, k, v, cu_seqlens, scale).view(*packed.shape[:-1], -1)
+        return attention_apart(q, k, v, cu_seqlens, max_seqlen, scale).view(*packed.shape[:-1], -1)
 
     def placed(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q or k, [1, H, T, K], turned by its tokens' positions, [T, K]; what of a head has none stays as it is."""
@@ -101,6 +113,15 @@ class FusedNormedAttention(FusedPackedAttention):
     """GlmOcrVisionAttention and its copies: with norms of each head's q and k."""
 
     spelling = Spelling(("qkv",), "proj", "num_heads", norms=("q_norm", "k_norm"), each_head=True, is_causal=False)
+
+
+class FusedGroupedAttention(FusedPackedAttention):
+    """Exaone4_5_VisionAttention: several heads of q share those of k and v (Ainslie et al. 2023)."""
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        attn: Any = self
+        three = packed.split([attn.q_dim, attn.kv_dim, attn.kv_dim], dim=-1)
+        return [each.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each in three]
 
 
 class FusedKimiAttention(FusedPackedAttention):
@@ -141,9 +162,9 @@ class FusedBareAttention(FusedPackedAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: Any = None, **kwargs: Any
     ) -> Any:
-        options = {"cu_seqlens": cu_seqlens, **kwargs}
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, **kwargs}
         if self.leaves(hidden_states, **options):
-            return super(FusedAttention, self).forward(hidden_states, max_seqlen=max_seqlen, **options)
+            return super(FusedAttention, self).forward(hidden_states, **options)
         return self.returned(self.attended(hidden_states, **options))
 
 
@@ -305,6 +326,7 @@ RULES = (
         ),
         _PACKED,
     ),
+    attention_rule(FusedGroupedAttention, owners("exaone4_5.Exaone4_5_VisionAttention"), _PACKED, shares_keys=True),
     attention_rule(FusedOmniAttention, owners("qwen2_5_omni.Qwen2_5OmniVisionAttention"), _PACKED),
     attention_rule(
         FusedPaddleAttention,

@@ -45,6 +45,20 @@ def _formula(name: str, act: nn.Module) -> str:
     return name
 
 
+known.RMS_NORMS.update(
+    dict.fromkeys(
+        owners(
+            """
+            aimv2.Aimv2RMSNorm dots3_note.Dots3NoteRMSNorm exaone4_5.Exaone4_5_RMSNorm glm4v.Glm4vRMSNorm
+            glm4v_moe.Glm4vMoeRMSNorm glm5_next.Glm5NextRMSNorm glm_ocr.GlmOcrRMSNorm internvl.InternVLVisionRMSNorm
+            kosmos2_5.Kosmos2_5LayerNorm lfm3_vl.Lfm3VlVisionRMSNorm ovis2.Ovis2RMSNorm pix2struct.Pix2StructLayerNorm
+            pixtral.PixtralRMSNorm qianfan_ocr.QianfanOCRVisionRMSNorm qwen2_5_omni.Qwen2_5OmniRMSNorm
+            qwen2_5_vl.Qwen2_5_VLRMSNorm sapiens2.Sapiens2RMSNorm
+            """
+        ),
+        ("variance_epsilon", lambda norm: None),
+    )
+)
 # activation modules, by the formula they compute
 _ACTIVATIONS = {
     "GELUActivation": "gelu",
@@ -408,14 +422,18 @@ def attention_rule(
     arguments: Collection[str] = _ARGUMENTS,
     optional: Collection[str] = (),
     inside: Mapping[str, frozenset[str]] = MappingProxyType({}),
+    shares_keys: bool = False,
 ) -> Rule:
-    """The rule of one text; its children are those that the mixin's spelling names, and of these classes `inside`."""
+    """The rule of one text; its children are those that the mixin's spelling names, and of these classes `inside`.
+
+    `shares_keys` says that the mixin serves heads which share their keys with others.
+    """
     spelling = mixin.spelling
     last = () if spelling.last is None else (spelling.last,)
     named = {path.split(".")[0] for path in (*spelling.inputs, spelling.out, *(spelling.norms or ()), *last)}
 
     def contract(attn: nn.Module) -> str | None:
-        if getattr(attn, "num_key_value_groups", 1) != 1:
+        if getattr(attn, "num_key_value_groups", 1) != 1 and not shares_keys:
             return "several heads share their keys"
         return differs(attn, arguments, named, optional) or why_not_inside(attn, inside)
 
