@@ -139,16 +139,21 @@ vjepa2 VJEPA2Model
 x_clip XCLIPVisionModel
 yolos YolosModel
 """
-TOWERS: dict[str, str] = {package: cls for package, cls in (line.split() for line in _TOWERS.strip().splitlines())}
+TOWERS: dict[str, str] = {line.split()[0]: line.split()[1] for line in _TOWERS.strip().splitlines()}
 
 
-def build(name: str) -> nn.Module:
-    """A tower in its config's own settings, on the device that is the default now.
+def tower_class(name: str) -> type[nn.Module]:
+    """A tower's class.
 
     Args:
         name: of `TOWERS`.
     """
     package, _, file = name.partition(".")
     module = importlib.import_module(f"transformers.models.{package}.modeling_{file or package}")
-    cls = getattr(module, TOWERS[name])
-    return cls(cls.config_class())  # type: ignore[no-any-return]
+    return getattr(module, TOWERS[name])  # type: ignore[no-any-return]
+
+
+def build(name: str) -> nn.Module:
+    """A tower in its config's own settings, on the device that is the default now."""
+    cls = tower_class(name)
+    return cls(cls.config_class())  # type: ignore[attr-defined,operator]
