@@ -67,6 +67,7 @@ _PVT = {
     "patch_sizes": [7],
     "mlp_ratios": [2],
 }
+_GROUPED = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}
 _SQUARE = {"image_size": [32, 32]}
 Row = tuple[set[str], dict[str, Any]]
 TOWERS: dict[str, Row] = {
@@ -82,7 +83,10 @@ TOWERS: dict[str, Row] = {
     "dpt": (QKV, {}),
     "eomt": (QKV, {}),
     "ernie4_5_vl_moe": (PACKED, {}),
-    "exaone4_5": (gated(rms(PACKED)), {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}),
+    "exaone4_5": (
+        gated(rms(PACKED)),
+        {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2},
+    ),
     "flava": (QKV, {}),
     "git": (QKV, {}),
     "glm4v": (gated(rms(PACKED)), {}),
