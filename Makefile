@@ -51,7 +51,7 @@ bench-demo: .venv/.built ## the demo with timm beside it, and the seconds to 97 
 	$(PY) -m bench.training
 	$(PY) -m bench.report
 
-bench-coverage: .venv/.built ## how many of timm's registered models vk.fuse serves (about ten minutes)
+bench-coverage: .venv/.built ## how many models of timm and towers of transformers vk.fuse serves (about ten minutes)
 	$(PY) -m bench.coverage
 	$(PY) -m bench.report
 

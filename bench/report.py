@@ -39,7 +39,7 @@ class Results:
 
     devices: dict[str, Content] = field(default_factory=dict)
     demo: dict[str, Any] | None = None
-    coverage: dict[str, Any] | None = None
+    coverage: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, Any] | None = None
 
     @classmethod
@@ -50,8 +50,8 @@ class Results:
             content = json.loads(path.read_text())
             if path.stem == "demo":
                 found.demo = content
-            elif path.stem == coverage.RESULTS.stem:
-                found.coverage = content
+            elif path.stem.endswith("-coverage"):
+                found.coverage[path.stem.removesuffix("-coverage")] = content
             elif path.stem == host.FILE.stem:
                 found.host = content
             elif isinstance(content, dict) and {"device", "kind", "versions", "rows"} <= content.keys():
@@ -80,7 +80,9 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "ops": _for_each(tables.ops),
     "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
     "host": lambda results: host.report(results.host) if results.host else "Not yet measured.\n",
-    "coverage": lambda results: coverage.table(results.coverage) if results.coverage else "Not yet measured.\n",
+    "coverage": lambda results: (
+        "\n".join(coverage.table(content) for content in results.coverage.values()) or "Not yet measured.\n"
+    ),
     "scaling": lambda results: scaling.page(list(results.devices.values())),
 }
 

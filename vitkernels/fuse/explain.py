@@ -25,6 +25,7 @@ class Row:
         ops: the ops that serve it, "" for none.
         backend: the backend that is asked first and there.
         why_not: what is not fused, or None.
+        own: whether the part is an attention of a kind that no op serves, run by its own code.
     """
 
     module: str
@@ -32,6 +33,7 @@ class Row:
     ops: str
     backend: str
     why_not: str | None
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,36 @@ class Explanation:
         return {name: reason for name, reason in self.blocks.items() if reason is not None}
 
     @property
+    def around(self) -> dict[str, str]:
+        """Of the unfused blocks those of which the attention alone is not, being of a kind that no op serves."""
+        own: dict[str, bool] = {}
+        for row in self.rows:
+            if row.why_not is not None:
+                own[row.module] = own.get(row.module, True) and row.own
+        return {name: reason for name, reason in self.unfused.items() if own.get(name)}
+
+    @property
     def summary(self) -> str:
-        """The last line: "11 of 12 blocks fused; block 7: LoRA on qkv"."""
-        fused = len(self.blocks) - len(self.unfused)
-        reasons = [f"block {_index(name)}: {reason}" for name, reason in self.unfused.items()]
-        return "; ".join([f"{fused} of {len(self.blocks)} blocks fused", *reasons])
+        """The last line: "11 of 12 blocks fused; block 7: LoRA on qkv".
+
+        Blocks of `around` are counted apart: "12 of 12 blocks: residual and feed-forward fused, attention its own".
+        """
+        count, around = len(self.blocks), self.around
+        said = [f"{count - len(self.unfused)} of {count} blocks fused"]
+        if around:
+            said.append(f"{len(around)} of {count} blocks: residual and feed-forward fused, attention its own")
+        said += [f"block {_index(name)}: {reason}" for name, reason in self.unfused.items() if name not in around]
+        return "; ".join(said)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for programs: `blocks`, `fused`, `rows`, `unfused`, `fallbacks`, `summary`; plain Python values."""
+        """The same for programs, in plain Python values.
+
+        Keys: `blocks`, `fused`, `around`, `rows`, `unfused`, `fallbacks`, `summary`.
+        """
         return {
             "blocks": len(self.blocks),
             "fused": len(self.blocks) - len(self.unfused),
+            "around": self.around,
             "unfused": self.unfused,
             "rows": [
                 {"module": row.module, "part": row.part, "ops": row.ops, "backend": row.backend, "why_not": row.why_not}
@@ -112,10 +133,12 @@ def explain(model: nn.Module) -> Explanation:
             backend, reason = _backend(module), module.why_not_own()
             inner = module.block_names(module)
             parts = module.parts() if reason is None else [Part("", "", reason, block) for block in inner or [""]]
-            found = [Row(_join(name, part.module), part.name, part.ops, backend, part.why_not) for part in parts]
+            found = [
+                Row(_join(name, part.module), part.name, part.ops, backend, part.why_not, part.own) for part in parts
+            ]
         elif isinstance(module, Block):  # vitkernels' own
-            own = [part for sublayer in module.sublayers() for part in sublayer.parts()]
-            found = [Row(name, part.name, part.ops, _backend(module), part.why_not) for part in own]
+            parts = [part for sublayer in module.sublayers() for part in sublayer.parts()]
+            found = [Row(name, part.name, part.ops, _backend(module), part.why_not) for part in parts]
             inner = [""]
         elif name in known:
             inner = known[name].match.rule.mixin.block_names(module)

@@ -77,8 +77,8 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
         reason = why_not_part(name, norm)
         if reason is not None:
             return reason
-        weight = getattr(norm, "weight", None)
-        return None if weight is not None and weight.dim() == 1 else f"{name} has no weight of its last axis"
+        gain = getattr(norm, "weight", None)
+        return None if gain is not None and gain.dim() == 1 else f"{name} has no weight of its last axis"
     known_why_not = known.LAYER_NORMS.get(owner_name(norm))
     if known_why_not is None or not isinstance(norm, nn.LayerNorm):
         return f"{name} is {_told_apart(stock_type(norm), 'LayerNorm')}, not LayerNorm"
@@ -88,7 +88,9 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     reason = why_not_part(name, norm)  # before any look at its weight, which may be made at each
     if reason is not None:
         return reason
-    if norm.weight is None or len(norm.normalized_shape) != 1 or norm.weight.shape != norm.normalized_shape:
+    weight: Any = norm.weight
+    shape = getattr(norm, "normalized_shape", None)
+    if weight is None or weight.dim() != 1 or shape not in (None, weight.shape):
         return f"{name} has no weight of its last axis"
     return None
 

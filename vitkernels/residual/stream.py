@@ -54,12 +54,14 @@ class Part:
         ops: the ops, "attention_qkv, linear"; "" where none runs.
         why_not: what is not fused, or None.
         module: the block within the module that the part belongs to ("layers.0"); "" for the module itself.
+        own: whether the part is an attention of a kind that no op serves, run by its own code.
     """
 
     name: str
     ops: str
     why_not: str | None = None
     module: str = ""
+    own: bool = False
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class Branch:
         reason: what of the branch is not fused, or how to find out: a call need not, `explain` does.
         otherwise: the ops that `run` calls while something is not; the same by default.
         step: the same with the add and the norm before it, as one autograd Function; None where there is none.
+        own: whether this is an attention of a kind that no op serves: `run` is its own code.
     """
 
     run: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -82,6 +85,7 @@ class Branch:
     reason: str | Callable[[], str | None] | None = None
     otherwise: str | None = None
     step: Step | None = None
+    own: bool = False
 
     @property
     def why_not(self) -> str | None:
@@ -92,7 +96,7 @@ class Branch:
         """The row of `explain`."""
         why_not = self.why_not
         ops = self.ops if why_not is None or self.otherwise is None else self.otherwise
-        return Part(name, ops, why_not)
+        return Part(name, ops, why_not, own=self.own)
 
 
 class _Read(NamedTuple):

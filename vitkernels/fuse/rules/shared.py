@@ -1,4 +1,4 @@
-"""What every ecosystem has: the convolution that cuts an image into patches, and blocks in an nn.Sequential."""
+"""What every ecosystem has: the convolution that cuts an image or a video into patches; blocks in an nn.Sequential."""
 
 from __future__ import annotations
 
@@ -40,18 +40,40 @@ class FusedPatchConv(Fused):
         return [Part("", "patch_embed", _why_not_patches(self))]
 
 
+class FusedVideoConv(FusedPatchConv):
+    """A Conv3d whose patches do not overlap: its frames are channels of an image, and where there is one patch alone,
+    as in towers that are handed patches, it is a Linear.
+
+    It returns what the convolution returns, [B, D, T / P0, H / P1, W / P2], as a view of tokens.
+    """
+
+    axes = 5
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv: Any = self
+        if self.declines(input, lambda: _why_not_patches(conv) or _why_not_image(conv, input)):
+            return super(FusedPatchConv, self).forward(input)
+        counts = [size // side for size, side in zip(input.shape[2:], conv.kernel_size, strict=True)]
+        with self.backend():
+            if counts == [1, 1, 1]:
+                return ops.linear(input.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
+            frames = input.unflatten(2, (counts[0], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+            tokens = ops.patch_embed(frames, conv.weight.flatten(1, 2), conv.bias)
+        return tokens.unflatten(0, (-1, counts[0])).unflatten(2, counts[1:]).permute(0, 4, 1, 2, 3)
+
+
 def _why_not_patches(conv: Any) -> str | None:
-    """In what a Conv2d is more than a projection of patches side by side; None when it is one."""
-    if conv.kernel_size != conv.stride or conv.padding not in ((0, 0), "valid"):
+    """In what a convolution is more than a projection of patches side by side; None when it is one."""
+    if conv.kernel_size != conv.stride or (conv.padding != "valid" and any(conv.padding)):
         return "its patches overlap or are padded"
-    if conv.groups != 1 or conv.dilation != (1, 1):
+    if conv.groups != 1 or any(each != 1 for each in conv.dilation):
         return "it is grouped or dilated"
     return None
 
 
 def _why_not_image(conv: Any, image: Tensor) -> str | None:
     """Why these images go to the convolution itself, or None when they do not."""
-    if image.dim() != 4 or image.shape[1] != conv.in_channels:
+    if image.dim() != conv.weight.dim() or image.shape[1] != conv.in_channels:
         return f"called with shape {list(image.shape)}"  # the convolution's own error is the one to see
     if any(size % side for size, side in zip(image.shape[2:], conv.kernel_size, strict=True)):
         return "called with an image that is no multiple of the patch"
@@ -60,7 +82,7 @@ def _why_not_image(conv: Any, image: Tensor) -> str | None:
 
 def _is_patch_conv(conv: Any) -> str | None:
     # a ConvNet's stem has small patches, and wants its output in the convolution's layout
-    return _why_not_patches(conv) or (None if min(conv.kernel_size) >= 7 else "its patches are smaller than 7")
+    return _why_not_patches(conv) or (None if min(conv.kernel_size[-2:]) >= 7 else "its patches are smaller than 7")
 
 
 def _why_not_blocks(sequential: Any) -> str | None:
@@ -74,4 +96,8 @@ def _why_not_blocks(sequential: Any) -> str | None:
 
 
 SEQUENTIAL = Rule(FusedSequential, frozenset({name_of(nn.Sequential)}), _why_not_blocks, is_common=True)
-RULES = (Rule(FusedPatchConv, frozenset({name_of(nn.Conv2d)}), _is_patch_conv), SEQUENTIAL)
+RULES = (
+    Rule(FusedPatchConv, frozenset({name_of(nn.Conv2d)}), _is_patch_conv),
+    Rule(FusedVideoConv, frozenset({name_of(nn.Conv3d)}), _is_patch_conv),
+    SEQUENTIAL,
+)

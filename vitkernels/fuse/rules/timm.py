@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vitkernels import ops
+from vitkernels.fuse.around import attention_of
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
 from vitkernels.residual import known, parts, sublayers
@@ -289,7 +290,7 @@ class FusedBlock(PreNormBlock):
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
-        attention = branch_of("attn", block.attn, **(self.passes | options))
+        attention = attention_of("attn", block.attn, **(self.passes | options))
         return [
             Sublayer("attn", block.norm1, attention, block.ls1, block.drop_path1),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.ls2, block.drop_path2),

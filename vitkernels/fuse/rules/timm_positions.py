@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import ops
+from vitkernels.fuse.around import attention_of
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, why_not_two_masks
 from vitkernels.fuse.swap import branch_of
@@ -161,7 +162,7 @@ class FusedEvaBlock(FusedBlock):
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
-        attention = branch_of("attn", block.attn, **(self.passes | options))
+        attention = attention_of("attn", block.attn, **(self.passes | options))
         return [
             Sublayer("attn", block.norm1, attention, block.gamma_1, block.drop_path1),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), block.gamma_2, block.drop_path2),

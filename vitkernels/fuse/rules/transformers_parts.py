@@ -1,14 +1,17 @@
-"""Hugging Face transformers: the attention and feed-forward modules of its Vision Transformers.
+"""Hugging Face transformers: the attention modules of its Vision Transformers.
 
 Read from transformers 5.23. Attention there is a function that a model's config names; the functions served here
-differ in speed alone, and in what they do with `is_causal`. The layers around these modules are in `transformers`.
+differ in speed alone, and in what they do with `is_causal`. The library writes each model out in full, so that one text
+stands in many files: a mixin serves a text or several that differ in names, and each rule lists the classes that hold
+one text. Feed-forwards are in `transformers_mlp`, the layers around both in `transformers`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,47 +20,46 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused
-from vitkernels.residual import known, parts, sublayers
-from vitkernels.residual.genuine import IDLE_HOOKS, WRAPPERS
+from vitkernels.residual import known, parts
+from vitkernels.residual.genuine import IDLE_HOOKS, WRAPPERS, owner_name
 from vitkernels.residual.stream import Branch, Part, Step
 from vitkernels.residual.sublayers import (
     ATTENTION,
-    ROTARY,
     attention_step,
+    dropped,
     join_heads,
     joined,
     linear_step,
     projected,
-    rotary,
-    split_heads,
     why_not_linears,
 )
 
 
-def owners(suffix: str, families: Mapping[str, str]) -> frozenset[str]:
-    """The names of one class in many model files: package to prefix, and what follows the prefix."""
-    return frozenset(f"transformers.models.{name}.modeling_{name}.{each}{suffix}" for name, each in families.items())
-
-
-VIT = {
-    "vit": "ViT",
-    "deit": "DeiT",
-    "vit_mae": "ViTMAE",
-    "vit_msn": "ViTMSN",
-    "ijepa": "IJepa",
-    "audio_spectrogram_transformer": "AST",
-    "vivit": "Vivit",
-}
-DINOV2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters", "tipsv2": "Tipsv2Vision"}
-DINOV3 = {"dinov3_vit": "DINOv3ViT", "eomt_dinov3": "EomtDinov3"}
-CLIP = {"clip": "CLIP", "metaclip_2": "MetaClip2", "altclip": "AltCLIP", "clipseg": "CLIPSeg", "x_clip": "XCLIP"}
-SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}
+def owners(names: str) -> frozenset[str]:
+    """Classes of the library's model files, by "package.Class", or "package.file.Class" where a package has several."""
+    split = [name.split(".") for name in names.split()]
+    return frozenset(f"transformers.models.{name[0]}.modeling_{name[-2]}.{name[-1]}" for name in split)
 
 
 def _formula(name: str, act: nn.Module) -> str:
     return name
 
 
+known.RMS_NORMS.update(
+    dict.fromkeys(
+        owners(
+            """
+            aimv2.Aimv2RMSNorm deepseek_ocr2.DeepseekOcr2VisionRMSNorm dots3_note.Dots3NoteRMSNorm
+            exaone4_5.Exaone4_5_RMSNorm glm4v.Glm4vRMSNorm glm4v_moe.Glm4vMoeRMSNorm glm_image.GlmImageRMSNorm
+            glm5_next.Glm5NextRMSNorm glm_ocr.GlmOcrRMSNorm internvl.InternVLVisionRMSNorm
+            kosmos2_5.Kosmos2_5LayerNorm lfm3_vl.Lfm3VlVisionRMSNorm ovis2.Ovis2RMSNorm pix2struct.Pix2StructLayerNorm
+            pixtral.PixtralRMSNorm qianfan_ocr.QianfanOCRVisionRMSNorm qwen2_5_omni.Qwen2_5OmniRMSNorm
+            qwen2_5_vl.Qwen2_5_VLRMSNorm sapiens2.Sapiens2RMSNorm
+            """
+        ),
+        lambda norm: norm.variance_epsilon,
+    )
+)
 # activation modules, by the formula they compute
 _ACTIVATIONS = {
     "GELUActivation": "gelu",
@@ -69,27 +71,6 @@ _ACTIVATIONS = {
 }
 known.ACTIVATIONS.update(
     {f"transformers.activations.{name}": functools.partial(_formula, kind) for name, kind in _ACTIVATIONS.items()}
-)
-
-# RMSNorm of vision towers, by the model whose text it stands in; all are copies of one
-RMS_NORMS = {
-    "aimv2": "Aimv2RMSNorm",
-    "deepseek_ocr2": "DeepseekOcr2VisionRMSNorm",
-    "glm4v": "Glm4vRMSNorm",
-    "glm4v_moe": "Glm4vMoeRMSNorm",
-    "glm_image": "GlmImageRMSNorm",
-    "glm_ocr": "GlmOcrRMSNorm",
-    "internvl": "InternVLVisionRMSNorm",
-    "ovis2": "Ovis2RMSNorm",
-    "pixtral": "PixtralRMSNorm",
-    "qwen2_5_omni": "Qwen2_5OmniRMSNorm",
-    "qwen2_5_vl": "Qwen2_5_VLRMSNorm",
-}
-known.RMS_NORMS.update(
-    {
-        f"transformers.models.{model}.modeling_{model}.{name}": lambda norm: norm.variance_epsilon
-        for model, name in RMS_NORMS.items()
-    }
 )
 
 
@@ -108,9 +89,6 @@ def _records_nothing(hook: Callable[..., Any]) -> bool:
 IDLE_HOOKS.append(_records_nothing)
 WRAPPERS.add(("transformers.modeling_layers", "forward_with_checkpointing"))
 
-
-# ------------------------------------------------------------------------------------------------------- attention
-
 # Names of attention functions that compute one thing; with a mask of four axes, or without one.
 _FUNCTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "vitkernels")
 # Keywords that reach attention on their way to others, and change nothing in it.
@@ -121,16 +99,53 @@ _PASSING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """What a template calls the parts of its attention."""
+    """What a text calls the parts of its attention; a dot reads into a module inside.
 
+    Attributes:
+        inputs: the projections of q, k and v, or the one for all three.
+        out: the projection behind.
+        heads, scale, dropout, config: their attributes; no scale is 1 / sqrt(K). The dropout is a rate or a module.
+        norms: of q and of k, over all heads together, or over each where `each_head`.
+        last: the dropout behind `out`.
+        inside: modules within, which are read past.
+        is_causal: False where the text says so itself, the attribute that it hands over, or None where the call is
+            heard.
+    """
+
+    inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     out: str = "o_proj"
     heads: str = "num_attention_heads"
-    scale: str = "scaling"
+    scale: str | None = "scaling"
     dropout: str = "attention_dropout"
+    norms: tuple[str, str] | None = None
+    each_head: bool = False
+    last: str | None = None
+    inside: tuple[str, ...] = ()
+    is_causal: str | bool | None = None
+    config: str = "config"
+
+
+def why_not_without(needed: Collection[str], options: Mapping[str, Any]) -> str | None:
+    """Which keyword a call lacks that it cannot do without; the module's own error is the one to see."""
+    return next((f"called without {name}" for name in needed if options.get(name) is None), None)
+
+
+def why_not_inside(module: nn.Module, inside: Mapping[str, frozenset[str]]) -> str | None:
+    """Which child that is read past is of another class than these; None for none."""
+    named = ((name, owner_name(module._modules[name]), known) for name, known in inside.items())  # type: ignore[arg-type]
+    return next(
+        (f"its {name} is {found}, of which nothing is known" for name, found, known in named if found not in known),
+        None,
+    )
+
+
+def at(module: nn.Module, path: str) -> Any:
+    """What stands at a dotted path of attributes."""
+    return functools.reduce(getattr, path.split("."), module)
 
 
 class FusedAttention(Fused):
-    """ViTAttention and its copies: three projections as one product, then `ops.attention_qkv`.
+    """ViTAttention and its like: the projections as one product, then `ops.attention_qkv`.
 
     Eager attention returns the weights beside the output. A block throws them away, so reading around the module
     loses nothing; whoever calls the module itself gets its own code.
@@ -138,95 +153,146 @@ class FusedAttention(Fused):
 
     steps: ClassVar[str] = ATTENTION
     spelling: ClassVar[Spelling] = Spelling()
-    reads = ("q_proj",)
+    has_functions: ClassVar[bool] = True  # whether the config names what computes; else it is written out, as eager's
+    hears_keywords: ClassVar[bool] = True
+    returns_weights: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()  # keywords
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if self.declines(
-            hidden_states, lambda: self.why_not_alone() or self.why_not_call(attention_mask, kwargs), attention_mask
-        ):
+        if self.leaves(hidden_states, attention_mask=attention_mask, **kwargs):
             return super().forward(hidden_states, attention_mask, **kwargs)
+        return self.attended(hidden_states, attention_mask=attention_mask, **kwargs), None
+
+    def leaves(self, x: Tensor, **options: Any) -> bool:
+        """Whether a call of the module itself with these keywords belongs to its own class."""
+        return self.declines(
+            x,
+            lambda: why_not_without(self.needs, options) or self.why_not_alone() or self.why_not_call(**options),
+            options.get("attention_mask"),
+        )
+
+    def attended(self, x: Tensor, **options: Any) -> Tensor:
+        """The module on its tokens; the options are its forward's."""
         with self.backend():
-            return self.run(hidden_states, False, attention_mask, kwargs)[0], None
+            return self.branch(**options).run(x, False)[0]
+
+    def reader(self) -> object:
+        return at(self, self.spelling.inputs[0])
+
+    def implementation(self) -> str:
+        """The attention function that the config names."""
+        return (at(self, self.spelling.config)._attn_implementation or "eager") if self.has_functions else "eager"
 
     def why_not_now(self) -> str | None:
-        attn: Any = self
-        if self.training and getattr(attn, self.spelling.dropout) > 0:
-            return "a dropout of attention's weights"
-        function = attn.config._attn_implementation
-        return None if function in _FUNCTIONS else f"attn_implementation is {function!r}"
+        named = {name: at(self, name) for name in self.spelling.inside}
+        reasons = (parts.why_not_part(name, module) for name, module in named.items())
+        why_not = next((reason for reason in reasons if reason is not None), None)
+        if why_not is None and self._drops():
+            why_not = "a dropout of attention's weights"
+        function = self.implementation()
+        return why_not or (None if function in _FUNCTIONS else f"attn_implementation is {function!r}")
+
+    def _drops(self) -> bool:
+        dropout = at(self, self.spelling.dropout)
+        if isinstance(dropout, nn.Module):
+            return not parts.drops_nothing(dropout)
+        inside = self.spelling.dropout.rpartition(".")[0]
+        return bool((at(self, inside) if inside else self).training and dropout > 0)
 
     def why_not_alone(self) -> str | None:
         """`why_not_now`, where the module is called by somebody who may want its weights."""
-        attn: Any = self
-        eager = attn.config._attn_implementation in (None, "eager")
-        return "eager attention returns its weights" if eager else self.why_not_now()
+        returned = self.returns_weights and self.implementation() == "eager"
+        return "eager attention returns its weights" if returned else self.why_not_now()
 
-    def why_not_call(self, mask: Any, options: Mapping[str, Any]) -> str | None:
+    def why_not_call(self, attention_mask: Any = None, **options: Any) -> str | None:
         """Why a call with this mask and these keywords cannot run fused, or None when it can."""
-        for name in options:
-            if name not in _PASSING:
+        for name in options if self.hears_keywords else ():
+            if name not in _PASSING or (name == "is_causal" and self.spelling.is_causal is not None):
                 return f"called with {name}"
-        if mask is None:
+        if attention_mask is None:
             return None
-        if not isinstance(mask, Tensor):
-            return f"called with a {type(mask).__name__} for a mask"
-        return None if mask.dim() == 4 else f"called with a mask of {mask.dim()} axes"
+        if not isinstance(attention_mask, Tensor):
+            return f"called with a {type(attention_mask).__name__} for a mask"
+        return None if attention_mask.dim() == 4 else f"called with a mask of {attention_mask.dim()} axes"
 
-    def is_causal_now(self, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
+    def is_causal_now(self, mask: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether the config's attention function would hide later tokens in this call."""
-        attn: Any = self
-        if mask is not None or attn.config._attn_implementation in (None, "eager"):
+        own = self.spelling.is_causal
+        if mask is not None or own is False or self.implementation() == "eager":
             return False
-        asked = options.get("is_causal")
-        return bool(attn.is_causal if asked is None else asked)
+        asked = options.get("is_causal") if self.hears_keywords else None
+        if asked is None:
+            asked = at(self, own) if isinstance(own, str) else getattr(self, "is_causal", True)
+        return bool(asked)
 
-    def run(
-        self, x: Tensor, bias_apart: bool, mask: Tensor | None, options: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The module on [B, N, D]; as `parts.last_linear`."""
-        attn: Any = self
-        return self.finish(projected(x, attn.q_proj, attn.k_proj, attn.v_proj), bias_apart, mask, options)
+    def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """The projections' results side by side, [B, N, 3 * D], to the heads' outputs side by side, [B, N, D]."""
+        keywords = self.keywords(attention_mask, options)
+        if self.is_plain():
+            return ops.attention_qkv(packed, at(self, self.spelling.heads), **keywords)
+        return join_heads(ops.attention(*self.turned(*self.split(packed), **options), **keywords))
 
-    def finish(
-        self, packed: Tensor, bias_apart: bool, mask: Tensor | None, options: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """What follows the projections, whose results stand side by side."""
-        heads = self.attend(packed, mask, self.is_causal_now(mask, options), options)
-        return parts.last_linear(getattr(self, self.spelling.out), heads, bias_apart)
-
-    def attend(self, packed: Tensor, mask: Tensor | None, is_causal: bool, options: Mapping[str, Any]) -> Tensor:
-        """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
-        heads, scale = getattr(self, self.spelling.heads), getattr(self, self.spelling.scale)
-        return ops.attention_qkv(packed, heads, attn_mask=mask, is_causal=is_causal, scale=scale)
-
-    def branch(self, attention_mask: Tensor | None = None, **options: Any) -> Branch:
-        attn: Any = self
-        projections = {"q_proj": attn.q_proj, "k_proj": attn.k_proj, "v_proj": attn.v_proj}
-        why_not = why_not_linears(**projections)
-        reader = attn.q_proj if why_not is None else None
-        why_not = why_not or why_not_linears(**{self.spelling.out: getattr(attn, self.spelling.out)})
-        return Branch(
-            lambda x, bias_apart: self.run(x, bias_apart, attention_mask, options),
-            self.steps,
-            reader,
-            why_not,
-            step=self.step(attention_mask, options) if why_not is None else None,
-        )
-
-    def packed(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the three projections as one."""
-        attn: Any = self
-        return joined(attn.q_proj, attn.k_proj, attn.v_proj)
-
-    def step(self, mask: Tensor | None, options: Mapping[str, Any]) -> Step:
-        """The branch with its norm as one Function, where all Linears may be read."""
-        out, heads, scale = (
-            getattr(self, name) for name in (self.spelling.out, self.spelling.heads, self.spelling.scale)
-        )
+    def keywords(self, mask: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of `ops.attention`."""
+        scale = self.spelling.scale
         is_causal = self.is_causal_now(mask, options)
-        return attention_step(self.packed, out, heads, attn_mask=mask, is_causal=is_causal, scale=scale)
+        return {"attn_mask": mask, "is_causal": is_causal, "scale": None if scale is None else at(self, scale)}
+
+    def is_plain(self) -> bool:
+        """Whether nothing happens to q and k between the projections and the scores."""
+        return self.spelling.norms is None or all(parts.is_identity(at(self, name)) for name in self.spelling.norms)
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """q, k and v, each [B, H, N, K], with the norms of q and k."""
+        heads, norms, each = at(self, self.spelling.heads), self.spelling.norms, self.spelling.each_head
+        three = list(packed.chunk(3, dim=-1))
+
+        def normed() -> None:
+            for index, name in enumerate(norms or ()):
+                three[index] = parts.layer_norm(at(self, name), three[index]).to(three[2].dtype)
+
+        if not each:
+            normed()
+        three = [tensor.unflatten(-1, (heads, -1)) for tensor in three]
+        if each:
+            normed()
+        return [tensor.transpose(1, 2) for tensor in three]
+
+    def turned(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as the scores see them: with rotary positions, where there are any."""
+        return q, k, v
+
+    def branch(self, **options: Any) -> Branch:
+        inputs = {name: at(self, name) for name in self.spelling.inputs}
+        out = at(self, self.spelling.out)
+        why_not = why_not_linears(**inputs)
+        reader = None if why_not else next(iter(inputs.values()))
+        why_not = why_not or why_not_linears(**{self.spelling.out: out})
+
+        def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            return finish(projected(x, *inputs.values()), bias_apart)
+
+        def finish(packed: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            return parts.last_linear(out, self.attend(packed, **options), bias_apart)
+
+        step = None if why_not else self.step(lambda: joined(*inputs.values()), out, finish, **options)
+        last = None if self.spelling.last is None else at(self, self.spelling.last)
+        return dropped(Branch(run, self.steps, reader, why_not, step=step), last)
+
+    def step(
+        self,
+        packed: Callable[[], tuple[Tensor, Tensor | None]],
+        out: nn.Module,
+        finish: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]],
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Step:
+        """The branch with its norm as one Function, where all Linears may be read."""
+        if not self.is_plain():
+            return linear_step(packed, finish)
+        return attention_step(packed, out, at(self, self.spelling.heads), **self.keywords(attention_mask, options))
 
     def parts(self) -> list[Part]:
         branch = self.branch()
@@ -236,147 +302,202 @@ class FusedAttention(Fused):
 class FusedClipAttention(FusedAttention):
     """CLIPAttention and its copies."""
 
-    spelling = Spelling("out_proj", "num_heads", "scale", "dropout")
+    spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout")
+
+
+class FusedGitAttention(FusedClipAttention):
+    """GitVisionAttention and its like: whether later tokens are hidden is the module's own affair."""
+
+    spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout", is_causal="is_causal")
 
 
 class FusedSiglipAttention(FusedClipAttention):
-    """SiglipAttention and its copy: deaf to keywords."""
+    """SiglipAttention and its copies: deaf to keywords."""
 
-    def why_not_call(self, mask: Any, options: Mapping[str, Any]) -> str | None:
-        return super().why_not_call(mask, {})
-
-    def is_causal_now(self, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
-        return super().is_causal_now(mask, {})
+    hears_keywords = False
 
 
-def without_positions(position_embeddings: object) -> str | None:
-    """Whether a call lacks what it cannot do without; the module's own error is the one to see."""
-    return "called without position_embeddings" if position_embeddings is None else None
+class FusedPhiAttention(FusedAttention):
+    """Phi4MultimodalVisionAttention."""
+
+    spelling = Spelling(out="out_proj", heads="num_heads")
 
 
-class FusedRopeAttention(FusedAttention):
-    """DINOv3ViTAttention: rotary positions on the patches' q and k, none on the prefix tokens'."""
+class FusedTextAttention(FusedAttention):
+    """Kosmos2_5VisionAttention: it asks the registry for an attribute that it never has, and so runs eager."""
 
-    steps = ROTARY
-    spelling = Spelling("o_proj", "num_heads", "scaling", "dropout")
+    spelling = Spelling(("query", "key", "value"), "output", "n_heads", dropout="dropout")
+    has_functions = False
 
-    def forward(
+
+class FusedPixAttention(FusedTextAttention):
+    """Pix2StructVisionAttention."""
+
+    has_functions = True
+
+
+class FusedMllamaAttention(FusedAttention):
+    """MllamaVisionAttention: without dropout."""
+
+    spelling = Spelling(heads="num_heads")
+
+    def _drops(self) -> bool:
+        return False
+
+
+class FusedInternAttention(FusedAttention):
+    """InternVLVisionAttention and its copy: norms of q and k over all heads together."""
+
+    spelling = Spelling(
+        out="projection_layer",
+        heads="num_heads",
+        scale="scale",
+        norms=("q_norm", "k_norm"),
+        last="projection_dropout",
+        is_causal=False,
+    )
+
+
+class FusedJanusAttention(FusedAttention):
+    """JanusVisionAttention: norms of each head's q and k."""
+
+    spelling = Spelling(
+        out="projection_layer",
+        heads="num_heads",
+        scale="scale",
+        norms=("q_norm", "k_norm"),
+        each_head=True,
+        last="projection_dropout",
+        is_causal="is_causal",
+    )
+
+
+class FusedMolmoAttention(FusedAttention):
+    """Molmo2VisionAttention: to its own tokens; to others' it is its class's."""
+
+    spelling = Spelling(heads="config.num_attention_heads", is_causal="is_causal")
+
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        options = {"position_embeddings": position_embeddings, **kwargs}
-        if self.declines(
-            hidden_states,
-            lambda: (
-                without_positions(position_embeddings)
-                or self.why_not_alone()
-                or self.why_not_call(attention_mask, options)
-            ),
-            attention_mask,
-        ):
-            return super(FusedAttention, self).forward(hidden_states, attention_mask, **options)
-        with self.backend():
-            return self.run(hidden_states, False, attention_mask, options)[0], None
+        options = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **kwargs}
+        if self.leaves(hidden_states, **options):
+            return super(FusedAttention, self).forward(hidden_states, **options)
+        return self.attended(hidden_states, **options), None
 
-    def why_not_call(self, mask: Any, options: Mapping[str, Any]) -> str | None:
-        rest = {name: value for name, value in options.items() if name != "position_embeddings"}
-        return super().why_not_call(mask, rest)
+    def why_not_call(self, attention_mask: Any = None, encoder_hidden_states: Any = None, **options: Any) -> str | None:
+        if encoder_hidden_states is not None:
+            return "called with encoder_hidden_states"
+        return super().why_not_call(attention_mask, **options)
 
-    def step(self, mask: Tensor | None, options: Mapping[str, Any]) -> Step:
-        return linear_step(self.packed, lambda packed, bias_apart: self.finish(packed, bias_apart, mask, options))
 
-    def attend(self, packed: Tensor, mask: Tensor | None, is_causal: bool, options: Mapping[str, Any]) -> Tensor:
-        cos, sin = options["position_embeddings"]
-        q, k, v = split_heads(packed, getattr(self, self.spelling.heads))
-        q, k = (rotary(each, sin, cos, prefix=each.shape[2] - sin.shape[-2], half=True) for each in (q, k))
-        scale = getattr(self, self.spelling.scale)
-        return join_heads(ops.attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale))
+class FusedPackedProjection(FusedAttention):
+    """Blip2Attention and its copies: one projection for q, k and v, and no mask."""
+
+    spelling = Spelling(("qkv",), "projection", "num_heads", "scale")
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        if self.leaves(hidden_states, **kwargs):
+            return super(FusedAttention, self).forward(hidden_states, **kwargs)
+        return self.attended(hidden_states, **kwargs), None
+
+
+class FusedBlipAttention(FusedPackedProjection):
+    """BlipAttention: written out, and deaf to keywords."""
+
+    spelling = Spelling(("qkv",), "projection", "num_heads", "scale", "dropout")
+    has_functions = False
+    hears_keywords = False
 
 
 _ARGUMENTS = ("hidden_states", "attention_mask", "kwargs")
-_ROPE_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings", "kwargs")
 
 
-def _attention(
-    mixin: type[FusedAttention], families: Mapping[str, str], arguments: tuple[str, ...] = _ARGUMENTS
+def attention_rule(
+    mixin: type[FusedAttention],
+    names: frozenset[str],
+    arguments: Collection[str] = _ARGUMENTS,
+    optional: Collection[str] = (),
+    inside: Mapping[str, frozenset[str]] = MappingProxyType({}),
+    shares_keys: bool = False,
 ) -> Rule:
-    children = ("q_proj", "k_proj", "v_proj", mixin.spelling.out)
-    return Rule(mixin, owners("Attention", families), lambda attn: differs(attn, arguments, children))
+    """The rule of one text; its children are those that the mixin's spelling names, and of these classes `inside`.
+
+    `shares_keys` says that the mixin serves heads which share their keys with others.
+    """
+    spelling = mixin.spelling
+    last = () if spelling.last is None else (spelling.last,)
+    named = {path.split(".")[0] for path in (*spelling.inputs, spelling.out, *(spelling.norms or ()), *last)}
+
+    def contract(attn: nn.Module) -> str | None:
+        if getattr(attn, "num_key_value_groups", 1) != 1 and not shares_keys:
+            return "several heads share their keys"
+        return differs(attn, arguments, named, optional) or why_not_inside(attn, inside)
+
+    return Rule(mixin, names, contract)
 
 
-# ---------------------------------------------------------------------------------------------------- feed-forward
-
-
-class FusedMlp(Fused):
-    """Two projections and an activation, on `ops.mlp`."""
-
-    names: ClassVar[tuple[str, str, str]] = ("fc1", "activation_fn", "fc2")
-    reads = ("fc1", "up_proj")
-    axes = None
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.declines(hidden_states):
-            return super().forward(hidden_states)
-        with self.backend():
-            return self.branch().run(hidden_states, False)[0]
-
-    def branch(self, **options: Any) -> Branch:
-        first, act, last = (getattr(self, name) for name in self.names)
-        return sublayers.mlp_branch(first, act, last, names=(self.names[0], self.names[2]))
-
-    def parts(self) -> list[Part]:
-        return [self.branch().part("")]
-
-
-class FusedUpDownMlp(FusedMlp):
-    """DINOv3ViTMLP: the same by other names."""
-
-    names = ("up_proj", "act_fn", "down_proj")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-class FusedGatedMlp(FusedMlp):
-    """DINOv2's and DINOv3's SwiGLU (Shazeer 2020)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-    def branch(self, **options: Any) -> Branch:
-        mlp: Any = self
-
-        def gate(both: Tensor) -> Tensor:
-            first, second = both.chunk(2, dim=-1)
-            return mlp.act_fn(first) * second
-
-        projections = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
-        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj}, act=mlp.act_fn)
-
-
-def _has_mlp_parts(module: nn.Module) -> bool:
-    """Whether a module is made as `FusedMlp` expects: many models have a copy of it under another name."""
-    return set(module._modules) == set(FusedMlp.names) and isinstance(module._modules["fc1"], nn.Linear)
-
-
+VIT_ATTENTION = attention_rule(
+    FusedAttention,
+    owners(
+        """
+        audio_spectrogram_transformer.ASTAttention beit.BeitAttention deit.DeiTAttention dinov2.Dinov2Attention
+        dinov2_with_registers.Dinov2WithRegistersAttention ijepa.IJepaAttention lw_detr.LwDetrViTAttention
+        pixio.PixioAttention rf_detr.RfDetrDinov2Attention tipsv2.Tipsv2VisionAttention vit.ViTAttention
+        vit_mae.ViTMAEAttention vit_msn.ViTMSNAttention vivit.VivitAttention
+        """
+    ),
+)
+CLIP_ATTENTION = attention_rule(
+    FusedClipAttention,
+    owners(
+        """
+        altclip.AltCLIPAttention chinese_clip.ChineseCLIPVisionAttention clip.CLIPAttention clipseg.CLIPSegAttention
+        metaclip_2.MetaClip2Attention unlimited_ocr.UnlimitedOcrAttention x_clip.XCLIPAttention
+        """
+    ),
+)
+OWL_ATTENTION = attention_rule(FusedClipAttention, owners("owlvit.OwlViTAttention owlv2.Owlv2Attention"))
+GIT_ATTENTION = attention_rule(FusedGitAttention, owners("git.GitVisionAttention"))
+KOSMOS_ATTENTION = attention_rule(FusedGitAttention, owners("kosmos2.Kosmos2VisionAttention"))
+SIGLIP_ATTENTION = attention_rule(
+    FusedSiglipAttention,
+    owners(
+        """
+        aimv2.Aimv2Attention eomt.EomtAttention granite_docling.GraniteDoclingVisionAttention
+        idefics2.Idefics2VisionAttention idefics3.Idefics3VisionAttention ovis2.Ovis2VisionAttention
+        siglip.SiglipAttention siglip2.Siglip2Attention smolvlm.SmolVLMVisionAttention videomt.VideomtAttention
+        """
+    ),
+)
 RULES = (
-    _attention(FusedAttention, VIT | DINOV2),
-    _attention(FusedRopeAttention, DINOV3, _ROPE_ARGUMENTS),
-    _attention(FusedClipAttention, CLIP),
-    _attention(FusedSiglipAttention, SIGLIP),
-    Rule(
-        FusedMlp,
-        owners("MLP", VIT | DINOV2 | CLIP | SIGLIP),
-        lambda mlp: differs(mlp, ("hidden_states",), FusedMlp.names),
-        _has_mlp_parts,
+    VIT_ATTENTION,
+    CLIP_ATTENTION,
+    OWL_ATTENTION,
+    GIT_ATTENTION,
+    KOSMOS_ATTENTION,
+    SIGLIP_ATTENTION,
+    attention_rule(FusedPhiAttention, owners("phi4_multimodal.Phi4MultimodalVisionAttention")),
+    attention_rule(
+        FusedMolmoAttention,
+        owners("molmo2.Molmo2VisionAttention"),
+        ("hidden_states", "encoder_hidden_states", "attention_mask", "kwargs"),
     ),
-    Rule(FusedUpDownMlp, owners("MLP", DINOV3), lambda mlp: differs(mlp, ("x",), FusedUpDownMlp.names)),
-    Rule(
-        FusedGatedMlp,
-        owners("SwiGLUFFN", DINOV2) | owners("GatedMLP", DINOV3),
-        lambda mlp: differs(mlp, ("x",), ("gate_proj", "up_proj", "down_proj", "act_fn")),
+    attention_rule(FusedTextAttention, owners("kosmos2_5.Kosmos2_5VisionAttention")),
+    attention_rule(FusedPixAttention, owners("pix2struct.Pix2StructVisionAttention")),
+    attention_rule(FusedMllamaAttention, owners("mllama.MllamaVisionAttention")),
+    attention_rule(
+        FusedInternAttention, owners("internvl.InternVLVisionAttention qianfan_ocr.QianfanOCRVisionAttention")
     ),
+    attention_rule(FusedJanusAttention, owners("janus.JanusVisionAttention")),
+    attention_rule(
+        FusedPackedProjection,
+        owners("blip_2.Blip2Attention instructblip.InstructBlipAttention instructblipvideo.InstructBlipVideoAttention"),
+        ("hidden_states", "kwargs"),
+    ),
+    attention_rule(FusedBlipAttention, owners("blip.BlipAttention"), ("hidden_states", "kwargs"), ("dropout",)),
 )

@@ -1,0 +1,32 @@
+"""Blocks whose attention is of a kind that no op serves: it runs its own code, and the rest of the block is fused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.residual.genuine import stock_type
+from vitkernels.residual.stream import Branch
+
+
+def attention_of(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Branch:
+    """`branch_of` an attention; `explain` counts a block apart whose attention no rule serves."""
+    branch = branch_of(name, attn, call, **options)
+    return branch if isinstance(attn, Fused) else dataclasses.replace(branch, own=True)
+
+
+def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:
+    """The attention of a block that runs its own code, with what the block does around it (windows, pooling).
+
+    Args:
+        name: what the block calls it.
+        attn: the attention.
+        call: from the normed tokens to what is added to the stream.
+        kind: what it is that no op serves ("windows with a relative bias"), for `explain`.
+    """
+    why_not = f"{name} is {stock_type(attn).__name__}, its own: {kind}"
+    return Branch(lambda x, bias_apart: (call(x), None), "", None, why_not, own=True)

@@ -1,0 +1,223 @@
+"""Hugging Face transformers: layers whose q and k are turned by their positions (read from transformers 5.23).
+
+DINOv3 and its copies, MLCD, Step, Pixtral, Llama 4. Packed images are in `transformers_packed`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vitkernels.fuse.rules.transformers import FusedDinoLayer, FusedLayer, Names, layer_rule
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.residual.sublayers import ROTARY, rotary
+
+Positions = tuple[Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class FusedRopeAttention(FusedAttention):
+    """DINOv3ViTAttention and its like: rotary positions on the patches' q and k, none on the prefix tokens'."""
+
+    steps = ROTARY
+    spelling = Spelling(heads="num_heads", dropout="dropout")
+    has_prefix: ClassVar[bool] = True
+    by_halves: ClassVar[bool] = True
+    needs = ("position_embeddings",)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Positions | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
+        if self.leaves(hidden_states, **options):
+            return super(FusedAttention, self).forward(hidden_states, **options)
+        return self.attended(hidden_states, **options), None
+
+    def why_not_call(self, attention_mask: Any = None, position_embeddings: Any = None, **options: Any) -> str | None:
+        return super().why_not_call(attention_mask, **options)
+
+    def is_plain(self) -> bool:
+        return False
+
+    def turned(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: Positions, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cos, sin = (each[:, None] if each.dim() == 3 else each for each in position_embeddings)  # of each image
+        prefix = q.shape[2] - sin.shape[-2] if self.has_prefix else 0
+        q, k = (rotary(each, sin, cos, prefix=prefix, half=self.by_halves) for each in (q, k))
+        return q, k, v
+
+
+class FusedSapiensAttention(FusedRopeAttention):
+    """Sapiens2Attention: with norms of each head's q and k."""
+
+    spelling = Spelling(heads="num_heads", dropout="dropout", norms=("q_norm", "k_norm"), each_head=True)
+
+
+class FusedPixtralAttention(FusedRopeAttention):
+    """PixtralAttention: every token has a position."""
+
+    has_prefix = False
+
+
+class FusedStepAttention(FusedRopeAttention):
+    """Step3p7VisionAttention: the same, by other names."""
+
+    spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout")
+    has_prefix = False
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Positions,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+
+
+class FusedMlcdAttention(FusedStepAttention):
+    """MLCDAttention."""
+
+    spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout", is_causal="is_causal")
+
+
+class FusedLlamaAttention(FusedRopeAttention):
+    """Llama4VisionAttention: positions as complex numbers, and no mask whatever it is given."""
+
+    spelling = Spelling(heads="num_heads", scale=None, is_causal=False)
+    has_prefix = False
+    by_halves = False
+    needs = ("freqs_ci",)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        freqs_ci: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = {"freqs_ci": freqs_ci, "attention_mask": attention_mask, **kwargs}
+        if self.leaves(hidden_states, **options):
+            return super(FusedAttention, self).forward(hidden_states, past_key_values=past_key_values, **options)
+        return self.attended(hidden_states, **options), None
+
+    def why_not_call(  # type: ignore[override]
+        self, attention_mask: Any = None, freqs_ci: Any = None, **options: Any
+    ) -> str | None:
+        return super().why_not_call(None, **options)
+
+    def attend(  # type: ignore[override]
+        self, packed: Tensor, freqs_ci: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        turns = freqs_ci.reshape(packed.shape[1], -1).repeat_interleave(2, dim=-1)
+        return super().attend(packed, None, position_embeddings=(turns.real, turns.imag), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+class FusedRopeLayer(FusedDinoLayer):
+    """DINOv3ViTLayer: DINOv2's, with rotary positions."""
+
+    needs = ("position_embeddings",)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Positions | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
+        if self.leaves(hidden_states, **options):
+            return super(FusedLayer, self).forward(hidden_states, **options)
+        return self.run(hidden_states, **options)
+
+
+class FusedPixtralLayer(FusedRopeLayer):
+    """PixtralAttentionLayer."""
+
+    names = Names(("attention_norm", "ffn_norm"), "attention", "feed_forward")
+
+    def call(self, attn: Any, x: Tensor, **options: Any) -> Tensor:
+        return attn(hidden_states=x, **options)[0]
+
+
+class FusedStepLayer(FusedRopeLayer):
+    """Step3p7VisionEncoderLayer."""
+
+    names = Names(("layernorm_before", "layernorm_after"), "self_attn", scales=("lambda_1", "lambda_2"))
+
+
+class FusedMlcdLayer(FusedRopeLayer):
+    """MLCDEncoderLayer."""
+
+    names = Names(("layer_norm1", "layer_norm2"), "self_attn")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Positions,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+
+    def call(self, attn: Any, x: Tensor, **options: Any) -> Tensor:
+        return attn(hidden_states=x, **options)[0]
+
+
+class FusedLlamaLayer(FusedLayer):
+    """Llama4VisionEncoderLayer."""
+
+    names = Names(("input_layernorm", "post_attention_layernorm"), "self_attn")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_state: Tensor,
+        freqs_ci: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        options = {"freqs_ci": freqs_ci, "attention_mask": attention_mask}
+        if self.declines(hidden_state, lambda: "called with output_attentions" if output_attentions else None):
+            return super(FusedLayer, self).forward(hidden_state, output_attentions=output_attentions, **options)
+        return (self.run(hidden_state, **options),)
+
+
+_ROPE = ("hidden_states", "attention_mask", "position_embeddings", "kwargs")
+_STEP = ("hidden_states", "position_embeddings", "attention_mask", "kwargs")
+RULES = (
+    attention_rule(FusedRopeAttention, owners("dinov3_vit.DINOv3ViTAttention eomt_dinov3.EomtDinov3Attention"), _ROPE),
+    attention_rule(FusedSapiensAttention, owners("sapiens2.Sapiens2Attention"), _ROPE),
+    attention_rule(FusedPixtralAttention, owners("pixtral.PixtralAttention"), _ROPE),
+    attention_rule(FusedStepAttention, owners("step3p7.Step3p7VisionAttention"), _STEP),
+    attention_rule(FusedMlcdAttention, owners("mlcd.MLCDAttention"), _STEP),
+    attention_rule(
+        FusedLlamaAttention,
+        owners("llama4.Llama4VisionAttention"),
+        ("hidden_states", "freqs_ci", "attention_mask", "past_key_values", "kwargs"),
+    ),
+    layer_rule(
+        FusedRopeLayer,
+        owners("dinov3_vit.DINOv3ViTLayer eomt_dinov3.EomtDinov3Layer sapiens2.Sapiens2Layer"),
+        _ROPE,
+    ),
+    layer_rule(FusedPixtralLayer, owners("pixtral.PixtralAttentionLayer"), _ROPE),
+    layer_rule(FusedStepLayer, owners("step3p7.Step3p7VisionEncoderLayer"), _ROPE),
+    layer_rule(FusedMlcdLayer, owners("mlcd.MLCDEncoderLayer"), _STEP),
+    layer_rule(
+        FusedLlamaLayer,
+        owners("llama4.Llama4VisionEncoderLayer"),
+        ("hidden_state", "freqs_ci", "attention_mask", "output_attentions"),
+    ),
+)

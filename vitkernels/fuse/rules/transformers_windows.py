@@ -1,0 +1,409 @@
+"""Hugging Face transformers: layers that lay their tokens out anew around their attention (read from 5.23).
+
+Windows of an image (SAM, SAM 3, Swin, ViTDet, LW-DETR, RF-DETR), a token for each frame (X-CLIP), positions on three
+axes (V-JEPA 2). The norms work on each token by itself, so that the residual stream keeps one layout throughout. A
+relative bias would be a mask of N x N elements for each image; attention with one runs its own code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.fuse.around import attention_of, own_attention
+from vitkernels.fuse.rules.transformers import FusedDinoLayer, FusedKeywordLayer, FusedLayer, Names, layer_rule
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.residual import genuine
+from vitkernels.residual.stream import Branch, Sublayer, pre_norm
+from vitkernels.residual.sublayers import ROTARY, rotary
+
+BIAS = "a relative bias on its scores"
+
+
+def between(branch: Branch, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> Branch:
+    """The branch on tokens that are laid out anew before it, and back after it; nothing is computed on the way."""
+
+    def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+        out, bias = branch.run(before(x), bias_apart)
+        return after(out), bias
+
+    return dataclasses.replace(branch, run=run, step=None)
+
+
+def _functions(layer: nn.Module) -> Any:
+    """The module in which the layer's own class stands."""
+    return sys.modules[genuine.owner(layer).__module__]
+
+
+# ----------------------------------------------------------------------------------------- attention that is served
+
+
+class FusedLwDetrLayer(FusedKeywordLayer):
+    """LwDetrViTLayer: its batch is windows, which some layers join."""
+
+    names = Names(("layernorm_before", "layernorm_after"), "attention", "intermediate", scales=("gamma_1", "gamma_2"))
+
+    def attention_branch(self, **options: Any) -> Branch:
+        layer: Any = self
+        branch = super().attention_branch(**options)
+        if layer.window:
+            return branch
+        windows = layer.num_windows
+        return between(
+            branch,
+            lambda x: x.reshape(x.shape[0] // windows, windows * x.shape[1], -1),
+            lambda x: x.reshape(x.shape[0] * windows, x.shape[1] // windows, -1),
+        )
+
+
+class FusedRfDetrLayer(FusedDinoLayer):
+    """RfDetrDinov2Layer: the same of DINOv2's layer."""
+
+    def attention_branch(self, **options: Any) -> Branch:
+        layer: Any = self
+        branch = super().attention_branch(**options)
+        if not layer.global_attention:
+            return branch
+        return between(
+            branch,
+            layer.window_unpartition_before_attention,
+            lambda x: layer.window_partition_after_attention(x.shape, x),
+        )
+
+
+class FusedMessageLayer(FusedLayer):
+    """XCLIPVisionEncoderLayer: each frame gets a token that has looked at the other frames'."""
+
+    names = Names(("layer_norm1", "layer_norm2"), "self_attn")
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        layer: Any = self
+        if self.leaves(hidden_states, attention_mask=attention_mask, **kwargs):
+            return super(FusedLayer, self).forward(hidden_states, attention_mask, **kwargs)
+        messages = layer.message_fc(hidden_states[:, 0]).unflatten(0, (-1, layer.num_frames))
+        with self.backend():
+            messages = pre_norm(messages, [self.message(**kwargs)], self._vitkernels.residual_dtype)
+        # what becomes of the token is thrown away: a token more costs less than a pass that leaves it out
+        x = torch.cat([hidden_states, messages.flatten(0, 1)[:, None]], dim=1)
+        return self.run(x, attention_mask=attention_mask, **kwargs)[:, :-1]
+
+    def message(self, **options: Any) -> Sublayer:
+        """The step between frames, [B, frames, D]."""
+        layer: Any = self
+        attention = attention_of(
+            "message_attn", layer.message_attn, lambda x: layer.message_attn(x, **options)[0], **options
+        )
+        return Sublayer("message_attn", layer.message_ln, attention, None, layer.drop_path)
+
+    def parts(self) -> list[Any]:
+        return [*self.message().parts(), *super().parts()]
+
+    def why_not_call(self, attention_mask: Any = None, **options: Any) -> str | None:
+        layer: Any = self
+        attentions = (layer.message_attn, layer.self_attn)
+        reasons = (each.why_not_call(**options) for each in attentions if isinstance(each, FusedAttention))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
+        return attn(hidden_states=x, **options)[0]
+
+
+class FusedJepaAttention(FusedAttention):
+    """VJEPA2RopeAttention: positions in time, height and width turn a third of each head; by the module's own code."""
+
+    steps = "linear, rotary of torch, attention, linear"
+    spelling = Spelling(("query", "key", "value"), "proj", dropout="dropout_prob", is_causal="is_causal")
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.leaves(hidden_states, position_mask=position_mask):
+            return super(FusedAttention, self).forward(hidden_states, position_mask)
+        return self.attended(hidden_states, position_mask=position_mask), None
+
+    def why_not_call(self, attention_mask: Any = None, **options: Any) -> str | None:
+        return None
+
+    def is_plain(self) -> bool:
+        return False
+
+    def turned(
+        self, q: Tensor, k: Tensor, v: Tensor, position_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = self
+        places = attn.get_position_ids(v.transpose(1, 2), masks=position_mask)
+        q, k = (attn.apply_rotary_embeddings(each, places).to(v.dtype) for each in (q, k))
+        return q, k, v
+
+
+class FusedJepaLayer(FusedLayer):
+    """VJEPA2Layer, which returns the attention's weights beside its tokens."""
+
+    names = Names(("norm1", "norm2"), "attention", drop_paths=("drop_path", "drop_path"))
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.leaves(hidden_states):
+            return super(FusedLayer, self).forward(hidden_states, position_mask, **kwargs)
+        return self.run(hidden_states, position_mask=position_mask), None
+
+    def why_not_call(self, **options: Any) -> str | None:
+        attn: Any = getattr(self, self.names.attention)
+        eager = isinstance(attn, FusedAttention) and attn.implementation() == "eager"
+        return "eager attention returns its weights" if eager else None
+
+
+class FusedSam3Attention(FusedAttention):
+    """Sam3ViTRoPEAttention: rotary positions of neighbours in a head, tokens as [B, height, width, D]."""
+
+    axes = 4
+    steps = ROTARY
+    spelling = Spelling(is_causal="is_causal")
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.leaves(hidden_states, position_embeddings=position_embeddings, **kwargs):
+            return super(FusedAttention, self).forward(hidden_states, position_embeddings, **kwargs)
+        return self.attended(hidden_states, position_embeddings=position_embeddings, **kwargs), None
+
+    def why_not_call(self, attention_mask: Any = None, position_embeddings: Any = None, **options: Any) -> str | None:
+        return super().why_not_call(None, **options)
+
+    def is_plain(self) -> bool:
+        return False
+
+    def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        return super().attend(packed.flatten(1, 2), None, **options).unflatten(1, packed.shape[1:3])
+
+    def turned(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cos, sin = position_embeddings
+        q, k = (rotary(each, sin, cos) for each in (q, k))
+        return q, k, v
+
+
+class FusedSam3Layer(FusedKeywordLayer):
+    """Sam3ViTLayer: [B, height, width, D] in windows or whole."""
+
+    axes = 4
+    names = Names(("layer_norm1", "layer_norm2"), "attention", dropouts=(None, "dropout"))
+
+    def attention_branch(self, **options: Any) -> Branch:
+        """Windows are made and undone around the attention, whose positions are a window's."""
+        layer: Any = self
+        attn, size = layer.attention, layer.window_size
+
+        def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            own, sides = _functions(self), x.shape[1:3]
+            padded = sides
+            if size > 0:
+                x, padded = own.window_partition(x, size)
+            places = layer.rotary_emb(x, layer.position_ids)
+            branch = attention_of(
+                "attention",
+                attn,
+                lambda x: attn(x, places, **options)[0],
+                **options,
+                position_embeddings=places,
+            )
+            out, bias = branch.run(x, bias_apart)
+            return (own.window_unpartition(out, size, padded, sides) if size > 0 else out), bias
+
+        return dataclasses.replace(super().attention_branch(**options), run=run, step=None)
+
+
+# ------------------------------------------------------------------------------- attention that runs its own code
+
+
+class FusedOwnLayer(FusedLayer):
+    """A layer whose attention runs its own code, with what its class does around it."""
+
+    kind: ClassVar[str] = BIAS
+
+    def attention_branch(self, **options: Any) -> Branch:
+        name = self.names.attention
+        attn = getattr(self, name)
+        return own_attention(name, attn, lambda x: self.call(attn, x, **options), self.kind)
+
+
+class FusedSamLayer(FusedOwnLayer):
+    """SamVisionLayer and its copies: [B, height, width, D] in windows or whole."""
+
+    axes = 4
+    names = Names(("layer_norm1", "layer_norm2"), "attn")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        if self.leaves(hidden_states):
+            return super(FusedLayer, self).forward(hidden_states)
+        return self.run(hidden_states)
+
+    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
+        layer: Any = self
+        size, sides = layer.window_size, x.shape[1:3]
+        if size <= 0:
+            return attn(hidden_states=x)[0]
+        x, padded = layer.window_partition(x, size)
+        return layer.window_unpartition(attn(hidden_states=x)[0], size, padded, sides)
+
+
+class FusedVitDetLayer(FusedOwnLayer):
+    """VitDetLayer: [B, D, height, width] outside, and a convolution after it in some."""
+
+    axes = 4
+    names = Names(("norm1", "norm2"), "attention", drop_paths=("drop_path", "drop_path"))
+
+    def reader(self) -> object:
+        return None  # the norm sees the tokens the other way round
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        layer: Any = self
+        if self.leaves(hidden_states, output_attentions=output_attentions):
+            return super(FusedLayer, self).forward(hidden_states, output_attentions)
+        x = self.run(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return (layer.residual(x) if layer.use_residual_block else x,)
+
+    def why_not_call(self, output_attentions: bool = False, **options: Any) -> str | None:
+        return "called with output_attentions" if output_attentions else None
+
+    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
+        layer: Any = self
+        own, size, sides = _functions(self), layer.window_size, x.shape[1:3]
+        if size <= 0:
+            return attn(x)[0]
+        x, padded = own.window_partition(x, size)
+        return own.window_unpartition(attn(x)[0], size, padded, sides)
+
+
+class FusedSwinLayer(FusedOwnLayer):
+    """SwinLayer: windows, shifted in every other layer."""
+
+    names = Names(
+        ("layernorm_before", "layernorm_after"),
+        "attention",
+        drop_paths=("drop_path", "drop_path"),
+        dropouts=("dropout", "dropout"),
+    )
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer: Any = self
+        if self.leaves(hidden_states):
+            return super(FusedLayer, self).forward(hidden_states, input_dimensions, always_partition, **kwargs)
+        if not always_partition:
+            layer.set_shift_and_window_size(input_dimensions)
+        weights: list[Tensor | None] = []
+        x = self.run(hidden_states, sides=input_dimensions, weights=weights, given=kwargs)
+        return x, weights[0]
+
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        attention, feed_forward = super().sublayers(**options)
+        return [attention, dataclasses.replace(feed_forward, drop_path=None)]
+
+    def call(  # type: ignore[override]
+        self, attn: nn.Module, x: Tensor, sides: tuple[int, int], weights: list[Any], given: dict[str, Any]
+    ) -> Tensor:
+        layer: Any = self
+        own, size, (batch, _, width) = _functions(self), layer.window_size, x.shape
+        image, pads = layer.maybe_pad(x.view(batch, *sides, width), *sides)
+        padded = image.shape[1:3]
+        windows = own.window_partition(layer.cyclic_shift(image), size).view(-1, size * size, width)
+        mask = layer.get_attn_mask(*padded, dtype=x.dtype, device=windows.device)
+        out, found = attn(windows, mask, **given)
+        weights.append(found)
+        image = own.window_reverse(out.view(-1, size, size, width), size, *padded)
+        image = layer.cyclic_shift(image, reverse=True)
+        if pads[3] > 0 or pads[5] > 0:
+            image = image[:, : sides[0], : sides[1]].contiguous()
+        return image.view(batch, -1, width)
+
+
+class FusedTupleLayer(FusedOwnLayer):
+    """MgpstrLayer: the attention's weights are returned beside the tokens."""
+
+    names = Names(("norm1", "norm2"), "attn", drop_paths=("drop_path", "drop_path"))
+    kind = "its weights are returned"
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.leaves(hidden_states):
+            return super(FusedLayer, self).forward(hidden_states)
+        weights: list[Tensor] = []
+        return self.run(hidden_states, weights=weights), weights[0]
+
+    def call(self, attn: nn.Module, x: Tensor, weights: list[Tensor]) -> Tensor:  # type: ignore[override]
+        out, found = attn(x)
+        weights.append(found)
+        return out
+
+
+class FusedPvtLayer(FusedOwnLayer):
+    """PvtLayer: keys and values of a smaller image."""
+
+    names = Names(("layer_norm_1", "layer_norm_2"), "attention", drop_paths=("drop_path", "drop_path"))
+    kind = "keys and values of an image that a convolution makes smaller"
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        options = {"height": height, "width": width}
+        if self.leaves(hidden_states, output_attentions=output_attentions):
+            return super(FusedLayer, self).forward(hidden_states, height, width, output_attentions)
+        return (self.run(hidden_states, **options),)
+
+    why_not_call = FusedVitDetLayer.why_not_call
+
+    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
+        return attn(hidden_states=x, output_attentions=False, **options)[0]
+
+
+_SAM3 = ("hidden_states", "kwargs")
+RULES = (
+    layer_rule(FusedLwDetrLayer, owners("lw_detr.LwDetrViTLayer"), ("hidden_states", "kwargs")),
+    layer_rule(FusedRfDetrLayer, owners("rf_detr.RfDetrDinov2Layer")),
+    layer_rule(
+        FusedMessageLayer,
+        owners("x_clip.XCLIPVisionEncoderLayer"),
+        optional=("message_fc", "message_ln", "message_attn", "drop_path"),
+    ),
+    attention_rule(
+        FusedJepaAttention, owners("vjepa2.VJEPA2RopeAttention"), ("hidden_states", "position_mask"), ("dropout",)
+    ),
+    layer_rule(FusedJepaLayer, owners("vjepa2.VJEPA2Layer"), ("hidden_states", "position_mask", "kwargs")),
+    attention_rule(
+        FusedSam3Attention,
+        owners("sam3.Sam3ViTRoPEAttention"),
+        ("hidden_states", "position_embeddings", "kwargs"),
+    ),
+    layer_rule(FusedSam3Layer, owners("sam3.Sam3ViTLayer"), ("hidden_states", "kwargs"), ("rotary_emb",)),
+    layer_rule(
+        FusedSamLayer,
+        owners(
+            """
+            deepseek_ocr2.DeepseekOcr2SamVisionLayer got_ocr2.GotOcr2VisionLayer pp_formulanet.PPFormulaNetVisionLayer
+            sam.SamVisionLayer sam_hq.SamHQVisionLayer slanext.SLANeXtVisionLayer
+            unlimited_ocr.UnlimitedOcrSamVisionLayer
+            """
+        ),
+        ("hidden_states",),
+    ),
+    layer_rule(FusedVitDetLayer, owners("vitdet.VitDetLayer"), ("hidden_states", "output_attentions"), ("residual",)),
+    layer_rule(
+        FusedSwinLayer,
+        owners("swin.SwinLayer"),
+        ("hidden_states", "input_dimensions", "always_partition", "kwargs"),
+    ),
+    layer_rule(FusedTupleLayer, owners("mgp_str.MgpstrLayer"), ("hidden_states",)),
+    layer_rule(FusedPvtLayer, owners("pvt.PvtLayer"), ("hidden_states", "height", "width", "output_attentions")),
+)
