@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vitkernels import dispatch
+from vitkernels.fuse.candidates import candidates
 from vitkernels.fuse.swap import Fused
 from vitkernels.nn import Block
 from vitkernels.residual import genuine
@@ -115,8 +116,6 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         TypeError: model is no Module.
     """
-    from vitkernels.fuse.walk import candidates
-
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
     rows: list[Row] = []

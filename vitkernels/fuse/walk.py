@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from vitkernels import dispatch
-from vitkernels.fuse import rules
-from vitkernels.fuse.probe import difference
-from vitkernels.fuse.swap import Fused, hidden, is_swapped, keep_scriptable, restore, swap
-from vitkernels.nn import Attention, Block, Mlp, PatchEmbed
-from vitkernels.residual import genuine
-
-OWN = (Attention, Block, Mlp, PatchEmbed)  # built on the ops already
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A module that a rule knows: fused already, about to be, or declined with a reason."""
-
-    name: str
-    module: nn.Module
-    match: rules.Match
-    declined: str | None
+from vitkernels.fuse.candidates import OWN, Candidate, candidates
+from vitkernels.fuse.explain import explain
+from vitkernels.fuse.swap import Fused, is_swapped, keep_scriptable, restore, swap
 
 
 def fuse(
@@ -114,25 +99,6 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def candidates(model: nn.Module) -> Iterator[Candidate]:
-    """Every module of the model that a rule knows, fused or not; `vitkernels.nn`'s own are what they should be."""
-    own = {inner for module in model.modules() if isinstance(module, OWN) for inner in module.modules()}
-    for name, module in model.named_modules():
-        match = None if module in own else rules.match(module)
-        if match is None:
-            continue
-        declined = match.declined
-        if declined is None and "forward" in vars(module) and not isinstance(module, Fused):
-            declined = "a forward of its own, which another class would not change"
-        if declined is None and match.certain and genuine.replaced(type(module)):
-            declined = f"somebody replaced the forward of {genuine.owner_name(module)}"
-        if declined is None and not isinstance(module, Fused):
-            declined = hidden(module, match.rule.mixin)
-        if declined is None and not match.certain and not isinstance(module, Fused):
-            declined = difference(module, match.rule.mixin, match.rule.keywords)
-        yield Candidate(name, module, match, declined)
-
-
 def _check(model: nn.Module, residual_dtype: torch.dtype | None) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError("fuse: called inside a function that is being compiled; needs to be called outside of it")
@@ -183,8 +149,6 @@ def _nothing(model: nn.Module, found: list[Candidate]) -> str:
 
 def _require_all(model: nn.Module, before: list[nn.Module]) -> None:
     """Raise, and take the swaps back, if a block is not fused whole."""
-    from vitkernels.fuse.explain import explain
-
     missing = explain(model).unfused
     if missing:
         for module in before:
