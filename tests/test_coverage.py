@@ -12,6 +12,7 @@ import pytest
 from bench import coverage, towers
 
 peers.import_timm()
+_SWIN = "{} is {}, its own: a relative bias on its scores"
 
 
 @pytest.mark.parametrize(
@@ -19,9 +20,9 @@ peers.import_timm()
     [
         ("timm", "vit_tiny_patch16_224", ("whole", "")),
         ("timm", "resnet18", ("none", coverage.NO_BLOCKS)),
-        ("timm", "xcit_nano_12_p16_224", ("around", "attn is XCA, its own: it is among features")),
+        ("timm", "swin_tiny_patch4_window7_224", ("around", _SWIN.format("attn", "WindowAttention"))),
         ("transformers", "vit", ("whole", "")),
-        ("transformers", "swin", ("around", "attention is SwinAttention, its own: a relative bias on its scores")),
+        ("transformers", "swin", ("around", _SWIN.format("attention", "SwinAttention"))),
     ],
 )
 def test_models_are_judged(library: str, name: str, expected: tuple[str, str]) -> None:
