@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import pickle
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 from vitkernels.fuse import rules
+from vitkernels.residual import known
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -295,20 +297,44 @@ def test_layers_run_one_by_one() -> None:
     assert [call.op for call in calls].count("add_layer_norm") == 2 * 2, "for each layer a norm, and an add with one"
 
 
+def _copies() -> dict[str, list[str]]:
+    """Classes of the library that are taken for copies of one text, by who takes them so."""
+    found = {f"{rule.mixin.__name__} {index}": list(rule.owners) for index, rule in enumerate(rules.all_rules())}
+    nested = importlib.import_module("vitkernels.fuse.rules.transformers_nested")
+    found |= {f"inside {index}": list(names) for index, names in enumerate(nested.INSIDE)}
+    tables = {"DropPath": known.DROP_PATHS, "LayerScale": known.LAYER_SCALES}
+    found |= {kind: list(table) for kind, table in tables.items()}
+    return {key: sorted(name for name in names if name.startswith("transformers.")) for key, names in found.items()}
+
+
 def test_each_rule_lists_copies_of_one_text() -> None:
-    for rule in rules.all_rules():
-        names = sorted(name for name in rule.owners if name.startswith("transformers."))
+    for key, names in _copies().items():
         texts = {_text(name) for name in names}
-        assert len(texts) <= 1, f"{rule.mixin.__name__}: {names}"
+        assert len(texts) <= 1, f"{key}: {names}"
+
+
+def test_norms_listed_as_rms_are_of_two_texts() -> None:
+    names = [name for name in known.RMS_NORMS if name.startswith("transformers.")]
+    assert len({_text(name) for name in names}) == 2, "T5's, and everybody else's"
 
 
 def _text(name: str) -> str:
-    """The body of the class's `forward`, without annotations and docstring."""
+    """The body of the class's `forward`, without annotations and docstring, and the rotations that it calls."""
     module, _, cls = name.rpartition(".")
     forward = inspect.unwrap(getattr(importlib.import_module(module), cls).forward)
-    (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
-    assert isinstance(function, ast.FunctionDef)
-    body = [each for each in function.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+    return "\n".join([_body(forward), *_rotations(forward)])
+
+
+def _rotations(function: Any) -> list[str]:
+    names = [name for name in function.__code__.co_names if re.match("(vision_)?apply_|rotate_", name)]
+    found = [inspect.unwrap(function.__globals__[name]) for name in names if name in function.__globals__]
+    return [text for each in found for text in (_body(each), *_rotations(each))]
+
+
+def _body(function: Any) -> str:
+    (made,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(made, ast.FunctionDef)
+    body = [each for each in made.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
     return "\n".join(
         ast.unparse(ast.Assign([each.target], each.value, lineno=0) if isinstance(each, ast.AnnAssign) else each)  # type: ignore[arg-type]
         for each in body

@@ -1,0 +1,72 @@
+"""bench.coverage: what is counted of timm and transformers, and how the count is told."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import peers
+import pytest
+
+from bench import coverage, towers
+
+peers.import_timm()
+_SWIN = "{} is {}, its own: a relative bias on its scores"
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "expected"),
+    [
+        ("timm", "vit_tiny_patch16_224", ("whole", "")),
+        ("timm", "resnet18", ("none", coverage.NO_BLOCKS)),
+        ("timm", "swin_tiny_patch4_window7_224", ("around", _SWIN.format("attn", "WindowAttention"))),
+        ("transformers", "vit", ("whole", "")),
+        ("transformers", "swin", ("around", _SWIN.format("attention", "SwinAttention"))),
+    ],
+)
+def test_models_are_judged(library: str, name: str, expected: tuple[str, str]) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    assert coverage.outcome(library, name) == expected
+
+
+def test_one_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError("\nneeds natten")
+
+    monkeypatch.setitem(coverage.BUILD, "transformers", missing)
+    assert coverage.judged("transformers", "dinat") == {"outcome": "failed", "reason": "ImportError: needs natten"}
+
+
+def test_every_tower_is_there() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    for name in towers.TOWERS:
+        package, _, file = name.partition(".")
+        folder = Path(importlib.import_module("transformers").__file__).parent / "models" / package
+        text = (folder / f"modeling_{file or package}.py").read_text()
+        assert f"class {towers.TOWERS[name]}(" in text
+
+
+def test_a_count_is_told_with_its_reasons() -> None:
+    models = [("whole", ""), ("around", "windows"), ("none", "no rule for A"), ("none", coverage.NO_BLOCKS)]
+    content = {
+        "transformers": "5.23",
+        "models": {str(index): {"outcome": kind, "reason": why} for index, (kind, why) in enumerate(models)},
+    }
+    told = coverage.table(content)
+    assert told.startswith(
+        "Of the 4 vision towers of transformers 5.23, `vk.fuse` fuses 1 at all their blocks, and 1 more at all but the"
+    )
+    assert "| no rule for A | 1 |" in told
+    assert "windows" not in told
+
+
+def test_the_files_are_those_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "names", lambda library: ["a"])
+    monkeypatch.setattr(coverage, "outcome", lambda library, name: ("whole", ""))
+    monkeypatch.setattr(coverage, "RESULTS", {"timm": tmp_path / "timm-coverage.json"})
+    coverage.main(["timm"])
+    content = json.loads((tmp_path / "timm-coverage.json").read_text())
+    assert content["models"] == {"a": {"outcome": "whole", "reason": ""}}
+    report = importlib.import_module("bench.report")
+    assert "fuses 1 at all their blocks" in report.BLOCKS["coverage"](report.Results.read(tmp_path))
