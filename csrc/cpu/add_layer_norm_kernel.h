@@ -9,8 +9,8 @@ namespace VK_ISA {
 // returns its sum. The rows at the steps are fetched meanwhile: two streams read and two written are more than the hardware
 // follows.
 template <class A, class T>
-VK_INLINE A add_branch(const LayerNormForward<A>& a, const A* scale, A row_scale, const T* x, int64_t x_step, const T* branch,
-                       int64_t branch_step, T* total, A* value) {
+VK_INLINE A add_branch(const LayerNormForward<A>& a, const A* scale, A row_scale, const T* x, int64_t x_step,
+                       const T* branch, int64_t branch_step, T* total, A* value) {
   const A* bias = a.branch_bias;
   Sum<A> sum;
   const auto add = [&](auto added, int64_t j) VK_ALWAYS {
@@ -100,8 +100,8 @@ void layer_norm_forward(const LayerNormForward<A>& a, int64_t begin, int64_t end
 }
 
 // What the norm sends back to one row, beside what comes from above: g = dtotal + (dy * weight - c0 - normalised * c1)
-// * rstd, c0 and c1 being means over the row; c0 is 0 without `mean`. It goes to `dx` as T has it and to `g` where that is not null; dweight
-// and dbias are added to.
+// * rstd, c0 and c1 being means over the row; c0 is 0 without `mean`. It goes to `dx` as T has it
+// and to `g` where that is not null; dweight and dbias are added to.
 template <class A, class T, bool has_dtotal>
 VK_INLINE void norm_gradient(int64_t width, const A* weight, const A* mean_of_row, A rstd, const T* total,
                              const T* dy, const T* dtotal, T* dx, A* g, A* dweight, A* dbias) {

@@ -22,7 +22,7 @@ struct OutRows {
 
 // add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
 // of `rows_per_sample` rows; the weight (with the bias) and the scale of a sample lie `weight_step` and `scale_step`
-// elements behind those of the sample before it, 0 where all samples share them. Without `mean` it is add_rms_norm.
+// elements after those of the sample before, 0 where all samples share them. Without `mean` it is add_rms_norm.
 // `scratch` holds kLayerNormScratch rows.
 constexpr int64_t kLayerNormScratch = 6;
 
@@ -55,8 +55,8 @@ struct LayerNormBackward {
 //   store               out = C
 //   activate            pre = C, out = activation(C); `pre` may be `out`
 //   activate_backward   out = C * activation'(pre), activated = activation(pre) where not null, sums += out by columns
-//   gate                B's columns are n gates and n ups behind them: pre = C where not null, out = activation(gate) * up
-//   gate_backward       out = the gradient of pre, activated = activation(gate) * up where not null, sums += out by columns
+//   gate                B has n columns of gates, then n of ups: pre = C where not null, out = activation(gate) * up
+//   gate_backward       out = the gradient of pre, activated = activation(gate) * up where not null, sums as above
 // pre of both gates, and out and sums of the second, are 2 n wide: gates, then ups. B of the first has its k in rows.
 // Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
 // out, pre and activated are packed [m, n]; activated may be asked for as the panels of a B with m as its k instead.
