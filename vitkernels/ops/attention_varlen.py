@@ -191,9 +191,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
-    packed = ctx.saved_tensors[1] is None
-    dq, dk, dv = op.backward(dout, *ctx.saved_tensors, *ctx.options)
-    return dq, *((None, None) if packed else (dk, dv)), *[None] * 6
+    saved = ctx.saved_tensors  # once: checkpointing computes them anew
+    dq, dk, dv = op.backward(dout, *saved, *ctx.options)
+    return dq, *((None, None) if saved[1] is None else (dk, dv)), *[None] * 6
 
 
 def _fake(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale):
