@@ -269,6 +269,8 @@ def test_inputs_are_random_and_of_several_sets(op: str) -> None:
         other = second.tensors[name]
         assert tensor is not None
         assert other is not None
+        if not tensor.is_floating_point():  # where sequences begin
+            continue
         assert (tensor == 0).float().mean() < 0.05
         assert not torch.equal(tensor, other)
 

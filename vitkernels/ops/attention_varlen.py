@@ -191,10 +191,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
-    saved = ctx.saved_tensors  # once: a checkpoint unpacks them at the first look
-    packed = saved[1] is None
+    saved = ctx.saved_tensors  # once: checkpointing computes them anew
     dq, dk, dv = op.backward(dout, *saved, *ctx.options)
-    return dq, *((None, None) if packed else (dk, dv)), *[None] * 6
+    return dq, *((None, None) if saved[1] is None else (dk, dv)), *[None] * 6
 
 
 def _fake(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale):
