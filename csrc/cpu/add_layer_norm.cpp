@@ -22,9 +22,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
                                                           ScalarType out_dtype) {
   Shape shape = shape_of(x);
   Tensor total = branch ? empty(x, shape) : nothing(x);
-  Tensor normed = empty(x, shape, out_dtype);
+  Tensor normed = empty(shape, out_dtype);
   shape.pop_back();
-  Tensor mean = empty(x, shape, accumulate_dtype(x.scalar_type())), rstd = empty(mean, shape);
+  Tensor mean = empty(shape, accumulate_dtype(x.scalar_type())), rstd = empty(mean, shape);
   with_accumulate(x.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Operand x_rows(x);
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
     std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs) {
   const Shape shape = shape_of(total);
   Tensor dx = needs[0] ? empty(total, shape) : nothing(total);
-  Tensor dbranch = needs[1] ? empty(total, shape, *branch_dtype) : nothing(total);
+  Tensor dbranch = needs[1] ? empty(shape, *branch_dtype) : nothing(total);
   return with_accumulate(mean.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Operand total_rows(total);
@@ -95,13 +95,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
       kernels<A>().layer_norm_backward(args, begin, end, part, row_sums.data(), scratch.get());
     });
     const auto vector = [&](int i, ScalarType dtype) {
-      return needs[2 + i] ? from_values<A>(total, {width}, dtype, sums.data() + i * width) : nothing(total);
+      return needs[2 + i] ? from_values<A>({width}, dtype, sums.data() + i * width) : nothing(total);
     };
     Tensor drow_scale = nothing(total);
     if (needs[6]) {
       std::vector<A> per_sample(samples_of(total));
       for (int64_t i = 0; i < rows; ++i) per_sample[i / args.rows_per_sample] += row_sums[i];
-      drow_scale = from_values<A>(total, {samples_of(total)}, mean.scalar_type(), per_sample.data());
+      drow_scale = from_values<A>({samples_of(total)}, mean.scalar_type(), per_sample.data());
     }
     return std::make_tuple(dx, dbranch, vector(0, weight.scalar_type()), vector(1, weight.scalar_type()),
                            vector(2, mean.scalar_type()), vector(3, mean.scalar_type()), drow_scale);

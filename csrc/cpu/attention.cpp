@@ -79,7 +79,7 @@ Tensor backward(const Problem& p, const Heads& out, const Heads& dout, const Ten
     const A* stats_data = reinterpret_cast<const A*>(bytes(stats_packed));
     Maybe dmask;
     if (needs_mask) {
-      dmask = empty(*mask, shape_of(*mask), stats.scalar_type());
+      dmask = empty(shape_of(*mask), stats.scalar_type());
       torch::stable::zero_(*dmask);
     }
     const Mask sums(dmask);
@@ -119,7 +119,7 @@ Problem problem_qkv(const Tensor& qkv, int64_t heads, const Maybe& mask, bool is
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
                                      bool is_causal, double scale) {
   Tensor out = heads_last(q);
-  Tensor stats = empty(q, {q.size(0), q.size(1), 2, q.size(2)}, accumulate_dtype(q.scalar_type()));
+  Tensor stats = empty({q.size(0), q.size(1), 2, q.size(2)}, accumulate_dtype(q.scalar_type()));
   forward(problem(q, k, v, mask, is_causal, scale), heads_of(out), stats);
   return {out, stats};
 }
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> attention_qkv(const Tensor& qkv, int64_t num_heads, c
                                          double scale) {
   const Problem p = problem_qkv(qkv, num_heads, mask, is_causal, scale);
   Tensor out = empty(qkv, {p.batch, p.queries, p.heads * p.width});
-  Tensor stats = empty(qkv, {p.batch, p.heads, 2, p.queries}, accumulate_dtype(qkv.scalar_type()));
+  Tensor stats = empty({p.batch, p.heads, 2, p.queries}, accumulate_dtype(qkv.scalar_type()));
   forward(p, packed_heads(out, p.width, p.heads, 0), stats);
   return {out, stats};
 }
