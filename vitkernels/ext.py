@@ -90,4 +90,6 @@ def register() -> None:
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             _library.define(f"{name}{schema}")
-        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), _why_not(op.name))
+        # products round float32 weights to the rows' dtype as they read them
+        forward, backward = _launcher(op.name), _launcher(f"{op.name}_backward")
+        op.register("ext", forward, backward, _why_not(op.name), rounds_weights=op.one_dtype)

@@ -125,7 +125,7 @@ Tensor backward(const Problem& p, const Heads& out, const Heads& dout, const Ten
     const A* stats_data = reinterpret_cast<const A*>(bytes(stats_packed));
     Maybe dmask;
     if (needs_mask) {
-      dmask = empty(*mask, shape_of(*mask), stats.scalar_type());
+      dmask = empty(shape_of(*mask), stats.scalar_type());
       torch::stable::zero_(*dmask);
     }
     const Mask sums(dmask);
@@ -206,7 +206,7 @@ Problem problem_varlen(const Tensor& q, const Maybe& k, const Maybe& v, const Te
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
                                      bool is_causal, double scale) {
   Tensor out = heads_last(q);
-  Tensor stats = empty(q, {q.size(0), q.size(1), 2, q.size(2)}, accumulate_dtype(q.scalar_type()));
+  Tensor stats = empty({q.size(0), q.size(1), 2, q.size(2)}, accumulate_dtype(q.scalar_type()));
   forward(problem(q, k, v, mask, is_causal, scale), heads_of(out), stats);
   return {out, stats};
 }
@@ -225,7 +225,7 @@ std::tuple<Tensor, Tensor> attention_qkv(const Tensor& qkv, int64_t num_heads, c
                                          double scale) {
   const Problem p = problem_qkv(qkv, num_heads, mask, is_causal, scale);
   Tensor out = empty(qkv, {qkv.size(0), qkv.size(1), p.heads * p.width});
-  Tensor stats = empty(qkv, {qkv.size(0), p.heads, 2, qkv.size(1)}, accumulate_dtype(qkv.scalar_type()));
+  Tensor stats = empty({qkv.size(0), p.heads, 2, qkv.size(1)}, accumulate_dtype(qkv.scalar_type()));
   forward(p, packed_heads(out, p.width, p.heads, 0), stats);
   return {out, stats};
 }
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, con
                                             bool is_causal, double scale) {
   const Problem p = problem_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
   Tensor out = empty(q, {q.size(0), p.heads, p.width});
-  Tensor stats = empty(q, {p.heads, 2, q.size(0)}, accumulate_dtype(q.scalar_type()));
+  Tensor stats = empty({p.heads, 2, q.size(0)}, accumulate_dtype(q.scalar_type()));
   forward(p, heads_varlen(out), stats);
   return {out, stats};
 }

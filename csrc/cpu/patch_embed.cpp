@@ -132,7 +132,7 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
   // one product and nothing to add: its result is the op's
   const bool alone = !prefix && !pos_embed && grid.batch > 0 && grid.batch <= grid.images_at_once();
   const ScalarType out_type = wider(wider(weight.scalar_type(), prefix), pos_embed);
-  Tensor out = alone ? nothing(image) : empty(image, {grid.batch, out_tokens, width}, out_type);
+  Tensor out = alone ? nothing(image) : empty({grid.batch, out_tokens, width}, out_type);
   const Tensor weights = flat_weight(weight);
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
@@ -146,9 +146,10 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
       const int64_t end = std::min(grid.batch, begin + grid.images_at_once());
       const Tensor patches = empty(weight, {(end - begin) * grid.tokens, grid.patch_size()});
       gather(patches, grid, pixels, begin, end);
-      const Tensor tokens = packed(linear(patches, weights, bias));
+      const Shape shape = alone ? Shape{grid.batch, out_tokens, width} : Shape{patches.size(0), width};
+      const Tensor tokens = linear(Matrix(patches), Matrix(weights), bias, shape);
       if (alone) {
-        out = reshaped(tokens, {grid.batch, out_tokens, width});
+        out = tokens;
         return;
       }
       const DType token_dtype = dtype_of(tokens);
@@ -273,24 +274,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     if (needs[2] && !prefix && !needs[4]) {
-      dbias = gradient_of_bias(matrix(dout), weight.scalar_type());
+      dbias = gradient_of_bias(Matrix(dout), weight.scalar_type());
     } else if (needs[2] || needs[3] || needs[4]) {
       const std::vector<A> sums = position_sums<A>(dout, grid, prefixes);
       if (needs[2]) {
         std::vector<A> bias(width);
         for (int64_t i = prefixes * width; i < int64_t(sums.size()); ++i) bias[i % width] += sums[i];
-        dbias = from_values<A>(weight, {width}, weight.scalar_type(), bias.data());
+        dbias = from_values<A>({width}, weight.scalar_type(), bias.data());
       }
-      if (needs[3]) dprefix = from_values<A>(weight, shape_of(*prefix), prefix->scalar_type(), sums.data());
+      if (needs[3]) dprefix = from_values<A>(shape_of(*prefix), prefix->scalar_type(), sums.data());
       if (needs[4]) {
         const int64_t skipped = int64_t(sums.size()) - pos_embed->numel();
-        dpos = from_values<A>(weight, shape_of(*pos_embed), pos_embed->scalar_type(), sums.data() + skipped);
+        dpos = from_values<A>(shape_of(*pos_embed), pos_embed->scalar_type(), sums.data() + skipped);
       }
     }
     if (!needs[0] && !needs[1]) return;
     const Pixels<A> pixels(image, mean, std);
     const bool in_place = prefixes == 0 && dout.scalar_type() == weight.scalar_type();
-    Tensor all_rows = matrix(dout);
+    Tensor all_rows = reshaped(dout, {dout.size(0) * dout.size(1), width});
     const bool one_part = grid.batch > 0 && grid.batch <= grid.images_at_once();
     std::vector<A> weight_sums(needs[1] && !one_part ? weight.numel() : 0);
     for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
@@ -301,18 +302,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
       if (needs[1]) {
         const Tensor patches = empty(weight, {tokens, grid.patch_size()});
         gather(patches, grid, pixels, begin, end);
-        const Tensor part = packed(gradient_of_weight(g, patches));
+        const Tensor part = gradient_of_weight(Matrix(g), Matrix(patches), shape_of(weight), weight.scalar_type());
         if (one_part) {
-          dweight = reshaped(part, shape_of(weight));
+          dweight = part;
         } else {
           const Vector<A> values(part);
           for (int64_t i = 0; i < part.numel(); ++i) weight_sums[i] += values.get()[i];
         }
       }
-      if (needs[0]) scatter<A>(dimage, packed(gradient_of_input(g, weights)), grid, std, begin, end);
+      if (needs[0]) {
+        const Tensor dpatches = gradient_of_input(Matrix(g), Matrix(weights), {tokens, grid.patch_size()});
+        scatter<A>(dimage, dpatches, grid, std, begin, end);
+      }
     }
     if (!weight_sums.empty()) {
-      dweight = from_values<A>(weight, shape_of(weight), weight.scalar_type(), weight_sums.data());
+      dweight = from_values<A>(shape_of(weight), weight.scalar_type(), weight_sums.data());
     }
   });
   return {dimage, dweight, dbias, dprefix, dpos};

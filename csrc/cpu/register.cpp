@@ -9,7 +9,8 @@ namespace vk {
 int64_t configure(const std::string& name, int64_t value) {
   if (name == "isa") return set_isa(value);
   if (name == "products") return set_products(value);
-  STD_TORCH_CHECK(false, "vitkernels: configure knows 'isa' and 'products', not '", name, "'");
+  if (name == "dispatched_memory") return set_dispatched_memory(value);
+  STD_TORCH_CHECK(false, "vitkernels: configure knows 'isa', 'products' and 'dispatched_memory', not '", name, "'");
 }
 
 }  // namespace vk

@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include <array>
+
 namespace vk {
 
 DType dtype_of(const Tensor& t) {
@@ -18,28 +20,63 @@ ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+namespace {
+
+bool dispatched_memory = false;
+
+Shape packed_strides(const Shape& shape) {
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  return strides;
 }
+
+}  // namespace
+
+int64_t set_dispatched_memory(int64_t wanted) {
+  if (wanted >= 0) dispatched_memory = wanted != 0;
+  return dispatched_memory;
+}
+
+Tensor empty_strided(const Shape& shape, const Shape& strides, ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if (dispatched_memory) {
+    std::array<StableIValue, 6> stack{from(shape),        from(strides),      from(std::make_optional(dtype)),
+                                      from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
+  }
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+                                                         to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0,
+                                                         &result));
+  return Tensor(result);
+}
+
+Tensor empty(const Shape& shape, ScalarType dtype) { return empty_strided(shape, packed_strides(shape), dtype); }
 
 Shape shape_of(const Tensor& t) {
-  Shape shape;
-  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
-  return shape;
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
 }
 
-Tensor reshaped(const Tensor& t, const Shape& shape) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(packed(t)), torch::stable::detail::from(shape)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides) {
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.data(), strides.data(), 0, &result));
+  return Tensor(result);
 }
+
+Tensor reshaped(const Tensor& t, const Shape& shape) { return reinterpreted(packed(t), shape, packed_strides(shape)); }
 
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
 
 Tensor heads_last(const Tensor& like) {
-  return torch::stable::transpose(empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+  const Shape shape = shape_of(like), strides = packed_strides({shape[0], shape[2], shape[1], shape[3]});
+  return empty_strided(shape, {strides[0], strides[2], strides[1], strides[3]}, like.scalar_type());
 }
 
 Operand::Operand(const Tensor& t) : tensor(t) {
@@ -61,13 +98,5 @@ Operand::Operand(const Tensor& t) : tensor(t) {
 }
 
 OutRows out_rows(const Tensor& t) { return {bytes(t), dtype_of(t), t.size(t.dim() - 1), 1}; }
-
-Tensor matrix(const Tensor& t) {
-  const int64_t width = t.size(t.dim() - 1);
-  if (t.dim() == 2) return t;
-  int64_t rows = 1;  // not -1: it cannot be inferred where there are no elements
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return torch::stable::reshape(t, {rows, width});
-}
 
 }  // namespace vk
