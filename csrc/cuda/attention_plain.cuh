@@ -4,7 +4,7 @@
 // columns, 64 apart: 16 bytes at a time from shared memory, and no two threads of a quarter-warp in one bank. One text
 // for all widths: columns past the width are left out while running.
 #pragma once
-#include "attention_tiles.cuh"
+#include "cuda/attention_tiles.cuh"
 
 namespace vk {
 
@@ -12,6 +12,8 @@ template <int kColumns>
 struct OrdinaryCores {
   using T = float;
   static constexpr int kThreads = 128, kRows = 32, kWarpRows = 8, kCols = kColumns;
+  static constexpr bool kThere = true;
+  static constexpr int kBlocks = 3;
   static constexpr int kStages = 1;  // arithmetic is slow enough to hide little behind it, and shared memory is short
   static constexpr int kR = 4, kC = kCols / 16, kA = 8;
   static constexpr int kScratchRow = kCols + 4;

@@ -6,7 +6,7 @@
 #pragma once
 #include <type_traits>
 
-#include "attention_tiles.cuh"
+#include "cuda/attention_tiles.cuh"
 
 namespace vk {
 
@@ -63,6 +63,12 @@ struct TensorCores {
   using T = Element;
   static constexpr int kThreads = 128, kRows = 64, kWarpRows = 16, kCols = kColumns;
   static constexpr int kStages = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  static constexpr bool kThere = false;  // and every call is declined
+#else
+  static constexpr bool kThere = true;
+#endif
+  static constexpr int kBlocks = kWidth <= 80 ? 3 : 2;
   static constexpr int kR = 2, kC = kCols / 4, kA = kWidth / 4;  // what a thread holds of rows, scores and results
   const int width, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 

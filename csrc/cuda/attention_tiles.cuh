@@ -6,7 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "attention.h"
+#include "cuda/attention.h"
 
 namespace vk {
 
@@ -69,12 +69,16 @@ __device__ inline void for_tiles(int count, const Load& load, const Step& step) 
     if (kStages == 2 && i + 1 < count) load(i + 1, (i + 1) % 2);
     step(i, i % kStages);
   }
+  if (count == 0) {  // what was copied before has arrived all the same
+    wait_for_copies();
+    __syncthreads();
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- rows of a head
 
 template <class T>
-union Chunk {  // what one thread moves at once
+union Chunk {  // what a thread moves at once
   static constexpr int kCount = 16 / sizeof(T);
   int4 all;
   T each[kCount];
@@ -83,7 +87,8 @@ union Chunk {  // what one thread moves at once
 
 // Rows [begin, begin + kRows) of a head that has `count`.
 template <int kRows, class Cores, class T>
-__device__ inline void load_rows(const Cores& cores, T* tile, const T* head, const HeadsAt& at, int begin, int count) {
+__device__ inline void load_rows(const Cores& cores, T* tile, const T* head, const DeviceHeads& at, int begin,
+                                 int count) {
   constexpr int kCount = Chunk<T>::kCount;
   for (int i = threadIdx.x; i < kRows * cores.chunks(); i += Cores::kThreads) {
     const int row = i / cores.chunks(), col = i % cores.chunks() * kCount;
@@ -104,7 +109,8 @@ __device__ inline void load_rows(const Cores& cores, T* tile, const T* head, con
 
 // The other way, each warp the rows that are its own: nobody else has touched them.
 template <class Cores, class T>
-__device__ inline void store_rows(const Cores& cores, const T* tile, T* head, const HeadsAt& at, int begin, int count) {
+__device__ inline void store_rows(const Cores& cores, const T* tile, T* head, const DeviceHeads& at, int begin,
+                                  int count) {
   constexpr int kCount = Chunk<T>::kCount, kRows = Cores::kWarpRows;
   __syncwarp();
   const int first = threadIdx.x / 32 * kRows;
@@ -124,61 +130,70 @@ __device__ inline void store_rows(const Cores& cores, const T* tile, T* head, co
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- masks
+// ---------------------------------------------------------------------------------------------------- masks, scores
 
-__device__ inline float mask_value(const void* mask, MaskKind kind, int64_t at) {
-  switch (kind) {
-    case MaskKind::boolean: return static_cast<const uint8_t*>(mask)[at] ? 0.0f : kNone;
-    case MaskKind::f32: return static_cast<const float*>(mask)[at];
-    case MaskKind::f16: return __half2float(static_cast<const __half*>(mask)[at]);
-    default: return __bfloat162float(static_cast<const __nv_bfloat16*>(mask)[at]);
+__device__ inline float mask_value(const DeviceMask& mask, int64_t at) {
+  switch (mask.dtype) {
+    case DType::boolean: return reinterpret_cast<const uint8_t*>(mask.data)[at] ? 0.0f : kNone;
+    case DType::f16: return __half2float(reinterpret_cast<const __half*>(mask.data)[at]);
+    case DType::bf16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(mask.data)[at]);
+    default: return reinterpret_cast<const float*>(mask.data)[at];
   }
 }
 
-// What is added to scores of kQueries by kKeys, [queries, keys] or, where all queries share one, a row. `begin` is
-// where the head's mask does.
-template <int kQueries, int kKeys, int kRow, int kThreads>
-__device__ inline void load_mask(float* tile, const void* mask, int64_t begin, const Attention& at, int q0, int k0) {
-  const int rows = at.mask.query == 0 ? 1 : kQueries;
+// Bytes of the mask's tile: none, a row where all queries share it, or `queries` rows.
+template <int kMaskRow>
+__host__ __device__ constexpr int mask_bytes(const Attention& a, int queries) {
+  return (a.mask.data == nullptr ? 0 : a.mask.query == 0 ? 1 : queries) * kMaskRow * int(sizeof(float));
+}
+
+// What is added to the scores of kQueries by kKeys, as float32 [queries or 1, kMaskRow]; all threads meet after it.
+template <int kQueries, int kKeys, int kMaskRow, int kThreads>
+__device__ inline void load_mask(float* tile, const Attention& a, int64_t b, int64_t h, int q0, int k0) {
+  if (a.mask.data == nullptr) return;
+  const int64_t begin = b * a.mask.batch + h * a.mask.head;
+  const int rows = a.mask.query == 0 ? 1 : kQueries;
   for (int i = threadIdx.x; i < rows * kKeys; i += kThreads) {
     const int query = i / kKeys, key = i % kKeys;
-    const bool there = q0 + query < at.queries && k0 + key < at.keys;
-    const int64_t where = begin + (q0 + query) * at.mask.query + (k0 + key) * at.mask.key;
-    tile[query * kRow + key] = there ? mask_value(mask, at.mask.kind, where) : 0.0f;
+    const bool there = q0 + query < a.queries && k0 + key < a.keys;
+    const int64_t at = begin + (q0 + query) * a.mask.query + (k0 + key) * a.mask.key;
+    tile[query * kMaskRow + key] = there ? mask_value(a.mask, at) : 0.0f;
   }
+  __syncthreads();
 }
 
 // Products of q and k to scores: times the factor, plus the mask, -inf where query q0 + i may not see key k0 + j. Rows
 // of s are queries and its columns keys or, turned, the other way round. One text for all kernels: what backward
-// computes is what forward did, to the bit.
+// computes anew is what forward had.
 template <bool kTurned, int kMaskRow, class Cores, int kR, int kC>
-__device__ inline void to_scores(const Cores& cores, float (&s)[kR][kC], const float* mask, const Attention& at, int q0, int k0) {
+__device__ inline void to_scores(const Cores& cores, float (&s)[kR][kC], const float* mask, const Attention& a, int q0,
+                                 int k0) {
   constexpr int kKeys = kTurned ? Cores::kRows : Cores::kCols;
-  if (at.mask.kind != MaskKind::none) {
-    const int mask_row = at.mask.query == 0 ? 0 : kMaskRow;
+  if (a.mask.data != nullptr) {
+    const int mask_row = a.mask.query == 0 ? 0 : kMaskRow;
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
 #pragma unroll
       for (int j = 0; j < kC; ++j) {
         const int row = cores.row_of(r), col = cores.col_of(j);
-        s[r][j] = fmaf(s[r][j], at.factor, kTurned ? mask[col * mask_row + row] : mask[row * mask_row + col]);
+        s[r][j] = fmaf(s[r][j], a.factor, kTurned ? mask[col * mask_row + row] : mask[row * mask_row + col]);
       }
     }
-  } else if (at.factor != 1) {
+  } else if (a.factor != 1) {
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
 #pragma unroll
-      for (int j = 0; j < kC; ++j) s[r][j] *= at.factor;
+      for (int j = 0; j < kC; ++j) s[r][j] *= a.factor;
     }
   }
-  if (k0 + kKeys <= at.keys && !(at.causal && k0 + kKeys - 1 > q0)) return;  // each query sees every key
+  if (k0 + kKeys <= a.keys && !(a.causal && k0 + kKeys - 1 > q0)) return;  // each query sees every key
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
 #pragma unroll
     for (int j = 0; j < kC; ++j) {
       const int row = cores.row_of(r), col = cores.col_of(j);
       const int query = q0 + (kTurned ? col : row), key = k0 + (kTurned ? row : col);
-      if (key >= at.keys || (at.causal && key > query)) s[r][j] = kNone;
+      if (key >= a.keys || (a.causal && key > query)) s[r][j] = kNone;
     }
   }
 }

@@ -1,0 +1,107 @@
+// Launches the attention kernels: what a call is told of, which kernels serve it, and in which order.
+#include "shared/attention.h"
+
+#include <cmath>
+#include <limits>
+
+#include "cuda/attention.h"
+#include "cuda/launch.h"
+
+namespace vk {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+bool is_aligned(const Heads& t, int64_t width) {
+  const int64_t size = size_of(t.dtype);
+  const int64_t bytes = (width | t.batch | t.head | t.token) * size | reinterpret_cast<intptr_t>(t.data);
+  return t.col == 1 && bytes % 16 == 0;
+}
+
+DeviceHeads on_device(const Heads& t, int64_t width) {
+  return {t.data, t.batch, t.head, t.token, t.col, is_aligned(t, width)};
+}
+
+const AttentionKernels& kernels_for(const Problem& p) {
+  switch (p.q.dtype) {
+    case DType::bf16: return attention_bf16(p.width);
+    case DType::f16: return attention_f16(p.width);
+    default: return attention_f32(p.width);
+  }
+}
+
+// `mask` is the problem's, in a dtype that kernels read.
+Attention described(const Problem& p, const Mask& mask, const Tensor& stats) {
+  Attention a{};
+  a.heads = int32_t(p.heads);
+  a.queries = int32_t(p.queries);
+  a.keys = int32_t(p.keys);
+  a.width = int32_t(p.width);
+  a.causal = p.is_causal;
+  a.scale = float(p.scale);
+  a.factor = float(p.factor());
+  a.unit = float(p.unit() * kLog2E);
+  a.q = on_device(p.q, p.width);
+  a.k = on_device(p.k, p.width);
+  a.v = on_device(p.v, p.width);
+  a.mask = {mask.data, mask.dtype, mask.batch, mask.head, mask.query, mask.key};
+  a.stats = reinterpret_cast<float*>(bytes(stats));
+  return a;
+}
+
+// A block for each tile of `tokens` of each head.
+dim3 grid_of(const Problem& p, int64_t tokens, int64_t rows) {
+  const int64_t count = p.batch * p.heads * blocks(tokens, rows), most = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(std::max(count, std::max(p.queries, p.keys)) <= most, "attention: ", p.batch, " x ", p.heads,
+                  " heads of ", tokens, " tokens are ", count, " blocks; a launch has up to ", most);
+  return dim3(unsigned(count));
+}
+
+// Kernels read bool, float32 and 16-bit masks.
+Maybe readable_mask(const Problem& p) {
+  return p.mask.dtype == DType::f64 ? Maybe(cast(*p.given_mask, ScalarType::Float)) : p.given_mask;
+}
+
+// The mask's gradient: the gradients of all scores that an element was added to.
+Tensor sum_to(const Tensor& dscores, const Tensor& mask) {
+  std::vector<int64_t> axes;
+  for (int64_t i = 0; i < 4; ++i) {
+    if (mask.size(i) == 1 && dscores.size(i) != 1) axes.push_back(i);
+  }
+  return cast(axes.empty() ? dscores : torch::stable::sum(dscores, axes, true), mask.scalar_type());
+}
+
+}  // namespace
+
+void attend(const Problem& p, const Heads& out, const Tensor& stats) {
+  const Maybe mask = readable_mask(p);
+  const AttentionKernels& kernels = kernels_for(p);
+  Attention a = described(p, Mask(mask), stats);
+  a.out = on_device(out, p.width);
+  const Launches launches("attention", stats, {given(mask)});
+  launches("attention_forward", kernels.forward, grid_of(p, p.queries, kernels.rows), dim3(kernels.threads),
+           kernels.forward_shared(a), a);
+}
+
+Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
+                       const Heads& dk, const Heads& dv, bool needs_mask) {
+  const Maybe mask = readable_mask(p);
+  const AttentionKernels& kernels = kernels_for(p);
+  const Tensor stats = packed(stats_), delta = empty(stats, {p.batch, p.heads, p.queries});
+  const Maybe dscores = needs_mask ? Maybe(empty(stats, {p.batch, p.heads, p.queries, p.keys})) : std::nullopt;
+  Attention a = described(p, Mask(mask), stats);
+  a.out = on_device(out, p.width);
+  a.dout = on_device(dout, p.width);
+  a.dq = on_device(dq, p.width);
+  a.dk = on_device(dk, p.width);
+  a.dv = on_device(dv, p.width);
+  a.delta = reinterpret_cast<float*>(bytes(delta));
+  a.dscores = dscores ? reinterpret_cast<float*>(bytes(*dscores)) : nullptr;
+  const Launches launches("attention_backward", stats, {given(mask)});
+  const dim3 threads(kernels.threads);
+  launches("attention_dq", kernels.dq, grid_of(p, p.queries, kernels.rows), threads, kernels.dq_shared(a), a);
+  launches("attention_dkdv", kernels.dkdv, grid_of(p, p.keys, kernels.rows), threads, kernels.dkdv_shared(a), a);
+  return needs_mask ? sum_to(*dscores, *p.given_mask) : nothing(stats);
+}
+
+}  // namespace vk
