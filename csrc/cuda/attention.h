@@ -7,7 +7,7 @@
 //   attention_backward.cuh  dq by queries, then dk and dv by keys
 //   attention_plain.cuh     Cores of float32: products on the ordinary cores
 //   attention_tensor.cuh    Cores of float16 and bfloat16: the same on tensor cores
-//   attention_{f32,f16,bf16}.cu  the kernels of a dtype; attention.cpp launches them
+//   attention_{f32,f16,bf16}.cu  the kernels of a dtype; attention_launch.cpp launches them
 #pragma once
 #include "shared/types.h"
 
@@ -48,13 +48,17 @@ struct Attention {
 
 constexpr int kWidestHead = 128;
 
-// The kernels for heads up to `width` wide. A block has `threads` and takes a tile of `rows` queries or, of dkdv, keys.
+// A kernel whose blocks take tiles of `rows` queries or, of dkdv, keys.
+struct AttentionKernel {
+  void (*kernel)(const Attention);
+  int (*shared)(const Attention&);  // bytes of shared memory
+  int rows;
+};
+
+// Those of a dtype for heads up to `width` wide.
 struct AttentionKernels {
-  using Kernel = void (*)(const Attention);
-  using Bytes = int (*)(const Attention&);  // of shared memory
-  int width, threads, rows;
-  Kernel forward, dq, dkdv;
-  Bytes forward_shared, dq_shared, dkdv_shared;
+  int width, threads;
+  AttentionKernel forward, dq, dkdv;
 };
 
 const AttentionKernels& attention_f32(int64_t width);

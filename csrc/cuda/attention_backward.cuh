@@ -39,8 +39,8 @@ struct QueryTiles : BackwardTiles<Cores, 0> {
 
 // Where `dscores` is asked for, a mask's gradient will sum it over queries, keys or samples, and all but rounding can
 // cancel: delta is then summed from the very weights, in a pass of its own, not from an out that was rounded.
-template <class Cores>
-__global__ void __launch_bounds__(Cores::kThreads, Cores::kBlocks) attention_dq(const __grid_constant__ Attention a) {
+template <class Cores, int kBlocks>
+__global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const __grid_constant__ Attention a) {
   if (!Cores::kThere) return;
   using T = typename Cores::T;
   using Tiles = QueryTiles<Cores>;
@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(Cores::kThreads, Cores::kBlocks) attention_dq(
     }
   };
   if (!before) {
-    static_assert(2 * kKeys >= kQueries, "out waits where the keys and values of the last stage will come");
-    T* const out_tile = k_tile(Cores::kStages - 1);
-    load_rows<kQueries>(cores, out_tile, a.out.of<T>(b, h), a.out, q0, a.queries);
+    static_assert(Cores::kStages * 2 * kKeys >= kQueries, "out comes where keys and values will");
+    load_rows<kQueries>(cores, coming, a.out.of<T>(b, h), a.out, q0, a.queries);
     wait_for_copies();
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < Cores::kR; ++r) delta[r] = cores.row_dot(r, dout_tile, out_tile);
+    for (int r = 0; r < Cores::kR; ++r) delta[r] = cores.row_dot(r, dout_tile, coming);
     finish_delta();
+    __syncthreads();
   }
 
   float acc[Cores::kR][Cores::kA] = {};
@@ -147,8 +147,8 @@ struct KeyTiles : BackwardTiles<Cores, 3> {  // largest, log_sum and delta of ea
 
 // Rows of its tiles are keys: scores are turned, [keys, queries], so that weights are where a product with dout, and
 // gradients of scores where one with q, wants them.
-template <class Cores>
-__global__ void __launch_bounds__(Cores::kThreads, Cores::kBlocks) attention_dkdv(const __grid_constant__ Attention a) {
+template <class Cores, int kBlocks>
+__global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const __grid_constant__ Attention a) {
   if (!Cores::kThere) return;
   using T = typename Cores::T;
   using Tiles = KeyTiles<Cores>;

@@ -2,6 +2,6 @@
 
 namespace vk {
 
-const AttentionKernels& attention_bf16(int64_t width) { return tensor_kernels_for<__nv_bfloat16>(width); }
+const AttentionKernels& attention_bf16(int64_t width) { return tensor_kernels<__nv_bfloat16>(width); }
 
 }  // namespace vk

@@ -2,6 +2,6 @@
 
 namespace vk {
 
-const AttentionKernels& attention_f16(int64_t width) { return tensor_kernels_for<__half>(width); }
+const AttentionKernels& attention_f16(int64_t width) { return tensor_kernels<__half>(width); }
 
 }  // namespace vk

@@ -3,10 +3,12 @@
 
 namespace vk {
 
-// Tiles of 32 by 32 for all widths. In backward four of them, of 128 columns, take 66 KiB and leave room for a second
-// block on every capability from 8.0 on; capability 7.5 has 64 KiB, and heads up to 112 wide (kWidestHeadTuring).
+// Tiles of 32 by 32 for all widths: backward's four, 128 wide, take 66 KiB beside scratch and a mask. Capability 7.5 has
+// 64 KiB and serves heads up to 104 wide (ext_cuda.py).
 const AttentionKernels& attention_f32(int64_t) {
-  static constexpr AttentionKernels kernels = attention_kernels<OrdinaryCores<32>, OrdinaryCores<32>>(kWidestHead);
+  using Cores = OrdinaryCores<32>;
+  static constexpr AttentionKernels kernels = {kWidestHead, Cores::kThreads, forward_kernel<Cores, 3>(),
+                                               dq_kernel<Cores, 3>(), dkdv_kernel<Cores, 3>()};
   return kernels;
 }
 

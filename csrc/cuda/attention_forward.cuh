@@ -18,8 +18,8 @@ struct ForwardTiles {  // offsets in shared memory, in bytes: queries; keys and 
   static int total(const Attention& a) { return mask(a.width) + mask_bytes<kMaskRow>(a, Cores::kRows); }
 };
 
-template <class Cores>
-__global__ void __launch_bounds__(Cores::kThreads, 3) attention_forward(const __grid_constant__ Attention a) {
+template <class Cores, int kBlocks>
+__global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_forward(const __grid_constant__ Attention a) {
   if (!Cores::kThere) return;
   using T = typename Cores::T;
   using Tiles = ForwardTiles<Cores>;

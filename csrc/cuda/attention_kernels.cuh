@@ -1,22 +1,23 @@
-// A row of the table of kernels, for Cores of the forward's and of the backward's.
+// The three kernels as table entries: on which Cores, and how many of their blocks a multiprocessor has registers for.
 #pragma once
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 
 namespace vk {
 
-template <class Forward, class Backward>
-constexpr AttentionKernels attention_kernels(int width) {
-  static_assert(Forward::kRows == Backward::kRows && Forward::kThreads == Backward::kThreads);
-  return {width,
-          Forward::kThreads,
-          Forward::kRows,
-          attention_forward<Forward>,
-          attention_dq<Backward>,
-          attention_dkdv<Backward>,
-          ForwardTiles<Forward>::total,
-          QueryTiles<Backward>::total,
-          KeyTiles<Backward>::total};
+template <class Cores, int kBlocks>
+constexpr AttentionKernel forward_kernel() {
+  return {attention_forward<Cores, kBlocks>, ForwardTiles<Cores>::total, Cores::kRows};
+}
+
+template <class Cores, int kBlocks>
+constexpr AttentionKernel dq_kernel() {
+  return {attention_dq<Cores, kBlocks>, QueryTiles<Cores>::total, Cores::kRows};
+}
+
+template <class Cores, int kBlocks>
+constexpr AttentionKernel dkdv_kernel() {
+  return {attention_dkdv<Cores, kBlocks>, KeyTiles<Cores>::total, Cores::kRows};
 }
 
 }  // namespace vk

@@ -57,19 +57,18 @@ __device__ inline float2 unpacked(uint32_t pair) {
   }
 }
 
-// Four warps, each 16 rows of a tile of 64; kWidth is a head's width in whole pieces of 16, zeros past it.
-template <class Element, int kWidth, int kColumns>
+// Four warps, each kStrips times 16 rows of a tile; kWidth is a head's width in whole pieces of 16, zeros past it.
+template <class Element, int kWidth, int kColumns, int kStrips>
 struct TensorCores {
   using T = Element;
-  static constexpr int kThreads = 128, kRows = 64, kWarpRows = 16, kCols = kColumns;
+  static constexpr int kThreads = 128, kWarpRows = 16 * kStrips, kRows = 4 * kWarpRows, kCols = kColumns;
   static constexpr int kStages = 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   static constexpr bool kThere = false;  // and every call is declined
 #else
   static constexpr bool kThere = true;
 #endif
-  static constexpr int kBlocks = kWidth <= 80 ? 3 : 2;
-  static constexpr int kR = 2, kC = kCols / 4, kA = kWidth / 4;  // what a thread holds of rows, scores and results
+  static constexpr int kR = 2 * kStrips, kC = kCols / 4, kA = kWidth / 4;  // a thread's rows, scores, results
   const int width, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   __device__ TensorCores(int width, float*) : width(width) {}
@@ -80,25 +79,34 @@ struct TensorCores {
   static constexpr __host__ __device__ int scratch() { return 0; }
   static constexpr __device__ int chunks() { return kWidth / 8; }
 
-  __device__ int row_of(int r) const { return warp * 16 + lane / 4 + 8 * r; }
-  __device__ int col_of(int j) const { return j / 2 * 8 + lane % 4 * 2 + j % 2; }
+  __device__ int row_of(int r) const { return warp * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane / 4; }
+  __device__ int col_of(int j) const { return j / 2 * 8 + j % 2 + lane % 4 * 2; }
   __device__ bool first_of_row() const { return lane % 4 == 0; }
 
   // s = rows cols^T over the width.
   __device__ void across(float (&s)[kR][kC], const T* rows, const T* cols) const {
 #pragma unroll
-    for (int j = 0; j < kC; ++j) s[0][j] = s[1][j] = 0;
-    const T* const a_row = rows + (warp * 16 + lane % 16) * row() + lane / 16 * 8;
+    for (int r = 0; r < kR; ++r) {
+#pragma unroll
+      for (int j = 0; j < kC; ++j) s[r][j] = 0;
+    }
+    const T* const a_row = rows + (warp * kWarpRows + lane % 16) * row() + lane / 16 * 8;
     const T* const b_row = cols + (lane % 8 + lane / 16 * 8) * row() + lane / 8 % 2 * 8;
 #pragma unroll
     for (int d = 0; d < kWidth; d += 16) {
-      uint32_t a[4], b[4];
-      load_pieces<false>(a, a_row + d);
+      uint32_t a[kStrips][4];
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) load_pieces<false>(a[m], a_row + m * 16 * row() + d);
 #pragma unroll
       for (int n = 0; n < kCols; n += 16) {
+        uint32_t b[4];
         load_pieces<false>(b, b_row + n * row() + d);
-        multiply<T>(&s[0][n / 4], &s[1][n / 4], a, b[0], b[1]);
-        multiply<T>(&s[0][n / 4 + 2], &s[1][n / 4 + 2], a, b[2], b[3]);
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) {
+          float *upper = s[2 * m] + n / 4, *lower = s[2 * m + 1] + n / 4;
+          multiply<T>(upper, lower, a[m], b[0], b[1]);
+          multiply<T>(upper + 2, lower + 2, a[m], b[2], b[3]);
+        }
       }
     }
   }
@@ -108,15 +116,25 @@ struct TensorCores {
     const T* const b_row = tile + lane % 16 * row() + lane / 16 * 8;
 #pragma unroll
     for (int n = 0; n < kCols; n += 16) {
-      const int j = n / 4;
-      const uint32_t a[4] = {packed<T>(p[0][j], p[0][j + 1]), packed<T>(p[1][j], p[1][j + 1]),
-                             packed<T>(p[0][j + 2], p[0][j + 3]), packed<T>(p[1][j + 2], p[1][j + 3])};
+      uint32_t a[kStrips][4];
+#pragma unroll
+      for (int m = 0; m < kStrips; ++m) {
+        const float *upper = p[2 * m] + n / 4, *lower = p[2 * m + 1] + n / 4;
+        a[m][0] = packed<T>(upper[0], upper[1]);
+        a[m][1] = packed<T>(lower[0], lower[1]);
+        a[m][2] = packed<T>(upper[2], upper[3]);
+        a[m][3] = packed<T>(lower[2], lower[3]);
+      }
 #pragma unroll
       for (int d = 0; d < kWidth; d += 16) {
         uint32_t b[4];
         load_pieces<true>(b, b_row + n * row() + d);
-        multiply<T>(&acc[0][d / 4], &acc[1][d / 4], a, b[0], b[1]);
-        multiply<T>(&acc[0][d / 4 + 2], &acc[1][d / 4 + 2], a, b[2], b[3]);
+#pragma unroll
+        for (int m = 0; m < kStrips; ++m) {
+          float *upper = acc[2 * m] + d / 4, *lower = acc[2 * m + 1] + d / 4;
+          multiply<T>(upper, lower, a[m], b[0], b[1]);
+          multiply<T>(upper + 2, lower + 2, a[m], b[2], b[3]);
+        }
       }
     }
   }

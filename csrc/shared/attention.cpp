@@ -16,15 +16,15 @@ Heads packed_heads(const Tensor& t, int64_t width, int64_t heads, int64_t which)
 }
 
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, bool is_causal, double scale) {
-  return {q.size(0), q.size(1),   q.size(2),   k.size(2),   q.size(3), is_causal,
-          scale,     heads_of(q), heads_of(k), heads_of(v), mask,      Mask(mask)};
+  return {q,     q.size(0),   q.size(1),   q.size(2),   k.size(2), q.size(3), is_causal,
+          scale, heads_of(q), heads_of(k), heads_of(v), mask,      Mask(mask)};
 }
 
 Problem problem_qkv(const Tensor& qkv, int64_t heads, const Maybe& mask, bool is_causal, double scale) {
   const int64_t width = qkv.size(2) / (3 * heads);
   const auto part = [&](int64_t which) { return packed_heads(qkv, width, heads, which); };
-  return {qkv.size(0), heads,   qkv.size(1), qkv.size(1), width, is_causal,
-          scale,       part(0), part(1),     part(2),     mask,  Mask(mask)};
+  return {qkv,   qkv.size(0), heads,   qkv.size(1), qkv.size(1), width, is_causal,
+          scale, part(0),     part(1), part(2),     mask,        Mask(mask)};
 }
 
 Tensor empty_stats(const Tensor& like, const Problem& p) {

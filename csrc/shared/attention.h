@@ -28,6 +28,7 @@ struct Mask {
 };
 
 struct Problem {
+  const Tensor& tensor;  // q, or the packed projection
   int64_t batch, heads, queries, keys, width;
   bool is_causal;
   double scale;

@@ -30,8 +30,7 @@ const AttentionKernels& kernels_for(const Problem& p) {
   }
 }
 
-// `mask` is the problem's, in a dtype that kernels read.
-Attention described(const Problem& p, const Mask& mask, const Tensor& stats) {
+Attention described(const Problem& p, const Tensor& stats) {
   Attention a{};
   a.heads = int32_t(p.heads);
   a.queries = int32_t(p.queries);
@@ -44,22 +43,18 @@ Attention described(const Problem& p, const Mask& mask, const Tensor& stats) {
   a.q = on_device(p.q, p.width);
   a.k = on_device(p.k, p.width);
   a.v = on_device(p.v, p.width);
-  a.mask = {mask.data, mask.dtype, mask.batch, mask.head, mask.query, mask.key};
+  a.mask = {p.mask.data, p.mask.dtype, p.mask.batch, p.mask.head, p.mask.query, p.mask.key};
   a.stats = reinterpret_cast<float*>(bytes(stats));
   return a;
 }
 
-// A block for each tile of `tokens` of each head.
-dim3 grid_of(const Problem& p, int64_t tokens, int64_t rows) {
-  const int64_t count = p.batch * p.heads * blocks(tokens, rows), most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(std::max(count, std::max(p.queries, p.keys)) <= most, "attention: ", p.batch, " x ", p.heads,
-                  " heads of ", tokens, " tokens are ", count, " blocks; a launch has up to ", most);
-  return dim3(unsigned(count));
-}
-
-// Kernels read bool, float32 and 16-bit masks.
-Maybe readable_mask(const Problem& p) {
-  return p.mask.dtype == DType::f64 ? Maybe(cast(*p.given_mask, ScalarType::Float)) : p.given_mask;
+// One block for each tile of `tokens` of each head.
+void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, const Problem& p,
+            int64_t tokens, const Attention& a) {
+  const int64_t count = p.batch * p.heads * blocks(tokens, kernel.rows), most = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(count <= most, "attention: ", p.batch, " x ", p.heads, " heads of ", tokens, " tokens are ", count,
+                  " blocks of ", name, "; a launch has up to ", most);
+  launches(name, kernel.kernel, dim3(unsigned(count)), dim3(threads), kernel.shared(a), a);
 }
 
 // The mask's gradient: the gradients of all scores that an element was added to.
@@ -74,22 +69,19 @@ Tensor sum_to(const Tensor& dscores, const Tensor& mask) {
 }  // namespace
 
 void attend(const Problem& p, const Heads& out, const Tensor& stats) {
-  const Maybe mask = readable_mask(p);
   const AttentionKernels& kernels = kernels_for(p);
-  Attention a = described(p, Mask(mask), stats);
+  Attention a = described(p, stats);
   a.out = on_device(out, p.width);
-  const Launches launches("attention", stats, {given(mask)});
-  launches("attention_forward", kernels.forward, grid_of(p, p.queries, kernels.rows), dim3(kernels.threads),
-           kernels.forward_shared(a), a);
+  const Launches launches("attention", p.tensor, {given(p.given_mask)});
+  launch(launches, "attention_forward", kernels.forward, kernels.threads, p, p.queries, a);
 }
 
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
                        const Heads& dk, const Heads& dv, bool needs_mask) {
-  const Maybe mask = readable_mask(p);
   const AttentionKernels& kernels = kernels_for(p);
   const Tensor stats = packed(stats_), delta = empty(stats, {p.batch, p.heads, p.queries});
   const Maybe dscores = needs_mask ? Maybe(empty(stats, {p.batch, p.heads, p.queries, p.keys})) : std::nullopt;
-  Attention a = described(p, Mask(mask), stats);
+  Attention a = described(p, stats);
   a.out = on_device(out, p.width);
   a.dout = on_device(dout, p.width);
   a.dq = on_device(dq, p.width);
@@ -97,10 +89,9 @@ Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, co
   a.dv = on_device(dv, p.width);
   a.delta = reinterpret_cast<float*>(bytes(delta));
   a.dscores = dscores ? reinterpret_cast<float*>(bytes(*dscores)) : nullptr;
-  const Launches launches("attention_backward", stats, {given(mask)});
-  const dim3 threads(kernels.threads);
-  launches("attention_dq", kernels.dq, grid_of(p, p.queries, kernels.rows), threads, kernels.dq_shared(a), a);
-  launches("attention_dkdv", kernels.dkdv, grid_of(p, p.keys, kernels.rows), threads, kernels.dkdv_shared(a), a);
+  const Launches launches("attention_backward", p.tensor, {given(p.given_mask)});
+  launch(launches, "attention_dq", kernels.dq, kernels.threads, p, p.queries, a);
+  launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p, p.keys, a);
   return needs_mask ? sum_to(*dscores, *p.given_mask) : nothing(stats);
 }
 
