@@ -1,7 +1,8 @@
 // attention and attention_qkv: the schemas of vitkernels/ops/attention.py on the CPU. Heads are the unit of work.
 #include <cmath>
 
-#include "ops.h"
+#include "shared/ops.h"
+#include "tensors.h"
 
 namespace vk {
 namespace {
