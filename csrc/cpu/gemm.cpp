@@ -38,15 +38,6 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<
   return Tensor(result);
 }
 
-Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
 template <class T>
 void transpose_into(T* out, const T* in, int64_t rows, int64_t columns, int64_t in_row) {
   constexpr int64_t block = 32;  // of both sides at once in L1

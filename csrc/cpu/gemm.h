@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "shared/products.h"
 #include "tensors.h"
 
 namespace vk {
@@ -10,11 +11,6 @@ namespace vk {
 // gradients of weights. A negative number asks.
 enum class Library { torch, onednn, own };
 int64_t set_products(int64_t wanted);
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);  // x w^T + b, [M,K] [N,K] -> [M,N]
-Tensor gradient_of_input(const Tensor& dy, const Tensor& weight);                          // dy w,      [M,N] [N,K] -> [M,K]
-Tensor gradient_of_weight(const Tensor& dy, const Tensor& x);                              // dy^T x,    [M,N] [M,K] -> [N,K]
-Tensor gradient_of_bias(const Tensor& dy, ScalarType dtype);                               // column sums of dy
 
 // A tensor of two axes as the kernels see it: where it lies, and its steps in elements.
 struct Matrix {

@@ -1,7 +1,7 @@
 // patch_embed: the schemas of vitkernels/ops/patch_embed.py on the CPU. Patches are gathered, scaled and normalised into
 // a buffer of a few images at a time, which the vendor's product then reads from cache.
 #include "gemm.h"
-#include "ops.h"
+#include "shared/ops.h"
 
 #include <cstring>
 #include <type_traits>

@@ -1,4 +1,5 @@
-// The CPU implementations that register.cpp ties to the schemas of vitkernels/ops/*.py: same arguments, same order.
+// The implementations that register.h ties to the schemas of vitkernels/ops/*.py: same arguments, same order. Each half
+// of the extension has them all.
 #pragma once
 #include <optional>
 #include <string>

@@ -1,4 +1,6 @@
-#include "tensors.h"
+#include "products.h"
+
+#include <array>
 
 namespace vk {
 
@@ -12,6 +14,15 @@ DType dtype_of(const Tensor& t) {
     case ScalarType::Byte: return DType::u8;
     default: STD_TORCH_CHECK(false, "vitkernels: the extension has no kernel for this dtype");
   }
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "quick_gelu") return Activation::quick_gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(false, "mlp: unknown activation '", name, "'");
 }
 
 ScalarType accumulate_dtype(ScalarType dtype) {
@@ -28,6 +39,11 @@ Shape shape_of(const Tensor& t) {
   return shape;
 }
 
+Shape with_width(Shape shape, int64_t width) {
+  shape.back() = width;
+  return shape;
+}
+
 Tensor reshaped(const Tensor& t, const Shape& shape) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(packed(t)), torch::stable::detail::from(shape)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
@@ -37,6 +53,15 @@ Tensor reshaped(const Tensor& t, const Shape& shape) {
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 Tensor heads_last(const Tensor& like) {
   return torch::stable::transpose(empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
