@@ -25,7 +25,7 @@ import vitkernels as vk
 if cuda.why_not():
     pytest.skip(str(cuda.why_not()), allow_module_level=True)
 
-import nvcc  # noqa: E402  # ptx.cuda says where it lies
+import nvcc  # ptx.cuda says where it lies
 
 DTYPES = (BF16, F16, F32)
 MOST_SHARED = 99 << 10  # bytes that a block may have on every capability from 8.0 on
@@ -111,7 +111,7 @@ def test_grids_are_tiles_by_heads() -> None:
         (136, BF16, (9, 0), "heads up to 128 wide, and these are 136"),
         (16, BF16, (7, 5), "attention in torch.bfloat16 needs compute capability 8.0 or later"),
         (16, F16, (7, 5), "attention in torch.float16 needs compute capability 8.0 or later"),
-        (112, F32, (7, 5), "compute capability 7.5 has shared memory for heads up to 104 wide, and these are 112"),
+        (112, F32, (7, 5), "attention of heads over 104 wide needs compute capability 8.0 or later"),
     ],
 )
 def test_declined(width: int, dtype: torch.dtype, capability: tuple[int, int], reason: str) -> None:
@@ -184,8 +184,8 @@ def test_dropped_mask_is_seen(case: Case, dtype: torch.dtype, monkeypatch: pytes
     arguments = cuda._arguments
     shape = case.tensors["attn_mask"].shape  # type: ignore[union-attr]
 
-    def without_mask(text: str, kernel: str, pointers: Any) -> list[Packed]:
-        (given,) = arguments(text, kernel, pointers)
+    def without_mask(*launch: Any) -> list[Packed]:
+        (given,) = arguments(*launch)
         (place,) = [at for at, (tensor, _) in given.pointers.items() if tensor.shape == shape]
         raw = given.raw[:place] + bytes(8) + given.raw[place + 8 :]
         kept = {at: memory for at, memory in given.pointers.items() if at != place}

@@ -114,19 +114,20 @@ def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
 
 def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> str | None:
     """For (q, ...), (dout, q, ...), (qkv, num_heads, ...) and (dout, qkv, out, stats, num_heads, ...)."""
-    first, second, *_ = args
-    num_heads = second if isinstance(second, int) else args[4] if second.dim() == 3 else None
-    width = first.shape[-1] if num_heads is None else args[1 - isinstance(second, int)].shape[-1] // (3 * num_heads)
+    first, second = args[:2]
+    if isinstance(second, int):
+        width = first.shape[-1] // (3 * second)
+    elif second.dim() == 3:
+        width = second.shape[-1] // (3 * args[4])
+    else:
+        width = second.shape[-1]
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
     if capability >= (8, 0):
         return None
-    major, minor = capability
+    has = f"{first.device} has {capability[0]}.{capability[1]}"
     if first.dtype != torch.float32:
-        return f"attention in {first.dtype} needs compute capability 8.0 or later, and {first.device} has {major}.{minor}"
+        return f"attention in {first.dtype} needs compute capability 8.0 or later, and {has}"
     if width > WIDEST_TURING_HEAD:
-        return (
-            f"compute capability {major}.{minor} has shared memory for heads up to {WIDEST_TURING_HEAD} wide, "
-            f"and these are {width}"
-        )
+        return f"attention of heads over {WIDEST_TURING_HEAD} wide needs compute capability 8.0 or later, and {has}"
     return None

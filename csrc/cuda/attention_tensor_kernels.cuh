@@ -23,7 +23,7 @@ template <class T>
 const AttentionKernels& tensor_kernels(int64_t width) {
   static constexpr AttentionKernels rows[] = {
       // width, forward: keys at once, strips a warp, blocks a multiprocessor; backward: strips, blocks
-      tensor_kernels_of<T, 32, 64, 2, 3, 2, 2>(),  tensor_kernels_of<T, 64, 64, 2, 2, 2, 2>(),
+      tensor_kernels_of<T, 32, 64, 2, 2, 2, 2>(),  tensor_kernels_of<T, 64, 64, 2, 2, 2, 2>(),
       tensor_kernels_of<T, 80, 32, 2, 2, 1, 3>(),  tensor_kernels_of<T, 96, 32, 2, 2, 1, 2>(),
       tensor_kernels_of<T, 112, 32, 1, 3, 1, 2>(), tensor_kernels_of<T, kWidestHead, 32, 1, 3, 1, 2>(),
   };
