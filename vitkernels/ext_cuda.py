@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 
 LOWEST_CAPABILITY = (7, 5)
-MOST_COLUMNS = 8192  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
+MOST_COLUMNS = 6144  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
+MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
 
 
