@@ -5,7 +5,7 @@ One binary serves torch 2.11 and later: it is built on LibTorch's stable ABI and
 `VITKERNELS_SANITIZE=address,undefined` builds the extension for `make test-asan`.
 
 Where torch has CUDA and a CUDA toolkit is found (csrc/nvcc.py), `vitkernels._cuda` is built too, for
-TORCH_CUDA_ARCH_LIST or the GPUs that are there.
+TORCH_CUDA_ARCH_LIST or the GPUs that are there; `VITKERNELS_BUILD_CUDA=0` leaves it out.
 """
 
 import os
@@ -56,7 +56,8 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
         )
     )
 
-    reason = nvcc.why_not()
+    left_out = os.environ.get("VITKERNELS_BUILD_CUDA", "1") == "0"
+    reason = "VITKERNELS_BUILD_CUDA is 0" if left_out else nvcc.why_not()
     if reason is None:
         print(f"vitkernels: CUDA C++ is built with {nvcc.find()} for {' '.join(nvcc.targets())}", file=sys.stderr)
         extensions.append(

@@ -82,7 +82,7 @@ def why_not() -> str | None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         return f"CUDA_HOME is {home}, which has no bin/nvcc" if home else "no CUDA toolkit was found; set CUDA_HOME"
     if toolkit.version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"the toolkit is {toolkit}, and torch was built with CUDA {torch.version.cuda}; needs the same major version"
+        return f"the toolkit is {toolkit}; needs the major version of torch's CUDA {torch.version.cuda}"
     return None
 
 

@@ -1,8 +1,8 @@
 """Loads the compiled extension, and remembers why it could not.
 
 The extension implements the schemas that `dispatch` and the op pages define, under the namespace `vitkernels_ext`: C++
-in `vitkernels._C` under the CPU key, CUDA C++ in `vitkernels._cuda` (`ext_cuda`) under the CUDA key. Each half is loaded
-at the first call that asks for it, never at import.
+in `vitkernels._C` under the CPU key, CUDA C++ in `vitkernels._cuda` (`ext_cuda`) under the CUDA key. Each half is
+loaded at the first call that asks for it, never at import.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 
 LOWEST_CAPABILITY = (7, 5)
-MOST_COLUMNS = 8192  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
 ATTENTION = ("attention", "attention_qkv")
 WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
+MOST_COLUMNS = 6144  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
+MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
 
 

@@ -14,10 +14,7 @@ int64_t configure(const std::string& name, int64_t value) {
 
 }  // namespace vk
 
-STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
-  vk::implement_attention(m);
-  vk::implement_rest(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) { vk::implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&vk::configure));

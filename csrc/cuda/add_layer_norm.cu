@@ -40,7 +40,7 @@ __device__ __forceinline__ void add_branch(float (&value)[kLanes], const LayerNo
 // A row stays in registers from its first load to its last store: kPieces times 8 columns a thread. Up to 1,024 columns
 // a warp has the row, which needs no barrier, and four of them make a block; beyond, the block has it.
 template <int kPieces, bool kAligned, bool kBlock>
-__global__ void __launch_bounds__(kBlock ? 1024 : 128) layer_norm_forward(const __grid_constant__ LayerNormForward a) {
+__global__ void __launch_bounds__(kBlock ? 768 : 128, 1) layer_norm_forward(const __grid_constant__ LayerNormForward a) {
   __shared__ float spaces[2][kWarp];
   const int threads = kBlock ? blockDim.x : kWarp;
   const int64_t row = kBlock ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -105,7 +105,7 @@ struct LayerNormBackward {
 // gradients are sums in its registers, written once a block. Two barriers-free rows could not share them. Beyond
 // kInRegisters columns a block has so many threads that registers do not hold the sums; they are kept in `partial`.
 template <bool kAligned, bool kInRegisters>
-__global__ void __launch_bounds__(kInRegisters ? 512 : 1024)
+__global__ void __launch_bounds__(kInRegisters ? 512 : 768)
     layer_norm_backward(const __grid_constant__ LayerNormBackward a) {
   __shared__ float spaces[2][3][kWarp];  // of two rows, so that one barrier a sum is enough
   const int column = threadIdx.x * kLanes;
@@ -199,7 +199,7 @@ namespace {
 constexpr Rows kNoRows{nullptr, DType::f32, 0, 0};
 constexpr OutRows kNoOut{nullptr, DType::f32, 0, 0};
 constexpr int kWarpColumns = 1024, kInRegisters = 4096;
-constexpr int kMostColumns = 8192;  // 8 for each of the 1,024 threads that a block may have
+constexpr int kMostColumns = 6144;  // 8 a thread: more threads in a block would leave each too few registers
 constexpr int kRowsPerBlock = 4;    // of a warp each
 constexpr int kBlocksPerProcessor = 8;
 

@@ -10,7 +10,16 @@
 
 #include "shared/types.h"
 
+// what shared/activations.h and shared/pairs.h are compiled as
+#define VK_ISA cuda
+#define VK_INLINE __device__ __forceinline__
+
 namespace vk {
+namespace cuda {
+
+VK_INLINE float vexp(float x) { return expf(x); }
+
+}  // namespace cuda
 
 constexpr int kWarp = 32;
 constexpr int kLanes = 8;  // elements a thread takes at once

@@ -11,13 +11,7 @@
 #define VITKERNELS_KEY CUDA
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(VITKERNELS_NAMESPACE, VITKERNELS_KEY, m) {
-  vk::implement_attention(m);
-  m.impl("linear", TORCH_BOX(&vk::linear_forward));
-  m.impl("linear_backward", TORCH_BOX(&vk::linear_backward));
-  m.impl("add_layer_norm", TORCH_BOX(&vk::add_layer_norm));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&vk::add_layer_norm_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(VITKERNELS_NAMESPACE, VITKERNELS_KEY, m) { vk::implement(m); }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__cuda(void) {

@@ -5,15 +5,11 @@
 namespace vk {
 
 template <class Library>
-void implement_attention(Library& m) {
+void implement(Library& m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_qkv", TORCH_BOX(&attention_qkv));
   m.impl("attention_qkv_backward", TORCH_BOX(&attention_qkv_backward));
-}
-
-template <class Library>
-void implement_rest(Library& m) {
   m.impl("linear", TORCH_BOX(&linear_forward));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));

@@ -67,6 +67,22 @@ Tensor heads_last(const Tensor& like) {
   return torch::stable::transpose(empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
 }
 
+PatchGrid patch_grid(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& keep) {
+  const int64_t rows = weight.size(2), columns = weight.size(3);
+  const int64_t down = image.size(2) / rows, across = image.size(3) / columns;
+  return {image.size(0), image.size(1), down, across, rows, columns, keep ? keep->size(1) : down * across, nullptr};
+}
+
+Tensor flat_weight(const Tensor& weight) {
+  return torch::stable::reshape(weight, {weight.size(0), weight.size(1) * weight.size(2) * weight.size(3)});
+}
+
+ScalarType wider(ScalarType a, const Maybe& b) {
+  if (!b || b->scalar_type() == a) return a;
+  if (a == ScalarType::Double || b->scalar_type() == ScalarType::Double) return ScalarType::Double;
+  return ScalarType::Float;  // float32 with a half type, or the two half types
+}
+
 Operand::Operand(const Tensor& t) : tensor(t) {
   const int64_t last = t.dim() - 1;
   // row r stands at r * step if every leading axis goes on where the one behind it ends

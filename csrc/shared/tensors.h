@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "patches.h"
 #include "types.h"
 
 namespace vk {
@@ -43,6 +44,12 @@ struct Operand {
 };
 // The same for a result, which is always packed.
 OutRows out_rows(const Tensor& t);
+
+// Of patch_embed: where patches lie (without `keep`, which is packed first), its weight as [D, C * P * P], and the dtype
+// of its tokens after a tensor of another dtype is added.
+PatchGrid patch_grid(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& keep);
+Tensor flat_weight(const Tensor& weight);
+ScalarType wider(ScalarType a, const std::optional<Tensor>& b);
 
 // [rows, last axis] view of a tensor, copied only where it must be.
 Tensor matrix(const Tensor& t);

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ import nvcc  # noqa: E402
 CACHE = ROOT / "build" / "ptx-cuda"
 NAMESPACE = "vitkernels_on_the_machine"
 ARCHITECTURE = 80
-_LAUNCH = ctypes.CFUNCTYPE(
+_LAUNCH = ctypes.CFUNCTYPE(  # cudart.cpp's Launch
     ctypes.c_int,
     ctypes.c_char_p,
     ctypes.c_void_p,
@@ -79,8 +79,6 @@ def build() -> tuple[Path, Path]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process compiles, the others wait for it."""
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -103,7 +101,7 @@ def _load() -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _texts(address: int) -> tuple[str, ...]:
-    """The PTX texts of a fat binary: its header is a magic number, a version, its own size, and that of what follows."""
+    """The PTX texts of a fat binary; its header is a magic number, a version, its own size, and the size of the rest."""
     header, size = (int.from_bytes(ctypes.string_at(address + at, n), "little") for at, n in ((6, 2), (8, 8)))
     parts = ctypes.string_at(address + header, size).split(b".version ")[1:]
     return tuple(".version " + part.split(b"\0")[0].decode() for part in parts)

@@ -137,14 +137,14 @@ class Memory:
         return Several(f"one access to several tensors: {instruction}")
 
     @staticmethod
-    def _parts(strand: Any, address: Any, mask: Any) -> Iterator[tuple[Any, Any]]:
-        """The addresses, and masks of the threads that reach one region each."""
+    def _parts(strand: Any, address: Any, mask: Any) -> Iterator[Any]:
+        """Masks of the threads that reach one region each."""
         shape = (strand.group.count, strand.group.threads)
         address = np.broadcast_to(address, shape)
         mask = np.ones(shape, bool) if mask is None else np.broadcast_to(mask, shape)
         numbers = address >> _EACH
         for number in np.unique(numbers[mask]):
-            yield address, mask & (numbers == number)
+            yield mask & (numbers == number)
 
     def load(self, strand: Any, address: Any, size: int, count: int, mask: Any, instruction: Instruction) -> list[Any]:
         """`count` elements of `size` bytes for each thread; those of idle threads are arbitrary."""
@@ -152,7 +152,7 @@ class Memory:
             region, offset = self.place(strand, address, mask, size * count, instruction)
         except Several:
             values = [np.zeros((1, 1), ACCESS[size])] * count
-            for address, part in self._parts(strand, address, mask):
+            for part in self._parts(strand, address, mask):
                 found = self.load(strand, address, size, count, part, instruction)
                 values = [np.where(part, new, old) for new, old in zip(found, values, strict=True)]
             return values
@@ -168,7 +168,7 @@ class Memory:
         try:
             region, offset = self.place(strand, address, mask, size * len(values), instruction)
         except Several:
-            for address, part in self._parts(strand, address, mask):
+            for part in self._parts(strand, address, mask):
                 self.store(strand, address, size, values, part, instruction)
             return
         shape = (strand.group.count, strand.group.threads)
