@@ -129,6 +129,12 @@ def test_declined(width: int, dtype: torch.dtype, capability: tuple[int, int], r
     assert not record.names
 
 
+def test_too_many_tiles_are_declined() -> None:
+    q = torch.zeros(1, dtype=BF16).expand(2**20, 2**11, 33, 16)  # takes no memory
+    with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match="2147483647 tiles"):
+        vk.ops.attention(q, q, q)
+
+
 # ----------------------------------------------------------------------------------- other PTX than the module's own
 
 

@@ -16,6 +16,7 @@ import torch
 LOWEST_CAPABILITY = (7, 5)
 ATTENTION = ("attention", "attention_qkv")
 WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
+FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a launch
 MOST_COLUMNS = 6144  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
@@ -114,16 +115,18 @@ def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> str | None:
-    """For (q, ...), (dout, q, ...), (qkv, num_heads, ...) and (dout, qkv, out, stats, num_heads, ...)."""
-    first, second = args[:2]
-    if isinstance(second, int):
-        width = first.shape[-1] // (3 * second)
-    elif second.dim() == 3:
-        width = second.shape[-1] // (3 * args[4])
+    """For (q, k, ...), (dout, q, k, ...), (qkv, num_heads, ...) and (dout, qkv, out, stats, num_heads, ...)."""
+    first, second, third = args[:3]
+    if isinstance(second, int) or second.dim() == 3:
+        qkv, heads = (first, second) if isinstance(second, int) else (second, args[4])
+        rows, tokens, width = qkv.shape[0] * heads, qkv.shape[1], qkv.shape[2] // (3 * heads)
     else:
-        width = second.shape[-1]
+        rows, width = first.shape[0] * first.shape[1], first.shape[3]
+        tokens = max(each.shape[2] for each in (first, second, third) if isinstance(each, torch.Tensor))
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
+    if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:
+        return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {rows} x {tokens} tokens are more"
     if capability >= (8, 0):
         return None
     has = f"{first.device} has {capability[0]}.{capability[1]}"

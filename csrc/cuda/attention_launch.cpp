@@ -1,9 +1,6 @@
 // Launches the attention kernels: what a call is told of, which kernels serve it, and in which order.
 #include "shared/attention.h"
 
-#include <cmath>
-#include <limits>
-
 #include "cuda/attention.h"
 #include "cuda/launch.h"
 
@@ -51,9 +48,7 @@ Attention described(const Problem& p, const Tensor& stats) {
 // One block for each tile of `tokens` of each head.
 void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, const Problem& p,
             int64_t tokens, const Attention& a) {
-  const int64_t count = p.batch * p.heads * blocks(tokens, kernel.rows), most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(count <= most, "attention: ", p.batch, " x ", p.heads, " heads of ", tokens, " tokens are ", count,
-                  " blocks of ", name, "; a launch has up to ", most);
+  const int64_t count = p.batch * p.heads * blocks(tokens, kernel.rows);
   launches(name, kernel.kernel, dim3(unsigned(count)), dim3(threads), kernel.shared(a), a);
 }
 
