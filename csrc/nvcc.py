@@ -65,7 +65,7 @@ def _candidates() -> Iterator[Toolkit]:
         return  # what was asked for, or nothing
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for each in sorted(Path(folder).glob("cu*"), reverse=True):
+        for each in sorted(Path(folder).glob("cu[0-9]*"), reverse=True):
             yield Toolkit(each, "the package nvidia-cuda-nvcc")
     yield Toolkit(Path("/usr/local/cuda"), "the usual place")
     found = shutil.which("nvcc")

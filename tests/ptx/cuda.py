@@ -61,7 +61,7 @@ def build() -> tuple[Path, Path]:
     """Compile the module and the stand-in for its runtime, or find them compiled; gives the two libraries."""
     toolkit = nvcc.find()
     assert toolkit is not None, why_not()
-    flags = [*nvcc.ptx(ARCHITECTURE), f"-DVITKERNELS_NAMESPACE={NAMESPACE}", "-DVITKERNELS_KEY=CPU"]
+    flags = [*nvcc.WARNINGS, *nvcc.ptx(ARCHITECTURE), f"-DVITKERNELS_NAMESPACE={NAMESPACE}", "-DVITKERNELS_KEY=CPU"]
     source = Path(__file__).with_name("cudart.cpp")
     with _locked(CACHE):
         objects = nvcc.compile_all(toolkit, flags, CACHE)
