@@ -60,9 +60,9 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
     reason = "VITKERNELS_BUILD_CUDA is 0" if left_out else nvcc.why_not()
     if reason is None:
         print(f"vitkernels: CUDA C++ is built with {nvcc.find()} for {' '.join(nvcc.targets())}", file=sys.stderr)
-        extensions.append(
-            Extension("vitkernels._cuda", files("cuda/*.c*", "shared/*.cpp", "cuda/*.h"), py_limited_api=True)
-        )
+        # no sources: at the sight of a .cu torch asks for the toolkit in its own way
+        used = files("cuda/*", "shared/*")
+        extensions.append(Extension("vitkernels._cuda", [], depends=used, py_limited_api=True))
     else:
         print(f"vitkernels: CUDA C++ is not built: {reason}", file=sys.stderr)
 

@@ -21,7 +21,14 @@ from torch.utils.cpp_extension import include_paths
 CSRC = Path(__file__).parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest torch that a binary must load in
 ARCHITECTURES = (75, 80, 86, 89, 90)  # that every kernel is written for; later ones take the last one's PTX
-FLAGS = ("-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", "--expt-relaxed-constexpr")
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    "-DUSE_CUDA",  # in torch's headers: what only its CUDA builds have
+    "-DPy_LIMITED_API=0x030A0000",
+    "--expt-relaxed-constexpr",
+)
 WARNINGS = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Werror")
 HOST = ("-Xcompiler=-fPIC,-fvisibility=hidden",)
 
@@ -65,7 +72,7 @@ def _candidates() -> Iterator[Toolkit]:
         return  # what was asked for, or nothing
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        for each in sorted(Path(folder).glob("cu*"), reverse=True):
+        for each in sorted(Path(folder).glob("cu[0-9]*"), reverse=True):
             yield Toolkit(each, "the package nvidia-cuda-nvcc")
     yield Toolkit(Path("/usr/local/cuda"), "the usual place")
     found = shutil.which("nvcc")
@@ -164,7 +171,7 @@ def compile_all(toolkit: Toolkit, flags: Sequence[str], folder: Path, jobs: int 
 
     def make(source: Path) -> Path:
         text = "".join(each.read_text() for each in _texts(source))
-        key = hashlib.sha256(f"{toolkit} {torch.__version__} {flags} {text}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{toolkit} {torch.__version__} {FLAGS} {flags} {text}".encode()).hexdigest()[:16]
         target = folder / f"{source.stem}-{key}.o"
         if not target.exists():
             for old in folder.glob(f"{source.stem}-*.o"):
@@ -187,9 +194,9 @@ def link(toolkit: Toolkit, objects: Sequence[Path], target: Path, libraries: Seq
         target: the shared library to make.
         libraries: torch's, and what stands for CUDA's runtime where it is not NVIDIA's own (`RUNTIME`).
     """
-    torch_libraries = Path(torch.__file__).parent / "lib"
+    folders = [f"-L{Path(torch.__file__).parent / 'lib'}", f"-L{toolkit.library}"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([toolkit.nvcc, "-shared", "-o", target, *objects, f"-L{torch_libraries}", *libraries])
+    run([toolkit.nvcc, "-shared", "-o", target, *objects, *folders, *libraries])
 
 
 TORCH = ("-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_cuda")

@@ -109,6 +109,8 @@ def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
         return _why_not_attention(args, capability)
     if op in PRODUCTS and capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         return f"bfloat16 products need compute capability 8.0 or later, and {device} has {major}.{minor}"
+    if op == "patch_embed" and (reason := _why_not_channels(args)):
+        return reason
     if op == "add_layer_norm" and tensors[0].shape[-1] > MOST_COLUMNS:
         return f"the CUDA C++ kernels take rows of up to {MOST_COLUMNS} columns; got {tensors[0].shape[-1]}"
     return None
@@ -134,4 +136,14 @@ def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> st
         return f"attention in {first.dtype} needs compute capability 8.0 or later, and {has}"
     if width > WIDEST_TURING_HEAD:
         return f"attention of heads over {WIDEST_TURING_HEAD} wide needs compute capability 8.0 or later, and {has}"
+    return None
+
+
+def _why_not_channels(args: tuple[Any, ...]) -> str | None:
+    """For (image, weight, bias, mean, std, ...) and (dout, image, weight, mean, std, ...)."""
+    image = next(arg for arg in args if arg.dim() == 4)
+    channels = image.shape[1]
+    normalises = image.dtype == torch.uint8 or args[3] is not None or args[4] is not None
+    if normalises and channels > MOST_CHANNELS:
+        return f"the CUDA C++ kernels normalise up to {MOST_CHANNELS} channels; got {channels}"
     return None

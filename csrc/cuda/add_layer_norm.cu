@@ -16,6 +16,10 @@ struct LayerNormForward {
   float *mean, *rstd;
 };
 
+__device__ __forceinline__ float scale_of(const Rows& row_scale, int64_t sample) {
+  return row_scale.data ? load(row_scale.data, row_scale.dtype, sample * row_scale.col) : 1.f;
+}
+
 // total = x + row_scale * scale * (branch + branch_bias) as it is once stored, 8 columns.
 template <bool kAligned>
 __device__ __forceinline__ void add_branch(float (&value)[kLanes], const LayerNormForward& a, int64_t row, int column,
@@ -40,14 +44,15 @@ __device__ __forceinline__ void add_branch(float (&value)[kLanes], const LayerNo
 // A row stays in registers from its first load to its last store: kPieces times 8 columns a thread. Up to 1,024 columns
 // a warp has the row, which needs no barrier, and four of them make a block; beyond, the block has it.
 template <int kPieces, bool kAligned, bool kBlock>
-__global__ void __launch_bounds__(kBlock ? 768 : 128, 1) layer_norm_forward(const __grid_constant__ LayerNormForward a) {
+__global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
+    layer_norm_forward(const __grid_constant__ LayerNormForward a) {
   __shared__ float spaces[2][kWarp];
   const int threads = kBlock ? blockDim.x : kWarp;
   const int64_t row = kBlock ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
   const auto row_sum = [&](float value, float* space) { return kBlock ? block_sum(value, space) : warp_sum(value); };
   const auto column_of = [&](int piece) { return (piece * threads + int(threadIdx.x)) * kLanes; };
-  const float row_scale = a.row_scale.data ? load(a.row_scale.data, a.row_scale.dtype, row / a.rows_per_sample * a.row_scale.col) : 1.f;
+  const float row_scale = scale_of(a.row_scale, row / a.rows_per_sample);
 
   float value[kPieces][kLanes], sum = 0;
 #pragma unroll
@@ -102,8 +107,8 @@ struct LayerNormBackward {
 };
 
 // One row at a time, all its columns at once: a thread keeps the same 8 columns from row to row, so the parameters'
-// gradients are sums in its registers, written once a block. Two barriers-free rows could not share them. Beyond
-// kInRegisters columns a block has so many threads that registers do not hold the sums; they are kept in `partial`.
+// gradients are sums in its registers, written once a block. Beyond 4,096 columns a block has so many threads that
+// registers do not hold the sums; they are kept in `partial`.
 template <bool kAligned, bool kInRegisters>
 __global__ void __launch_bounds__(kInRegisters ? 512 : 768)
     layer_norm_backward(const __grid_constant__ LayerNormBackward a) {
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kInRegisters ? 512 : 768)
     if (!a.dbranch.data && a.sums <= 2 && !a.row_sums) continue;
 
     float scale[kLanes];
-    const float row_scale = a.row_scale.data ? load(a.row_scale.data, a.row_scale.dtype, row / a.rows_per_sample * a.row_scale.col) : 1.f;
+    const float row_scale = scale_of(a.row_scale, row / a.rows_per_sample);
     if (a.scale.data) load_floats<kAligned>(scale, a.scale, 0, column, a.width);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) term[i] = g[i] * row_scale * (a.scale.data ? scale[i] : 1.f);
@@ -187,7 +192,9 @@ __global__ void __launch_bounds__(kInRegisters ? 512 : 768)
   if constexpr (kInRegisters) {
 #pragma unroll
     for (int kind = 0; kind < kSums; ++kind) {
-      if (kind < a.sums) store_floats<kAligned>({reinterpret_cast<char*>(mine + kind * a.width), DType::f32, 0, 1}, 0, column, a.width, sums[kind]);
+      if (kind >= a.sums) break;
+      const OutRows out{reinterpret_cast<char*>(mine + kind * a.width), DType::f32, 0, 1};
+      store_floats<kAligned>(out, 0, column, a.width, sums[kind]);
     }
   }
 }
@@ -251,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
                            out_rows(normed),
                            static_cast<float*>(mean.data_ptr()),
                            static_cast<float*>(rstd.data_ptr())};
-  const bool aligned = all_aligned(width, {a.x, a.branch, a.weight, a.bias, a.branch_bias, a.scale}, {a.total, a.normed});
+  const bool aligned =
+      all_aligned(width, {a.x, a.branch, a.weight, a.bias, a.branch_bias, a.scale}, {a.total, a.normed});
   const Launches launches("add_layer_norm", x, {given(branch), &weight});
   if (width > kWarpColumns) {
     launches("layer_norm_forward", aligned ? layer_norm_forward<1, true, true> : layer_norm_forward<1, false, true>,
@@ -275,7 +283,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
   check_width(width);
   Tensor dx = needs[0] ? empty(total, shape) : nothing(total);
   Tensor dbranch = needs[1] ? empty(total, shape, *branch_dtype) : nothing(total);
-  const auto vector = [&](bool needed, ScalarType dtype) { return needed ? empty(total, {width}, dtype) : nothing(total); };
+  const auto vector = [&](bool needed, ScalarType dtype) {
+    return needed ? empty(total, {width}, dtype) : nothing(total);
+  };
   Tensor vectors[] = {vector(needs[2], weight.scalar_type()), vector(needs[3], weight.scalar_type()),
                       vector(needs[4], ScalarType::Float), vector(needs[5], ScalarType::Float)};
   const Launches launches("add_layer_norm_backward", total, {given(dtotal), given(dnormed), given(branch)});
@@ -326,8 +336,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
   }
   Tensor drow_scale = nothing(total);
   if (needs[6]) {
+    const int64_t samples = samples_of(total);
     const std::vector<int64_t> inner{1};
-    drow_scale = torch::stable::sum(torch::stable::reshape(row_sums, {samples_of(total), rows / std::max<int64_t>(samples_of(total), 1)}), inner);
+    drow_scale = torch::stable::sum(
+        torch::stable::reshape(row_sums, {samples, rows / std::max<int64_t>(samples, 1)}), inner);
   }
   return {dx, dbranch, vectors[0], vectors[1], vectors[2], vectors[3], drow_scale};
 }

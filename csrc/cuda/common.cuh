@@ -17,7 +17,7 @@
 namespace vk {
 namespace cuda {
 
-VK_INLINE float vexp(float x) { return expf(x); }
+VK_INLINE float vexp(float x) { return __expf(x); }
 
 }  // namespace cuda
 
@@ -153,7 +153,7 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Of all threads of a block that has only an x axis; `space` is one float a warp, and free again after the next barrier.
+// Of all threads of a block with an x axis alone; `space` is one float a warp, and free again after the next barrier.
 __device__ __forceinline__ float block_sum(float value, float* space) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   value = warp_sum(value);

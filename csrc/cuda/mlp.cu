@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kWarp* kTileRows) activate_backward(const __gr
   }
   if (!a.sums) return;
 #pragma unroll
-  for (int i = 0; i < kLanes; ++i) space[threadIdx.y][threadIdx.x + i * kWarp] = sum[i];  // no two of a warp in one bank
+  for (int i = 0; i < kLanes; ++i) space[threadIdx.y][threadIdx.x + i * kWarp] = sum[i];  // each thread its own bank
   __syncthreads();
   const int thread = threadIdx.y * kWarp + threadIdx.x, mine = blockIdx.y * kTileColumns + thread;
   if (mine >= a.width) return;
@@ -137,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
     launch(launches, a, true);
     if (needs[2]) {
       db1 = empty(x, {hidden}, w1.scalar_type());
-      column_sums(launches, {Operand(sums).rows, 0, parts, std::max<int64_t>(parts, 1), int(hidden), {out_rows(db1)}}, 1);
+      const Rows in = Operand(sums).rows;
+      column_sums(launches, {in, 0, parts, std::max<int64_t>(parts, 1), int(hidden), {out_rows(db1)}}, 1);
     }
     if (needs[3]) dw2 = gradient_of_weight(g, activated);
     activated = nothing(x);  // its memory may serve the next products

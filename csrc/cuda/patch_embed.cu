@@ -21,7 +21,9 @@ struct Grid : PatchGrid {
   int64_t images_at_once() const { return std::max<int64_t>(1, kTokensAtOnce / std::max<int64_t>(tokens, 1)); }
 };
 
-dim3 threads_for(int64_t width) { return dim3(unsigned(std::min<int64_t>(round_up(blocks(width, kLanes), kWarp), 256))); }
+dim3 threads_for(int64_t width) {
+  return dim3(unsigned(std::min<int64_t>(round_up(blocks(width, kLanes), kWarp), 256)));
+}
 
 void check_channels(const Grid& grid, const MaybeNumbers& mean, const MaybeNumbers& std, DType dtype) {
   STD_TORCH_CHECK((!mean && !std && dtype != DType::u8) || grid.channels <= kMostChannels,

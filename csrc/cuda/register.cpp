@@ -13,7 +13,8 @@
 
 STABLE_TORCH_LIBRARY_IMPL(VITKERNELS_NAMESPACE, VITKERNELS_KEY, m) { vk::implement(m); }
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__cuda(void) {
   PyObject* made = PyModule_Create(&module);
   if (made && PyModule_AddStringConstant(made, "TARGETS", VITKERNELS_TARGETS) < 0) return nullptr;

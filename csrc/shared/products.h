@@ -4,10 +4,14 @@
 
 namespace vk {
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);  // x w^T + b, [M,K] [N,K] -> [M,N]
-Tensor gradient_of_input(const Tensor& dy, const Tensor& weight);                          // dy w,      [M,N] [N,K] -> [M,K]
-Tensor gradient_of_weight(const Tensor& dy, const Tensor& x);                              // dy^T x,    [M,N] [M,K] -> [N,K]
-Tensor gradient_of_bias(const Tensor& dy, ScalarType dtype);                               // column sums of dy
-Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);  // torch's, as `linear`
+// x w^T + b, [M, K] [N, K] -> [M, N]; and torch's own
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+// dy w, [M, N] [N, K] -> [M, K]
+Tensor gradient_of_input(const Tensor& dy, const Tensor& weight);
+// dy^T x, [M, N] [M, K] -> [N, K]
+Tensor gradient_of_weight(const Tensor& dy, const Tensor& x);
+// column sums of dy
+Tensor gradient_of_bias(const Tensor& dy, ScalarType dtype);
 
 }  // namespace vk

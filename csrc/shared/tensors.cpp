@@ -77,7 +77,7 @@ Tensor flat_weight(const Tensor& weight) {
   return torch::stable::reshape(weight, {weight.size(0), weight.size(1) * weight.size(2) * weight.size(3)});
 }
 
-ScalarType wider(ScalarType a, const Maybe& b) {
+ScalarType wider(ScalarType a, const std::optional<Tensor>& b) {
   if (!b || b->scalar_type() == a) return a;
   if (a == ScalarType::Double || b->scalar_type() == ScalarType::Double) return ScalarType::Double;
   return ScalarType::Float;  // float32 with a half type, or the two half types

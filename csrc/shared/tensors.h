@@ -45,8 +45,8 @@ struct Operand {
 // The same for a result, which is always packed.
 OutRows out_rows(const Tensor& t);
 
-// Of patch_embed: where patches lie (without `keep`, which is packed first), its weight as [D, C * P * P], and the dtype
-// of its tokens after a tensor of another dtype is added.
+// Of patch_embed: where patches lie (without `keep`, which is packed first), its weight as [D, C * P * P], and the
+// dtype of its tokens after a tensor of another dtype is added.
 PatchGrid patch_grid(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& keep);
 Tensor flat_weight(const Tensor& weight);
 ScalarType wider(ScalarType a, const std::optional<Tensor>& b);

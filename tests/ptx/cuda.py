@@ -17,6 +17,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def build() -> tuple[Path, Path]:
     """Compile the module and the stand-in for its runtime, or find them compiled; gives the two libraries."""
     toolkit = nvcc.find()
     assert toolkit is not None, why_not()
-    flags = [*nvcc.ptx(ARCHITECTURE), f"-DVITKERNELS_NAMESPACE={NAMESPACE}", "-DVITKERNELS_KEY=CPU"]
+    flags = [*nvcc.WARNINGS, *nvcc.ptx(ARCHITECTURE), f"-DVITKERNELS_NAMESPACE={NAMESPACE}", "-DVITKERNELS_KEY=CPU"]
     source = Path(__file__).with_name("cudart.cpp")
     with _locked(CACHE):
         objects = nvcc.compile_all(toolkit, flags, CACHE)
@@ -101,7 +102,7 @@ def _load() -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _texts(address: int) -> tuple[str, ...]:
-    """The PTX texts of a fat binary; its header is a magic number, a version, its own size, and the size of the rest."""
+    """The PTX texts of a fat binary; its header is a magic number, a version, its own size, the size of the rest."""
     header, size = (int.from_bytes(ctypes.string_at(address + at, n), "little") for at, n in ((6, 2), (8, 8)))
     parts = ctypes.string_at(address + header, size).split(b".version ")[1:]
     return tuple(".version " + part.split(b"\0")[0].decode() for part in parts)
@@ -116,6 +117,7 @@ class Record:
     shapes: list[tuple[tuple[int, ...], tuple[int, ...], int]] = field(
         default_factory=list
     )  # grid, block, shared bytes
+    refuses: bool = False  # every launch, as a GPU refuses an impossible one
     errors: list[BaseException] = field(default_factory=list)  # that a launch raised: C++ lets none through
 
     @property
@@ -183,16 +185,17 @@ def _arguments(text: str, kernel: str, pointers: Any) -> list[Packed]:
     return found
 
 
-def _on_launch(record: Record) -> Callable[..., int]:
+def _on_launch(record: Record, edit: Callable[[str], str]) -> Callable[..., int]:
     def launch(name: bytes, code: int, grid: Any, block: Any, shared: int, pointers: Any) -> int:
         kernel = name.decode()
         try:
-            text = next(each for each in _texts(code) if f"{kernel}(" in each)
+            text = edit(next(each for each in _texts(code) if f"{kernel}(" in each))
             sizes = tuple(grid.contents), tuple(block.contents), shared
             record.names.append(kernel)
             record.shapes.append(sizes)
-            if max(sizes[0][1:]) > 65535 or sizes[0][0] >= 2**31 or sizes[1][0] * sizes[1][1] * sizes[1][2] > 1024:
-                return 9  # cudaErrorInvalidConfiguration
+            too_large = max(sizes[0][1:]) > 65535 or sizes[0][0] >= 2**31 or math.prod(sizes[1]) > 1024
+            if record.refuses or too_large:
+                return 9  # cudaErrorInvalidConfiguration, as of a GPU
             with torch._C._DisableTorchDispatch():
                 record.launches.append(run(text, kernel, *sizes, _arguments(text, kernel, pointers)))
         except BaseException as error:
@@ -247,10 +250,18 @@ class Machine:
 
 
 @contextlib.contextmanager
-def activate(capability: tuple[int, int] = (8, 0), processors: int = 1) -> Iterator[Record]:
-    """Let the package take the machine for the extension's GPU, inside the block."""
+def activate(
+    capability: tuple[int, int] = (8, 0), processors: int = 1, edit: Callable[[str], str] = str
+) -> Iterator[Record]:
+    """Let the package take the machine for the extension's GPU, inside the block.
+
+    Args:
+        capability: what it says it is; the PTX is sm_80's.
+        processors: multiprocessors that it says it has.
+        edit: what to make of a kernel's PTX before it runs: faults for tests.
+    """
     record = Record()
-    callback = _LAUNCH(_on_launch(record))
+    callback = _LAUNCH(_on_launch(record, edit))
     _load().vitkernels_stand_in(callback, processors, *capability)
     try:
         with ext.stand_in(Machine(record, capability)):
