@@ -75,7 +75,7 @@ Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, co
                        const Heads& dk, const Heads& dv, bool needs_mask) {
   const AttentionKernels& kernels = kernels_for(p);
   const Tensor stats = packed(stats_), delta = empty(stats, {p.batch, p.heads, p.queries});
-  const Maybe dscores = needs_mask ? Maybe(empty(stats, {p.batch, p.heads, p.queries, p.keys})) : std::nullopt;
+  const Tensor dscores = needs_mask ? empty(stats, {p.batch, p.heads, p.queries, p.keys}) : nothing(stats);
   Attention a = described(p, stats);
   a.out = on_device(out, p.width);
   a.dout = on_device(dout, p.width);
@@ -83,11 +83,11 @@ Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, co
   a.dk = on_device(dk, p.width);
   a.dv = on_device(dv, p.width);
   a.delta = reinterpret_cast<float*>(bytes(delta));
-  a.dscores = dscores ? reinterpret_cast<float*>(bytes(*dscores)) : nullptr;
+  a.dscores = needs_mask ? reinterpret_cast<float*>(bytes(dscores)) : nullptr;
   const Launches launches("attention_backward", p.tensor, {given(p.given_mask)});
   launch(launches, "attention_dq", kernels.dq, kernels.threads, p, p.queries, a);
   launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p, p.keys, a);
-  return needs_mask ? sum_to(*dscores, *p.given_mask) : nothing(stats);
+  return needs_mask ? sum_to(dscores, *p.given_mask) : nothing(stats);
 }
 
 }  // namespace vk
