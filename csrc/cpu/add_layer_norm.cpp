@@ -1,5 +1,6 @@
 // add_layer_norm and add_rms_norm: the schemas of vitkernels/ops/add_layer_norm.py on the CPU.
-#include "ops.h"
+#include "shared/ops.h"
+#include "tensors.h"
 
 namespace vk {
 namespace {

@@ -37,15 +37,6 @@ bool in_words(const Matrix& t, int64_t k, int64_t k_step, int64_t other_step) {
   return other_step == 1;
 }
 
-// A matrix where it lies, as torch sees it.
-Tensor tensor_of(const Matrix& t) {
-  const Tensor& all = t.tensor;
-  const bool same = all.dim() == 2 && all.size(0) == t.rows && all.size(1) == t.cols && all.stride(0) == t.row &&
-                    all.stride(1) == t.col;
-  if (same) return all;
-  return reinterpreted(t.tensor, {t.rows, t.cols}, {t.row, t.col});
-}
-
 template <class T>
 void transpose_into(T* out, const T* in, int64_t rows, int64_t columns, int64_t in_row) {
   constexpr int64_t block = 32;  // of both sides at once in L1
@@ -91,13 +82,6 @@ Tensor onednn_gradient(const Matrix& dy, const Matrix& x) {
   return packed_transpose(Matrix(onednn_linear(packed_transpose(x), tensor_of(dy), std::nullopt)));
 }
 
-Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor aten_product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape) {
   if (!aoti_torch_cpu_mm_out || !aoti_torch_cpu_addmm_out) {
     return reshaped(aten_linear(tensor_of(a), tensor_of(b.transposed()), bias), shape);
@@ -137,24 +121,6 @@ Tensor product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bi
 int64_t set_products(int64_t wanted) {
   if (wanted >= 0) products = wanted;
   return products;
-}
-
-Matrix::Matrix(const Tensor& t) : tensor(t), dtype(t.scalar_type()), rows(1) {
-  const Operand operand(t);
-  const auto sizes = t.sizes();
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
-  tensor = operand.tensor;
-  data = bytes(tensor);
-  cols = sizes[sizes.size() - 1];
-  row = rows > 1 ? operand.rows.row : cols;
-  col = operand.rows.col;
-}
-
-Matrix Matrix::transposed() const {
-  Matrix t = *this;
-  std::swap(t.rows, t.cols);
-  std::swap(t.row, t.col);
-  return t;
 }
 
 Way way_of(const Matrix& a, const Matrix& b, bool of_weight) {

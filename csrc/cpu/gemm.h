@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "shared/products.h"
 #include "tensors.h"
 
 namespace vk {
@@ -11,24 +12,9 @@ namespace vk {
 enum class Library { torch, onednn, own };
 int64_t set_products(int64_t wanted);
 
-// A tensor of two axes as the kernels see it: where it lies, and its steps in elements.
-struct Matrix {
-  Tensor tensor;  // whose memory this is
-  char* data;
-  ScalarType dtype;
-  int64_t rows, cols, row, col;
-  explicit Matrix(const Tensor& t);  // rows of the last axis; copied only where the leading axes do not make one step
-  Matrix transposed() const;
-};
-
-// Results have x's or dy's dtype and the shape asked for, and are packed. Weights and biases of another dtype are rounded
-// to x's as they are read; their gradients are rounded to it before they are `dtype`.
-Tensor linear(const Matrix& x, const Matrix& weight, const std::optional<Tensor>& bias, const Shape& shape);  // x w^T + b
-Tensor gradient_of_input(const Matrix& dy, const Matrix& weight, const Shape& shape);                         // dy w
-Tensor gradient_of_weight(const Matrix& dy, const Matrix& x, const Shape& shape, ScalarType dtype);           // dy^T x
-Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype);  // column sums of dy
+// gradient_of_bias of column sums that are there.
 template <class A>
-Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype, std::vector<A>& sums) {  // of sums that are there
+Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype, std::vector<A>& sums) {
   const auto width = int64_t(sums.size());
   if (dtype != dy.dtype) round_to(dtype_of(dy.tensor), sums.data(), width);
   return from_values<A>({width}, dtype, sums.data());
@@ -51,12 +37,5 @@ Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n);  // of a B [k
 // and b tells its shape alone.
 void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
               const Follow& follow = {}, const Tensor* panels = nullptr);
-
-// What mlp and glu_mlp share.
-Activation activation_of(const std::string& name);
-inline Shape with_width(Shape shape, int64_t width) {
-  shape.back() = width;
-  return shape;
-}
 
 }  // namespace vk

@@ -2,7 +2,7 @@
 // follow the extension's own product of panels while it is in cache; any other product is followed by one pass that does
 // them.
 #include "gemm.h"
-#include "ops.h"
+#include "shared/ops.h"
 
 namespace vk {
 

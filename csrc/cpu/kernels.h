@@ -1,24 +1,9 @@
 // The CPU kernels as the torch-facing files see them: plain pointers in, plain pointers out, one table for each
 // instruction set, filled by isa_*.cpp from the same source. A is the accumulation type, float or double.
 #pragma once
-#include <cstdint>
+#include "shared/types.h"
 
 namespace vk {
-
-enum class DType { f32, f64, bf16, f16, boolean, u8 };
-enum class Activation { gelu, gelu_tanh, quick_gelu, relu, silu };
-
-// Rows of one operand: element (i, j) of type `dtype` at data + (i * row + j * col) * size.
-struct Rows {
-  const char* data;
-  DType dtype;
-  int64_t row, col;
-};
-struct OutRows {
-  char* data;
-  DType dtype;
-  int64_t row, col;
-};
 
 // add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
 // of `rows_per_sample` rows; the weight (with the bias) and the scale of a sample lie `weight_step` and `scale_step`
@@ -173,21 +158,9 @@ const Kernels<A>& kernels();  // of the instruction set in use
 // 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16. A negative number asks; one above what the processor has sets the highest it has.
 int64_t set_isa(int64_t wanted);
 
-inline int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    case DType::bf16:
-    case DType::f16: return 2;
-    default: return 1;
-  }
-}
-
 template <class A>
 constexpr DType same_dtype() {
   return sizeof(A) == 4 ? DType::f32 : DType::f64;
 }
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace vk

@@ -1,18 +1,9 @@
 // mlp: the schemas of vitkernels/ops/mlp.py on the CPU. The activation, its derivative and the first bias's gradient
 // follow the extension's own product while it is in cache; a library's product is followed by one pass that does them.
 #include "gemm.h"
-#include "ops.h"
+#include "shared/ops.h"
 
 namespace vk {
-
-Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "quick_gelu") return Activation::quick_gelu;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(false, "vitkernels: unknown activation '", name, "'");
-}
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
                                const std::string& activation, bool save) {

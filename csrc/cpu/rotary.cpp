@@ -1,5 +1,6 @@
 // rotary and rotary_qkv: the schemas of vitkernels/ops/rotary*.py on the CPU. Tokens are the unit of work.
-#include "ops.h"
+#include "shared/ops.h"
+#include "tensors.h"
 
 namespace vk {
 namespace {

@@ -1,53 +1,19 @@
-// What the torch-facing files share: tensors as rows, the accumulation type, threads, scratch memory.
+// What the torch-facing files of the CPU share beside shared/tensors.h: memory, vectors of parameters, threads, scratch.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <optional>
-#include <vector>
 
 #include "kernels.h"
+#include "shared/tensors.h"
 
 namespace vk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
-
-DType dtype_of(const Tensor& t);
-ScalarType accumulate_dtype(ScalarType dtype);  // float64 for float64, float32 for all else
 
 // torch's memory on the CPU, without the dispatcher: a call through that costs more than many a kernel here.
 // 1: with the dispatcher, where torch poisons memory for tests; 0: without. A negative number asks.
 int64_t set_dispatched_memory(int64_t wanted);
-Tensor empty_strided(const Shape& shape, const Shape& strides, ScalarType dtype);
 Tensor empty(const Shape& shape, ScalarType dtype);
-inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(shape, like.scalar_type()); }
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
-Shape shape_of(const Tensor& t);
-// The same memory in another shape, as no view of the other: who gets a result so may write into it.
-Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides);
-Tensor reshaped(const Tensor& t, const Shape& shape);  // copied only where it is not packed
-Tensor packed(const Tensor& t);  // the tensor itself where it is already
-Tensor cast(const Tensor& t, ScalarType dtype);
-Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]
-
-inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
-
-// A tensor read as rows of its last axis; copied only where its leading axes do not make one step.
-struct Operand {
-  Tensor tensor;
-  Rows rows;
-  explicit Operand(const Tensor& t);
-};
-// The same for a result, which is always packed.
-OutRows out_rows(const Tensor& t);
 
 // Calls f(float{}) or f(double{}): the type that sums are kept in for this dtype.
 template <class F>

@@ -1,13 +1,11 @@
-// linear: the schemas of vitkernels/ops/linear.py on the CPU.
-#include "gemm.h"
+// linear: the schemas of vitkernels/ops/linear.py, on the products of either half of the extension.
+#include "products.h"
 #include "ops.h"
 
 namespace vk {
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  Shape shape = shape_of(x);
-  shape.back() = weight.size(0);
-  return linear(Matrix(x), Matrix(weight), bias, shape);
+  return linear(Matrix(x), Matrix(weight), bias, with_width(shape_of(x), weight.size(0)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
