@@ -125,8 +125,8 @@ def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _why_not_norm(args: tuple[Any, ...]) -> str | None:
-    """For (x, branch, weight, bias, eps, branch_bias, scale, ...) or (dtotal, dnormed, total, branch, weight, mean, rstd,
-    branch_bias, scale, ...)."""
+    """For (x, branch, weight, bias, eps, branch_bias, scale, ...) or, backward, (dtotal, dnormed, total, branch,
+    weight, mean, rstd, branch_bias, scale, ...)."""
     forward = isinstance(args[4], float)
     rows, weight, scale = (args[each] for each in ((0, 2, 6) if forward else (2, 4, 8)))
     if weight is None:
