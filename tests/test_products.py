@@ -274,8 +274,7 @@ def test_the_chosen_library_is_the_one_that_multiplies(force_library, library: s
     y = torch.ops.vitkernels_ext.linear(x, weight, bias)
     dx, dweight, _ = torch.ops.vitkernels_ext.linear_backward(dy, x, weight, [True, True, False])
     same = [
-        torch.equal(*pair)
-        for pair in ((y, torch.addmm(bias, x, weight.t())), (dx, dy @ weight), (dweight, dy.t() @ x))
+        torch.equal(*pair) for pair in ((y, torch.addmm(bias, x, weight.t())), (dx, dy @ weight), (dweight, dy.t() @ x))
     ]
     if library == "torch" or dtype == torch.float32:
         assert same == [library == "torch"] * 3

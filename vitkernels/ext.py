@@ -17,8 +17,8 @@ from vitkernels import dispatch, products
 from vitkernels.ops.rotary import why_not_fused
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-# Ops whose launchers take weights and biases in float32 beside narrower rows: they round them to the rows' dtype as they
-# read them, and hand out gradients in the weights' dtype that were rounded so too; casting first gives the same bits.
+# Ops whose launchers take weights and biases in float32 beside narrower rows: they round them to the rows' dtype as
+# they read them, and hand out gradients in the weights' dtype that were rounded so too, with the bits of casts.
 ROUNDS_WEIGHTS = frozenset({"linear", "mlp"})
 _NAMESPACE = "vitkernels_ext"
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
