@@ -1,6 +1,6 @@
-// Products of few rows, C = A B with an A of a few rows, and those of few terms, a sum of a few columns times rows: what a
-// Linear and its gradients come to at a few tokens. Their time is that of reading the weight, or of writing its gradient,
-// so that is done once and where it lies; product_kernel.h would first pack it. The small operands are packed.
+// Products of few rows, C = A B with an A of a few rows, and of few terms, a sum of a few columns times rows: what a Linear
+// and its gradients come to at a few tokens. Their time is that of reading the weight, or of writing its gradient, so that
+// is done once and where it lies; product_kernel.h would first pack it. The small operands are packed.
 //
 // Where B's rows run along its columns, tiles of C are multiplied as ever, below rows of B. Where its columns run along k,
 // as those of a Linear's weight do, an element of C is a dot product of two rows in memory: kFloats of them are summed at
@@ -10,6 +10,7 @@ namespace vk {
 namespace VK_ISA {
 
 constexpr int64_t kFewDepth = 64;  // words of k: so much of a panel stays in L1 for all rows
+constexpr int64_t kAhead = 8;      // words of k that memory is asked for early
 constexpr int64_t kDotRows = 4;    // rows of A are padded to a multiple
 
 VK_INLINE int64_t whole_vectors(int64_t floats) { return round_up(floats, kFloats); }
@@ -107,25 +108,32 @@ void dot_panel(const Product& p, const float* a, int64_t j, int64_t count, float
   }
 }
 
-// The same of a B whose rows are along its columns.
+// The same of a B whose rows are along its columns. Where one tile has all rows of A, B is read where it lies, if its
+// numbers are words and fill the panel; else a part of it at a time comes into L1 first, for all tiles.
 template <class W, class S>
 void row_panel(const Product& p, const float* a, int64_t j, int64_t count, float* block, float* space) {
-  const int64_t words = words_of<W>(p.k), a_row = whole_vectors(words);
-  const bool in_place = W::size == 4 && count == kPanel;
-  const int64_t most = in_place && p.m <= kTileRows ? words : kFewDepth;
-  for (int64_t k = 0; k < words; k += most) {
-    const int64_t depth = words - k < most ? words - k : most;
-    const float* b = at<float>(p.b.data, k * p.b.row + j);
-    int64_t b_row = p.b.row;
-    if (!in_place) {
-      for (int64_t q = 0; q < depth; ++q) {
-        interleave_b<W, S>(space + q * kPanel, p.b.data + j * S::size, p.b.row, k + q, p.k, count);
-        for (int64_t c = count; c < kPanel; ++c) space[q * kPanel + c] = 0;
+  const int64_t words = words_of<W>(p.k), a_row = whole_vectors(words), most = even_step(p.m, kTileRows);
+  const char* const b = p.b.data + j * S::size;
+  if (W::size == 4 && count == kPanel && p.m <= kTileRows) {
+    const float* const in_place = reinterpret_cast<const float*>(b);
+    return matmul_columns<float, kTileVecs, W>(p.m, words, {a, a_row, 1}, in_place, p.b.row, block, kPanel, false);
+  }
+  for (int64_t k = 0; k < words; k += kFewDepth) {
+    const int64_t depth = words - k < kFewDepth ? words - k : kFewDepth;
+    for (int64_t q = 0; q < depth; ++q) {
+      const char* const later = b + (k + q + kAhead) * per_word<W> * p.b.row * S::size;
+      for (int64_t row = 0; row < per_word<W>; ++row) {
+        for (int64_t byte = 0; byte < count * S::size; byte += 64) {
+          __builtin_prefetch(later + row * p.b.row * S::size + byte);
+        }
       }
-      b = space;
-      b_row = kPanel;
+      interleave_b<W, S>(space + q * kPanel, b, p.b.row, k + q, p.k, count);
+      for (int64_t c = count; c < kPanel; ++c) space[q * kPanel + c] = 0;
     }
-    matmul_columns<float, kTileVecs, W>(p.m, depth, {a + k, a_row, 1}, b, b_row, block, kPanel, k > 0);
+    for (int64_t i = 0; i < p.m; i += most) {
+      const int64_t live = p.m - i < most ? p.m - i : most;
+      multiply_tile<W>(live, depth, {{a + i * a_row + k, a_row, 1}, 0}, space, block + i * kPanel, k > 0);
+    }
   }
 }
 
@@ -165,22 +173,22 @@ void few_rows(const Product& p, const float* a, int64_t first, int64_t last, flo
 
 // ---- few terms
 
-// Both operands as rows of words across k, each padded to whole panels.
+// Both operands as rows of words across k, each padded: A's to whole tiles and B's to whole panels.
 template <class W>
 void pack_few_terms(const Product& p, float* packed) {
-  const auto pack = [&](const Steps& in, int64_t k_step, int64_t step, int64_t count) VK_ALWAYS {
-    const int64_t row = round_up(count, kPanel);
-    for (int64_t word = 0; word < words_of<W>(p.k); ++word, packed += row) {
+  const int64_t words = words_of<W>(p.k), a_row = round_up(p.m, kTileRows);
+  const auto pack = [&](float* out, int64_t row, const char* in, int64_t k_step, int64_t step, int64_t count) VK_ALWAYS {
+    for (int64_t word = 0; word < words; ++word, out += row) {
       if (step == 1) {
-        interleave(W{}, packed, in.data, k_step, word, p.k, count);
+        interleave(W{}, out, in, k_step, word, p.k, count);
       } else {
-        for (int64_t i = 0; i < count; ++i) interleave(W{}, packed + i, in.data + i * step * W::size, k_step, word, p.k, 1);
+        for (int64_t i = 0; i < count; ++i) interleave(W{}, out + i, in + i * step * W::size, k_step, word, p.k, 1);
       }
-      for (int64_t i = count; i < row; ++i) packed[i] = 0;
+      for (int64_t i = count; i < row; ++i) out[i] = 0;
     }
   };
-  pack(p.a, p.a.col, p.a.row, p.m);
-  pack(p.b, p.b.row, p.b.col, p.n);
+  pack(packed, a_row, p.a.data, p.a.col, p.a.row, p.m);
+  pack(packed + whole_vectors(words * a_row), round_up(p.n, kPanel), p.b.data, p.b.row, p.b.col, p.n);
 }
 
 // Asks for a later tile of `out`: so few terms are summed sooner than it arrives.
@@ -194,20 +202,24 @@ VK_INLINE void prefetch_result(const Product& p, int64_t i, int64_t j, int64_t c
 
 template <class W>
 void few_terms(const Product& p, const float* packed, int64_t first, int64_t last) {
-  const int64_t words = words_of<W>(p.k), a_row = round_up(p.m, kPanel), b_row = round_up(p.n, kPanel);
-  const float* const b = packed + words * a_row;
+  const int64_t words = words_of<W>(p.k), a_row = round_up(p.m, kTileRows), b_row = round_up(p.n, kPanel);
+  const float* const b = packed + whole_vectors(words * a_row);
   alignas(64) float block[kTileRows * kPanel];
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t i = tile * kTileRows, rows = p.m - i < kTileRows ? p.m - i : kTileRows;
     for (int64_t j = 0; j < p.n; j += kPanel) {
       const int64_t count = p.n - j < kPanel ? p.n - j : kPanel;
-      const bool in_place = W::size == 4 && count == kPanel;
-      float* const c = in_place ? reinterpret_cast<float*>(p.out) + i * p.n + j : block;
       prefetch_result(p, i + kTileRows, j, count);
-      matmul_columns<float, kTileVecs, W>(rows, words, {packed + i, 1, a_row}, b + j, b_row, c, in_place ? p.n : kPanel,
-                                          false);
-      if (in_place) continue;
-      for (int64_t r = 0; r < rows; ++r) store_result<W>(p, i + r, j, count, block + r * kPanel);
+      // rows past the last are zeros of A
+      const auto multiply = [&](float* c, int64_t c_row) VK_ALWAYS {
+        matmul_tile<float, kTileRows, kTileVecs, W>(words, packed + i, 1, a_row, b + j, b_row, c, c_row, false);
+      };
+      if (W::size == 4 && count == kPanel && rows == kTileRows) {
+        multiply(reinterpret_cast<float*>(p.out) + i * p.n + j, p.n);
+      } else {
+        multiply(block, kPanel);
+        for (int64_t r = 0; r < rows; ++r) store_result<W>(p, i + r, j, count, block + r * kPanel);
+      }
     }
   }
 }
@@ -216,7 +228,10 @@ void few_terms(const Product& p, const float* packed, int64_t first, int64_t las
 
 inline FewSizes few_sizes(const Product& p, bool terms) {
   const int64_t words = p.dtype == DType::f32 ? words_of<Singles>(p.k) : words_of<Pairs>(p.k);
-  if (terms) return {(p.m + kTileRows - 1) / kTileRows, words * (round_up(p.m, kPanel) + round_up(p.n, kPanel)), 0};
+  if (terms) {
+    const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+    return {tiles, whole_vectors(words * tiles * kTileRows) + words * round_up(p.n, kPanel), 0};
+  }
   const int64_t rows = round_up(p.m, kDotRows), row = whole_vectors(words);
   const int64_t space = p.b.col == 1 ? kFewDepth * kPanel : p.dtype == p.b_dtype ? 0 : kFloats * row;
   return {(p.n + kPanel - 1) / kPanel, rows * row, kSpare + rows * kPanel + space};

@@ -18,7 +18,8 @@ namespace vk {
 namespace {
 
 int64_t products = 0;
-constexpr int64_t kFew = 16;  // rows, or terms, up to which the kernels for few are the fastest
+// Rows, or terms, up to which the kernels for few are the fastest: of bfloat16 a matrix unit takes more at a time.
+constexpr int64_t kFew = 16, kFewPairs = 8;
 constexpr int64_t kWorthIt = 1 << 20;  // multiplications from which a call of oneDNN pays: it costs 10 us more than torch's
 
 Library library_for(ScalarType dtype, bool of_weight) {
@@ -75,11 +76,11 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<
   return Tensor(result);
 }
 
-// oneDNN's gradient of a weight, of dy^T and x. It wants its first operand packed and takes the second in any order: the
-// smaller of the two is copied.
-Tensor onednn_gradient(const Matrix& dy, const Matrix& x) {
-  if (dy.rows <= x.cols) return onednn_linear(packed_transpose(dy.transposed()), tensor_of(x.transposed()), std::nullopt);
-  return packed_transpose(Matrix(onednn_linear(packed_transpose(x), tensor_of(dy), std::nullopt)));
+// oneDNN's gradient of a weight, a b with a = dy^T and b = x. It wants its first operand packed and takes the second in any
+// order: the smaller of the two is copied.
+Tensor onednn_gradient(const Matrix& a, const Matrix& b) {
+  if (a.rows <= b.cols) return onednn_linear(packed_transpose(a.transposed()), tensor_of(b.transposed()), std::nullopt);
+  return packed_transpose(Matrix(onednn_linear(packed_transpose(b), tensor_of(a), std::nullopt)));
 }
 
 Tensor aten_product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape) {
@@ -96,7 +97,7 @@ Tensor aten_product(const Matrix& a, const Matrix& b, const std::optional<Tensor
   return out;
 }
 
-// a b + bias, in a's dtype, by a library; and by whatever is fastest, in `dtype`
+// a b + bias in a's dtype, by a library.
 Tensor library_product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape,
                        bool of_weight) {
   const ScalarType dtype = a.dtype;
@@ -107,6 +108,8 @@ Tensor library_product(const Matrix& a, const Matrix& b, const std::optional<Ten
   if (!use_onednn(dtype, of_weight, a.rows * a.cols * b.cols)) return aten_product(a, b, bias, shape);
   return reshaped(of_weight ? onednn_gradient(a, b) : onednn_linear(tensor_of(a), tensor_of(b.transposed()), bias), shape);
 }
+
+// The same by whatever is fastest, and then in `dtype`.
 Tensor product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape, ScalarType dtype,
                bool of_weight = false) {
   const Way way = way_of(a, b, of_weight);
@@ -128,9 +131,9 @@ Way way_of(const Matrix& a, const Matrix& b, bool of_weight) {
   if (!served || (b.dtype != a.dtype && b.dtype != ScalarType::Float) || a.rows * a.cols * b.cols == 0) {
     return Way::library;
   }
-  if (of_weight ? a.cols <= kFew : a.rows <= kFew && (b.row == 1 || b.col == 1)) {
-    return of_weight ? Way::few_terms : Way::few_rows;
-  }
+  const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
+  if (of_weight && a.cols <= few) return Way::few_terms;
+  if (!of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
   const bool own = library_for(a.dtype, of_weight) == Library::own && in_words(a, a.cols, a.col, a.row) &&
                    in_words(b, a.cols, b.row, b.col);
   return own ? Way::panels : Way::library;
