@@ -111,8 +111,12 @@ def targets() -> tuple[str, ...]:
         flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
         if each.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
-    built = " ".join(flag.split(",code=")[1] for flag in flags)
-    return (*flags, f'-DVITKERNELS_TARGETS="{built}"')
+    return (*flags, f'-DVITKERNELS_TARGETS="{names(flags)}"')
+
+
+def names(flags: Sequence[str]) -> str:
+    """What code the flags ask for: "sm_80 compute_90"."""
+    return " ".join(flag.split(",code=")[1] for flag in flags if flag.startswith("-gencode"))
 
 
 def ptx(architecture: int) -> tuple[str, ...]:
