@@ -1,7 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3.11
 PY := .venv/bin/python
-SOURCES := $(wildcard csrc/*/*.*)
+SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
 .PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models lint test test-asan clean

@@ -59,7 +59,7 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
     left_out = os.environ.get("VITKERNELS_BUILD_CUDA", "1") == "0"
     reason = "VITKERNELS_BUILD_CUDA is 0" if left_out else nvcc.why_not()
     if reason is None:
-        print(f"vitkernels: CUDA C++ is built with {nvcc.find()} for {' '.join(nvcc.targets())}", file=sys.stderr)
+        print(f"vitkernels: CUDA C++ is built with {nvcc.find()} for {nvcc.names(nvcc.targets())}", file=sys.stderr)
         # no sources: at the sight of a .cu torch asks for the toolkit in its own way
         used = files("cuda/*", "shared/*")
         extensions.append(Extension("vitkernels._cuda", [], depends=used, py_limited_api=True))

@@ -111,8 +111,12 @@ def targets() -> tuple[str, ...]:
         flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
         if each.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
-    built = " ".join(flag.split("code=")[1] for flag in flags)
-    return (*flags, f'-DVITKERNELS_TARGETS="{built}"')
+    return (*flags, f'-DVITKERNELS_TARGETS="{names(flags)}"')
+
+
+def names(flags: Sequence[str]) -> str:
+    """What code the flags ask for: "sm_80 compute_90"."""
+    return " ".join(flag.split(",code=")[1] for flag in flags if flag.startswith("-gencode"))
 
 
 def ptx(architecture: int) -> tuple[str, ...]:
@@ -174,7 +178,7 @@ def compile_all(toolkit: Toolkit, flags: Sequence[str], folder: Path, jobs: int 
         key = hashlib.sha256(f"{toolkit} {torch.__version__} {FLAGS} {flags} {text}".encode()).hexdigest()[:16]
         target = folder / f"{source.stem}-{key}.o"
         if not target.exists():
-            for old in folder.glob(f"{source.stem}-*.o"):
+            for old in folder.glob(f"{source.stem}-*"):
                 old.unlink()
             own = target.with_suffix(f".{os.getpid()}")
             run([*command(toolkit, source, [*HOST, *flags]), "-c", "-o", own])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from accuracy import check_case
 from case import Case, T
-from cases import CASES
-from cases_attention import BF16, F16, F32, attention, attention_qkv
+from cases import STRIDES, STRIDES_16
+from cases_attention import ATTENTION, ATTENTION_QKV, BF16, F16, F32, attention, attention_qkv
 from draws import keep_some
 from not_on_cuda import reason_of
 from ptx import cuda
@@ -28,20 +28,24 @@ if cuda.why_not():
 
 import nvcc  # ptx.cuda says where it lies
 
-DTYPES = (BF16, F16, F32)
 MOST_SHARED = 99 << 10  # bytes that a block may have on every capability from 8.0 on
 TURING_SHARED = 64 << 10  # and on 7.5
 FORWARD, DQ, DKDV = KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
-LISTED = [
-    pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
-    for case in CASES
-    if case.op in ("attention", "attention_qkv") and reason_of(case) is None
-    for dtype in DTYPES
-    if dtype in case.dtypes
-]
 BIAS = attention("bias", 1, 2, 70, mask=T((1, 1, 70, 70)))
 PADDED = attention("padding", 2, 2, 40, 70, mask=T((2, 1, 1, 70), convert=keep_some))
 CAUSAL = attention_qkv("causal", 1, 2, 70, causal=True)
+
+
+def _trials() -> Iterator[Any]:
+    """The list in bfloat16 and float32, half of it in float16, whose kernels are bfloat16's text; layouts by turns."""
+    for number, case in enumerate(case for case in (*ATTENTION, *ATTENTION_QKV) if reason_of(case) is None):
+        for dtype in (BF16, F32, F16)[: 2 + number % 2]:
+            if dtype in case.dtypes:
+                yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
+    for number, case in enumerate([*STRIDES, *STRIDES_16]):
+        if case.op in ("attention", "attention_qkv") and reason_of(case) is None:
+            dtype = case.dtypes[number % len(case.dtypes)]
+            yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
 
 
 def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Record:
@@ -67,7 +71,7 @@ def expected(case: Case) -> list[str]:
     return [kernel for kernel in KERNELS if batch * heads * rows[kernel]]
 
 
-@pytest.mark.parametrize(("case", "dtype"), LISTED)
+@pytest.mark.parametrize(("case", "dtype"), _trials())
 def test_case(case: Case, dtype: torch.dtype) -> None:
     assert kernels(launched(case, dtype)) == expected(case)
 

@@ -44,7 +44,7 @@ WIDE = [
 ]
 LONG = [
     linear("1,100 rows", (1100,), 8, 72),  # partial sums of a bias
-    patch_embed("chunks of tokens", 1, (96, 96), batch=2, channels=1, width=8, prefix=1, pos_embed=9217),
+    patch_embed("chunks of tokens", 1, (65, 65), batch=2, channels=1, width=8, prefix=1, pos_embed=4226),
     patch_embed("chunks, kept", 2, (5, 5), batch=18, channels=1, width=8, prefix=1, pos_embed=26, keep=7),
 ]
 PLAIN = [*ADD_LAYER_NORM, *LINEAR, *MLP, *PATCH_EMBED, *ROTARY, *WIDE, *LONG]

@@ -3,8 +3,8 @@
 
 namespace vk {
 
-// Tiles of 32 by 32 for all widths: backward's four, 128 wide, take 66 KiB beside scratch and a mask. Capability 7.5 has
-// 64 KiB and serves heads up to 104 wide (ext_cuda.py).
+// Tiles of 32 by 32 for all widths: backward's four, 128 wide, take 66 KiB beside scratch and a mask. Capability 7.5
+// has 64 KiB and serves heads up to 104 wide (ext_cuda.py).
 const AttentionKernels& attention_f32(int64_t) {
   using Cores = OrdinaryCores<32>;
   static constexpr AttentionKernels kernels = {kWidestHead, Cores::kThreads, forward_kernel<Cores, 3>(),

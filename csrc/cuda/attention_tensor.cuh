@@ -1,8 +1,8 @@
 // The products of attention on tensor cores: float16 or bfloat16 operands, float32 sums, from capability 8.0 on.
 //
-// mma.sync m16n8k16 multiplies A [16, 16] by B [16, 8]. Lane 4 g + c of a warp holds, of an 8x8 piece of an operand, row
-// g and columns 2c and 2c + 1 in one register, and of C [16, 8] rows g and g + 8, columns 2c and 2c + 1. So C of one
-// product, rounded, is A of the next where it lies: weights never go through memory.
+// mma.sync m16n8k16 multiplies A [16, 16] by B [16, 8]. Lane 4 g + c of a warp holds, of an 8x8 piece of an operand,
+// row g and columns 2c and 2c + 1 in one register, and of C [16, 8] rows g and g + 8, columns 2c and 2c + 1. So C of
+// one product, rounded, is A of the next where it lies: weights never go through memory.
 #pragma once
 #include <type_traits>
 
@@ -27,11 +27,13 @@ __device__ inline void load_pieces(uint32_t (&piece)[4], const void* row) {
 template <class T>
 __device__ inline void multiply(float* upper, float* lower, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(upper[0]), "+f"(upper[1]), "+f"(lower[0]), "+f"(lower[1])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(upper[0]), "+f"(upper[1]), "+f"(lower[0]), "+f"(lower[1])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }

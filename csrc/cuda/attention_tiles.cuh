@@ -35,9 +35,11 @@ __device__ inline void copy(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   const int count = there ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(count) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(count) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(count) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(count) : "memory");
   }
 #else
   if constexpr (kBytes == 16) {
@@ -55,7 +57,7 @@ __device__ inline void wait_for_copies() {
 }
 
 // load(i, stage), then step(i, stage), for `count` tiles in turn. With two stages the next tile is on its way while one
-// is computed. The one barrier a tile says both: what was copied has arrived, and what the next copy overwrites is read.
+// is computed. The one barrier a tile says both: what was copied has arrived, and what the next copy overwrites was read.
 template <int kStages, class Load, class Step>
 __device__ inline void for_tiles(int count, const Load& load, const Step& step) {
   if (kStages == 2 && count > 0) load(0, 0);

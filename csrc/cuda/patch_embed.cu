@@ -9,7 +9,7 @@
 namespace vk {
 namespace {
 
-constexpr int64_t kTokensAtOnce = 16384;  // their product fills any chip; 25 MB of rows in ViT-B and 16 bits
+constexpr int64_t kTokensAtOnce = 8192;  // their product fills any chip; 13 MB of rows in ViT-B and 16 bits
 constexpr int64_t kImagesPerPart = 16;
 constexpr Rows kNoRows{nullptr, DType::f32, 0, 0};
 

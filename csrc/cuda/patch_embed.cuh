@@ -12,6 +12,18 @@ __device__ __forceinline__ int64_t kept(const PatchGrid& grid, int64_t sample, i
   return min(max(grid.patch(sample, token), int64_t(0)), grid.patches() - 1);
 }
 
+// f(token) for each token of an image that is this patch, in order. A warp looks at 32 of them at once, and all of it
+// has to be here.
+template <class F>
+__device__ __forceinline__ void for_tokens_of(const PatchGrid& grid, int64_t sample, int64_t patch, const F& f) {
+  if (!grid.keep) return f(patch);
+  for (int64_t first = 0; first < grid.tokens; first += kWarp) {
+    const int64_t token = first + threadIdx.x % kWarp;
+    unsigned found = __ballot_sync(~0u, token < grid.tokens && kept(grid, sample, token) == patch);
+    for (; found; found &= found - 1) f(first + __ffs(found) - 1);
+  }
+}
+
 // ------------------------------------------------------------------------------------------- patches as rows
 
 struct Pixels {
@@ -115,15 +127,19 @@ template <bool kAligned>
 __global__ void __launch_bounds__(256) sum_by_position(const __grid_constant__ PositionSums a) {
   const int64_t row = blockIdx.x, each = a.prefixes + a.grid.tokens;
   const int64_t begin = blockIdx.y * a.images_per_part, end = min(begin + a.images_per_part, a.grid.batch);
-  const int64_t first = row < a.prefixes ? row : a.prefixes, last = row < a.prefixes ? row + 1 : each;
-  for (int column = threadIdx.x * kLanes; column < a.width; column += blockDim.x * kLanes) {
+  for (int from = 0; from < a.width; from += blockDim.x * kLanes) {
+    const int column = from + threadIdx.x * kLanes;
     float sum[kLanes] = {}, values[kLanes];
     for (int64_t sample = begin; sample < end; ++sample) {
-      for (int64_t token = first; token < last; ++token) {
-        if (row >= a.prefixes && a.prefixes + kept(a.grid, sample, token - a.prefixes) != row) continue;
+      const auto add = [&](int64_t token) {
         load_floats<kAligned>(values, a.dout, sample * each + token, column, a.width);
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) sum[i] += values[i];
+      };
+      if (row < a.prefixes) {
+        add(row);
+      } else {
+        for_tokens_of(a.grid, sample, row - a.prefixes, [&](int64_t token) { add(a.prefixes + token); });
       }
     }
     store_floats<kAligned>(a.out, blockIdx.y * int64_t(gridDim.x) + row, column, a.width, sum);
@@ -146,16 +162,15 @@ __global__ void __launch_bounds__(256) scatter_patches(const __grid_constant__ P
   const PatchGrid& grid = a.grid;
   const int64_t sample = blockIdx.x / grid.patches(), patch = blockIdx.x % grid.patches();
   const int64_t height = grid.down * grid.rows, across = grid.across * grid.columns;
-  const int64_t first = grid.keep ? 0 : patch, last = grid.keep ? grid.tokens : patch + 1;
   const int size = int(grid.patch_size()), rows = int(grid.rows), columns = int(grid.columns);
-  for (int column = threadIdx.x * kLanes; column < size; column += blockDim.x * kLanes) {
+  for (int from = 0; from < size; from += blockDim.x * kLanes) {
+    const int column = from + threadIdx.x * kLanes;
     float sum[kLanes] = {}, values[kLanes];
-    for (int64_t token = first; token < last; ++token) {
-      if (grid.keep && kept(grid, a.first + sample, token) != patch) continue;
+    for_tokens_of(grid, a.first + sample, patch, [&](int64_t token) {
       load_floats<kAligned>(values, a.dpatches, sample * grid.tokens + token, column, size);
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) sum[i] += values[i];
-    }
+    });
     int line = column / columns, x = column % columns;
     for (int i = 0; i < kLanes && column + i < size; ++i) {
       const int channel = line / rows;
