@@ -1,10 +1,10 @@
 # `make help` lists what there is.
 PYTHON ?= python3.11
 PY := .venv/bin/python
-SOURCES := $(wildcard csrc/*/*.*)
+SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-models lint check test test-asan clean
+.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -19,6 +19,11 @@ help: ## this list
 .venv/.built: .venv/.packages pyproject.toml setup.py $(SOURCES)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps -e .
+	touch $@
+
+# nvcc for tests and audit, on a machine without CUDA too; CUDA_HOME names another toolkit
+.venv/.cuda: .venv/.packages requirements-cuda.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda.txt
 	touch $@
 
 install: .venv/.built ## .venv with everything, the extension built (demo and test do this first)
@@ -70,10 +75,10 @@ TRITON_PATH := $(if $(TRITON),.venv/triton-$(TRITON))
 .venv/triton-%: | .venv/.packages
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 
-audit: .venv/.built $(TRITON_PATH) ## compile every Triton kernel for sm_80, sm_90, sm_100 without a GPU and judge it
+audit: .venv/.built .venv/.cuda $(TRITON_PATH) ## compile every kernel without a GPU and judge it: Triton's for sm_80, 90, 100, CUDA C++ for sm_75 to 90
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit
 
-audit-short: .venv/.built $(TRITON_PATH) ## one row of each kernel, sm_90 only
+audit-short: .venv/.built .venv/.cuda $(TRITON_PATH) ## one row of each kernel, sm_90 only
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
 
 emulate: .venv/.built $(TRITON_PATH) ## run every case on the compiled kernels, executed by a PTX machine on the CPU (hours; goes on where it stopped)
@@ -89,6 +94,9 @@ gpu: ## on a machine with an NVIDIA GPU, no network needed: install, tests on re
 gpu-checks: ## there: memcheck, and the same tests under the other ptxas that triton brings (9 minutes)
 	python3 -m bench.gpu checks $(if $(OUT),--out $(OUT))
 
+gpu-cuda: ## there: build the extension's CUDA C++ with the machine's toolkit, its tests, and benches beside Triton (9 minutes)
+	python3 -m bench.gpu cuda $(if $(OUT),--out $(OUT))
+
 gpu-models: ## there: a training step of ViT-B against torch.compile's max-autotune (9 minutes)
 	python3 -m bench.gpu models $(if $(OUT),--out $(OUT))
 
@@ -101,7 +109,7 @@ check: .venv/.built lint ## lint, and the tests that break first (about a minute
 	$(PY) -m pytest -n $(WORKERS) -q tests/test_ops_reference.py tests/test_steps.py tests/test_tape.py tests/test_kept.py \
 		tests/test_contributing.py tests/test_fuse_timm.py
 
-test: .venv/.built lint audit-short ## ruff, mypy, the short audit and all tests (under 20 minutes on 2 cores)
+test: .venv/.built .venv/.cuda lint audit-short ## ruff, mypy, the short audit and all tests (under 20 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 

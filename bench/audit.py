@@ -1,10 +1,11 @@
-"""Compile every Triton kernel at every config row without a GPU, and fail on what must not be.
+"""Compile every kernel without a GPU, Triton's at every config row and CUDA C++, and fail on what must not be.
 
     python -m bench.audit [--capability 80 90 100] [--only NAME] [--short] [--page MODULE]
 
 Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, registers of an HGMMA written before
 its wait, copies that an HGMMA reads unfenced, more shared memory than the chip gives a program, and a row that does not
-compile. The roofline columns are estimates for an H100.
+compile. The roofline columns are estimates for an H100. CUDA C++ (csrc/cuda) is compiled for sm_75, 80, 86, 89 and 90
+with warnings as errors; its shared memory is what a kernel has before a launch gives it more.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
+from bench import cuda
 from bench.sass import Reading, read
 from vitkernels import kernels
 from vitkernels.kernels.variants import Variant
@@ -56,6 +58,7 @@ class Chip:
 
 KIB = 1024
 CHIPS = {
+    75: Chip(64 * KIB, 32, 16),
     80: Chip(164 * KIB, 64, 32),
     86: Chip(100 * KIB, 48, 16),
     89: Chip(100 * KIB, 48, 24),
@@ -182,7 +185,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title=f"Kernels as triton {triton.__version__} compiles them", box=None)
+    table = Table(title=f"Kernels as triton {triton.__version__} and nvcc compile them", box=None)
     table.add_column("kernel", overflow="fold")
     for heading in ("sm", "regs", "spill", "KiB", "per SM"):
         table.add_column(heading, justify="right")
@@ -199,9 +202,20 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def _cuda_rows(asked: Sequence[int], only: str) -> list[Row]:
+    """CUDA C++ for the architectures that it is written for, of those asked for if any are."""
+    reason = cuda.why_not()
+    architectures = [each for each in cuda.ARCHITECTURES if each in asked or not asked]
+    if reason is not None or not architectures:
+        print(f"CUDA C++ is not compiled: {reason or 'it is written for other architectures'}")
+        return []
+    found = cuda.read_all(architectures, only, WORKERS)
+    return [Row(Variant(name, None, {}, {}), architecture, *outcome) for name, architecture, *outcome in found]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--capability", type=int, nargs="+", choices=CHIPS, default=[80, 90, 100], help="targets")
+    parser.add_argument("--capability", type=int, nargs="+", choices=CHIPS, help="targets; default: 80 90 100")
     parser.add_argument("--only", default="", metavar="NAME", help="rows whose name contains this")
     parser.add_argument("--short", action="store_true", help="one row a kernel, sm_90 alone")
     parser.add_argument("--page", nargs="+", metavar="MODULE", help="modules with variants(); default: every op's page")
@@ -210,18 +224,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set; needs to be unset: interpreted kernels do not compile")
     registered = [f"vitkernels.kernels.{page}" for page in dict.fromkeys(page for page, _ in kernels.PAGES.values())]
     pages = options.page or registered
-    capabilities = [90] if options.short else options.capability
-    work = _select(pages, capabilities, options.only, options.short)
-    if not work:
+    capabilities = [90] if options.short else options.capability or [80, 90, 100]
+    work = _select(pages, [each for each in capabilities if each >= 80], options.only, options.short)
+    cpp = [] if options.page else _cuda_rows(capabilities if options.capability or options.short else (), options.only)
+    if not work and not cpp:
         parser.error(f"nothing to compile in {', '.join(pages) or 'no page'} with {options.only!r} in its name")
 
     # spawned, not forked: triton's compiler starts threads
-    with ProcessPoolExecutor(min(WORKERS, len(work)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(WORKERS, max(1, len(work))), mp_context=get_context("spawn")) as pool:
         readings = list(pool.map(_compile, work))
     rows = [
         Row(_variants(page, capability)[index], capability, *outcome)
         for (page, capability, index), outcome in zip(work, readings, strict=True)
-    ]
+    ] + cpp
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "200")))
     console.print(_table(rows))
     faults = [f"{row.variant.name} (sm_{row.capability}) {fault}" for row in rows for fault in row.faults]

@@ -1,13 +1,15 @@
-"""What wants a GPU, in commands of under 9 minutes: `make gpu`, `make gpu-checks`, `make gpu-models`.
+"""What wants a GPU, in commands of under 9 minutes: `make gpu`, `make gpu-checks`, `make gpu-cuda`, `make gpu-models`.
 
-    python -m bench.gpu [tests | checks | models] [--out FOLDER]
+    python -m bench.gpu [tests | checks | cuda | models] [--out FOLDER]
 
 tests   the tests on real kernels, then the benches
 checks  a part of them under memcheck, and all under the other ptxas that Triton brings: the first one's is older, and
         what it makes of a kernel is held to the same tolerance
+cuda    builds the extension's CUDA C++ with the toolkit that is there, runs the case list on it, then the benches
 models  a training step of ViT-B, batch 256, against timm under torch.compile's max-autotune
 
-Nothing is fetched and nothing need be installed but torch and triton: the extension is built in place first. Each stage
+Nothing is fetched and nothing need be installed but torch and triton: the extension is built in place first, its CUDA
+half by the command that tests it. Each stage
 is timed and has a limit of its own; what it printed and wrote until it was stopped stays. A stage whose tool is not
 there says so. The stages' outcomes stand in build/gpu-<command>.json, the benches' figures in
 bench/results/<device>.json; after each stage both are copied to the folder that --out names.
@@ -32,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 OUTCOMES = ROOT / "build"
 FIGURES = ROOT / "bench" / "results"
 PYTHON = sys.executable
-COMMANDS = ("tests", "checks", "models")
+COMMANDS = ("tests", "checks", "cuda", "models")
 LIMIT = 540  # seconds of a command
 
 
@@ -85,7 +87,7 @@ def other_ptxas() -> Path:
 
 
 def stages(command: str) -> list[Stage]:
-    """Of "tests", "checks" or "models", in the order in which they run."""
+    """Of "tests", "checks", "cuda" or "models", in the order in which they run."""
     pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider"]
 
     def parallel(most: int, distribution: str) -> list[str]:
@@ -103,7 +105,9 @@ def stages(command: str) -> list[Stage]:
     later = {"environment": {"TRITON_PTXAS_PATH": str(ptxas)}, "files": (ptxas,)}
     benches = [PYTHON, "-m", "bench.run"]
     needed = ("pytest", "pytest_benchmark")
-    install = Stage("install", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 90, ("setuptools",))
+    build = [PYTHON, "setup.py", "-q", "build_ext", "--inplace"]
+    install = Stage("install", build, 90, ("setuptools",), {"VITKERNELS_BUILD_CUDA": "0"})
+    cuda = [*pytest, *parallel(12, "worksteal"), "--maxfail", "60", "tests/test_cuda.py"]
     return {
         "tests": [
             install,
@@ -123,6 +127,12 @@ def stages(command: str) -> list[Stage]:
             ),
             Stage("behaviour, other ptxas", behaviour, 110, ("pytest",), **later),
             Stage("cases, other ptxas", cases, 180, ("pytest",), **later),
+        ],
+        "cuda": [
+            Stage("install with CUDA C++", build, 180, ("setuptools",)),
+            Stage("info", [PYTHON, "-m", "vitkernels", "info"], 20),
+            Stage("cases", cuda, 200, ("pytest",)),
+            Stage("benches", [*benches, "--quick"], 140, needed),
         ],
         "models": [install, Stage("models", [*benches, "--suite", "autotuned"], 440, needed)],
     }[command]

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from bench import peers
 from bench.measure import OURS, Key, Lane, Truth
+from vitkernels import dispatch, ext_cuda
+
+CUDA_CPP = "vitkernels, CUDA C++"  # where Triton is there too
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,16 @@ class OpBench:
         theirs = peers.builders(self.case.op, self.device, self.autotune)
         return {
             OURS: lambda: OpLane(self, lambda **tensors: tuple(self.case.call(tensors).values())),
+            **({CUDA_CPP: lambda: OpLane(self, self._in_cuda_cpp)} if self._has_cuda_cpp() else {}),
             **{name: functools.partial(self._peer, build) for name, build in theirs.items()},
         }
+
+    def _has_cuda_cpp(self) -> bool:
+        return self.device.type == "cuda" and ext_cuda.Cuda().why_not() is None
+
+    def _in_cuda_cpp(self, **tensors: Any) -> tuple[Tensor, ...]:
+        with dispatch.scope(("ext",)):
+            return tuple(self.case.call(tensors).values())
 
     def _peer(self, build: Callable[[], peers.Call]) -> OpLane:
         return OpLane(self, functools.partial(build(), **self.case.options))

@@ -92,11 +92,13 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def _poisoned_memory() -> None:
     """Memory that nobody wrote is NaN, or the largest integer.
 
-    The switch acts inside aten's empty functions, which the extension reaches through the dispatcher for all that it
-    returns (`test_ops_contract.py` shows that it does), so an element that a kernel leaves out is seen when compared.
+    The switch acts inside aten's empty functions, which the extension reaches through the dispatcher when told to
+    (`test_ops_contract.py` shows that it does), so an element that a kernel leaves out is seen when compared.
     """
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if ext.why_not() is None:
+        torch.ops.vitkernels_ext.configure("dispatched_memory", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from cases import (
     patch_embed,
     rotary,
 )
+from graphs import check_replay
 from torch import Tensor
 
 import vitkernels as vk
@@ -109,34 +110,7 @@ def test_chosen_by_default(case: Case) -> None:
 
 @pytest.mark.parametrize("case", REAL, ids=str)
 def test_cuda_graph(case: Case) -> None:
-    """Captured once, replayed on other numbers: nothing synchronises, nothing is baked in."""
-    tensors, others = _leaves(case), _leaves(case, seed=7)
-    leaves = [tensor for tensor in tensors.values() if tensor is not None and tensor.requires_grad]
-    gradients = case.build_gradients(case.call(tensors))
-
-    def step() -> list[Tensor]:
-        with vk.use("triton"):
-            outputs = case.call(tensors)
-            roots = [outputs[name] for name in gradients]
-            grads = torch.autograd.grad(roots, leaves, list(gradients.values()), allow_unused=True)
-        return [tensor for tensor in (*outputs.values(), *grads) if tensor is not None]
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                tensor.copy_(others[name])
-    graph.replay()
-    torch.cuda.synchronize()
-    for replayed, eager in zip(captured, step(), strict=True):
-        torch.testing.assert_close(replayed, eager)
+    check_replay(case, BF16, "triton")
 
 
 @pytest.mark.parametrize("case", REAL, ids=str)

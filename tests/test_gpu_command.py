@@ -29,6 +29,7 @@ EVERY = [stage for command in COMMANDS for stage in stages(command)]
     [
         ("tests", ["install", "info", "behaviour", "cases", "benches"]),
         ("checks", ["install", "sanitizer", "behaviour, other ptxas", "cases, other ptxas"]),
+        ("cuda", ["install with CUDA C++", "info", "cases", "benches"]),
         ("models", ["install", "models"]),
     ],
 )

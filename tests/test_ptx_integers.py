@@ -201,6 +201,7 @@ def test_counting_bits(bits: int) -> None:
     hold(f"clz.b{bits}", "u32", [kind], [EDGES], lambda a: bits - a.bit_length())
     hold(f"brev.b{bits}", kind, [kind], [EDGES], lambda a: int(f"{a:0{bits}b}"[::-1], 2))
     hold(f"bfind.{kind}", "u32", [kind], [EDGES], lambda a: a.bit_length() - 1)
+    hold(f"bfind.shiftamt.{kind}", "u32", [kind], [EDGES], lambda a: bits - a.bit_length() if a else 2**32 - 1)
 
 
 @pytest.mark.parametrize("kind", WIDTHS)

@@ -64,6 +64,21 @@ def test_vectors_of_shared_memory(width: int, count: int) -> None:
     assert (out == given[:, ::-1]).all()
 
 
+def test_threads_that_reach_several_tensors() -> None:
+    """Each thread its own: odd ones read and write the second tensors."""
+    body = f"""{TID} and.b32 %r2, %r0, 1; setp.eq.u32 %p1, %r2, 1; ld.param.u64 %rd2, [p1]; ld.param.u64 %rd4, [p2];
+    ld.param.u64 %rd5, [p3]; selp.b64 %rd0, %rd2, %rd0, %p1; selp.b64 %rd4, %rd5, %rd4, %p1;
+    mad.wide.u32 %rd1, %r0, 4, %rd0; mad.wide.u32 %rd4, %r0, 4, %rd4; setp.lt.u32 %p2, %r0, 30;
+    @%p2 ld.global.b32 %r1, [%rd1]; @%p2 st.global.b32 [%rd4], %r1;"""
+    first, second, left, right = np.arange(32), np.arange(100, 132), np.zeros(32), np.zeros(32)
+    arguments = [each.astype("i4") for each in (first, second, left, right)]
+    assert not execute(body, arguments).findings.found
+    assert arguments[2].tolist() == [*(i * (i % 2 == 0) for i in range(30)), 0, 0]
+    assert arguments[3].tolist() == [*((100 + i) * (i % 2) for i in range(30)), 0, 0]
+    with pytest.raises(Fault, match="out of bounds"):
+        execute(body, [*arguments[:3], np.zeros(29, "i4")])
+
+
 def test_guards_and_predicated_loads() -> None:
     """Threads that a guard switches off keep their registers, and touch no memory."""
     body = f"""{TID} setp.lt.u32 %p1, %r0, 5; mov.b32 %r1, 7; @%p1 ld.global.b32 %r1, [%rd1];

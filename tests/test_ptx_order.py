@@ -106,6 +106,14 @@ def test_a_copy_lands_at_its_wait() -> None:
     )
 
 
+def test_idle_threads_read_nothing_that_a_copy_writes() -> None:
+    body = f"""{ROOM} {COPY} setp.eq.u32 %p1, %r0, 32; setp.eq.u32 %p2, %r0, 0; @%p1 ld.shared.b32 %r5, [%r3];
+    @%p2 cp.async.cg.shared.global [%r3], [%rd2], 16; cp.async.wait_all;"""
+    assert kinds(execute(body, [np.arange(512, dtype="i4")], threads=128)) == []
+    same_place = body.replace("ld.shared.b32 %r5, [%r3]", "ld.shared.b32 %r5, [%r1]")
+    assert kinds(execute(same_place, [np.arange(512, dtype="i4")], threads=128)) == [RACE]
+
+
 def test_the_newest_groups_stay_in_flight() -> None:
     body = f"""{ROOM} {COPY} cp.async.cg.shared.global [%r3], [%rd2], 16; cp.async.commit_group;
     cp.async.ca.shared.global [%r3+4096], [%rd2], 4; cp.async.commit_group; cp.async.wait_group 1;

@@ -1,24 +1,28 @@
 """Loads the compiled extension, and remembers why it could not.
 
 The extension implements the schemas that `dispatch` and the op pages define, under the namespace `vitkernels_ext`: C++
-under the CPU key today. It is loaded at the first call that asks for it, never at import.
+in `vitkernels._C` under the CPU key, CUDA C++ in `vitkernels._cuda` (`ext_cuda`) under the CUDA key. Each half is
+loaded at the first call that asks for it, never at import.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from vitkernels import dispatch, products
+from vitkernels import dispatch, ext_cuda, products
 from vitkernels.ops.rotary import why_not_fused
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _NAMESPACE = "vitkernels_ext"
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_CUDA = ext_cuda.Cuda()
+_gpu: ext_cuda.Gpu = _CUDA
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
 
@@ -35,9 +39,9 @@ def why_not() -> str | None:
 
 
 def describe() -> str:
-    """How the loaded extension works here: its instruction set, and which library multiplies what."""
+    """How the loaded extension works here: its instruction set, which library multiplies what, and its CUDA half."""
     chosen = products.decode(torch.ops.vitkernels_ext.configure("products", -1))
-    return f"instruction set {isa()}; {products.describe(chosen)}"
+    return f"instruction set {isa()}; {products.describe(chosen)}; {_CUDA.describe()}"
 
 
 def isa(name: str | None = None) -> str:
@@ -58,12 +62,15 @@ def isa(name: str | None = None) -> str:
     return ISAS[now]
 
 
-def _call_why_not(direction: str, args: tuple[Any, ...]) -> str | None:
+def _call_why_not(op: str, args: tuple[Any, ...]) -> str | None:
     for arg in args:
         if not isinstance(arg, torch.Tensor):
             continue
-        if not arg.is_cpu:
-            return f"the extension was built for the CPU alone, and a tensor is on {arg.device}"
+        kind = arg.device.type
+        if kind == _gpu.kind:
+            return ext_cuda.why_not_call(_gpu, op, args)
+        if kind != "cpu":
+            return f"the extension has kernels for the CPU and for CUDA, and a tensor is on {arg.device}"
         if arg.dtype not in _DTYPES and arg.is_floating_point():
             return f"the extension has no kernel for {arg.dtype}"
     return None
@@ -75,13 +82,20 @@ _DECLINES = {"rotary": why_not_fused}  # what an op's kernels leave to the refer
 def _why_not(op: str) -> Callable[[str, tuple[Any, ...]], str | None]:
     declines = _DECLINES.get(op)
     if declines is None:
-        return _call_why_not
-    return lambda direction, args: _call_why_not(direction, args) or declines(direction, args)
+        return lambda direction, args: _call_why_not(op, args)
+    return lambda direction, args: _call_why_not(op, args) or declines(direction, args)
 
 
 def _launcher(name: str) -> Callable[..., Any]:
     overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    return overload._op  # what calling it comes to, with one Python frame less
+    return _gpu.launcher(name) or overload._op  # what calling it comes to, with one Python frame less
+
+
+def _register_launchers() -> None:
+    for op in dispatch.OPS.values():
+        # products round float32 weights to the rows' dtype as they read them
+        forward, backward = _launcher(op.name), _launcher(f"{op.name}_backward")
+        op.register("ext", forward, backward, _why_not(op.name), rounds_weights=op.one_dtype)
 
 
 def register() -> None:
@@ -90,4 +104,17 @@ def register() -> None:
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             _library.define(f"{name}{schema}")
-        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), _why_not(op.name))
+    _register_launchers()
+
+
+@contextlib.contextmanager
+def stand_in(gpu: ext_cuda.Gpu) -> Iterator[None]:
+    """Let the CUDA half take `gpu` for the real ones inside the block, in every thread: for tests."""
+    global _gpu
+    before, _gpu = _gpu, gpu
+    _register_launchers()
+    try:
+        yield
+    finally:
+        _gpu = before
+        _register_launchers()

@@ -1,9 +1,10 @@
 """Which library multiplies the extension's matrices on this CPU: the extension's own kernel, oneDNN, or torch's (MKL in
 most builds).
 
-None is the fastest one everywhere. They are timed once on a machine and the answer is kept in the user's cache folder:
-a choice made anew in each process would make two runs of the same training differ in their last bits. Where nothing
-can be kept, the extension multiplies float32 and oneDNN, which knows of matrix units, bfloat16.
+None is the fastest one everywhere, but of a few rows, which the extension always multiplies. They are timed once on a
+machine and the answer is kept in the user's cache folder: a choice made anew in each process would make two runs of the
+same training differ in their last bits. Where nothing can be kept, the extension multiplies float32 and oneDNN, which
+knows of matrix units, bfloat16.
 """
 
 from __future__ import annotations

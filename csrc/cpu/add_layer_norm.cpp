@@ -1,5 +1,6 @@
 // add_layer_norm and add_rms_norm: the schemas of vitkernels/ops/add_layer_norm.py on the CPU.
-#include "ops.h"
+#include "shared/ops.h"
+#include "tensors.h"
 
 namespace vk {
 namespace {
@@ -32,9 +33,9 @@ Norm norm(bool rms, const Tensor& x, const Maybe& branch, const Maybe& weight, c
           const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
   Shape shape = shape_of(x);
   Tensor total = branch ? empty(x, shape) : nothing(x);
-  Tensor normed = empty(x, shape, out_dtype);
+  Tensor normed = empty(shape, out_dtype);
   shape.pop_back();
-  Tensor rstd = empty(x, shape, accumulate_dtype(x.scalar_type())), mean = rms ? nothing(rstd) : empty(rstd, shape);
+  Tensor rstd = empty(shape, accumulate_dtype(x.scalar_type())), mean = rms ? nothing(rstd) : empty(rstd, shape);
   with_accumulate(x.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Operand x_rows(x);
@@ -73,7 +74,7 @@ NormBackward norm_backward(bool rms, const Maybe& dtotal, const Maybe& dnormed, 
                            std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs) {
   const Shape shape = shape_of(total);
   Tensor dx = needs[0] ? empty(total, shape) : nothing(total);
-  Tensor dbranch = needs[1] ? empty(total, shape, *branch_dtype) : nothing(total);
+  Tensor dbranch = needs[1] ? empty(shape, *branch_dtype) : nothing(total);
   return with_accumulate(rstd.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Operand total_rows(total);
@@ -120,13 +121,13 @@ NormBackward norm_backward(bool rms, const Maybe& dtotal, const Maybe& dnormed, 
         const A* const own = sums.data() + (group * kinds + i) * width;
         for (int64_t j = 0; j < width; ++j) out[j] += own[j];
       }
-      return from_values<A>(total, of_sample ? Shape{groups, width} : Shape{width}, dtype, values.data());
+      return from_values<A>(of_sample ? Shape{groups, width} : Shape{width}, dtype, values.data());
     };
     Tensor drow_scale = nothing(total);
     if (needs[6]) {
       std::vector<A> per_sample(samples);
       for (int64_t i = 0; i < rows; ++i) per_sample[i / args.rows_per_sample] += row_sums[i];
-      drow_scale = from_values<A>(total, {samples}, rstd.scalar_type(), per_sample.data());
+      drow_scale = from_values<A>({samples}, rstd.scalar_type(), per_sample.data());
     }
     const ScalarType accumulate = rstd.scalar_type(), own = weight ? weight->scalar_type() : accumulate;
     return std::make_tuple(dx, dbranch, vector(0, own, by_sample(weight)), vector(1, own, by_sample(weight)),

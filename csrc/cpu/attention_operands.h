@@ -1,7 +1,7 @@
 // What the products of one head read: rows of q, k, v and dout, and scores, packed as numbers of type A or, where the
 // processor multiplies pairs of bfloat16, as words of two.
 //
-// A product sums over words (product_kernel.h), so an operand is wanted with the axis that is summed in its words:
+// A product sums over words (product_words.h), so an operand is wanted with the axis that is summed in its words:
 // `along` the width of its rows, or `across` from one row to the next. Of numbers both forms are one.
 
 namespace vk {

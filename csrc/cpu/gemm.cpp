@@ -2,15 +2,24 @@
 
 #include <array>
 
-// oneDNN's linear layer, exported by libtorch_cpu for compiled models. Weak: a torch without oneDNN still loads us.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+// What libtorch_cpu exports for compiled models: oneDNN's linear layer, and torch's products without its dispatcher. Weak:
+// a torch without oneDNN, or one that has dropped a product, still loads us.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t scalars_len, const char** algorithm, AtenTensorHandle* result);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle bias,
+                                                              AtenTensorHandle a, AtenTensorHandle b, double beta,
+                                                              double alpha);
+}
 
 namespace vk {
 namespace {
 
 int64_t products = 0;
+// Rows, or terms, up to which the kernels for few are the fastest: of bfloat16 a matrix unit takes more at a time.
+constexpr int64_t kFew = 16, kFewPairs = 8;
 constexpr int64_t kWorthIt = 1 << 20;  // multiplications from which a call of oneDNN pays: it costs 10 us more than torch's
 
 Library library_for(ScalarType dtype, bool of_weight) {
@@ -29,24 +38,6 @@ bool in_words(const Matrix& t, int64_t k, int64_t k_step, int64_t other_step) {
   return other_step == 1;
 }
 
-Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const std::optional<Tensor> packed_bias = bias ? std::make_optional(packed(*bias)) : std::nullopt;  // it reads no steps
-  AtenTensorHandle bias_handle = bias ? packed_bias->get() : nullptr;
-  AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-      x.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &result));
-  return Tensor(result);
-}
-
-Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
 template <class T>
 void transpose_into(T* out, const T* in, int64_t rows, int64_t columns, int64_t in_row) {
   constexpr int64_t block = 32;  // of both sides at once in L1
@@ -63,18 +54,69 @@ void transpose_into(T* out, const T* in, int64_t rows, int64_t columns, int64_t 
   });
 }
 
-// A packed copy of t^T, for t float32 or bfloat16. Faster than the strided copy that packed() would make.
-Tensor packed_transpose(const Tensor& t) {
-  const int64_t rows = t.size(0), columns = t.size(1);
-  if (t.stride(1) != 1) return packed(transposed(t));
-  Tensor out = empty(t, {columns, rows});
-  if (t.scalar_type() == ScalarType::Float) {
-    transpose_into(reinterpret_cast<float*>(bytes(out)), reinterpret_cast<float*>(bytes(t)), rows, columns, t.stride(0));
+// A packed copy of t^T. Faster, where t is packed, than the copy by strides that torch would make.
+Tensor packed_transpose(const Matrix& t) {
+  if (t.col != 1) return packed(tensor_of(t.transposed()));
+  Tensor out = empty(t.tensor, {t.cols, t.rows});
+  if (t.dtype == ScalarType::Float) {
+    transpose_into(reinterpret_cast<float*>(bytes(out)), reinterpret_cast<const float*>(t.data), t.rows, t.cols, t.row);
   } else {
-    transpose_into(reinterpret_cast<uint16_t*>(bytes(out)), reinterpret_cast<uint16_t*>(bytes(t)), rows, columns,
-                   t.stride(0));
+    transpose_into(reinterpret_cast<uint16_t*>(bytes(out)), reinterpret_cast<const uint16_t*>(t.data), t.rows, t.cols,
+                   t.row);
   }
   return out;
+}
+
+Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const std::optional<Tensor> packed_bias = bias ? std::make_optional(packed(*bias)) : std::nullopt;  // it reads no steps
+  AtenTensorHandle bias_handle = bias ? packed_bias->get() : nullptr;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+      x.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &result));
+  return Tensor(result);
+}
+
+// oneDNN's gradient of a weight, a b with a = dy^T and b = x. It wants its first operand packed and takes the second in any
+// order: the smaller of the two is copied.
+Tensor onednn_gradient(const Matrix& a, const Matrix& b) {
+  if (a.rows <= b.cols) return onednn_linear(packed_transpose(a.transposed()), tensor_of(b.transposed()), std::nullopt);
+  return packed_transpose(Matrix(onednn_linear(packed_transpose(b), tensor_of(a), std::nullopt)));
+}
+
+Tensor aten_product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape) {
+  if (!aoti_torch_cpu_mm_out || !aoti_torch_cpu_addmm_out) {
+    return reshaped(aten_linear(tensor_of(a), tensor_of(b.transposed()), bias), shape);
+  }
+  Tensor out = empty(a.tensor, shape);
+  const Tensor left = tensor_of(a), right = tensor_of(b), rows = reinterpreted(out, {a.rows, b.cols}, {b.cols, 1});
+  if (bias) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(rows.get(), bias->get(), left.get(), right.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(rows.get(), left.get(), right.get()));
+  }
+  return out;
+}
+
+// a b + bias in a's dtype, by a library.
+Tensor library_product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape,
+                       bool of_weight) {
+  const ScalarType dtype = a.dtype;
+  if (b.dtype != dtype || (bias && bias->scalar_type() != dtype)) {
+    const auto cast_bias = bias ? std::make_optional(cast(*bias, dtype)) : std::nullopt;
+    return library_product(a, b.dtype == dtype ? b : Matrix(cast(tensor_of(b), dtype)), cast_bias, shape, of_weight);
+  }
+  if (!use_onednn(dtype, of_weight, a.rows * a.cols * b.cols)) return aten_product(a, b, bias, shape);
+  return reshaped(of_weight ? onednn_gradient(a, b) : onednn_linear(tensor_of(a), tensor_of(b.transposed()), bias), shape);
+}
+
+// The same by whatever is fastest, and then in `dtype`.
+Tensor product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape, ScalarType dtype,
+               bool of_weight = false) {
+  const Way way = way_of(a, b, of_weight);
+  if (way == Way::library) return cast(library_product(a, b, bias, shape, of_weight), dtype);
+  Tensor out = empty(shape, dtype == ScalarType::Float ? dtype : a.dtype);
+  multiply(way, out, a, b, bias);
+  return cast(out, dtype);
 }
 
 }  // namespace
@@ -84,9 +126,17 @@ int64_t set_products(int64_t wanted) {
   return products;
 }
 
-bool own_product(const Matrix& a, const Matrix& b, bool of_weight) {
-  return library_for(a.dtype, of_weight) == Library::own && a.rows * a.cols * b.cols > 0 &&
-         in_words(a, a.cols, a.col, a.row) && in_words(b, a.cols, b.row, b.col);
+Way way_of(const Matrix& a, const Matrix& b, bool of_weight) {
+  const bool served = a.dtype == ScalarType::Float || a.dtype == ScalarType::BFloat16;
+  if (!served || (b.dtype != a.dtype && b.dtype != ScalarType::Float) || a.rows * a.cols * b.cols == 0) {
+    return Way::library;
+  }
+  const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
+  if (of_weight && a.cols <= few) return Way::few_terms;
+  if (!of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
+  const bool own = library_for(a.dtype, of_weight) == Library::own && in_words(a, a.cols, a.col, a.row) &&
+                   in_words(b, a.cols, b.row, b.col);
+  return own ? Way::panels : Way::library;
 }
 
 Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n) {
@@ -94,16 +144,38 @@ Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n) {
   p.k = k;
   p.n = n;
   p.dtype = dtype_of(like);
-  return empty(like, {kernels<float>().product_sizes(p).packed}, ScalarType::Float);
+  return empty({kernels<float>().product_sizes(p).packed}, ScalarType::Float);
 }
 
-void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
+namespace {
+
+constexpr int64_t kWorthAThread = 1 << 18;  // multiplications
+
+void multiply_few(const Product& p, bool terms, std::vector<float>* sums) {
+  const Kernels<float>& kernel = kernels<float>();
+  const FewSizes sizes = kernel.few_sizes(p, terms);
+  const Buffer<float> packed(sizes.packed);
+  kernel.few_pack(p, terms, packed.get());
+  if (sums) sums->assign(p.n, 0);
+  const int64_t work = p.m * p.n * p.k / sizes.tasks;
+  parallel(sizes.tasks, kWorthAThread / std::max<int64_t>(work, 1), [&](int64_t begin, int64_t end) {
+    const Buffer<float> scratch(sizes.scratch);
+    kernel.few_product(p, terms, packed.get(), begin, end, sums ? sums->data() : nullptr, scratch.get());
+  });
+}
+
+}  // namespace
+
+void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
               const Follow& follow, const Tensor* b_panels) {
-  const Vector<float> bias_values(bias);
+  const DType dtype = dtype_of(a.tensor);
+  const Vector<float> bias_values(bias, dtype);
   const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
   const Product p{a.rows,
                   follow.then == Then::gate ? b.cols / 2 : b.cols,
                   a.cols,
+                  dtype,
+                  dtype_of(b.tensor),
                   dtype_of(out),
                   {a.data, a.row, a.col},
                   {b.data, b.row, b.col},
@@ -114,6 +186,7 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
                   data(follow.pre),
                   data(follow.activated),
                   follow.activated_in_panels};
+  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, follow.sums);
   const Kernels<float>& kernel = kernels<float>();
   const ProductSizes sizes = kernel.product_sizes(p);
   // Rows are cut the same way for any number of threads, for the sake of the sums.
@@ -121,7 +194,7 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
   int64_t parts = 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
-  const int64_t columns = out.size(1);
+  const int64_t columns = follow.then == Then::gate_backward ? 2 * p.n : p.n;
   std::vector<float> sums(follow.sums ? parts * columns : 0);
   const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * columns : nullptr; };
   const int64_t threads = torch::stable::get_num_threads(), panel = sizes.packed / sizes.panels;
@@ -138,7 +211,7 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
       }
     });
   } else {
-    const Tensor space = b_panels ? *b_panels : empty(out, {sizes.packed}, ScalarType::Float);
+    const Tensor space = b_panels ? *b_panels : empty({sizes.packed}, ScalarType::Float);
     float* const panels = reinterpret_cast<float*>(bytes(space));
     if (!b_panels) {
       parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) {
@@ -165,54 +238,30 @@ void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::op
   *follow.sums = std::move(sums);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Matrix a(x), b = Matrix(weight).transposed();
-  if (own_product(a, b)) {
-    Tensor y = empty(x, {a.rows, b.cols});
-    multiply(y, a, b, bias);
-    return y;
-  }
-  return use_onednn(a.dtype, false, a.rows * a.cols * b.cols) ? onednn_linear(x, weight, bias)
-                                                              : aten_linear(x, weight, bias);
+Tensor linear(const Matrix& x, const Matrix& weight, const std::optional<Tensor>& bias, const Shape& shape) {
+  return product(x, weight.transposed(), bias, shape, x.dtype);
 }
 
-Tensor gradient_of_input(const Tensor& dy, const Tensor& weight) {
-  const Matrix a(dy), b(weight);
-  if (own_product(a, b)) {
-    Tensor dx = empty(dy, {a.rows, b.cols});
-    multiply(dx, a, b, std::nullopt);
-    return dx;
-  }
-  return linear(dy, transposed(weight), std::nullopt);
+Tensor gradient_of_input(const Matrix& dy, const Matrix& weight, const Shape& shape) {
+  return product(dy, weight, std::nullopt, shape, dy.dtype);
 }
 
-Tensor gradient_of_weight(const Tensor& dy, const Tensor& x) {
-  const Matrix a = Matrix(dy).transposed(), b(x);
-  if (own_product(a, b, true)) {
-    Tensor dw = empty(x, {a.rows, b.cols});
-    multiply(dw, a, b, std::nullopt);
-    return dw;
-  }
-  if (!use_onednn(a.dtype, true, a.rows * a.cols * b.cols)) return packed(torch::stable::matmul(transposed(dy), x));
-  // oneDNN wants its first operand packed and takes the second in any order: copy the smaller of the two
-  if (dy.size(1) <= x.size(1)) return onednn_linear(packed_transpose(dy), transposed(x), std::nullopt);
-  return packed_transpose(onednn_linear(packed_transpose(x), transposed(dy), std::nullopt));
+Tensor gradient_of_weight(const Matrix& dy, const Matrix& x, const Shape& shape, ScalarType dtype) {
+  return product(dy.transposed(), x, std::nullopt, shape, dtype, true);
 }
 
-Tensor gradient_of_bias(const Tensor& dy, ScalarType dtype) {
-  return with_accumulate(dy.scalar_type(), [&](auto zero) {
+Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype) {
+  return with_accumulate(dy.dtype, [&](auto zero) {
     using A = decltype(zero);
-    const Operand rows(dy);
-    const int64_t width = dy.size(1);
-    const auto sums = sum_in_parts<A>(dy.size(0), width, [&](int64_t begin, int64_t end, A* part) {
-      Buffer<A> row(width);
-      const int64_t size = size_of(rows.rows.dtype);
+    const DType from = dtype_of(dy.tensor);
+    auto sums = sum_in_parts<A>(dy.rows, dy.cols, [&](int64_t begin, int64_t end, A* part) {
+      Buffer<A> row(dy.cols);
       for (int64_t i = begin; i < end; ++i) {
-        kernels<A>().load(row.get(), rows.rows.data + i * rows.rows.row * size, rows.rows.dtype, rows.rows.col, width);
-        for (int64_t j = 0; j < width; ++j) part[j] += row.get()[j];
+        kernels<A>().load(row.get(), dy.data + i * dy.row * size_of(from), from, dy.col, dy.cols);
+        for (int64_t j = 0; j < dy.cols; ++j) part[j] += row.get()[j];
       }
     });
-    return from_values<A>(dy, {width}, dtype, sums.data());
+    return gradient_of_bias<A>(dy, dtype, sums);
   });
 }
 

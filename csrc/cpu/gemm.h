@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 
+#include "shared/products.h"
 #include "tensors.h"
 
 namespace vk {
@@ -11,28 +12,18 @@ namespace vk {
 enum class Library { torch, onednn, own };
 int64_t set_products(int64_t wanted);
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);  // x w^T + b, [M,K] [N,K] -> [M,N]
-Tensor gradient_of_input(const Tensor& dy, const Tensor& weight);                          // dy w,      [M,N] [N,K] -> [M,K]
-Tensor gradient_of_weight(const Tensor& dy, const Tensor& x);                              // dy^T x,    [M,N] [M,K] -> [N,K]
-Tensor gradient_of_bias(const Tensor& dy, ScalarType dtype);                               // column sums of dy
+// gradient_of_bias of column sums that are there.
+template <class A>
+Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype, std::vector<A>& sums) {
+  const auto width = int64_t(sums.size());
+  if (dtype != dy.dtype) round_to(dtype_of(dy.tensor), sums.data(), width);
+  return from_values<A>({width}, dtype, sums.data());
+}
 
-// A tensor of two axes as the kernels see it: where it lies, and its steps in elements.
-struct Matrix {
-  char* data;
-  ScalarType dtype;
-  int64_t rows, cols, row, col;
-  explicit Matrix(const Tensor& t)
-      : data(bytes(t)), dtype(t.scalar_type()), rows(t.size(0)), cols(t.size(1)), row(t.stride(0)), col(t.stride(1)) {}
-  Matrix transposed() const {
-    Matrix t = *this;
-    std::swap(t.rows, t.cols);
-    std::swap(t.row, t.col);
-    return t;
-  }
-};
-
-// Whether the extension's own kernel multiplies these two here; for the gradient of a weight or another product.
-bool own_product(const Matrix& a, const Matrix& b, bool of_weight = false);
+// How a product is computed: by a library or, by the extension's own kernels, from packed panels of b (product_kernel.h)
+// or with few rows or few terms (few_rows_kernel.h).
+enum class Way { library, panels, few_rows, few_terms };
+Way way_of(const Matrix& a, const Matrix& b, bool of_weight = false);  // for the gradient of a weight or another product
 // What is to follow the product, in kernels.h's words; tensors are packed [m, n].
 struct Follow {
   Then then = Then::store;
@@ -42,15 +33,9 @@ struct Follow {
   bool activated_in_panels = false;    // `activated` is space_for_panels(m, n)
 };
 Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n);  // of a B [k, n] in like's dtype
-// out = a b + bias, and what follows; where own_product() holds. With `panels`, they are b's and b tells its shape alone.
-void multiply(const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
+// out = a b + bias, and what follows, in a way that is the extension's own and of a's dtype. With `panels`, they are b's
+// and b tells its shape alone.
+void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
               const Follow& follow = {}, const Tensor* panels = nullptr);
-
-// What mlp and glu_mlp share.
-Activation activation_of(const std::string& name);
-inline Shape with_width(Shape shape, int64_t width) {
-  shape.back() = width;
-  return shape;
-}
 
 }  // namespace vk

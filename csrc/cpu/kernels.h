@@ -1,24 +1,9 @@
 // The CPU kernels as the torch-facing files see them: plain pointers in, plain pointers out, one table for each
 // instruction set, filled by isa_*.cpp from the same source. A is the accumulation type, float or double.
 #pragma once
-#include <cstdint>
+#include "shared/types.h"
 
 namespace vk {
-
-enum class DType { f32, f64, bf16, f16, boolean, u8 };
-enum class Activation { gelu, gelu_tanh, quick_gelu, relu, silu };
-
-// Rows of one operand: element (i, j) of type `dtype` at data + (i * row + j * col) * size.
-struct Rows {
-  const char* data;
-  DType dtype;
-  int64_t row, col;
-};
-struct OutRows {
-  char* data;
-  DType dtype;
-  int64_t row, col;
-};
 
 // add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
 // of `rows_per_sample` rows; the weight (with the bias) and the scale of a sample lie `weight_step` and `scale_step`
@@ -50,14 +35,16 @@ struct LayerNormBackward {
   bool needs_branch_bias, needs_scale, needs_row_scale;
 };
 
-// C[m, n] = A[m, k] B[k, n], all of `dtype` (float32 or bfloat16), and what is done to C before it is written:
-// the bias is added, then
+// C[m, n] = A[m, k] B[k, n], of `dtype` (float32 or bfloat16), and what is done to C before it is written: the bias is
+// added, then
 //   store               out = C
 //   activate            pre = C, out = activation(C); `pre` may be `out`
 //   activate_backward   out = C * activation'(pre), activated = activation(pre) where not null, sums += out by columns
 //   gate                B has n columns of gates, then n of ups: pre = C where not null, out = activation(gate) * up
 //   gate_backward       out = the gradient of pre, activated = activation(gate) * up where not null, sums as above
 // pre of both gates, and out and sums of the second, are 2 n wide: gates, then ups. B of the first has its k in rows.
+// Where `dtype` is bfloat16, B may lie in float32 and is rounded as it is read, and `out` may be float32, which gets what
+// bfloat16 has (of Then::store alone).
 // Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
 // out, pre and activated are packed [m, n]; activated may be asked for as the panels of a B with m as its k instead.
 enum class Then { store, activate, activate_backward, gate, gate_backward };
@@ -69,7 +56,7 @@ struct Steps {
 
 struct Product {
   int64_t m, n, k;
-  DType dtype;
+  DType dtype, b_dtype, out_dtype;
   Steps a, b;
   const float* bias;
   Then then;
@@ -82,6 +69,13 @@ struct Product {
 // the packed B and of the scratch that each thread needs.
 struct ProductSizes {
   int64_t rows, tiles, panels, packed, scratch;
+};
+
+// The same where A has few rows or, for the gradient of a weight, few terms (k): the one operand that is large, B or C, is
+// read or written once and where it lies. Of B, one step is 1; those of A, and both of few terms, are any.
+// Tasks that threads share, floats of the packed small operands and of the scratch that each thread needs.
+struct FewSizes {
+  int64_t tasks, packed, scratch;
 };
 
 // One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, where a row's log-sum stands
@@ -143,6 +137,12 @@ struct Kernels {
   void (*product)(const Product&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                   float* sums, float* scratch);
 
+  FewSizes (*few_sizes)(const Product&, bool terms);
+  void (*few_pack)(const Product&, bool terms, float* packed);
+  // tasks [first, last); `sums` as above, of few rows alone
+  void (*few_product)(const Product&, bool terms, const float* packed, int64_t first, int64_t last, float* sums,
+                      float* scratch);
+
   int64_t (*attention_scratch)(const Head&, bool backward);  // elements of A
   void (*attention_forward)(const Head&, OutRows out, A* stats, A* scratch);
   // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes
@@ -158,21 +158,9 @@ const Kernels<A>& kernels();  // of the instruction set in use
 // 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16. A negative number asks; one above what the processor has sets the highest it has.
 int64_t set_isa(int64_t wanted);
 
-inline int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    case DType::bf16:
-    case DType::f16: return 2;
-    default: return 1;
-  }
-}
-
 template <class A>
 constexpr DType same_dtype() {
   return sizeof(A) == 4 ? DType::f32 : DType::f64;
 }
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace vk

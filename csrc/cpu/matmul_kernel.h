@@ -13,7 +13,7 @@ struct Count {
   static constexpr int64_t value = n;
 };
 
-struct Plain {  // how a product's terms are added; product_kernel.h has another way
+struct Plain {  // how a product's terms are added; product_words.h has another way
   template <class V>
   VK_INLINE static V madd(V sum, V a, V b) {
     return sum + a * b;

@@ -1,37 +1,9 @@
-// Activations and their derivatives, recomputed from the pre-activation; and gates, activation(gate) * up.
+// Activations and their derivatives over rows, shared/activations.h a vector at a time; and gates, activation(gate) * up.
 
 namespace vk {
 namespace VK_ISA {
 
 constexpr int64_t kActivationBlock = 512;  // values converted at a time: in, out and slope stay in L1
-
-// gate = sigmoid(z), so that the activation is h * gate and its slope gate + h * gate * (1 - gate) * dz
-template <class A>
-VK_INLINE void gated(Vec<A> h, Vec<A> z, Vec<A> dz, Vec<A>& value, Vec<A>& slope) {
-  const Vec<A> gate = A(1) / (A(1) + vexp(-z));
-  value = h * gate;
-  slope = gate + value * (A(1) - gate) * dz;
-}
-
-template <class A, Activation kind>
-VK_INLINE void activate_vec(Vec<A> h, Vec<A>& value, Vec<A>& slope) {
-  if constexpr (kind == Activation::gelu) {
-    Vec<A> cdf, pdf;
-    normal(h, cdf, pdf);
-    value = h * cdf;
-    slope = cdf + h * pdf;
-  } else if constexpr (kind == Activation::gelu_tanh) {  // 0.5 * (1 + tanh(u)) = sigmoid(2 u)
-    const A root = A(1.5957691216057307117), cubic = A(0.044715);
-    gated<A>(h, root * h * (A(1) + cubic * h * h), root * (A(1) + 3 * cubic * h * h), value, slope);
-  } else if constexpr (kind == Activation::quick_gelu) {
-    gated<A>(h, A(1.702) * h, splat(A(1.702)), value, slope);
-  } else if constexpr (kind == Activation::silu) {
-    gated<A>(h, h, splat(A(1)), value, slope);
-  } else {
-    value = h < A(0) ? Vec<A>{} : h;  // NaN stays NaN
-    slope = h > A(0) ? splat(A(1)) : Vec<A>{};
-  }
-}
 
 // `count` is any; buffers are padded to whole vectors.
 template <class A, Activation kind>
@@ -39,7 +11,7 @@ void activate_block(A* value, A* slope, const A* h, int64_t count) {
   constexpr int64_t lanes = Lanes<A>::count;
   for (int64_t i = 0; i < count; i += lanes) {
     Vec<A> v, s;
-    activate_vec<A, kind>(load(h + i), v, s);
+    activate_one<A, kind>(load(h + i), v, s);
     store(value + i, v);
     if (slope) store(slope + i, s);
   }

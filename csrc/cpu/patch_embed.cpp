@@ -1,7 +1,7 @@
 // patch_embed: the schemas of vitkernels/ops/patch_embed.py on the CPU. Patches are gathered, scaled and normalised into
 // a buffer of a few images at a time, which the vendor's product then reads from cache.
 #include "gemm.h"
-#include "ops.h"
+#include "shared/ops.h"
 
 #include <cstring>
 #include <type_traits>
@@ -11,33 +11,20 @@ namespace {
 
 constexpr int64_t kTokensAtOnce = 2048;
 
-struct Grid {  // where the patches of an image lie, and which of them are kept
-  int64_t batch, channels, down, across, rows, columns;  // `rows` x `columns` pixels a patch
-  int64_t tokens;                                        // patches kept of each image
-  const int64_t* keep;                                   // [batch, tokens], or null for all
+struct Grid : PatchGrid {
   Tensor keep_tensor;
 
   Grid(const Tensor& image, const Tensor& weight, const Maybe& keep_, const Tensor& none)
-      : batch(image.size(0)),
-        channels(image.size(1)),
-        down(image.size(2) / weight.size(2)),
-        across(image.size(3) / weight.size(3)),
-        rows(weight.size(2)),
-        columns(weight.size(3)),
-        keep_tensor(keep_ ? packed(*keep_) : none) {
-    tokens = keep_ ? keep_->size(1) : down * across;
+      : PatchGrid(patch_grid(image, weight, keep_)), keep_tensor(keep_ ? packed(*keep_) : none) {
     keep = keep_ ? reinterpret_cast<const int64_t*>(bytes(keep_tensor)) : nullptr;
     for (int64_t i = 0; keep && i < batch * tokens; ++i) {
-      STD_TORCH_CHECK(keep[i] >= 0 && keep[i] < down * across, "patch_embed: argument 'keep' holds index ", keep[i],
-                      "; needs 0 to ", down * across - 1);
+      STD_TORCH_CHECK(keep[i] >= 0 && keep[i] < patches(), "patch_embed: argument 'keep' holds index ", keep[i],
+                      "; needs 0 to ", patches() - 1);
     }
   }
-  int64_t patch(int64_t b, int64_t t) const { return keep ? keep[b * tokens + t] : t; }
-  int64_t patch_size() const { return channels * rows * columns; }
   int64_t images_at_once() const { return std::max<int64_t>(1, kTokensAtOnce / std::max<int64_t>(tokens, 1)); }
 };
 
-// (pixel / 255 - mean) / std as one multiplication and one addition a channel; the division by 255 is uint8's alone.
 template <class A>
 class Pixels {
  public:
@@ -46,9 +33,9 @@ class Pixels {
         dtype_(dtype_of(image)),
         step_{image.stride(0), image.stride(1), image.stride(2), image.stride(3)} {
     for (int64_t c = 0; c < image.size(1); ++c) {
-      const double m = mean ? (*mean)[c] : 0, s = std ? (*std)[c] : 1;
-      factor_.push_back(A(1 / (s * (dtype_ == DType::u8 ? 255 : 1))));
-      offset_.push_back(A(-m / s));
+      const PixelScale scale = pixel_scale(mean, std, c, dtype_);
+      factor_.push_back(A(scale.factor));
+      offset_.push_back(A(scale.offset));
     }
     scaled_ = mean || std || dtype_ == DType::u8;
   }
@@ -103,23 +90,13 @@ void gather(const Tensor& out, const Grid& grid, const Pixels<A>& pixels, int64_
       char* to = bytes(out) + ((b - begin) * grid.tokens + t) * width;
       for (int64_t c = 0; c < grid.channels; ++c) {
         for (int64_t y = 0; y < grid.rows; ++y) {
-          const char* line = pixels.row(buffer.get(), converted.get(), dtype, b, c, patch / grid.across * grid.rows + y,
-                                        patch % grid.across * grid.columns, run * grid.columns);
+          const char* line = pixels.row(buffer.get(), converted.get(), dtype, b, c, grid.top(patch) + y,
+                                        grid.left(patch), run * grid.columns);
           spread(to + (c * grid.rows + y) * piece, width, line, piece, run);
         }
       }
     }
   });
-}
-
-Tensor flat_weight(const Tensor& weight) {
-  return torch::stable::reshape(weight, {weight.size(0), weight.size(1) * weight.size(2) * weight.size(3)});
-}
-
-ScalarType wider(ScalarType a, const Maybe& b) {
-  if (!b || b->scalar_type() == a) return a;
-  if (a == ScalarType::Double || b->scalar_type() == ScalarType::Double) return ScalarType::Double;
-  return ScalarType::Float;  // float32 with a half type, or the two half types
 }
 
 }  // namespace
@@ -132,23 +109,24 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
   // one product and nothing to add: its result is the op's
   const bool alone = !prefix && !pos_embed && grid.batch > 0 && grid.batch <= grid.images_at_once();
   const ScalarType out_type = wider(wider(weight.scalar_type(), prefix), pos_embed);
-  Tensor out = alone ? nothing(image) : empty(image, {grid.batch, out_tokens, width}, out_type);
+  Tensor out = alone ? nothing(image) : empty({grid.batch, out_tokens, width}, out_type);
   const Tensor weights = flat_weight(weight);
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Pixels<A> pixels(image, mean, std);
     const Vector<A> table(pos_embed), front(prefix);
     // row p of the position table belongs to patch p - first; a table of the patches alone has no rows for the prefix
-    const int64_t first = pos_embed ? pos_embed->size(0) - grid.down * grid.across : 0;
+    const int64_t first = pos_embed ? pos_embed->size(0) - grid.patches() : 0;
     const DType out_dtype = dtype_of(out);
     const int64_t out_row = width * size_of(out_dtype);
     for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
       const int64_t end = std::min(grid.batch, begin + grid.images_at_once());
       const Tensor patches = empty(weight, {(end - begin) * grid.tokens, grid.patch_size()});
       gather(patches, grid, pixels, begin, end);
-      const Tensor tokens = packed(linear(patches, weights, bias));
+      const Shape shape = alone ? Shape{grid.batch, out_tokens, width} : Shape{patches.size(0), width};
+      const Tensor tokens = linear(Matrix(patches), Matrix(weights), bias, shape);
       if (alone) {
-        out = reshaped(tokens, {grid.batch, out_tokens, width});
+        out = tokens;
         return;
       }
       const DType token_dtype = dtype_of(tokens);
@@ -181,7 +159,7 @@ namespace {
 // prefix and bias are all read off it.
 template <class A>
 std::vector<A> position_sums(const Tensor& dout, const Grid& grid, int64_t prefixes) {
-  const int64_t width = dout.size(2), table_rows = prefixes + grid.down * grid.across;
+  const int64_t width = dout.size(2), table_rows = prefixes + grid.patches();
   std::vector<std::vector<int64_t>> sources(table_rows);  // rows b * tokens + t of dout
   for (int64_t b = 0; b < grid.batch; ++b) {
     for (int64_t t = 0; t < dout.size(1); ++t) {
@@ -242,7 +220,7 @@ void scatter(const Tensor& dimage, const Tensor& dpatches, const Grid& grid, con
         kernels<A>().load(patch.get(), bytes(dpatches) + (b * grid.tokens + t) * width * size, dtype, 1, width);
         for (int64_t c = 0; c < grid.channels; ++c) {
           for (int64_t y = 0; y < grid.rows; ++y) {
-            A* at = pixels.get() + (c * height + p / grid.across * grid.rows + y) * line + p % grid.across * grid.columns;
+            A* at = pixels.get() + (c * height + grid.top(p) + y) * line + grid.left(p);
             const A* piece = patch.get() + (c * grid.rows + y) * grid.columns;
             for (int64_t x = 0; x < grid.columns; ++x) at[x] += piece[x];
           }
@@ -273,24 +251,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
   with_accumulate(weight.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     if (needs[2] && !prefix && !needs[4]) {
-      dbias = gradient_of_bias(matrix(dout), weight.scalar_type());
+      dbias = gradient_of_bias(Matrix(dout), weight.scalar_type());
     } else if (needs[2] || needs[3] || needs[4]) {
       const std::vector<A> sums = position_sums<A>(dout, grid, prefixes);
       if (needs[2]) {
         std::vector<A> bias(width);
         for (int64_t i = prefixes * width; i < int64_t(sums.size()); ++i) bias[i % width] += sums[i];
-        dbias = from_values<A>(weight, {width}, weight.scalar_type(), bias.data());
+        dbias = from_values<A>({width}, weight.scalar_type(), bias.data());
       }
-      if (needs[3]) dprefix = from_values<A>(weight, shape_of(*prefix), prefix->scalar_type(), sums.data());
+      if (needs[3]) dprefix = from_values<A>(shape_of(*prefix), prefix->scalar_type(), sums.data());
       if (needs[4]) {
         const int64_t skipped = int64_t(sums.size()) - pos_embed->numel();
-        dpos = from_values<A>(weight, shape_of(*pos_embed), pos_embed->scalar_type(), sums.data() + skipped);
+        dpos = from_values<A>(shape_of(*pos_embed), pos_embed->scalar_type(), sums.data() + skipped);
       }
     }
     if (!needs[0] && !needs[1]) return;
     const Pixels<A> pixels(image, mean, std);
     const bool in_place = prefixes == 0 && dout.scalar_type() == weight.scalar_type();
-    Tensor all_rows = matrix(dout);
+    Tensor all_rows = reshaped(dout, {dout.size(0) * dout.size(1), width});
     const bool one_part = grid.batch > 0 && grid.batch <= grid.images_at_once();
     std::vector<A> weight_sums(needs[1] && !one_part ? weight.numel() : 0);
     for (int64_t begin = 0; begin < grid.batch; begin += grid.images_at_once()) {
@@ -301,18 +279,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
       if (needs[1]) {
         const Tensor patches = empty(weight, {tokens, grid.patch_size()});
         gather(patches, grid, pixels, begin, end);
-        const Tensor part = packed(gradient_of_weight(g, patches));
+        const Tensor part = gradient_of_weight(Matrix(g), Matrix(patches), shape_of(weight), weight.scalar_type());
         if (one_part) {
-          dweight = reshaped(part, shape_of(weight));
+          dweight = part;
         } else {
           const Vector<A> values(part);
           for (int64_t i = 0; i < part.numel(); ++i) weight_sums[i] += values.get()[i];
         }
       }
-      if (needs[0]) scatter<A>(dimage, packed(gradient_of_input(g, weights)), grid, std, begin, end);
+      if (needs[0]) {
+        const Tensor dpatches = gradient_of_input(Matrix(g), Matrix(weights), {tokens, grid.patch_size()});
+        scatter<A>(dimage, dpatches, grid, std, begin, end);
+      }
     }
     if (!weight_sums.empty()) {
-      dweight = from_values<A>(weight, shape_of(weight), weight.scalar_type(), weight_sums.data());
+      dweight = from_values<A>(shape_of(weight), weight.scalar_type(), weight_sums.data());
     }
   });
   return {dimage, dweight, dbias, dprefix, dpos};

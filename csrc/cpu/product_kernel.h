@@ -1,9 +1,8 @@
 // Products of whole matrices, C = A B, of float32 or bfloat16, with what follows the product done while C is in cache.
 //
-// Operands are rows of 32-bit words along k: one float32, or two bfloat16 that a word of A and a word of B multiply and
-// add at once. B is packed in panels of kPanel columns, which the caller may share among threads. A is read where it lies when its rows
-// run along k, and packed tile by tile when its columns do (the gradient of a weight). A block of C, kBlockTiles row
-// tiles by one panel, sums in cache over kDepth words of k at a time.
+// Operands are rows of words along k. B is packed in panels of kPanel columns, which the caller may share among threads.
+// A is read where it lies when its rows run along k, and packed tile by tile when its columns do (the gradient of a
+// weight). A block of C, kBlockTiles row tiles by one panel, sums in cache over kDepth words of k at a time.
 
 namespace vk {
 namespace VK_ISA {
@@ -25,80 +24,11 @@ VK_INLINE int64_t even_step(int64_t count, int64_t most) {
   return (count + steps - 1) / steps;
 }
 
-struct Pairs {
-  static constexpr int64_t size = 2;  // bytes of an element
-  VK_INLINE static Vec<float> madd(Vec<float> sum, Vec<float> a, Vec<float> b) {
-#if defined(VK_BF16_PAIRS)
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    const VecU odd = VecU{} + 0xffff0000u;
-    sum += (Vec<float>)((VecU)a << 16) * (Vec<float>)((VecU)b << 16);
-    return sum + (Vec<float>)((VecU)a & odd) * (Vec<float>)((VecU)b & odd);
-#endif
-  }
-};
-struct Singles : Plain {
-  static constexpr int64_t size = 4;
-};
-
-template <class W>
-constexpr int64_t per_word = 4 / W::size;
-template <class W>
-VK_INLINE int64_t words_of(int64_t k) {
-  return (k + per_word<W> - 1) / per_word<W>;
-}
-
 // ---- packing
-
-VK_INLINE void zip(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {  // a0 b0 a1 b1 ...
-#if defined(__clang__)
-  for (int i = 0; i < kFloats; ++i) {
-    low[i] = i % 2 ? b[i / 2] : a[i / 2];
-    high[i] = i % 2 ? b[(kFloats + i) / 2] : a[(kFloats + i) / 2];
-  }
-#else
-  VecI from{};
-  for (int i = 0; i < kFloats; ++i) from[i] = i % 2 * kFloats + i / 2;
-  low = __builtin_shuffle(a, b, from);
-  high = __builtin_shuffle(a, b, from + kFloats / 2);
-#endif
-}
-
-// kFloats rows of kFloats words become columns: interleaving the halves does it after log2(kFloats) rounds.
-VK_INLINE void transpose_lanes(Vec<float>* rows) {
-#pragma GCC unroll 4
-  for (int64_t round = 1; round < kFloats; round *= 2) {
-    Vec<float> next[kFloats];
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kFloats / 2; ++i) zip(rows[i], rows[i + kFloats / 2], next[2 * i], next[2 * i + 1]);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kFloats; ++i) rows[i] = next[i];
-  }
-}
-
-// Words [p, 0..count) of a matrix whose rows are k and whose columns are packed; past the last k are zeros.
-VK_INLINE void interleave(Singles, float* out, const char* in, int64_t k_step, int64_t p, int64_t, int64_t count) {
-  const float* const row = at<float>(in, p * k_step);
-  each<float>(count, [&](auto lane, int64_t j) VK_ALWAYS { put(out + j, get<decltype(lane)>(row + j)); });
-}
-VK_INLINE void interleave(Pairs, float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
-  const bool two = 2 * p + 1 < k;
-  const uint16_t *first = at<uint16_t>(in, 2 * p * k_step), *second = two ? first + k_step : first;
-  const uint32_t mask = two ? 0xffffffffu : 0xffffu;
-  int64_t j = 0;
-  for (; j + kFloats <= count; j += kFloats) {
-    const VecU word = (widen(first + j) | (widen(second + j) << 16)) & mask;
-    store(out + j, (Vec<float>)word);
-  }
-  for (; j < count; ++j) {
-    const uint32_t word = (first[j] | uint32_t(second[j]) << 16) & mask;
-    std::memcpy(out + j, &word, sizeof word);
-  }
-}
 
 // Panels [first, last) of a B whose rows are packed: [panel][words][kPanel], zeros past the last column. Some rows at a
 // time, so that memory is read along them.
-template <class W>
+template <class W, class S>
 void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
   constexpr int64_t at_once = 16;
   const int64_t words = words_of<W>(p.k);
@@ -107,45 +37,49 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
       for (int64_t k = begin; k < end; ++k) {
-        const char* const later = p.b.data + ((k + at_once) * per_word<W> * p.b.row + j) * W::size;
+        const char* const later = p.b.data + ((k + at_once) * per_word<W> * p.b.row + j) * S::size;
         for (int64_t q = 0; q < per_word<W>; ++q) {
-          for (int64_t byte = 0; byte < columns * W::size; byte += 64) {
-            __builtin_prefetch(later + q * p.b.row * W::size + byte);
+          for (int64_t byte = 0; byte < columns * S::size; byte += 64) {
+            __builtin_prefetch(later + q * p.b.row * S::size + byte);
           }
         }
         float* const out = packed + ((panel - first) * words + k) * kPanel;
-        interleave(W{}, out, p.b.data + j * W::size, p.b.row, k, p.k, columns);
+        interleave_b<W, S>(out, p.b.data + j * S::size, p.b.row, k, p.k, columns);
         for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
       }
     }
   }
 }
 
-// Columns [from, to) of one panel, whole vectors of them, of a B whose columns run along k; past `columns` are zeros.
-template <class W>
-void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns, int64_t from = 0,
-                  int64_t to = kPanel) {
-  const int64_t words = words_of<W>(k);
-  const auto word = [&](int64_t p, int64_t j) VK_ALWAYS { return in + (j - from) * column_step * W::size + p * 4; };
-  columns += from;
-  for (int64_t j0 = from; j0 < to; j0 += kFloats) {
-    int64_t p = 0;
-    for (; p + kFloats <= words; p += kFloats) {
+// Columns [begin, end) of one panel, whole vectors of them, of a B whose columns run along k; past `columns` of them are
+// zeros.
+template <class W, class S>
+void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns, int64_t begin = 0,
+                  int64_t end = kPanel) {
+  constexpr int64_t elements = kFloats * per_word<W>;
+  for (int64_t j0 = begin; j0 < end; j0 += kFloats) {
+    const char* const from_j0 = in + (j0 - begin) * column_step * S::size;
+    const int64_t live = columns - (j0 - begin);
+    const auto transpose = [&](int64_t p, int64_t words, auto load_some) VK_ALWAYS {
       Vec<float> lanes[kFloats];
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kFloats; ++j) {
         lanes[j] = Vec<float>{};
-        if (j0 + j < columns) std::memcpy(&lanes[j], word(p, j0 + j), sizeof lanes[j]);
+        if (j < live) lanes[j] = load_some(from_j0 + (j * column_step + p) * S::size);
       }
       transpose_lanes(lanes);
+      float* const to = out + p / per_word<W> * kPanel + j0;
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kFloats; ++i) store(out + (p + i) * kPanel + j0, lanes[i]);
-    }
-    for (; p < words; ++p) {
-      for (int64_t j = j0; j < j0 + kFloats; ++j) {
-        out[p * kPanel + j] = 0;
-        if (j < columns) std::memcpy(out + p * kPanel + j, word(p, j), 4);
+      for (int64_t i = 0; i < kFloats; ++i) {
+        if (i < words) store(to + i * kPanel, lanes[i]);
       }
+    };
+    int64_t p = 0;
+    for (; p + elements <= k; p += elements) {
+      transpose(p, kFloats, [](const char* from) VK_ALWAYS { return load_words<W, S>(from); });
+    }
+    if (p < k) {
+      transpose(p, words_of<W>(k - p), [&](const char* from) VK_ALWAYS { return load_last_words<W, S>(from, k - p); });
     }
   }
 }
@@ -196,7 +130,7 @@ VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const floa
 // Asks for the lines that finish_row reads or writes, `length` bytes from column j on: they arrive while the tile is
 // multiplied.
 VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t rows, int64_t size, int64_t length) {
-  const int64_t step = p.n * size;
+  const int64_t step = p.n * size, out_size = size_of(p.out_dtype) / size_of(p.dtype);  // 2 where out is wider
   if (p.then == Then::gate || p.then == Then::gate_backward) {
     char* const wide = p.then == Then::gate ? p.pre : p.out;  // the other one that is two halves wide is read alone
     for (int64_t r = i; r < i + rows; ++r) {
@@ -211,7 +145,7 @@ VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t row
   }
   for (int64_t r = 0, at = i * step + j * size; r < rows; ++r, at += step) {
     for (int64_t byte = 0; byte < length; byte += 64) {
-      __builtin_prefetch(p.out + at + byte, 1);
+      __builtin_prefetch(p.out + (at + byte) * out_size, 1);
       if (p.then != Then::store) __builtin_prefetch(p.pre + at + byte, 1);
       if (p.activated && !p.activated_in_panels) __builtin_prefetch(p.activated + at + byte, 1);
     }
@@ -280,6 +214,18 @@ VK_INLINE void finish_gate_backward(const Product& p, int64_t i, int64_t j, int6
   }
 }
 
+// `count` columns from column j on of one row of `out`, where it may be float32 though the product is not.
+template <class W>
+VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t count, const float* row) {
+  if constexpr (W::size != 4) {
+    if (p.out_dtype != DType::f32) return store_row(p.out + (i * p.n + j) * W::size, DType::bf16, 1, row, count);
+    float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
+    each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS { put(out + c, round_bf16(get<decltype(lane)>(row + c))); });
+  } else {
+    store_row(p.out + (i * p.n + j) * W::size, DType::f32, 1, row, count);
+  }
+}
+
 // What follows the product, for `count` columns from column j on of one row. `spare` is kSpare of numbers.
 template <class W>
 VK_INLINE void finish_row(const Product& p, int64_t i, int64_t j, int64_t count, float* row, float* sums,
@@ -314,7 +260,17 @@ VK_INLINE void finish_row(const Product& p, int64_t i, int64_t j, int64_t count,
       store_row(p.activated + at, dtype, 1, value, count);
     }
   }
-  store_row(p.out + at, dtype, 1, row, count);
+  store_result<W>(p, i, j, count, row);
+}
+
+template <class W>
+VK_INLINE void finish_rows(const Product& p, int64_t i, int64_t rows, int64_t j, int64_t count, float* c, float* sums,
+                           float* spare) {
+  if (count == kPanel) {  // known to the compiler
+    for (int64_t r = 0; r < rows; ++r) finish_row<W>(p, i + r, j, kPanel, c + r * kPanel, sums, spare);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) finish_row<W>(p, i + r, j, count, c + r * kPanel, sums, spare);
+  }
 }
 
 // One panel of C below `rows` rows of A; `block` holds the sums between one depth of k and the next.
@@ -338,12 +294,7 @@ void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t
         prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
       }
       multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
-      if (!last) continue;
-      if (count == kPanel) {  // known to the compiler
-        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, i + r + q, j, kPanel, c + q * kPanel, sums, spare);
-      } else {
-        for (int64_t q = 0; q < live; ++q) finish_row<W>(p, i + r + q, j, count, c + q * kPanel, sums, spare);
-      }
+      if (last) finish_rows<W>(p, i + r, live, j, count, c, sums, spare);
     }
   }
 }
@@ -380,20 +331,20 @@ inline ProductSizes product_sizes(const Product& p) {
 }
 
 inline void product_pack(const Product& p, float* packed, int64_t first, int64_t last) {
-  const auto pack = [&](auto word) {
+  with_words(p, [&](auto word, auto source) {
     using W = decltype(word);
-    if (p.b.row != 1) return pack_rows<W>(p, packed, first, last);
+    using S = decltype(source);
+    if (p.b.row != 1) return pack_rows<W, S>(p, packed, first, last);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t most = panel_columns(p), j = panel * most, columns = p.n - j < most ? p.n - j : most;
       float* const out = packed + (panel - first) * words_of<W>(p.k) * kPanel;
-      const char* const in = p.b.data + j * p.b.col * W::size;
-      pack_columns<W>(out, in, p.b.col, p.k, columns, 0, most);
+      const char* const in = p.b.data + j * p.b.col * S::size;
+      pack_columns<W, S>(out, in, p.b.col, p.k, columns, 0, most);
       if (p.then == Then::gate) {
-        pack_columns<W>(out, in + p.n * p.b.col * W::size, p.b.col, p.k, columns, most, kPanel);
+        pack_columns<W, S>(out, in + p.n * p.b.col * S::size, p.b.col, p.k, columns, most, kPanel);
       }
     }
-  };
-  p.dtype == DType::f32 ? pack(Singles{}) : pack(Pairs{});
+  });
 }
 
 inline void product(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,

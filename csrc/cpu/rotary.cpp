@@ -1,5 +1,6 @@
 // rotary and rotary_qkv: the schemas of vitkernels/ops/rotary*.py on the CPU. Tokens are the unit of work.
-#include "ops.h"
+#include "shared/ops.h"
+#include "tensors.h"
 
 namespace vk {
 namespace {
@@ -142,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotary_qkv_backward(
     const auto gradient = [&](int64_t index) {
       const Maybe& like = index < 2 ? q_weight : k_weight;
       if (!needs[1 + index]) return nothing(dout);
-      return from_values<A>(*like, shape_of(*like), like->scalar_type(), sums.data() + index * dout.size(4));
+      return from_values<A>(shape_of(*like), like->scalar_type(), sums.data() + index * dout.size(4));
     };
     return std::make_tuple(needs[0] ? dqkv : nothing(dout), gradient(0), gradient(1), gradient(2), gradient(3));
   });

@@ -12,14 +12,11 @@ VK_INLINE Vec<A> partners(Vec<A> v) {
   return swapped;
 }
 
-// Forward the sine of the number itself, negative for the first of a pair; backward that of its partner, positive.
 template <class A>
 void rotary_factors(A* factor, const A* sin, int64_t width, bool half, bool backward) {
-  const int64_t apart = half ? width / 2 : 1;
   for (int64_t i = 0; i < width; ++i) {
-    const bool first = half ? i < apart : i % 2 == 0;
-    const int64_t partner = first ? i + apart : i - apart;
-    factor[i] = backward ? (first ? sin[partner] : -sin[partner]) : (first ? -sin[i] : sin[i]);
+    const Pair pair = pair_of(i, width, half);
+    factor[i] = sine_factor(pair.first, backward, sin[i], sin[pair.partner]);
   }
 }
 

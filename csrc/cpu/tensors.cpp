@@ -1,73 +1,39 @@
 #include "tensors.h"
 
+#include <array>
+
 namespace vk {
+namespace {
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::Bool: return DType::boolean;
-    case ScalarType::Byte: return DType::u8;
-    default: STD_TORCH_CHECK(false, "vitkernels: the extension has no kernel for this dtype");
+bool dispatched_memory = false;
+
+Tensor allocate(const Shape& shape, const Shape& strides, ScalarType dtype) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if (dispatched_memory) {
+    std::array<StableIValue, 6> stack{from(shape),        from(strides),      from(std::make_optional(dtype)),
+                                      from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+    return to<Tensor>(stack[0]);
   }
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+                                                         to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0,
+                                                         &result));
+  return Tensor(result);
 }
 
-ScalarType accumulate_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}  // namespace
+
+int64_t set_dispatched_memory(int64_t wanted) {
+  if (wanted >= 0) dispatched_memory = wanted != 0;
+  return dispatched_memory;
 }
 
-Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
+Tensor empty(const Shape& shape, ScalarType dtype) { return allocate(shape, packed_strides(shape), dtype); }
 
-Shape shape_of(const Tensor& t) {
-  Shape shape;
-  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
-  return shape;
-}
-
-Tensor reshaped(const Tensor& t, const Shape& shape) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(packed(t)), torch::stable::detail::from(shape)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
-
-Tensor heads_last(const Tensor& like) {
-  return torch::stable::transpose(empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
-}
-
-Operand::Operand(const Tensor& t) : tensor(t) {
-  const int64_t last = t.dim() - 1;
-  // row r stands at r * step if every leading axis goes on where the one behind it ends
-  int64_t step = 0, next = -1;
-  bool one_step = true;
-  for (int64_t i = last - 1; i >= 0; --i) {
-    if (t.size(i) == 1) continue;
-    if (next < 0) step = t.stride(i);
-    one_step = one_step && (next < 0 || t.stride(i) == next);
-    next = t.stride(i) * t.size(i);
-  }
-  if (!one_step) {
-    tensor = packed(t);
-    step = tensor.size(last);
-  }
-  rows = {bytes(tensor), dtype_of(tensor), step, tensor.stride(last)};
-}
-
-OutRows out_rows(const Tensor& t) { return {bytes(t), dtype_of(t), t.size(t.dim() - 1), 1}; }
-
-Tensor matrix(const Tensor& t) {
-  const int64_t width = t.size(t.dim() - 1);
-  if (t.dim() == 2) return t;
-  int64_t rows = 1;  // not -1: it cannot be inferred where there are no elements
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return torch::stable::reshape(t, {rows, width});
+Tensor empty_strided(const Tensor&, const Shape& shape, const Shape& strides, ScalarType dtype) {
+  return allocate(shape, strides, dtype);
 }
 
 }  // namespace vk

@@ -1,51 +1,19 @@
-// What the torch-facing files share: tensors as rows, the accumulation type, threads, scratch memory.
+// What the torch-facing files of the CPU share beside shared/tensors.h: memory, vectors of parameters, threads, scratch.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <optional>
-#include <vector>
 
 #include "kernels.h"
+#include "shared/tensors.h"
 
 namespace vk {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
-
-DType dtype_of(const Tensor& t);
-ScalarType accumulate_dtype(ScalarType dtype);  // float64 for float64, float32 for all else
-
-Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype);
-inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like, shape, like.scalar_type()); }
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
-Shape shape_of(const Tensor& t);
-// A result in another shape, as no view of the other: who gets it may write into it.
-Tensor reshaped(const Tensor& t, const Shape& shape);
-Tensor packed(const Tensor& t);  // the tensor itself where it is already
-Tensor cast(const Tensor& t, ScalarType dtype);
-Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]
-
-inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
-
-// A tensor read as rows of its last axis; copied only where its leading axes do not make one step.
-struct Operand {
-  Tensor tensor;
-  Rows rows;
-  explicit Operand(const Tensor& t);
-};
-// The same for a result, which is always packed.
-OutRows out_rows(const Tensor& t);
-
-// [rows, last axis] view of a tensor, copied only where it must be.
-Tensor matrix(const Tensor& t);
+// torch's memory on the CPU, without the dispatcher: a call through that costs more than many a kernel here.
+// 1: with the dispatcher, where torch poisons memory for tests; 0: without. A negative number asks.
+int64_t set_dispatched_memory(int64_t wanted);
+Tensor empty(const Shape& shape, ScalarType dtype);
 
 // Calls f(float{}) or f(double{}): the type that sums are kept in for this dtype.
 template <class F>
@@ -53,19 +21,32 @@ auto with_accumulate(ScalarType dtype, F&& f) {
   return dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-// A vector argument in A, where it lies or converted; null where the argument is absent.
+// Values of A as `dtype` has them.
+template <class A>
+void round_to(DType dtype, A* values, int64_t count) {
+  if (dtype == same_dtype<A>()) return;
+  std::vector<char> rounded(count * size_of(dtype));
+  kernels<A>().store(rounded.data(), dtype, 1, values, count);
+  kernels<A>().load(values, rounded.data(), dtype, 1, count);
+}
+
+// A vector argument in A, where it lies or converted, and rounded to `rounded` where that is another dtype than its own;
+// null where the argument is absent.
 template <class A>
 class Vector {
  public:
-  explicit Vector(const std::optional<Tensor>& t) {
+  explicit Vector(const std::optional<Tensor>& t, DType rounded = same_dtype<A>()) {
     if (!t) return;
     tensor_ = packed(*t);
-    if (dtype_of(*tensor_) == same_dtype<A>() && tensor_->numel() > 0) {
+    const DType dtype = dtype_of(*tensor_);
+    const int64_t count = tensor_->numel();
+    if (dtype == same_dtype<A>() && rounded == dtype && count > 0) {
       data_ = reinterpret_cast<const A*>(bytes(*tensor_));
       return;
     }
-    values_.resize(std::max<int64_t>(t->numel(), 1));
-    kernels<A>().load(values_.data(), bytes(*tensor_), dtype_of(*tensor_), 1, tensor_->numel());
+    values_.resize(std::max<int64_t>(count, 1));
+    kernels<A>().load(values_.data(), bytes(*tensor_), dtype, 1, count);
+    if (rounded != dtype) round_to(rounded, values_.data(), count);
     data_ = values_.data();
   }
   const A* get() const { return data_; }
@@ -132,8 +113,8 @@ std::vector<A> sum_in_parts(int64_t rows, int64_t width, const F& f) {
 
 // A packed tensor of `shape` in `dtype`, filled from A.
 template <class A>
-Tensor from_values(const Tensor& like, const Shape& shape, ScalarType dtype, const A* values) {
-  Tensor out = empty(like, shape, dtype);
+Tensor from_values(const Shape& shape, ScalarType dtype, const A* values) {
+  Tensor out = empty(shape, dtype);
   kernels<A>().store(bytes(out), dtype_of(out), 1, values, out.numel());
   return out;
 }

@@ -10,7 +10,8 @@ Read it in this order:
 4. `state`: what the cooperative thread arrays (CTAs) of a launch hold while they run. `regions` is global memory,
    `shared` shared memory, `order` the happens-before relation between warps, `flights` what is asynchronous.
 5. `schedule`: which threads run next, where they part ways and meet. `launch.run` is the whole: PTX text, a kernel's
-   name, a grid, a block and arguments, from wherever they come. `driver` puts it behind Triton's launchers.
+   name, a grid, a block and arguments, from wherever they come. `driver` puts it behind Triton's launchers, `cuda`
+   behind those of the extension's CUDA C++.
 6. `trials` is what runs on it, `alike` what of that need not run twice, `emulate` the command that runs all. `faults`
    and `plant` take statements out of compiled kernels, `trace` shows where that changes nothing.
 

@@ -154,6 +154,11 @@ def highest_bit(a: Any) -> Any:
     return out
 
 
+def shift_to_highest(a: Any) -> Any:
+    """bfind.shiftamt: by how much a shift makes the highest bit the leftmost, all ones where there is none."""
+    return np.where(a == 0, np.uint32(0xFFFFFFFF), leading_zeros(a))
+
+
 def reversed_bits(a: Any) -> Any:
     """brev"""
     bits = 8 * a.dtype.itemsize
@@ -233,7 +238,8 @@ def _(i: Instruction) -> Step:
 @define("popc", "clz", "brev", "bfind")
 def _(i: Instruction) -> Step:
     dtype = unsigned(DTYPES[i.one_of("b32 b64" if i.name != "bfind" else "u32 u64")])
-    function = {"popc": ones, "clz": leading_zeros, "brev": reversed_bits, "bfind": highest_bit}[i.name]
+    found = shift_to_highest if i.name == "bfind" and i.flag("shiftamt") else highest_bit
+    function = {"popc": ones, "clz": leading_zeros, "brev": reversed_bits, "bfind": found}[i.name]
     return simple(i, function, dtype if i.name == "brev" else "u4", dtype)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,20 @@ def program(ptx: str, kernel: str | None = None) -> Program:
             gc.enable()
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A parameter by its bytes, such as a struct of C++.
+
+    Attributes:
+        raw: all of it.
+        pointers: what its pointers point to, by their place in `raw`: a tensor and how many bytes behind its begin. A
+            tensor that several of a launch's arguments reach is one memory.
+    """
+
+    raw: bytes
+    pointers: Mapping[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
+
+
 def _memory_of(argument: Any) -> tuple[int, int, int]:
     """(host address, bytes, bytes of an element) of all that a tensor or array reaches."""
     strides = (
@@ -120,6 +135,7 @@ class Loaded(Launch):
         if len(arguments) != len(parameters):
             raise ValueError(f"arguments: got {len(arguments)}; needs {len(parameters)}")
         self.offsets: dict[str, int] = {}
+        self.placed: dict[tuple[int, int, int], int] = {}  # addresses of what `Packed` arguments reach
         size = 0
         for each in parameters:
             size = -(-size // each.align) * each.align
@@ -142,6 +158,15 @@ class Loaded(Launch):
             contents[: len(variable.contents)] = np.frombuffer(variable.contents, "u1")
         return self.memory.add_array(variable.name, contents)
 
+    def _packed(self, argument: Packed, name: str) -> bytes:
+        raw = bytearray(argument.raw)
+        for place, (tensor, offset) in argument.pointers.items():
+            memory = _memory_of(tensor)
+            if memory not in self.placed:
+                self.placed[memory] = self.memory.add(f"{name}+{place}", *memory, tensor)
+            raw[place : place + 8] = (self.placed[memory] + offset).to_bytes(8, "little")
+        return bytes(raw)
+
     def _argument(self, parameter: Variable, argument: Any, name: str) -> None:
         at = self.offsets[parameter.name]
         if isinstance(argument, TensorMap):
@@ -149,6 +174,8 @@ class Loaded(Launch):
             return
         if isinstance(argument, bytes):
             raw = argument
+        elif isinstance(argument, Packed):
+            raw = self._packed(argument, name)
         elif isinstance(argument, (torch.Tensor, np.ndarray)):
             address, nbytes, item = _memory_of(argument)
             raw = self.memory.add(name, address, nbytes, item, argument).to_bytes(8, "little")
@@ -190,8 +217,8 @@ def run(
         grid: CTAs along x, y, z (1 where left out).
         block: threads along x, y, z.
         shared: bytes of dynamic shared memory.
-        arguments: tensors or arrays of the host for pointers (written in place), numbers, bytes, None for a null
-            pointer, `TensorMap` for a TMA descriptor.
+        arguments: tensors or arrays of the host for pointers (written in place), numbers, bytes, `Packed` for a struct,
+            None for a null pointer, `TensorMap` for a TMA descriptor.
         names: what findings call the arguments; by default the parameters' names.
         order: what follows the accesses to shared memory.
 

@@ -120,6 +120,7 @@ class Order:
             self._say(FLIGHT, launch, instruction, "reads what a copy in flight writes", grains, arriving)
         self.read[grains] = self.now
         self.flat[grains + warps * np.int64(self.nowhere + 1)] = self.now
+        self.read[self.nowhere] = self.reads[:, self.nowhere] = 0
 
     def on_write(
         self, launch: Any, instruction: Instruction, grains: Any, rows: Any, warps: Any, changed: Any, lost: Any

@@ -6,17 +6,24 @@ An address tells its state space by its upper bits, as generic addresses do: 0 i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from ptx.findings import ALIGNMENT, BOUNDS, PROGRAMS
-from ptx.operands import Instruction
+from ptx.operands import Instruction, Unsupported
 
 WINDOWS = {"global": 0, "const": 0, "param": 0, "shared": 1 << 56, "local": 1 << 57}
 ACCESS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("i4"), 8: np.dtype("i8")}
 _SHIFT = {1: 0, 2: 1, 4: 2, 8: 3}
 _EACH = 44  # bits of a region's addresses
+
+
+class Several(Unsupported):
+    """One instruction reaches several tensors."""
+
+
 ATOMIC = -1  # stands for a CTA's number where atomics wrote
 
 
@@ -92,6 +99,7 @@ class Memory:
 
         Raises:
             Fault: an address is outside of every region, or is no multiple of the access's size.
+            Several: all is well, but for the regions being several.
         """
         if mask is None:
             first = int(address.flat[0])
@@ -126,11 +134,28 @@ class Memory:
                 return findings.fail(BOUNDS, instruction, note)
             if offset & (nbytes - 1):
                 return findings.fail(ALIGNMENT, instruction, f"{who} at byte {offset - region.low} of {region.name}")
-        return instruction.refuse("one access to several tensors")
+        return Several(f"one access to several tensors: {instruction}")
+
+    @staticmethod
+    def _parts(strand: Any, address: Any, mask: Any) -> Iterator[Any]:
+        """Masks of the threads that reach one region each."""
+        shape = (strand.group.count, strand.group.threads)
+        address = np.broadcast_to(address, shape)
+        mask = np.ones(shape, bool) if mask is None else np.broadcast_to(mask, shape)
+        numbers = address >> _EACH
+        for number in np.unique(numbers[mask]):
+            yield mask & (numbers == number)
 
     def load(self, strand: Any, address: Any, size: int, count: int, mask: Any, instruction: Instruction) -> list[Any]:
         """`count` elements of `size` bytes for each thread; those of idle threads are arbitrary."""
-        region, offset = self.place(strand, address, mask, size * count, instruction)
+        try:
+            region, offset = self.place(strand, address, mask, size * count, instruction)
+        except Several:
+            values = [np.zeros((1, 1), ACCESS[size])] * count
+            for part in self._parts(strand, address, mask):
+                found = self.load(strand, address, size, count, part, instruction)
+                values = [np.where(part, new, old) for new, old in zip(found, values, strict=True)]
+            return values
         index = offset >> _SHIFT[size]
         if region.writers is not None:
             self._trace(strand, region, offset, size * count, mask, instruction, writes=False)
@@ -140,7 +165,12 @@ class Memory:
     def store(
         self, strand: Any, address: Any, size: int, values: list[Any], mask: Any, instruction: Instruction
     ) -> None:
-        region, offset = self.place(strand, address, mask, size * len(values), instruction)
+        try:
+            region, offset = self.place(strand, address, mask, size * len(values), instruction)
+        except Several:
+            for part in self._parts(strand, address, mask):
+                self.store(strand, address, size, values, part, instruction)
+            return
         shape = (strand.group.count, strand.group.threads)
         index = np.broadcast_to(offset >> _SHIFT[size], shape)
         array = region.arrays[size]

@@ -1,21 +1,19 @@
-// linear: the schemas of vitkernels/ops/linear.py on the CPU.
-#include "gemm.h"
+// linear: the schemas of vitkernels/ops/linear.py, on the products of either half of the extension.
+#include "products.h"
 #include "ops.h"
 
 namespace vk {
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  Shape shape = shape_of(x);
-  shape.back() = weight.size(0);
-  return reshaped(linear(matrix(x), weight, bias), shape);
+  return linear(Matrix(x), Matrix(weight), bias, with_width(shape_of(x), weight.size(0)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                    const std::vector<bool>& needs) {
-  const Tensor g = matrix(dy);
+  const Matrix g(dy);
   return {
-      needs[0] ? reshaped(gradient_of_input(g, weight), shape_of(x)) : nothing(x),
-      needs[1] ? gradient_of_weight(g, matrix(x)) : nothing(x),
+      needs[0] ? gradient_of_input(g, Matrix(weight), shape_of(x)) : nothing(x),
+      needs[1] ? gradient_of_weight(g, Matrix(x), shape_of(weight), weight.scalar_type()) : nothing(x),
       needs[2] ? gradient_of_bias(g, weight.scalar_type()) : nothing(x),
   };
 }

@@ -1,4 +1,5 @@
-// The CPU implementations that register.cpp ties to the schemas of vitkernels/ops/*.py: same arguments, same order.
+// The implementations of the schemas of vitkernels/ops/*.py: same arguments, same order. register.h ties those that both
+// halves of the extension have, cpu/register.cpp the rest.
 #pragma once
 #include <optional>
 #include <string>

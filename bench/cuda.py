@@ -1,0 +1,104 @@
+"""Compile csrc/cuda without a GPU and read what the compiler made of each kernel."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.sass import Reading
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
+import nvcc
+
+ARCHITECTURES = nvcc.ARCHITECTURES
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+_LOAD = re.compile(r"ld\.global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[bufs](\d+)\s")
+
+
+def why_not() -> str | None:
+    """A sentence that says why nothing is compiled here, or None."""
+    return None if nvcc.find() else "no CUDA toolkit: pip install -r requirements-cuda.txt, or set CUDA_HOME"
+
+
+def read_all(
+    architectures: Sequence[int], only: str = "", jobs: int = 2
+) -> Iterator[tuple[str, int, Reading | None, str]]:
+    """Each kernel's name, architecture and reading; a file that does not compile, with why not.
+
+    Args:
+        architectures: 80 for sm_80.
+        only: what a name, "mlp: activate_forward<true>", has to contain.
+        jobs: compilers at once.
+    """
+    sources = [each for each in nvcc.sources() if each.suffix == ".cu"]
+    with ThreadPoolExecutor(jobs) as pool:
+        for found in pool.map(lambda source: _read(source, architectures), sources):
+            yield from (each for each in found if only in each[0])
+
+
+def _read(source: Path, architectures: Sequence[int]) -> list[tuple[str, int, Reading | None, str]]:
+    toolkit = nvcc.find()
+    assert toolkit is not None, why_not()
+    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
+    flags = [*nvcc.WARNINGS, *targets, "-Xptxas=-v", "-Xptxas=-Werror"]
+    with tempfile.TemporaryDirectory() as folder:
+        keep = ["--keep", f"--keep-dir={folder}", "-fatbin", "-o", f"{folder}/all.fatbin"]
+        try:
+            printed = nvcc.run([*nvcc.command(toolkit, source, flags), *keep])
+        except RuntimeError as error:
+            reason = next((line for line in str(error).splitlines() if "error" in line), str(error).splitlines()[-1])
+            return [(f"{source.stem} (CUDA C++)", each, None, reason) for each in architectures]
+        bodies = _bodies(next(Path(folder).glob("*.ptx")).read_text())
+    found = []
+    for name, architecture, text in _entries(printed):
+        threads, body = bodies[name]
+        stack = [int(number) for each in _STACK.findall(text) for number in each[:1]]
+        shared = _SHARED.search(text)
+        registers = _USED.search(text)
+        assert registers is not None, text
+        matrix = len(re.findall(r"\bmma\.sync", body))
+        reading = Reading(
+            threads=threads,
+            registers=int(registers[1]),
+            spilled=sum(stack),
+            shared=int(shared[1]) if shared else 0,
+            matrix={"mma.sync": matrix} if matrix else {},
+            widest=max((int(count or 1) * int(bits) for count, bits in _LOAD.findall(body)), default=0),
+            scratch=0,
+            waits=None,
+        )
+        found.append((f"{source.stem}: {demangled(name)} (CUDA C++)", architecture, reading, ""))
+    return found
+
+
+def _entries(printed: str) -> Iterator[tuple[str, int, str]]:
+    """What ptxas printed of each kernel: mangled name, architecture, text."""
+    starts = list(_ENTRY.finditer(printed))
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        yield start[1], int(start[2]), printed[start.end() : following.start() if following else None]
+
+
+def _bodies(ptx: str) -> dict[str, tuple[int, str]]:
+    """The most threads of a block, and the text, of each kernel."""
+    found = {}
+    for part in ptx.split(".entry ")[1:]:
+        threads = re.search(r"\.maxntid ([\d, ]+)", part)
+        if threads is None:
+            raise ValueError(f"{part.split('(')[0]}: has no __launch_bounds__")
+        found[part.split("(")[0].strip()] = math.prod(map(int, threads[1].split(","))), part
+    return found
+
+
+def demangled(name: str) -> str:
+    """`vk::activate_forward<true>(...)` without namespace and arguments."""
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"^(void )?vk::", "", text).split("(vk::")[0].split("(")[0]

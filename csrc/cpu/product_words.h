@@ -1,0 +1,161 @@
+// What products multiply: 32-bit words along k, each one float32, or two bfloat16 that a word of A and a word of B multiply
+// and add at once; and how words are made of what lies in memory.
+
+namespace vk {
+namespace VK_ISA {
+
+struct Pairs {
+  static constexpr int64_t size = 2;  // bytes of an element
+  VK_INLINE static Vec<float> madd(Vec<float> sum, Vec<float> a, Vec<float> b) {
+#if defined(VK_BF16_PAIRS)
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const VecU odd = VecU{} + 0xffff0000u;
+    sum += (Vec<float>)((VecU)a << 16) * (Vec<float>)((VecU)b << 16);
+    return sum + (Vec<float>)((VecU)a & odd) * (Vec<float>)((VecU)b & odd);
+#endif
+  }
+};
+struct Singles : Plain {
+  static constexpr int64_t size = 4;
+};
+
+// B in memory: what W's words are made of or, of Pairs, floats to be rounded.
+struct Floats {
+  static constexpr int64_t size = 4;
+};
+
+template <class W>
+constexpr int64_t per_word = 4 / W::size;
+template <class W>
+VK_INLINE int64_t words_of(int64_t k) {
+  return (k + per_word<W> - 1) / per_word<W>;
+}
+
+VK_INLINE void zip(Vec<float> a, Vec<float> b, Vec<float>& low, Vec<float>& high) {  // a0 b0 a1 b1 ...
+#if defined(__clang__)
+  for (int i = 0; i < kFloats; ++i) {
+    low[i] = i % 2 ? b[i / 2] : a[i / 2];
+    high[i] = i % 2 ? b[(kFloats + i) / 2] : a[(kFloats + i) / 2];
+  }
+#else
+  VecI from{};
+  for (int i = 0; i < kFloats; ++i) from[i] = i % 2 * kFloats + i / 2;
+  low = __builtin_shuffle(a, b, from);
+  high = __builtin_shuffle(a, b, from + kFloats / 2);
+#endif
+}
+
+VK_INLINE void unzip(Vec<float> a, Vec<float> b, Vec<float>& even, Vec<float>& odd) {  // a0 a2 .. b0 b2 ..
+#if defined(__clang__)
+  for (int i = 0; i < kFloats; ++i) {
+    even[i] = i < kFloats / 2 ? a[2 * i] : b[2 * i - kFloats];
+    odd[i] = i < kFloats / 2 ? a[2 * i + 1] : b[2 * i + 1 - kFloats];
+  }
+#else
+  VecI from{};
+  for (int i = 0; i < kFloats; ++i) from[i] = 2 * i;
+  even = __builtin_shuffle(a, b, from);
+  odd = __builtin_shuffle(a, b, from + 1);
+#endif
+}
+
+// kFloats rows of kFloats words become columns: interleaving the halves does it after log2(kFloats) rounds.
+VK_INLINE void transpose_lanes(Vec<float>* rows) {
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < kFloats; round *= 2) {
+    Vec<float> next[kFloats];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kFloats / 2; ++i) zip(rows[i], rows[i + kFloats / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kFloats; ++i) rows[i] = next[i];
+  }
+}
+
+// Words [p, 0..count) of a matrix whose rows are k and whose columns are packed; past the last k are zeros.
+VK_INLINE void interleave(Singles, float* out, const char* in, int64_t k_step, int64_t p, int64_t, int64_t count) {
+  const float* const row = at<float>(in, p * k_step);
+  each<float>(count, [&](auto lane, int64_t j) VK_ALWAYS { put(out + j, get<decltype(lane)>(row + j)); });
+}
+VK_INLINE void interleave(Pairs, float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
+  const bool two = 2 * p + 1 < k;
+  const uint16_t *first = at<uint16_t>(in, 2 * p * k_step), *second = two ? first + k_step : first;
+  const uint32_t mask = two ? 0xffffffffu : 0xffffu;
+  int64_t j = 0;
+  for (; j + kFloats <= count; j += kFloats) {
+    const VecU word = (widen(first + j) | (widen(second + j) << 16)) & mask;
+    store(out + j, (Vec<float>)word);
+  }
+  for (; j < count; ++j) {
+    const uint32_t word = (first[j] | uint32_t(second[j]) << 16) & mask;
+    std::memcpy(out + j, &word, sizeof word);
+  }
+}
+// The bfloat16 of two, side by side in a word. Where the processor has it in one instruction, that takes denormals for
+// zeros, as the products of pairs do there.
+VK_INLINE VecU rounded_pairs(Vec<float> first, Vec<float> second) {
+#if defined(VK_BF16_PAIRS)
+  VecU from{};  // halves i and i + kFloats
+  for (uint32_t i = 0; i < kFloats; ++i) from[i] = i | (i + kFloats) << 16;
+  return (VecU)_mm512_permutexvar_epi16((__m512i)from, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+  return bf16_bits(first) | (VecU)round_bf16(second);
+#endif
+}
+VK_INLINE void interleave_rounded(float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
+  const bool two = 2 * p + 1 < k;
+  const float *first = at<float>(in, 2 * p * k_step), *second = two ? first + k_step : first;
+  const uint32_t mask = two ? 0xffffffffu : 0xffffu;
+  int64_t j = 0;
+  for (; j + kFloats <= count; j += kFloats) {
+    store(out + j, (Vec<float>)(rounded_pairs(load(first + j), load(second + j)) & mask));
+  }
+  for (; j < count; ++j) {
+    const uint32_t word = (to_bf16(first[j]) | uint32_t(to_bf16(second[j])) << 16) & mask;
+    std::memcpy(out + j, &word, sizeof word);
+  }
+}
+// Of a B that lies in S.
+template <class W, class S>
+VK_INLINE void interleave_b(float* out, const char* in, int64_t k_step, int64_t p, int64_t k, int64_t count) {
+  if constexpr (W::size == S::size) {
+    interleave(W{}, out, in, k_step, p, k, count);
+  } else {
+    interleave_rounded(out, in, k_step, p, k, count);
+  }
+}
+
+// The first kFloats words of a row of S along k, rounded as `rounded_pairs` does.
+template <class W, class S>
+VK_INLINE Vec<float> load_words(const char* in) {
+  const Vec<float> first = load(at<float>(in, 0));
+  if constexpr (W::size == S::size) {
+    return first;
+  } else {
+    const Vec<float> second = load(at<float>(in, kFloats));
+#if defined(VK_BF16_PAIRS)
+    return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+    Vec<float> even, odd;
+    unzip(round_bf16(first), round_bf16(second), even, odd);
+    return (Vec<float>)(((VecU)even >> 16) | (VecU)odd);
+#endif
+  }
+}
+// The same of a row's last words; what is past `elements` of them is zeros.
+template <class W, class S>
+VK_INLINE Vec<float> load_last_words(const char* in, int64_t elements) {
+  alignas(64) char words[kFloats * per_word<W> * S::size] = {};
+  std::memcpy(words, in, size_t(elements * S::size));
+  return load_words<W, S>(words);
+}
+
+// f(W{}, S{}): the words that a product multiplies, and what B lies in.
+template <class F>
+VK_INLINE void with_words(const Product& p, F f) {
+  if (p.dtype == DType::f32) return f(Singles{}, Singles{});
+  p.b_dtype == DType::f32 ? f(Pairs{}, Floats{}) : f(Pairs{}, Pairs{});
+}
+
+}  // namespace VK_ISA
+}  // namespace vk

@@ -1,0 +1,68 @@
+// What the attention kernels are told of a call, and which kernels there are. Host and device compile this; names and
+// meaning are those of vitkernels/ops/attention.py and csrc/cpu.
+//
+// The kernels are written once, on `Cores` that say what a thread holds of a tile and how two tiles are multiplied:
+//   attention_tiles.cuh     tiles of shared memory: copies in and out, masks, scores
+//   attention_forward.cuh   one block a tile of queries, over all keys
+//   attention_backward.cuh  dq by queries, then dk and dv by keys
+//   attention_plain.cuh     Cores of float32: products on the ordinary cores
+//   attention_tensor.cuh    Cores of float16 and bfloat16: the same on tensor cores
+//   attention_{f32,f16,bf16}.cu  the kernels of a dtype; attention_launch.cpp launches them
+#pragma once
+#include "shared/types.h"
+
+namespace vk {
+
+// One of q, k, v, out and their gradients as [batch, heads, tokens, width]; strides in elements.
+struct DeviceHeads {
+  char* data;
+  int64_t batch, head, token, col;
+  bool aligned;  // every row begins at a multiple of 16 bytes, fills whole 16 bytes, and has no gaps
+#if defined(__CUDACC__)
+  template <class T>
+  __device__ T* of(int64_t b, int64_t h) const {
+    return reinterpret_cast<T*>(data) + b * batch + h * head;
+  }
+#endif
+};
+
+// A mask [B or 1, H or 1, Nq or 1, Nk or 1], bool or added; strides in elements, 0 along its axes of size 1.
+struct DeviceMask {
+  const char* data;  // null: none
+  DType dtype;
+  int64_t batch, head, query, key;
+};
+
+struct Attention {
+  int32_t heads, queries, keys, width;
+  bool causal;
+  float scale;   // of dq and dk
+  float factor;  // score = factor * q k^T + mask
+  float unit;    // weight = exp2(unit * (score - largest)) / sum: the unit of score_units times log2(e)
+  DeviceHeads q, k, v, out, dout, dq, dk, dv;
+  DeviceMask mask;
+  float* stats;    // [B, H, 2, Nq]
+  float* delta;    // [B, H, Nq]: the sum over keys of weight times its gradient
+  float* dscores;  // [B, H, Nq, Nk]; null where nobody asks for it
+};
+
+constexpr int kWidestHead = 128;
+
+// A kernel whose blocks take tiles of `rows` queries or, of dkdv, keys.
+struct AttentionKernel {
+  void (*kernel)(const Attention);
+  int (*shared)(const Attention&);  // bytes of shared memory
+  int rows;
+};
+
+// Those of a dtype for heads up to `width` wide.
+struct AttentionKernels {
+  int width, threads;
+  AttentionKernel forward, dq, dkdv;
+};
+
+const AttentionKernels& attention_f32(int64_t width);
+const AttentionKernels& attention_f16(int64_t width);
+const AttentionKernels& attention_bf16(int64_t width);
+
+}  // namespace vk

@@ -1,0 +1,224 @@
+// Attention backward in two kernels, dq by queries and dk, dv by keys: weights are computed anew from the rows'
+// statistics, by both, so no two blocks add into one place. No atomics, the same bits every time.
+//
+// dq comes first: it leaves delta, the sum over keys of weight times its gradient, which is a row of dout times out.
+#pragma once
+#include "cuda/attention_tiles.cuh"
+
+namespace vk {
+
+// The difference first: beside huge scores the log of the sum would be rounded away.
+__device__ inline float weight(float score, float largest, float log_sum, float unit) {
+  return exp2_of((score - largest) * unit - log_sum * kLog2E);
+}
+
+// Offsets in shared memory, in bytes: two tiles that stay; of each stage, two that come, and so many numbers of each of
+// their rows; scratch; a mask.
+template <class Cores, int kNumbers>
+struct BackwardTiles {
+  static __host__ __device__ int pair(int rows, int width) {
+    return 2 * rows * Cores::row(width) * int(sizeof(typename Cores::T));
+  }
+  static __host__ __device__ int coming(int width) { return pair(Cores::kRows, width); }
+  static __host__ __device__ int numbers(int width) {
+    return coming(width) + Cores::kStages * pair(Cores::kCols, width);
+  }
+  static __host__ __device__ int scratch(int width) {
+    return numbers(width) + Cores::kStages * kNumbers * Cores::kCols * int(sizeof(float));
+  }
+  static __host__ __device__ int mask(int width) { return scratch(width) + Cores::scratch(); }
+};
+
+template <class Cores>
+struct QueryTiles : BackwardTiles<Cores, 0> {
+  static constexpr int kMaskRow = Cores::kCols + 8;  // as in forward
+  static int total(const Attention& a) {
+    return QueryTiles::mask(a.width) + mask_bytes<kMaskRow>(a, Cores::kRows);
+  }
+};
+
+// Where `dscores` is asked for, a mask's gradient will sum it over queries, keys or samples, and all but rounding can
+// cancel: delta is then summed from the very weights, in a pass of its own, not from an out that was rounded.
+template <class Cores, int kBlocks>
+__global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const __grid_constant__ Attention a) {
+  if (!Cores::kThere) return;
+  using T = typename Cores::T;
+  using Tiles = QueryTiles<Cores>;
+  constexpr int kQueries = Cores::kRows, kKeys = Cores::kCols;
+  extern __shared__ __align__(16) char shared[];
+  const int tiles = (a.queries + kQueries - 1) / kQueries;
+  const int64_t head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
+  const int q0 = blockIdx.x % tiles * kQueries;
+  const int keys = a.causal ? min(a.keys, q0 + kQueries) : a.keys;  // that some query sees
+  const int key_tiles = (keys + kKeys - 1) / kKeys;
+  const int before = a.dscores ? key_tiles : 0;  // tiles of the pass that sums delta
+
+  const Cores cores(a.width, reinterpret_cast<float*>(shared + Tiles::scratch(a.width)));
+  float* const mask_tile = reinterpret_cast<float*>(shared + Tiles::mask(a.width));
+  T* const q_tile = reinterpret_cast<T*>(shared);
+  T* const dout_tile = q_tile + kQueries * cores.row();
+  T* const coming = reinterpret_cast<T*>(shared + Tiles::coming(a.width));
+  const auto k_tile = [&](int stage) { return coming + 2 * stage * kKeys * cores.row(); };
+  const auto v_tile = [&](int stage) { return k_tile(stage) + kKeys * cores.row(); };
+
+  load_rows<kQueries>(cores, q_tile, a.q.of<T>(b, h), a.q, q0, a.queries);
+  load_rows<kQueries>(cores, dout_tile, a.dout.of<T>(b, h), a.dout, q0, a.queries);
+
+  const float* const stats = a.stats + head * 2 * a.queries;
+  float largest[Cores::kR], log_sum[Cores::kR], delta[Cores::kR] = {};
+#pragma unroll
+  for (int r = 0; r < Cores::kR; ++r) {
+    const int query = q0 + cores.row_of(r);
+    largest[r] = query < a.queries ? stats[query] : 0.0f;
+    log_sum[r] = query < a.queries ? stats[a.queries + query] : 0.0f;
+  }
+  const auto finish_delta = [&] {
+#pragma unroll
+    for (int r = 0; r < Cores::kR; ++r) {
+      delta[r] = Cores::row_sum(delta[r]);
+      const int query = q0 + cores.row_of(r);
+      if (query < a.queries && cores.first_of_row()) a.delta[head * a.queries + query] = delta[r];
+    }
+  };
+  if (!before) {
+    static_assert(Cores::kStages * 2 * kKeys >= kQueries, "out comes where keys and values will");
+    load_rows<kQueries>(cores, coming, a.out.of<T>(b, h), a.out, q0, a.queries);
+    wait_for_copies();
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < Cores::kR; ++r) delta[r] = cores.row_dot(r, dout_tile, coming);
+    finish_delta();
+    __syncthreads();
+  }
+
+  float acc[Cores::kR][Cores::kA] = {};
+  const T *const k = a.k.of<T>(b, h), *const v = a.v.of<T>(b, h);
+  const auto load = [&](int i, int stage) {
+    const int k0 = (i < before ? i : i - before) * kKeys;
+    load_rows<kKeys>(cores, k_tile(stage), k, a.k, k0, a.keys);
+    load_rows<kKeys>(cores, v_tile(stage), v, a.v, k0, a.keys);
+  };
+  const auto step = [&](int i, int stage) {
+    const int k0 = (i < before ? i : i - before) * kKeys;
+    load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, b, h, q0, k0);
+    float s[Cores::kR][Cores::kC], ds[Cores::kR][Cores::kC];
+    cores.across(s, q_tile, k_tile(stage));
+    to_scores<false, Tiles::kMaskRow>(cores, s, mask_tile, a, q0, k0);
+    cores.across(ds, dout_tile, v_tile(stage));
+    if (before && i == before) finish_delta();
+#pragma unroll
+    for (int r = 0; r < Cores::kR; ++r) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < Cores::kC; ++j) {
+        const float p = weight(s[r][j], largest[r], log_sum[r], a.unit);
+        sum += p * ds[r][j];
+        ds[r][j] = p * (ds[r][j] - delta[r]);
+      }
+      if (i < before) delta[r] += sum;
+    }
+    if (i < before) return;
+    if (before) {
+      float* const dscores = a.dscores + head * a.queries * a.keys;
+#pragma unroll
+      for (int r = 0; r < Cores::kR; ++r) {
+#pragma unroll
+        for (int j = 0; j < Cores::kC; ++j) {
+          const int query = q0 + cores.row_of(r), key = k0 + cores.col_of(j);
+          if (query < a.queries && key < a.keys) dscores[int64_t(query) * a.keys + key] = ds[r][j];
+        }
+      }
+    }
+    cores.along(acc, ds, k_tile(stage));
+  };
+  for_tiles<Cores::kStages>(before + key_tiles, load, step);
+
+  float scale[Cores::kR];
+  for (float& each : scale) each = a.scale;
+  cores.put(q_tile, acc, scale);
+  store_rows(cores, q_tile, a.dq.of<T>(b, h), a.dq, q0, a.queries);
+}
+
+template <class Cores>
+struct KeyTiles : BackwardTiles<Cores, 3> {  // largest, log_sum and delta of each query
+  static constexpr int kMaskRow = Cores::kRows + 4;  // read down its columns: so do these lanes find other banks
+  static int total(const Attention& a) { return KeyTiles::mask(a.width) + mask_bytes<kMaskRow>(a, Cores::kCols); }
+};
+
+// Rows of its tiles are keys: scores are turned, [keys, queries], so that weights are where a product with dout, and
+// gradients of scores where one with q, wants them.
+template <class Cores, int kBlocks>
+__global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const __grid_constant__ Attention a) {
+  if (!Cores::kThere) return;
+  using T = typename Cores::T;
+  using Tiles = KeyTiles<Cores>;
+  constexpr int kKeys = Cores::kRows, kQueries = Cores::kCols;
+  extern __shared__ __align__(16) char shared[];
+  const int tiles = (a.keys + kKeys - 1) / kKeys;
+  const int64_t head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
+  const int k0 = blockIdx.x % tiles * kKeys;
+  const int first = a.causal ? min(a.queries, k0) / kQueries : 0;  // tile of queries that sees one of these keys
+  const int count = (a.queries + kQueries - 1) / kQueries - first;
+
+  const Cores cores(a.width, reinterpret_cast<float*>(shared + Tiles::scratch(a.width)));
+  float* const mask_tile = reinterpret_cast<float*>(shared + Tiles::mask(a.width));
+  T* const k_tile = reinterpret_cast<T*>(shared);
+  T* const v_tile = k_tile + kKeys * cores.row();
+  T* const coming = reinterpret_cast<T*>(shared + Tiles::coming(a.width));
+  const auto q_tile = [&](int stage) { return coming + 2 * stage * kQueries * cores.row(); };
+  const auto dout_tile = [&](int stage) { return q_tile(stage) + kQueries * cores.row(); };
+  const auto numbers = [&](int stage) {
+    return reinterpret_cast<float*>(shared + Tiles::numbers(a.width)) + stage * 3 * kQueries;
+  };
+
+  load_rows<kKeys>(cores, k_tile, a.k.of<T>(b, h), a.k, k0, a.keys);
+  load_rows<kKeys>(cores, v_tile, a.v.of<T>(b, h), a.v, k0, a.keys);
+  const T *const q = a.q.of<T>(b, h), *const dout = a.dout.of<T>(b, h);
+  const float *const stats = a.stats + head * 2 * a.queries, *const delta = a.delta + head * a.queries;
+  const auto load = [&](int i, int stage) {
+    const int q0 = (first + i) * kQueries;
+    load_rows<kQueries>(cores, q_tile(stage), q, a.q, q0, a.queries);
+    load_rows<kQueries>(cores, dout_tile(stage), dout, a.dout, q0, a.queries);
+    for (int j = threadIdx.x; j < kQueries; j += Cores::kThreads) {
+      const bool there = q0 + j < a.queries;  // zeros add nothing: dout and q are zeros there too
+      const int query = there ? q0 + j : 0;
+      copy<4>(numbers(stage) + j, stats + query, there);
+      copy<4>(numbers(stage) + kQueries + j, stats + a.queries + query, there);
+      copy<4>(numbers(stage) + 2 * kQueries + j, delta + query, there);
+    }
+  };
+
+  float dk[Cores::kR][Cores::kA] = {}, dv[Cores::kR][Cores::kA] = {};
+  const auto step = [&](int i, int stage) {
+    const int q0 = (first + i) * kQueries;
+    load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, b, h, q0, k0);
+    float p[Cores::kR][Cores::kC], ds[Cores::kR][Cores::kC];
+    cores.across(p, k_tile, q_tile(stage));
+    to_scores<true, Tiles::kMaskRow>(cores, p, mask_tile, a, q0, k0);
+    cores.across(ds, v_tile, dout_tile(stage));
+    const float* const of_query = numbers(stage);
+#pragma unroll
+    for (int j = 0; j < Cores::kC; ++j) {
+      const int col = cores.col_of(j);
+      const float largest = of_query[col], log_sum = of_query[kQueries + col], delta = of_query[2 * kQueries + col];
+#pragma unroll
+      for (int r = 0; r < Cores::kR; ++r) {
+        p[r][j] = weight(p[r][j], largest, log_sum, a.unit);
+        ds[r][j] = p[r][j] * (ds[r][j] - delta);
+      }
+    }
+    cores.along(dv, p, dout_tile(stage));
+    cores.along(dk, ds, q_tile(stage));
+  };
+  for_tiles<Cores::kStages>(count, load, step);
+
+  float one[Cores::kR], scale[Cores::kR];
+  for (float& each : one) each = 1;
+  for (float& each : scale) each = a.scale;
+  cores.put(k_tile, dk, scale);
+  cores.put(v_tile, dv, one);
+  store_rows(cores, k_tile, a.dk.of<T>(b, h), a.dk, k0, a.keys);
+  store_rows(cores, v_tile, a.dv.of<T>(b, h), a.dv, k0, a.keys);
+}
+
+}  // namespace vk

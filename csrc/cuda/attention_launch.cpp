@@ -1,0 +1,93 @@
+// Launches the attention kernels: what a call is told of, which kernels serve it, and in which order.
+#include "shared/attention.h"
+
+#include "cuda/attention.h"
+#include "cuda/launch.h"
+
+namespace vk {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+bool is_aligned(const Heads& t, int64_t width) {
+  const int64_t size = size_of(t.dtype);
+  const int64_t bytes = (width | t.batch | t.head | t.token) * size | reinterpret_cast<intptr_t>(t.data);
+  return t.col == 1 && bytes % 16 == 0;
+}
+
+DeviceHeads on_device(const Heads& t, int64_t width) {
+  return {t.data, t.batch, t.head, t.token, t.col, is_aligned(t, width)};
+}
+
+const AttentionKernels& kernels_for(const Problem& p) {
+  switch (p.q.dtype) {
+    case DType::bf16: return attention_bf16(p.width);
+    case DType::f16: return attention_f16(p.width);
+    default: return attention_f32(p.width);
+  }
+}
+
+Attention described(const Problem& p, const Tensor& stats) {
+  Attention a{};
+  a.heads = int32_t(p.heads);
+  a.queries = int32_t(p.queries);
+  a.keys = int32_t(p.keys);
+  a.width = int32_t(p.width);
+  a.causal = p.is_causal;
+  a.scale = float(p.scale);
+  a.factor = float(score_factor(p.mask, p.scale));
+  a.unit = float(score_unit(p.mask, p.scale) * kLog2E);
+  a.q = on_device(p.q, p.width);
+  a.k = on_device(p.k, p.width);
+  a.v = on_device(p.v, p.width);
+  a.mask = {p.mask.data, p.mask.dtype, p.mask.batch, p.mask.head, p.mask.query, p.mask.key};
+  a.stats = reinterpret_cast<float*>(bytes(stats));
+  return a;
+}
+
+// One block for each tile of `tokens` of each head.
+void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, const Problem& p,
+            int64_t tokens, const Attention& a) {
+  const int64_t count = p.batch * p.heads * blocks(tokens, kernel.rows);
+  launches(name, kernel.kernel, dim3(unsigned(count)), dim3(threads), kernel.shared(a), a);
+}
+
+// The mask's gradient: the gradients of all scores that an element was added to.
+Tensor sum_to(const Tensor& dscores, const Tensor& mask) {
+  std::vector<int64_t> axes;
+  for (int64_t i = 0; i < 4; ++i) {
+    if (mask.size(i) == 1 && dscores.size(i) != 1) axes.push_back(i);
+  }
+  return cast(axes.empty() ? dscores : torch::stable::sum(dscores, axes, true), mask.scalar_type());
+}
+
+}  // namespace
+
+void attend(const Problem& p, const Heads& out, const Tensor& stats) {
+  const AttentionKernels& kernels = kernels_for(p);
+  Attention a = described(p, stats);
+  a.out = on_device(out, p.width);
+  const Launches launches("attention", p.tensor, {given(p.given_mask)});
+  launch(launches, "attention_forward", kernels.forward, kernels.threads, p, p.queries, a);
+}
+
+Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
+                       const Heads& dk, const Heads& dv, bool needs_mask) {
+  const AttentionKernels& kernels = kernels_for(p);
+  const Tensor stats = packed(stats_), delta = empty(stats, {p.batch, p.heads, p.queries});
+  const Tensor dscores = needs_mask ? empty(stats, {p.batch, p.heads, p.queries, p.keys}) : nothing(stats);
+  Attention a = described(p, stats);
+  a.out = on_device(out, p.width);
+  a.dout = on_device(dout, p.width);
+  a.dq = on_device(dq, p.width);
+  a.dk = on_device(dk, p.width);
+  a.dv = on_device(dv, p.width);
+  a.delta = reinterpret_cast<float*>(bytes(delta));
+  a.dscores = needs_mask ? reinterpret_cast<float*>(bytes(dscores)) : nullptr;
+  const Launches launches("attention_backward", p.tensor, {given(p.given_mask)});
+  launch(launches, "attention_dq", kernels.dq, kernels.threads, p, p.queries, a);
+  launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p, p.keys, a);
+  return needs_mask ? sum_to(dscores, *p.given_mask) : nothing(stats);
+}
+
+}  // namespace vk

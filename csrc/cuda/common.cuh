@@ -1,0 +1,165 @@
+// What kernels share: elements of any dtype as float, eight at a time, and sums over warps and blocks. Nothing here
+// knows torch.
+//
+// A row may be of any of the dtypes, told at run time: all threads of a launch take the same way, and kernels that wait
+// for memory have time for it. Eight elements are what a thread takes at once: one access of 16 bytes in 16-bit dtypes,
+// two in float32, where the row is packed and aligned (kAligned); one by one otherwise, by the same threads.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "shared/types.h"
+
+// what shared/activations.h and shared/pairs.h are compiled as
+#define VK_ISA cuda
+#define VK_INLINE __device__ __forceinline__
+
+namespace vk {
+namespace cuda {
+
+VK_INLINE float vexp(float x) { return __expf(x); }
+
+}  // namespace cuda
+
+constexpr int kWarp = 32;
+constexpr int kLanes = 8;  // elements a thread takes at once
+
+// ------------------------------------------------------------------------------------------------- one element
+
+__device__ __forceinline__ float load(const char* data, DType dtype, int64_t at) {
+  switch (dtype) {
+    case DType::f32: return reinterpret_cast<const float*>(data)[at];
+    case DType::bf16: return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(data)[at]);
+    case DType::f16: return __half2float(reinterpret_cast<const __half*>(data)[at]);
+    default: return float(reinterpret_cast<const uint8_t*>(data)[at]);
+  }
+}
+
+__device__ __forceinline__ void store(char* data, DType dtype, int64_t at, float value) {
+  switch (dtype) {
+    case DType::bf16: reinterpret_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(value); return;
+    case DType::f16: reinterpret_cast<__half*>(data)[at] = __float2half_rn(value); return;
+    default: reinterpret_cast<float*>(data)[at] = value;
+  }
+}
+
+// A number as it is once stored.
+__device__ __forceinline__ float rounded(float value, DType dtype) {
+  switch (dtype) {
+    case DType::bf16: return __bfloat162float(__float2bfloat16_rn(value));
+    case DType::f16: return __half2float(__float2half_rn(value));
+    default: return value;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ eight elements
+
+// Elements as they were loaded: words of memory, not yet numbers, so that several loads are on their way at once.
+struct Loaded {
+  uint4 words[2];
+};
+
+__device__ __forceinline__ int64_t offset(const Rows& r, int64_t row, int64_t column) {
+  return row * r.row + column * r.col;
+}
+
+// Elements [column, column + 8) of a row, zeros from `width` on.
+template <bool kAligned>
+__device__ __forceinline__ Loaded load_lanes(const Rows& r, int64_t row, int column, int width) {
+  Loaded out{};
+  if constexpr (kAligned) {
+    if (column >= width) return out;
+    const uint4* from = reinterpret_cast<const uint4*>(r.data + (row * r.row + column) * size_of(r.dtype));
+    out.words[0] = from[0];
+    if (r.dtype == DType::f32) out.words[1] = from[1];
+  } else {
+    float* values = reinterpret_cast<float*>(out.words);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      if (column + i < width) values[i] = load(r.data, r.dtype, offset(r, row, column + i));
+    }
+  }
+  return out;
+}
+
+template <bool kAligned>
+__device__ __forceinline__ void to_floats(float (&out)[kLanes], const Loaded& in, DType dtype) {
+  const uint32_t words[kLanes] = {in.words[0].x, in.words[0].y, in.words[0].z, in.words[0].w,
+                                  in.words[1].x, in.words[1].y, in.words[1].z, in.words[1].w};
+  if (!kAligned || dtype == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) out[i] = __uint_as_float(words[i]);
+  } else if (dtype == DType::bf16) {  // float32's upper half
+#pragma unroll
+    for (int i = 0; i < kLanes; i += 2) {
+      out[i] = __uint_as_float(words[i / 2] << 16);
+      out[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes; i += 2) {
+      const __half2_raw raw{static_cast<unsigned short>(words[i / 2] & 0xffffu),
+                            static_cast<unsigned short>(words[i / 2] >> 16)};
+      const float2 pair = __half22float2(__half2(raw));
+      out[i] = pair.x;
+      out[i + 1] = pair.y;
+    }
+  }
+}
+
+template <bool kAligned>
+__device__ __forceinline__ void load_floats(float (&out)[kLanes], const Rows& r, int64_t row, int column, int width) {
+  to_floats<kAligned>(out, load_lanes<kAligned>(r, row, column, width), r.dtype);
+}
+
+template <bool kAligned>
+__device__ __forceinline__ void store_floats(const OutRows& r, int64_t row, int column, int width,
+                                             const float (&values)[kLanes]) {
+  if constexpr (kAligned) {
+    if (column >= width) return;
+    uint4* to = reinterpret_cast<uint4*>(r.data + (row * r.row + column) * size_of(r.dtype));
+    uint32_t words[kLanes];
+    if (r.dtype == DType::f32) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) words[i] = __float_as_uint(values[i]);
+      to[1] = make_uint4(words[4], words[5], words[6], words[7]);
+    } else if (r.dtype == DType::bf16) {
+#pragma unroll
+      for (int i = 0; i < kLanes; i += 2) {
+        const __nv_bfloat162_raw pair = __floats2bfloat162_rn(values[i], values[i + 1]);
+        words[i / 2] = pair.x | uint32_t(pair.y) << 16;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLanes; i += 2) {
+        const __half2_raw pair = __floats2half2_rn(values[i], values[i + 1]);
+        words[i / 2] = pair.x | uint32_t(pair.y) << 16;
+      }
+    }
+    to[0] = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      if (column + i < width) store(r.data, r.dtype, row * r.row + (column + i) * r.col, values[i]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- sums
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
+// Of all threads of a block with an x axis alone; `space` is one float a warp, and free again after the next barrier.
+__device__ __forceinline__ float block_sum(float value, float* space) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  value = warp_sum(value);
+  if (lane == 0) space[warp] = value;
+  __syncthreads();
+  return warp_sum(lane < warps ? space[lane] : 0.f);
+}
+
+}  // namespace vk

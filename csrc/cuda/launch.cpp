@@ -1,0 +1,56 @@
+#include "cuda/launch.h"
+
+#include <sstream>
+
+namespace vk {
+namespace {
+
+constexpr size_t kSharedAlways = 48 << 10;  // bytes of dynamic shared memory that need not be asked for
+
+std::ostream& operator<<(std::ostream& out, dim3 d) { return out << d.x << " x " << d.y << " x " << d.z; }
+
+}  // namespace
+
+Launches::Launches(const char* op, const Tensor& like, std::initializer_list<const Tensor*> tensors)
+    : op_(op), tensors_{&like}, device_(like.get_device_index()) {
+  tensors_.insert(tensors_.end(), tensors.begin(), tensors.end());
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+}
+
+Launches::~Launches() { aoti_torch_delete_cuda_guard(guard_); }
+
+void Launches::launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void** args) const {
+  if (int64_t(grid.x) * grid.y * grid.z == 0) return;
+  if (shared > kSharedAlways) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name, grid, block,
+          shared);
+  }
+  check(cudaLaunchKernel(kernel, grid, block, args, shared, static_cast<cudaStream_t>(stream_)), name, grid, block,
+        shared);
+}
+
+void Launches::check(cudaError_t error, const char* what, dim3 grid, dim3 block, size_t shared) const {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and not once more by who launches next
+  std::ostringstream shapes;
+  for (const Tensor* t : tensors_) {
+    if (!t) continue;
+    shapes << (shapes.tellp() > 0 ? ", [" : "[");
+    for (int64_t i = 0; i < t->dim(); ++i) shapes << (i ? ", " : "") << t->size(i);
+    shapes << "]";
+  }
+  std::ostringstream text;
+  text << op_ << ": kernel " << what << " did not launch: " << cudaGetErrorString(error) << " (grid " << grid
+       << ", block " << block << ", " << shared << " bytes of shared memory; tensors " << shapes.str() << ")";
+  STD_TORCH_CHECK(false, text.str());
+}
+
+int Launches::multiprocessors() const {
+  int count = 1;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_);
+  check(error, "(multiprocessors)", 0, 0, 0);
+  return count;
+}
+
+}  // namespace vk

@@ -1,0 +1,70 @@
+// Launches: on the device of an op's tensors, on torch's current stream, each one's error raised.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "shared/ops.h"
+
+namespace vk {
+
+// One call of an op, for as long as it launches: its device is the current one until then.
+class Launches {
+ public:
+  // `like` tells the device; `tensors` and it are named by their shapes where a launch fails, absent ones may be null
+  Launches(const char* op, const Tensor& like, std::initializer_list<const Tensor*> tensors = {});
+  ~Launches();
+  Launches(const Launches&) = delete;
+  Launches& operator=(const Launches&) = delete;
+
+  // kernel<<<grid, block, shared>>>(args...); nothing where the grid is empty. Dynamic shared memory may be all that
+  // the device gives a block.
+  template <class... Parameters, class... Args>
+  void operator()(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                  Args&&... args) const {
+    static_assert(sizeof...(Parameters) == sizeof...(Args), "a kernel gets as many arguments as it has parameters");
+    launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared,
+           std::tuple<std::decay_t<Parameters>...>(std::forward<Args>(args)...),
+           std::index_sequence_for<Parameters...>{});
+  }
+
+  int multiprocessors() const;
+
+ private:
+  template <class Tuple, size_t... index>
+  void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, Tuple&& args,
+              std::index_sequence<index...>) const {
+    void* pointers[] = {&std::get<index>(args)...};
+    launch(name, kernel, grid, block, shared, pointers);
+  }
+  void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void** args) const;
+  void check(cudaError_t error, const char* what, dim3 grid, dim3 block, size_t shared) const;
+
+  const char* op_;
+  std::vector<const Tensor*> tensors_;
+  int device_;
+  CUDAGuardHandle guard_ = nullptr;
+  void* stream_ = nullptr;
+};
+
+inline const Tensor* given(const Maybe& t) { return t ? &*t : nullptr; }
+
+inline int64_t blocks(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+// Whether 8 columns at a time of rows that are `width` wide can be read and written in 16 bytes.
+template <class AnyRows>
+bool is_aligned(const AnyRows& r, int64_t width) {
+  return !r.data || (r.col == 1 && r.row % 8 == 0 && width % 8 == 0 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0);
+}
+
+// A vector argument as rows that are all the same one; null where it is absent.
+inline Rows vector_rows(const Maybe& t) {
+  return t ? Rows{bytes(*t), dtype_of(*t), 0, t->stride(0)} : Rows{nullptr, DType::f32, 0, 0};
+}
+
+}  // namespace vk

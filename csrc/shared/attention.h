@@ -1,0 +1,51 @@
+// A call of attention as both halves of the extension see it: heads, wherever they lie in q, k and v or in a packed
+// projection, a mask, and what scores are made with.
+#pragma once
+#include "shared/ops.h"
+
+namespace vk {
+
+// One of q, k, v, out and their gradients as [batch, heads, tokens, width], wherever its axes lie in memory; strides in
+// elements.
+struct Heads {
+  char* data;
+  DType dtype;
+  int64_t batch, head, token, col;
+  char* of(int64_t b, int64_t h) const { return data + (b * batch + h * head) * size_of(dtype); }
+  Rows rows(int64_t b, int64_t h) const { return {of(b, h), dtype, token, col}; }
+  OutRows out(int64_t b, int64_t h) const { return {of(b, h), dtype, token, col}; }
+};
+
+// A [B or 1, H or 1, Nq or 1, Nk or 1] mask; strides are 0 along its axes of size 1.
+struct Mask {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+  explicit Mask(const Maybe& mask);
+  bool added() const { return data && dtype != DType::boolean; }
+  Rows rows(int64_t b, int64_t h) const {
+    return {data ? data + (b * batch + h * head) * size_of(dtype) : nullptr, dtype, query, key};
+  }
+};
+
+// score_units of vitkernels/ops/attention.py
+double score_factor(const Mask& mask, double scale);
+double score_unit(const Mask& mask, double scale);
+
+struct Problem {
+  const Tensor& tensor;  // q, or the packed projection
+  int64_t batch, heads, key_heads, queries, keys, width;  // so many heads of q, and of k and v
+  bool is_causal;
+  double scale;
+  Heads q, k, v;
+  Maybe given_mask;
+  Mask mask;  // where it lies
+};
+
+// What each half has of its own: writes `out` and stats [B, H, 2, Nq].
+void attend(const Problem& p, const Heads& out, const Tensor& stats);
+// Writes dq, dk and dv; returns the mask's gradient, or a tensor of no elements where it is not needed.
+Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
+                       const Heads& dk, const Heads& dv, bool needs_mask);
+
+}  // namespace vk

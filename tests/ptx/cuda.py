@@ -1,0 +1,270 @@
+"""CUDA C++ without a GPU: the extension's CUDA module as nvcc compiles it, its launches executed by the machine.
+
+    with activate() as record:
+        check_case(case, torch.bfloat16, "ext")
+    assert not record.findings
+
+The module is the real one, launchers included, on a stand-in for CUDA's runtime (cudart.cpp): each launch arrives here
+with its kernel, grid, block, bytes of shared memory and arguments. The PTX is what the module holds. Its ops take
+tensors of the CPU, under a namespace of their own; what they ask torch for, cuBLAS's products included, torch does on
+the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptx.findings import Finding
+from ptx.launch import Loaded, Packed, program, run
+from vitkernels import dispatch, ext
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "csrc"))
+import nvcc  # noqa: E402
+
+CACHE = ROOT / "build" / "ptx-cuda"
+NAMESPACE = "vitkernels_on_the_machine"
+ARCHITECTURE = 80
+_LAUNCH = ctypes.CFUNCTYPE(  # cudart.cpp's Launch
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_uint * 3),
+    ctypes.POINTER(ctypes.c_uint * 3),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+def why_not() -> str | None:
+    """A sentence that says why nothing can be compiled here, or None."""
+    return None if nvcc.find() else "no CUDA toolkit: pip install -r requirements-cuda.txt, or set CUDA_HOME"
+
+
+@functools.cache
+def build() -> tuple[Path, Path]:
+    """Compile the module and the stand-in for its runtime, or find them compiled; gives the two libraries."""
+    toolkit = nvcc.find()
+    assert toolkit is not None, why_not()
+    flags = [*nvcc.WARNINGS, *nvcc.ptx(ARCHITECTURE), f"-DVITKERNELS_NAMESPACE={NAMESPACE}", "-DVITKERNELS_KEY=CPU"]
+    source = Path(__file__).with_name("cudart.cpp")
+    with _locked(CACHE):
+        objects = nvcc.compile_all(toolkit, flags, CACHE)
+        names = b"".join(each.name.encode() for each in objects) + source.read_bytes()
+        key = hashlib.sha256(names).hexdigest()[:16]
+        runtime, module = CACHE / f"libcudart-{key}.so", CACHE / f"cuda-{key}.so"
+        if not module.exists():
+            for old in CACHE.glob("*.so"):
+                old.unlink()
+            subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", runtime], check=True)
+            libraries = ["-cudart=none", *nvcc.TORCH[:3], str(runtime), f"-Xlinker=-rpath={CACHE}"]
+            nvcc.link(toolkit, objects, module, libraries)
+    return runtime, module
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process compiles, the others wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def _load() -> Any:
+    """The stand-in; the ops of the module are there after it."""
+    runtime, module = build()
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for op in dispatch.OPS.values():
+        for name, schema in op.schemas.items():
+            library.define(f"{name}{schema}")
+    stand_in = ctypes.CDLL(str(runtime))
+    torch.ops.load_library(str(module))
+    stand_in.keep = library
+    return stand_in
+
+
+@functools.lru_cache(maxsize=64)
+def _texts(address: int) -> tuple[str, ...]:
+    """The PTX texts of a fat binary; its header is a magic number, a version, its own size, the size of the rest."""
+    header, size = (int.from_bytes(ctypes.string_at(address + at, n), "little") for at, n in ((6, 2), (8, 8)))
+    parts = ctypes.string_at(address + header, size).split(b".version ")[1:]
+    return tuple(".version " + part.split(b"\0")[0].decode() for part in parts)
+
+
+@dataclass
+class Record:
+    """What was launched while the machine stood in for a GPU."""
+
+    launches: list[Loaded] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of their kernels, mangled
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...], int]] = field(
+        default_factory=list
+    )  # grid, block, shared bytes
+    refuses: bool = False  # every launch, as a GPU refuses an impossible one
+    errors: list[BaseException] = field(default_factory=list)  # that a launch raised: C++ lets none through
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [each for launch in self.launches for each in launch.findings]
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every tensor that an op's C++ makes: what kernels may touch is the memory of these and of its arguments."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+        self.add(arguments)
+
+    def add(self, found: Any) -> None:
+        if isinstance(found, (list, tuple)):
+            for each in found:
+                self.add(each)
+        elif isinstance(found, Tensor):
+            self.tensors.append(found.detach())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.add(out)
+        return out
+
+    def owner(self, address: int) -> tuple[Tensor, int] | None:
+        """The tensor that a pointer points to, and at which of its bytes.
+
+        One that begins there goes first, then the largest.
+        """
+        found = []
+        for tensor in self.tensors:
+            begin = tensor.data_ptr()
+            size = span(tensor)
+            if tensor.numel() and begin <= address < begin + size:
+                found.append((address == begin, size, tensor))
+        if not found:
+            return None
+        _, _, tensor = max(found, key=lambda each: each[:2])
+        return tensor, address - tensor.data_ptr()
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
+
+
+_watching: list[_Watch] = []
+
+
+def _arguments(text: str, kernel: str, pointers: Any) -> list[Packed]:
+    """The arguments of a launch. Words of eight bytes that lie in a tensor's memory are pointers to it."""
+    found = []
+    for parameter, address in zip(program(text, kernel).kernel.parameters, pointers, strict=False):
+        raw = ctypes.string_at(address, parameter.size)
+        owners = {}
+        for at in range(0, parameter.size - 7, 8):
+            owner = _watching[-1].owner(int.from_bytes(raw[at : at + 8], "little"))
+            if owner is not None:
+                owners[at] = owner
+        found.append(Packed(raw, owners))
+    return found
+
+
+def _on_launch(record: Record, edit: Callable[[str], str]) -> Callable[..., int]:
+    def launch(name: bytes, code: int, grid: Any, block: Any, shared: int, pointers: Any) -> int:
+        kernel = name.decode()
+        try:
+            text = edit(next(each for each in _texts(code) if f"{kernel}(" in each))
+            sizes = tuple(grid.contents), tuple(block.contents), shared
+            record.names.append(kernel)
+            record.shapes.append(sizes)
+            too_large = max(sizes[0][1:]) > 65535 or sizes[0][0] >= 2**31 or math.prod(sizes[1]) > 1024
+            if record.refuses or too_large:
+                return 9  # cudaErrorInvalidConfiguration, as of a GPU
+            with torch._C._DisableTorchDispatch():
+                record.launches.append(run(text, kernel, *sizes, _arguments(text, kernel, pointers)))
+        except BaseException as error:
+            record.errors.append(error)
+            return 719  # cudaErrorLaunchFailure
+        return 0
+
+    return launch
+
+
+def _launcher(name: str, record: Record) -> Callable[..., Any]:
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def launch(*args: Any) -> Any:
+        watch = _Watch(args)
+        _watching.append(watch)
+        try:
+            with watch:  # past the mode at first: it is to see what the op calls, not the op
+                return overload._op_dk(torch._C.DispatchKey.CPU, *args)
+        except RuntimeError as error:
+            if record.errors:
+                raise record.errors[-1] from error
+            raise
+        finally:
+            _watching.pop()
+
+    return launch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine as the package sees it: `vitkernels.ext_cuda.Gpu`."""
+
+    record: Record
+    capability_: tuple[int, int] = (ARCHITECTURE // 10, ARCHITECTURE % 10)
+    kind: str = "cpu"
+
+    def why_not(self) -> str | None:
+        return None
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return self.capability_
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        return True
+
+    def launcher(self, name: str) -> Callable[..., Any]:
+        return _launcher(name, self.record)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@contextlib.contextmanager
+def activate(
+    capability: tuple[int, int] = (8, 0), processors: int = 1, edit: Callable[[str], str] = str
+) -> Iterator[Record]:
+    """Let the package take the machine for the extension's GPU, inside the block.
+
+    Args:
+        capability: what it says it is; the PTX is sm_80's.
+        processors: multiprocessors that it says it has.
+        edit: what to make of a kernel's PTX before it runs: faults for tests.
+    """
+    record = Record()
+    callback = _LAUNCH(_on_launch(record, edit))
+    _load().vitkernels_stand_in(callback, processors, *capability)
+    try:
+        with ext.stand_in(Machine(record, capability)):
+            yield record
+    finally:
+        _load().vitkernels_stand_in(_LAUNCH(0), 1, *capability)

@@ -1,0 +1,206 @@
+"""attention and attention_qkv in CUDA C++, through the extension's own launchers, executed by the machine in `ptx`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accuracy import check_case
+from case import Case, T
+from cases import STRIDES, STRIDES_16
+from cases_attention import ATTENTION, ATTENTION_QKV, BF16, F16, F32, attention, attention_qkv
+from draws import keep_some
+from not_on_cuda import reason_of
+from ptx import cuda
+from ptx.findings import FLIGHT, RACE
+from ptx.launch import Packed
+
+import vitkernels as vk
+
+if cuda.why_not():
+    pytest.skip(str(cuda.why_not()), allow_module_level=True)
+
+import nvcc  # ptx.cuda says where it lies
+
+MOST_SHARED = 99 << 10  # bytes that a block may have on every capability from 8.0 on
+TURING_SHARED = 64 << 10  # and on 7.5
+FORWARD, DQ, DKDV = KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+BIAS = attention("bias", 1, 2, 70, mask=T((1, 1, 70, 70)))
+PADDED = attention("padding", 2, 2, 40, 70, mask=T((2, 1, 1, 70), convert=keep_some))
+CAUSAL = attention_qkv("causal", 1, 2, 70, causal=True)
+
+
+def _trials() -> Iterator[Any]:
+    """The list in bfloat16 and float32, half of it in float16, whose kernels are bfloat16's text; layouts by turns."""
+    for number, case in enumerate(case for case in (*ATTENTION, *ATTENTION_QKV) if reason_of(case) is None):
+        for dtype in (BF16, F32, F16)[: 2 + number % 2]:
+            if dtype in case.dtypes:
+                yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
+    for number, case in enumerate([*STRIDES, *STRIDES_16]):
+        if case.op in ("attention", "attention_qkv") and reason_of(case) is None:
+            dtype = case.dtypes[number % len(case.dtypes)]
+            yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
+
+
+def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Record:
+    """Hold a case to the tolerance rule on the machine; gives what was launched, in which nothing was found."""
+    with cuda.activate(capability) as record:
+        check_case(case, dtype, **{"forward": "ext", **backends})
+    assert not record.findings, "\n".join(map(str, record.findings))
+    return record
+
+
+def kernels(record: cuda.Record) -> list[str]:
+    return [next(kernel for kernel in KERNELS if kernel in name) for name in record.names]
+
+
+def expected(case: Case) -> list[str]:
+    """The kernels that have anything to write."""
+    if case.op == "attention":
+        (batch, heads, queries, _), (_, _, keys, _) = (case.tensors[name].shape for name in "qk")  # type: ignore[union-attr]
+    else:
+        batch, queries, _ = case.tensors["qkv"].shape  # type: ignore[union-attr]
+        heads, keys = case.options["num_heads"], queries
+    rows = {FORWARD: queries, DQ: queries, DKDV: keys}
+    return [kernel for kernel in KERNELS if batch * heads * rows[kernel]]
+
+
+@pytest.mark.parametrize(("case", "dtype"), _trials())
+def test_case(case: Case, dtype: torch.dtype) -> None:
+    assert kernels(launched(case, dtype)) == expected(case)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL], ids=str)
+def test_backward_follows_any_forward(case: Case, dtype: torch.dtype) -> None:
+    assert kernels(launched(case, dtype, forward="reference", backward="ext")) == [DQ, DKDV]
+    assert kernels(launched(case, dtype, forward="ext", backward="reference")) == [FORWARD]
+
+
+# -------------------------------------------------------------------------------------------------- which kernels
+
+WIDTHS = {1: 32, 32: 32, 33: 64, 64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 104: 112, 112: 112, 128: 128}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_heads_are_not_padded_to_powers_of_two(width: int) -> None:
+    """And with a mask of a row a query, which takes the most shared memory, they fit every GPU from 8.0 on."""
+    case = attention("width", 1, 1, 5, width=width, mask=T((1, 1, 5, 5)))
+    record = launched(case, BF16)
+    assert all(f"TensorCoresI13__nv_bfloat16Li{WIDTHS[width]}E" in name for name in record.names)
+    assert max(shared for _, _, shared in record.shapes) <= MOST_SHARED
+    record = launched(case, F32)
+    assert all("OrdinaryCores" in name for name in record.names)
+    assert max(shared for _, _, shared in record.shapes) <= (TURING_SHARED if width <= 104 else MOST_SHARED)
+
+
+def test_grids_are_tiles_by_heads() -> None:
+    case = attention("grid", 2, 3, 129, 65, 64)
+    threads = (128, 1, 1)
+    found = [(grid, block) for grid, block, _ in launched(case, F16).shapes]
+    assert found == [((2 * 3 * 2, 1, 1), threads)] * 2 + [((2 * 3 * 1, 1, 1), threads)]
+    found = [(grid, block) for grid, block, _ in launched(case, F32).shapes]
+    assert found == [((2 * 3 * 5, 1, 1), threads)] * 2 + [((2 * 3 * 3, 1, 1), threads)]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability", "reason"),
+    [
+        (136, F32, (8, 0), "heads up to 128 wide, and these are 136"),
+        (136, BF16, (9, 0), "heads up to 128 wide, and these are 136"),
+        (16, BF16, (7, 5), "attention in torch.bfloat16 needs compute capability 8.0 or later"),
+        (16, F16, (7, 5), "attention in torch.float16 needs compute capability 8.0 or later"),
+        (112, F32, (7, 5), "attention of heads over 104 wide needs compute capability 8.0 or later"),
+    ],
+)
+def test_declined(width: int, dtype: torch.dtype, capability: tuple[int, int], reason: str) -> None:
+    q = torch.zeros(1, 2, 3, width, dtype=dtype, requires_grad=True)
+    qkv = torch.zeros(1, 3, 6 * width, dtype=dtype, requires_grad=True)
+    calls: list[Callable[[], Any]] = [lambda: vk.ops.attention(q, q, q), lambda: vk.ops.attention_qkv(qkv, 2)]
+    with cuda.activate(capability) as record:
+        for call in calls:
+            with vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
+                call()
+            with vk.use("reference"):
+                out = call()
+            with vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
+                out.sum().backward()
+    assert not record.names
+
+
+def test_too_many_tiles_are_declined() -> None:
+    q = torch.zeros(1, dtype=BF16).expand(2**20, 2**11, 33, 16)  # takes no memory
+    with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match="2147483647 tiles"):
+        vk.ops.attention(q, q, q)
+
+
+# ----------------------------------------------------------------------------------- other PTX than the module's own
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]) -> None:
+    """Let launches run what `change` makes of the module's PTX."""
+    texts = cuda._texts
+    monkeypatch.setattr(cuda, "_texts", functools.lru_cache(lambda code: tuple(map(change, texts(code)))))
+
+
+@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL, attention("wide", 1, 1, 33, 70, 104)], ids=str)
+def test_without_asynchronous_copies(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Capability 7.5 has none: the kernels of float32 as they are compiled for it."""
+    toolkit = nvcc.find()
+    assert toolkit is not None
+    source, target = nvcc.CSRC / "cuda" / "attention_f32.cu", tmp_path / "attention_f32.ptx"
+    nvcc.run([*nvcc.command(toolkit, source, ["-arch=compute_75"]), "-ptx", "-o", target])
+    text = target.read_text()
+    assert "cp.async" not in text
+    changed(monkeypatch, lambda _: text)
+    assert kernels(launched(case, F32, (7, 5))) == list(KERNELS)
+
+
+def outcome(case: Case, dtype: torch.dtype) -> set[str]:
+    """Kinds of what the machine finds, and "numbers" where the tolerance rule is broken."""
+    kinds = set()
+    with cuda.activate() as record:
+        try:
+            check_case(case, dtype, "ext")
+        except AssertionError:
+            kinds.add("numbers")
+    return kinds | {each.kind for each in record.findings}
+
+
+FAULTS = {  # what is looked for, what stands there instead, how it shows
+    "no barrier": (r"bar\.sync\s+0;", "", RACE),
+    "copies not waited for": (r"cp\.async\.wait_all;", "", FLIGHT),
+    "hidden keys seen": ("0fFF800000", "0f00000000", "numbers"),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_seen(fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, instead, kind = FAULTS[fault]
+    assert outcome(CAUSAL, dtype) == set()
+    changed(monkeypatch, lambda text: re.sub(pattern, instead, text))
+    assert kind in outcome(CAUSAL, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("case", [BIAS, PADDED], ids=str)
+def test_dropped_mask_is_seen(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = cuda._arguments
+    shape = case.tensors["attn_mask"].shape  # type: ignore[union-attr]
+
+    def without_mask(*launch: Any) -> list[Packed]:
+        (given,) = arguments(*launch)
+        (place,) = [at for at, (tensor, _) in given.pointers.items() if tensor.shape == shape]
+        raw = given.raw[:place] + bytes(8) + given.raw[place + 8 :]
+        kept = {at: memory for at, memory in given.pointers.items() if at != place}
+        return [dataclasses.replace(given, raw=raw, pointers=kept)]
+
+    monkeypatch.setattr(cuda, "_arguments", without_mask)
+    assert outcome(case, dtype) == {"numbers"}

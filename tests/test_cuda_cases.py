@@ -1,0 +1,153 @@
+"""The case list on the extension's CUDA kernels, as nvcc compiles them, launched by their own C++ and executed by the
+machine in `ptx`: numbers, races, bounds, hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import pytest
+import torch
+from accuracy import check_case
+from case import Case
+from cases import (
+    ADD_LAYER_NORM,
+    CASES,
+    LINEAR,
+    MLP,
+    PATCH_EMBED,
+    ROTARY,
+    STRIDES,
+    STRIDES_16,
+    add_layer_norm,
+    linear,
+    patch_embed,
+)
+from not_on_cuda import reason_of
+from ptx import cuda
+from ptx.findings import PROGRAMS, RACE, Fault
+from torch import Tensor
+
+import vitkernels as vk
+from vitkernels import dispatch
+
+if cuda.why_not() is not None:
+    pytest.skip(f"{cuda.why_not()}", allow_module_level=True)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# widths that the cases of all backends do not have: a block for a row, and sums that do not fit registers
+WIDE = [
+    add_layer_norm("width 1152", (2, 3, 1152)),
+    add_layer_norm("width 1025", (1, 3, 1025)),
+    add_layer_norm("width 4104", (1, 3, 4104)),
+    add_layer_norm("width 4097", (1, 2, 4097)),
+]
+LONG = [
+    linear("1,100 rows", (1100,), 8, 72),  # partial sums of a bias
+    patch_embed("chunks of tokens", 1, (65, 65), batch=2, channels=1, width=8, prefix=1, pos_embed=4226),
+    patch_embed("chunks, kept", 2, (5, 5), batch=18, channels=1, width=8, prefix=1, pos_embed=26, keep=7),
+]
+PLAIN = [*ADD_LAYER_NORM, *LINEAR, *MLP, *PATCH_EMBED, *ROTARY, *WIDE, *LONG]
+
+
+def _trials() -> list[tuple[Case, torch.dtype]]:
+    """Every case in one dtype, by turns; of the layouts a sample."""
+    layouts = [case for case in (*STRIDES[::5], *STRIDES_16[::5]) if not case.op.startswith("attention")]
+    trials = []
+    for number, case in enumerate(case for case in (*PLAIN, *layouts) if reason_of(case) is None):
+        dtypes = [each for each in (BF16, F32, F16) if each in case.dtypes]
+        if dtypes:
+            trials.append((case, dtypes[number % len(dtypes)]))
+    return trials
+
+
+@pytest.mark.parametrize(("case", "dtype"), _trials(), ids=str)
+def test_case(case: Case, dtype: torch.dtype) -> None:
+    with cuda.activate() as record:
+        check_case(case, dtype, "ext")
+    assert not record.findings, "\n".join(map(str, record.findings))
+
+
+DECLINED = [case for case in CASES if reason_of(case) is not None and F32 in case.dtypes]
+
+
+@pytest.mark.parametrize("case", DECLINED, ids=str)
+def test_what_is_not_there_is_declined(case: Case) -> None:
+    """In both directions, before anything is launched."""
+    reason = reason_of(case)
+    tensors = case.build(F32)
+    with cuda.activate() as record:
+        with vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
+            case.call(tensors)
+        with vk.use("reference"):
+            outputs = case.call(tensors)
+        loss = torch.stack([out.sum() for out in outputs.values()]).sum()
+        with vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
+            loss.backward()
+    assert not record.names
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(name: str, dtype: torch.dtype) -> None:
+    """And their gradients come in float32, with the values that a gradient in the narrow dtype has."""
+    op = dispatch.OPS[name]
+    x, dy = torch.randn(5, 16).to(dtype), torch.randn(5, 24).to(dtype)
+    w1, b1, w2, b2 = torch.randn(24, 16), torch.randn(24), torch.randn(24, 24), torch.randn(24)
+
+    def results(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+        if name == "linear":
+            return op(x, w1, b1), *op.backward(dy, x, w1, [True] * 3)
+        y, pre = op(x, w1, b1, w2, b2, "gelu", True)
+        return y, pre, *op.backward(dy, x, pre, w1, w2, "gelu", [True] * 5)
+
+    with cuda.activate() as record, vk.use("ext"):
+        got = results(w1, b1, w2, b2)
+        cast = results(*(each.to(dtype) for each in (w1, b1, w2, b2)))
+    assert record.names
+    assert not record.findings
+    narrow = 2 if name == "linear" else 3  # results, and the gradient of x
+    assert [each.dtype for each in got] == [*[dtype] * narrow, *[F32] * (len(got) - narrow)]
+    for mine, theirs in zip(got, cast, strict=True):
+        assert torch.equal(mine.float(), theirs.float())
+
+
+def test_blocks_for_every_multiprocessor() -> None:
+    """The backward pass of a norm has as many blocks as are at work at once, and one block a row at the most."""
+    case = add_layer_norm("many rows", (4, 65, 48))
+    grids = {}
+    for processors in (1, 132):
+        with cuda.activate(processors=processors) as record:
+            check_case(case, F32, "ext")
+        assert not record.findings
+        grids[processors] = next(
+            grid for name, (grid, _, _) in zip(record.names, record.shapes, strict=True) if "norm_backward" in name
+        )
+    assert grids == {1: (8, 1, 1), 132: (260, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kinds"),
+    [
+        (r"bar\.sync\s+0;", {RACE}),  # between a block's warps
+        (r"mov\.u32\s+(%r\d+), %ctaid\.x;", {PROGRAMS}),  # every block takes the first one's rows
+    ],
+)
+def test_a_planted_fault_is_seen(pattern: str, kinds: set[str]) -> None:
+    def edit(ptx: str) -> str:
+        return re.sub(pattern, lambda found: f"mov.u32 {found[1]}, 0;" if found.groups() else "", ptx)
+
+    case = add_layer_norm("width 1152", (2, 3, 1152))
+    with cuda.activate(edit=edit) as record, contextlib.suppress(AssertionError):  # numbers may be right by chance
+        check_case(case, F32, "ext")
+    assert kinds <= {finding.kind for finding in record.findings}
+
+
+def test_an_access_out_of_bounds_is_seen() -> None:
+    """A row further than there are."""
+    with (
+        cuda.activate(edit=lambda ptx: ptx.replace("setp.ge.s64", "setp.gt.s64")) as record,
+        pytest.raises(Fault, match="out of bounds"),
+    ):
+        check_case(add_layer_norm("rows of three blocks", (1, 9, 64)), F32, "ext")
+    assert record.errors

@@ -1,0 +1,211 @@
+"""The extension's CUDA half from outside: which toolkit builds it and for what, who is declined and why, what fails."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import SMALL
+from ptx import cuda
+
+import vitkernels as vk
+from vitkernels import dispatch, ext, ext_cuda
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
+import nvcc
+
+NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
+
+
+def _toolkit(home: Path) -> Path:
+    (home / "bin").mkdir(parents=True)
+    program = home / "bin" / "nvcc"
+    program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    program.chmod(0o755)
+    return home
+
+
+def test_the_toolkit_that_cuda_home_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes before all others, and where it has no nvcc nothing else stands in."""
+    monkeypatch.setenv("CUDA_HOME", str(_toolkit(tmp_path / "named")))
+    found = nvcc.find()
+    assert found is not None
+    assert str(found) == f"CUDA 12.8 at {tmp_path / 'named'} (CUDA_HOME)"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert nvcc.find() is None
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert nvcc.why_not() == f"CUDA_HOME is {tmp_path}, which has no bin/nvcc"
+
+
+def test_the_toolkit_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    _toolkit(tmp_path / "nvidia" / "cu12")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    folders = [str(each.home) for each in nvcc._candidates() if "package" in each.source]
+    assert str(tmp_path / "nvidia" / "cu12") in folders
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    [
+        (None, "torch was built without CUDA"),
+        ("13.0", "the toolkit is CUDA 12.8 at {home} (CUDA_HOME); needs the major version of torch's CUDA 13.0"),
+        ("12.6", None),
+    ],
+)
+def test_why_it_is_not_built(
+    torch_cuda: str | None, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = _toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    assert nvcc.why_not() == (reason and reason.format(home=home))
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [
+        ("8.0;9.0+PTX", "sm_80 sm_90 compute_90"),
+        ("7.5 8.6", "sm_75 sm_86"),
+        ("", "sm_75 sm_80 sm_86 sm_89 sm_90 compute_90"),
+    ],
+)
+def test_architectures(asked: str, built: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = nvcc.targets()
+    assert flags[-1] == f'-DVITKERNELS_TARGETS="{built}"'
+    assert [flag.split(",code=")[1] for flag in flags[:-1]] == built.split()
+
+
+def test_architectures_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST holds 'Hopper'; needs numbers such as"):
+        nvcc.targets()
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("compute_90", (12, 0), True),
+        ("compute_90", (8, 9), False),
+    ],
+)
+def test_which_gpus_a_build_serves(target: str, capability: tuple[int, int], runs: bool) -> None:
+    assert ext_cuda._runs_on(target, capability) == runs
+
+
+class Gpu(ext_cuda.Cuda):
+    """A GPU that is not there, for tensors of the CPU."""
+
+    kind = "cpu"
+
+    def __init__(self, capability: tuple[int, int], targets: tuple[str, ...] = ("sm_75", "compute_80")) -> None:
+        self.given, self.built = capability, targets
+
+    def why_not(self) -> str | None:
+        return None
+
+    def _targets(self) -> tuple[str, ...]:
+        return self.built
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return self.given
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        return any(ext_cuda._runs_on(target, capability) for target in self.built)
+
+
+HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "gpu", "reason"),
+    [
+        ("linear", HALF, Gpu((7, 5)), "bfloat16 products need compute capability 8.0 or later, and cpu has 7.5"),
+        ("linear", FLOAT, Gpu((7, 5)), None),
+        ("add_layer_norm", HALF, Gpu((7, 5)), None),
+        ("mlp", FLOAT, Gpu((7, 0)), "the CUDA C++ kernels need compute capability 7.5 or later, and cpu has 7.0"),
+        ("mlp", DOUBLE, Gpu((8, 0)), "the CUDA C++ kernels have no float64"),
+        (
+            "mlp",
+            FLOAT,
+            Gpu((8, 0), ("sm_90",)),
+            "the CUDA C++ kernels were not built for compute capability 8.0 of cpu",
+        ),
+    ],
+)
+def test_who_is_declined(op: str, dtype: torch.dtype, gpu: Gpu, reason: str | None) -> None:
+    args = tuple(next(case for case in SMALL if case.op == op).build(dtype).values())
+    assert ext_cuda.why_not_call(gpu, op, args) == reason
+
+
+def test_rows_and_channels_beyond_what_kernels_take() -> None:
+    gpu = Gpu((8, 0))
+    rows = torch.zeros(1, 6145)
+    norm: tuple[Any, ...] = (rows, None, rows[0], None, 1e-6, None, None, None, rows.dtype)
+    assert ext_cuda.why_not_call(gpu, "add_layer_norm", norm) == (
+        "the CUDA C++ kernels take rows of up to 6144 columns; got 6145"
+    )
+    image, weight = torch.zeros(1, 65, 4, 4), torch.zeros(8, 65, 4, 4)
+    arguments: tuple[Any, ...] = (image, weight, None, [0.5] * 65, None, None, None, None)
+    assert ext_cuda.why_not_call(gpu, "patch_embed", arguments) == (
+        "the CUDA C++ kernels normalise up to 64 channels; got 65"
+    )
+    assert ext_cuda.why_not_call(gpu, "patch_embed", (image, weight, None, None, None, None, None, None)) is None
+
+
+def test_backends_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dispatch.why_not("ext") is not None:
+        pytest.skip(f"ext: {dispatch.why_not('ext')}")
+    if torch.version.cuda is None:
+        assert "CUDA C++ is not there: torch was built without CUDA" in str(vk.backends())
+        assert ext_cuda.Cuda().why_not() == "torch was built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "vitkernels._cuda", None)
+    reason = ext_cuda.Cuda().why_not()
+    assert reason is not None
+    assert "pip install --no-build-isolation -e ." in reason
+
+
+@NO_COMPILER
+def test_a_launch_that_fails_raises() -> None:
+    """With the kernel's name, grid, block and the tensors' shapes; the next call is as if nothing had been."""
+    if dispatch.why_not("ext") is not None:
+        pytest.skip(f"ext: {dispatch.why_not('ext')}")
+    x, weight = torch.randn(2, 3, 64), torch.randn(64)
+    before = x.clone()
+    with cuda.activate() as record, vk.use("ext"):
+        record.refuses = True
+        with pytest.raises(RuntimeError) as error:
+            vk.ops.add_layer_norm(x, None, weight)
+        for part in (
+            "add_layer_norm: kernel layer_norm_forward did not launch: invalid configuration argument",
+            "grid 2 x 1 x 1, block 32 x 4 x 1",
+            "[2, 3, 64]",
+        ):
+            assert part in str(error.value)
+        assert torch.equal(x, before)
+        record.refuses = False
+        _, normed = vk.ops.add_layer_norm(x, None, weight)
+    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x, (64,), weight, None, 1e-6))
+
+
+@NO_COMPILER
+def test_the_machine_stands_in_for_the_block_alone() -> None:
+    if dispatch.why_not("ext") is not None:
+        pytest.skip(f"ext: {dispatch.why_not('ext')}")
+    before = dispatch.OPS["mlp"].implementations["ext"].forward
+    with cuda.activate():
+        assert dispatch.OPS["mlp"].implementations["ext"].forward is not before
+    assert dispatch.OPS["mlp"].implementations["ext"].forward == before
+    assert ext._gpu is ext._CUDA

@@ -1,0 +1,174 @@
+"""The extension's CUDA half, `vitkernels._cuda`: whether it is there, for which GPUs, and what it leaves to others.
+
+It is built from csrc/cuda where torch has CUDA and a CUDA toolkit is found, and serves NVIDIA GPUs where Triton cannot.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+LOWEST_CAPABILITY = (7, 5)
+ATTENTION = ("attention", "attention_qkv")
+WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
+FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a launch
+MOST_COLUMNS = 6144  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
+MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
+PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
+ABSENT = {  # ops that are C++ for CPUs alone
+    "add_rms_norm": "RMSNorm",
+    "attention_varlen": "attention of packed sequences",
+    "glu_mlp": "gated feed-forward",
+    "rotary_qkv": "rotary embedding of packed q and k",
+}
+
+
+class Gpu(Protocol):
+    """What the extension asks of the devices that its CUDA kernels run on.
+
+    Attributes:
+        kind: the torch device type of the tensors that its kernels take.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    def why_not(self) -> str | None:
+        """A sentence that says why no kernel can run on one in this process, or None."""
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        """Compute capability of one of them."""
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        """Whether the module holds code for such a one."""
+
+    def launcher(self, name: str) -> Callable[..., Any] | None:
+        """What launches an op of that name; None for the extension's own, which goes by the tensors' device."""
+
+
+class Cuda:
+    """The NVIDIA GPUs that torch sees."""
+
+    kind = "cuda"
+
+    @functools.cache  # noqa: B019  # one object for the life of the process
+    def why_not(self) -> str | None:
+        try:
+            self._targets()
+        except ImportError as error:
+            if torch.version.cuda is None:
+                return "torch was built without CUDA"
+            if isinstance(error, ModuleNotFoundError):
+                return "it was not built; with a CUDA toolkit there: pip install --no-build-isolation -e ."
+            return f"vitkernels._cuda did not load ({error})"
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+    @functools.cache  # noqa: B019
+    def _targets(self) -> tuple[str, ...]:
+        """What the module was built for: "sm_80", "compute_90"."""
+        return tuple(re.findall(r"(?:sm|compute)_\d+", importlib.import_module("vitkernels._cuda").TARGETS))
+
+    @functools.cache  # noqa: B019
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+    @functools.cache  # noqa: B019
+    def serves(self, capability: tuple[int, int]) -> bool:
+        return any(_runs_on(target, capability) for target in self._targets())
+
+    def launcher(self, name: str) -> None:
+        return None
+
+    def describe(self) -> str:
+        """What it was built for, or why it is not there."""
+        reason = self.why_not()
+        return f"CUDA C++ is not there: {reason}" if reason else f"CUDA C++ for {', '.join(self._targets())}"
+
+
+def _runs_on(target: str, capability: tuple[int, int]) -> bool:
+    """sm_80 runs on 8.0 to 8.9; compute_80 is compiled by the driver for 8.0 and all later ones."""
+    kind, number = target.split("_")
+    built = divmod(int(number), 10)
+    return capability >= built and (kind == "compute" or capability[0] == built[0])
+
+
+def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
+    """A sentence that says why the CUDA kernels cannot serve a call, or None."""
+    reason = gpu.why_not()
+    if reason is not None:
+        return f"the extension has no CUDA kernels here: {reason}"
+    if op in ABSENT:
+        return f"the extension's CUDA C++ has no {ABSENT[op]} yet"
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    device = tensors[0].device
+    major, minor = capability = gpu.capability(device)
+    if capability < LOWEST_CAPABILITY:
+        return f"the CUDA C++ kernels need compute capability 7.5 or later, and {device} has {major}.{minor}"
+    if not gpu.serves(capability):
+        return f"the CUDA C++ kernels were not built for compute capability {major}.{minor} of {device}"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "the CUDA C++ kernels have no float64"
+    if op in ATTENTION:
+        return _why_not_attention(args, capability)
+    if op in PRODUCTS and capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return f"bfloat16 products need compute capability 8.0 or later, and {device} has {major}.{minor}"
+    if op == "patch_embed" and (reason := _why_not_channels(args)):
+        return reason
+    if op == "add_layer_norm" and (reason := _why_not_norm(args)):
+        return reason
+    return None
+
+
+def _why_not_norm(args: tuple[Any, ...]) -> str | None:
+    """For (x, branch, weight, bias, eps, branch_bias, scale, ...) or, backward, (dtotal, dnormed, total, branch,
+    weight, mean, rstd, branch_bias, scale, ...)."""
+    forward = isinstance(args[4], float)
+    rows, weight, scale = (args[each] for each in ((0, 2, 6) if forward else (2, 4, 8)))
+    if weight is None:
+        return "the extension's CUDA C++ has no LayerNorm without a weight yet"
+    if weight.dim() == 2 or (scale is not None and scale.dim() == 2):
+        return "the extension's CUDA C++ has no weights or scales by sample yet"
+    if rows.shape[-1] > MOST_COLUMNS:
+        return f"the CUDA C++ kernels take rows of up to {MOST_COLUMNS} columns; got {rows.shape[-1]}"
+    return None
+
+
+def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> str | None:
+    """For (q, k, ...), (dout, q, k, ...), (qkv, num_heads, ...) and (dout, qkv, out, stats, num_heads, ...)."""
+    first, second, third = args[:3]
+    if isinstance(second, int) or second.dim() == 3:
+        qkv, heads = (first, second) if isinstance(second, int) else (second, args[4])
+        rows, tokens, width = qkv.shape[0] * heads, qkv.shape[1], qkv.shape[2] // (3 * heads)
+    else:
+        heads = {each.shape[1] for each in (first, second, third)}
+        if len(heads) > 1:
+            return "the extension's CUDA C++ has no heads of q that share heads of k and v yet"
+        rows, width = first.shape[0] * first.shape[1], first.shape[3]
+        tokens = max(each.shape[2] for each in (first, second, third))
+    if width > WIDEST_HEAD:
+        return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
+    if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:
+        return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {rows} x {tokens} tokens are more"
+    if capability >= (8, 0):
+        return None
+    has = f"{first.device} has {capability[0]}.{capability[1]}"
+    if first.dtype != torch.float32:
+        return f"attention in {first.dtype} needs compute capability 8.0 or later, and {has}"
+    if width > WIDEST_TURING_HEAD:
+        return f"attention of heads over {WIDEST_TURING_HEAD} wide needs compute capability 8.0 or later, and {has}"
+    return None
+
+
+def _why_not_channels(args: tuple[Any, ...]) -> str | None:
+    """For (image, weight, bias, mean, std, ...) and (dout, image, weight, mean, std, ...)."""
+    image = next(arg for arg in args if arg.dim() == 4)
+    channels = image.shape[1]
+    normalises = image.dtype == torch.uint8 or args[3] is not None or args[4] is not None
+    if normalises and channels > MOST_CHANNELS:
+        return f"the CUDA C++ kernels normalise up to {MOST_CHANNELS} channels; got {channels}"
+    return None
