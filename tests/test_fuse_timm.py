@@ -173,11 +173,19 @@ def test_blocks_that_no_rule_knows_are_named() -> None:
     assert {"blocks.0.attn", "blocks.0.mlp", "patch_embed.proj"} <= served
 
 
-def test_a_rms_norm_is_said_and_runs_as_it_is() -> None:
+def test_a_rms_norm_is_fused_too() -> None:
     model = vit(norm_layer=timm.layers.RmsNorm)
     fused.stir(model)
+    ops = OPS - {"add_layer_norm"} | {"add_rms_norm"}
+    explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=ops)
+    assert not explanation.unfused
+
+
+def test_another_norm_is_said_and_runs_as_it_is() -> None:
+    model = vit(norm_layer=timm.layers.RmsNormFp32)
+    fused.stir(model)
     explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=OPS - {"add_layer_norm"})
-    assert explanation.unfused["blocks.1"] == "the norm of attn is RmsNorm, not LayerNorm"
+    assert explanation.unfused["blocks.1"] == "the norm of attn is RmsNormFp32, not LayerNorm"
 
 
 def test_learned_positions_are_turned_without_their_kernels() -> None:
