@@ -90,11 +90,13 @@ def table(content: dict[str, Any]) -> str:
     rows = [f"| {reason.replace('|', '/')} | {count} |" for reason, count in reasons.most_common(12)]
     others = sum(reasons.values()) - sum(count for _, count in reasons.most_common(12))
     without = sum(each["reason"] == NO_BLOCKS for each in models)
+    around = (
+        f", {counts['around']} more at all but an attention of a kind that no op serves" if counts["around"] else ""
+    )
     return "\n".join(
         [
             f"Of the {len(models)} {_SUBJECT[library].format(content[library])}, `vk.fuse` fuses {counts['whole']} at "
-            f"all their blocks, and {counts['around']} more at all but the attention, which is of a kind that no op "
-            f"serves and runs its own code. {without} have no Transformer blocks of a kind that it looks for. Why the "
+            f"all their blocks{around}, and {without} have no Transformer blocks of a kind that it looks for. Why the "
             "rest is not:",
             "",
             "| first reason | models |",

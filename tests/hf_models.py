@@ -94,7 +94,7 @@ MODELS: dict[str, Row] = {
         lambda: vit("VivitModel", "VivitConfig", num_frames=2, tubelet_size=[1, 8, 8]),
         lambda: (torch.randn(2, 2, 3, 32, 32),),
         {},
-        OPS - {"patch_embed"},
+        OPS,
     ),
     "ast": (
         lambda: hf.ASTModel(

@@ -55,7 +55,7 @@ def test_a_count_is_told_with_its_reasons() -> None:
     }
     told = coverage.table(content)
     assert told.startswith(
-        "Of the 4 vision towers of transformers 5.23, `vk.fuse` fuses 1 at all their blocks, and 1 more at all but the"
+        "Of the 4 vision towers of transformers 5.23, `vk.fuse` fuses 1 at all their blocks, 1 more at all but an"
     )
     assert "| no rule for A | 1 |" in told
     assert "windows" not in told

@@ -179,6 +179,14 @@ def test_blocks_that_no_rule_knows_are_named() -> None:
     assert {"blocks.0.attn", "blocks.0.mlp", "patch_embed.proj"} <= served
 
 
+def test_a_rms_norm_is_fused_too() -> None:
+    model = vit(norm_layer=timm.layers.RmsNorm)
+    fused.stir(model)
+    ops = OPS - {"add_layer_norm"} | {"add_rms_norm"}
+    explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=ops)
+    assert not explanation.unfused
+
+
 def test_another_norm_is_said_and_runs_as_it_is() -> None:
     model = vit(norm_layer=timm.layers.SimpleNorm)
     fused.stir(model)

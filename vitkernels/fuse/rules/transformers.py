@@ -1,6 +1,6 @@
 """Hugging Face transformers: the layers of its Vision Transformers (read from transformers 5.23).
 
-Pre-norm layers with an attention of one image's tokens. The modules inside are in `transformers_parts` and
+Pre-norm layers with an attention of one image's tokens. The modules inside are in `transformers_attention` and
 `transformers_mlp`; layers with rotary positions, with packed images, and layers that spread a sub-layer over several
 modules, have pages of their own.
 """

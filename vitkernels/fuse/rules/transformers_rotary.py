@@ -1,6 +1,6 @@
 """Hugging Face transformers: layers whose q and k are turned by their positions (read from transformers 5.23).
 
-DINOv3 and its copies, MLCD, Step, Pixtral, Llama 4. Packed images are in `transformers_packed`.
+DINOv3 and its copies, MLCD, Step, Pixtral, Llama 4, V-JEPA 2. Packed images are in `transformers_packed`.
 """
 
 from __future__ import annotations
@@ -122,6 +122,34 @@ class FusedLlamaAttention(FusedRopeAttention):
         return super().attend(packed, None, position_embeddings=(turns.real, turns.imag), **options)
 
 
+class FusedJepaAttention(FusedAttention):
+    """VJEPA2RopeAttention: positions in time, height and width turn a third of each head; by the module's own code."""
+
+    steps = "linear, rotary of torch, attention, linear"
+    spelling = Spelling(("query", "key", "value"), "proj", dropout="dropout_prob", is_causal="is_causal")
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.leaves(hidden_states, position_mask=position_mask):
+            return super(FusedAttention, self).forward(hidden_states, position_mask)
+        return self.attended(hidden_states, position_mask=position_mask), None
+
+    def why_not_call(self, attention_mask: Any = None, **options: Any) -> str | None:
+        return None
+
+    def is_plain(self) -> bool:
+        return False
+
+    def turned(
+        self, q: Tensor, k: Tensor, v: Tensor, position_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = self
+        places = attn.get_position_ids(v.transpose(1, 2), masks=position_mask)
+        q, k = (attn.apply_rotary_embeddings(each, places).to(v.dtype) for each in (q, k))
+        return q, k, v
+
+
 # ---------------------------------------------------------------------------------------------------------- layers
 
 
@@ -194,6 +222,24 @@ class FusedLlamaLayer(FusedLayer):
         return (self.run(hidden_state, **options),)
 
 
+class FusedJepaLayer(FusedLayer):
+    """VJEPA2Layer, which returns the attention's weights beside its tokens."""
+
+    names = Names(("norm1", "norm2"), "attention", drop_paths=("drop_path", "drop_path"))
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.leaves(hidden_states):
+            return super(FusedLayer, self).forward(hidden_states, position_mask, **kwargs)
+        return self.run(hidden_states, position_mask=position_mask), None
+
+    def why_not_call(self, **options: Any) -> str | None:
+        attn: Any = getattr(self, self.names.attention)
+        eager = isinstance(attn, FusedAttention) and attn.implementation() == "eager"
+        return "eager attention returns its weights" if eager else None
+
+
 _ROPE = ("hidden_states", "attention_mask", "position_embeddings", "kwargs")
 _STEP = ("hidden_states", "position_embeddings", "attention_mask", "kwargs")
 RULES = (
@@ -220,4 +266,8 @@ RULES = (
         owners("llama4.Llama4VisionEncoderLayer"),
         ("hidden_state", "freqs_ci", "attention_mask", "output_attentions"),
     ),
+    attention_rule(
+        FusedJepaAttention, owners("vjepa2.VJEPA2RopeAttention"), ("hidden_states", "position_mask"), ("dropout",)
+    ),
+    layer_rule(FusedJepaLayer, owners("vjepa2.VJEPA2Layer"), ("hidden_states", "position_mask", "kwargs")),
 )

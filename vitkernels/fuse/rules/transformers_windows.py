@@ -1,8 +1,8 @@
 """Hugging Face transformers: layers that lay their tokens out anew around their attention (read from 5.23).
 
-Windows of an image (SAM, SAM 3, Swin, ViTDet, LW-DETR, RF-DETR), a token for each frame (X-CLIP), positions on three
-axes (V-JEPA 2). The norms work on each token by itself, so that the residual stream keeps one layout throughout. A
-relative bias would be a mask of N x N elements for each image; attention with one runs its own code.
+Windows of an image (SAM, SAM 3, Swin, ViTDet, LW-DETR, RF-DETR), a token for each frame (X-CLIP). The norms work on
+each token by itself, so that the residual stream keeps one layout throughout. A relative bias would be a mask of N x N
+elements for each image; attention with one runs its own code.
 """
 
 from __future__ import annotations
@@ -113,52 +113,6 @@ class FusedMessageLayer(FusedLayer):
 
     def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
         return attn(hidden_states=x, **options)[0]
-
-
-class FusedJepaAttention(FusedAttention):
-    """VJEPA2RopeAttention: positions in time, height and width turn a third of each head; by the module's own code."""
-
-    steps = "linear, rotary of torch, attention, linear"
-    spelling = Spelling(("query", "key", "value"), "proj", dropout="dropout_prob", is_causal="is_causal")
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, position_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.leaves(hidden_states, position_mask=position_mask):
-            return super(FusedAttention, self).forward(hidden_states, position_mask)
-        return self.attended(hidden_states, position_mask=position_mask), None
-
-    def why_not_call(self, attention_mask: Any = None, **options: Any) -> str | None:
-        return None
-
-    def is_plain(self) -> bool:
-        return False
-
-    def turned(
-        self, q: Tensor, k: Tensor, v: Tensor, position_mask: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attn: Any = self
-        places = attn.get_position_ids(v.transpose(1, 2), masks=position_mask)
-        q, k = (attn.apply_rotary_embeddings(each, places).to(v.dtype) for each in (q, k))
-        return q, k, v
-
-
-class FusedJepaLayer(FusedLayer):
-    """VJEPA2Layer, which returns the attention's weights beside its tokens."""
-
-    names = Names(("norm1", "norm2"), "attention", drop_paths=("drop_path", "drop_path"))
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, position_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.leaves(hidden_states):
-            return super(FusedLayer, self).forward(hidden_states, position_mask, **kwargs)
-        return self.run(hidden_states, position_mask=position_mask), None
-
-    def why_not_call(self, **options: Any) -> str | None:
-        attn: Any = getattr(self, self.names.attention)
-        eager = isinstance(attn, FusedAttention) and attn.implementation() == "eager"
-        return "eager attention returns its weights" if eager else None
 
 
 class FusedSam3Attention(FusedAttention):
@@ -377,10 +331,6 @@ RULES = (
         owners("x_clip.XCLIPVisionEncoderLayer"),
         optional=("message_fc", "message_ln", "message_attn", "drop_path"),
     ),
-    attention_rule(
-        FusedJepaAttention, owners("vjepa2.VJEPA2RopeAttention"), ("hidden_states", "position_mask"), ("dropout",)
-    ),
-    layer_rule(FusedJepaLayer, owners("vjepa2.VJEPA2Layer"), ("hidden_states", "position_mask", "kwargs")),
     attention_rule(
         FusedSam3Attention,
         owners("sam3.Sam3ViTRoPEAttention"),
