@@ -74,8 +74,8 @@ VK_INLINE void gate_row(Activation kind, A* value, const A* g, const A* u, int64
   });
 }
 
-// Its gradients of g and u, in their places, and activation(g) * u in `d`'s, which was its own gradient; sums are added to
-// where not null. `value` and `slope` are scratch.
+// Its gradients of g and u, in their places, and activation(g) * u in `d`'s, which was its own gradient; sums are added
+// to where not null. `value` and `slope` are scratch.
 template <class A>
 VK_INLINE void gate_row_backward(Activation kind, A* d, A* g, A* u, A* g_sums, A* u_sums, A* value, A* slope,
                                  int64_t count) {
@@ -122,7 +122,8 @@ void gate_backward(Activation kind, char* dpre, char* activated, A* dbias, const
       load_row(g, pre + at_gate, dtype, 1, n);
       load_row(u, pre + at_up, dtype, 1, n);
       load_row(d, dout + at, dtype, 1, n);
-      gate_row_backward(kind, d, g, u, dbias ? dbias + j : nullptr, dbias ? dbias + width + j : nullptr, value, slope, n);
+      A *g_sums = dbias ? dbias + j : nullptr, *u_sums = dbias ? dbias + width + j : nullptr;
+      gate_row_backward(kind, d, g, u, g_sums, u_sums, value, slope, n);
       store_row(dpre + at_gate, dtype, 1, g, n);
       store_row(dpre + at_up, dtype, 1, u, n);
       if (activated) store_row(activated + at, dtype, 1, d, n);

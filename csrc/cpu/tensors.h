@@ -80,9 +80,9 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), f);
 }
 
-// Column sums of each of `groups` times `rows` rows, kept in a fixed number of parts, each summed by one thread and added
-// in order: the result does not depend on how many threads there are. f(begin, end, part) adds rows [begin, end) into
-// `part`, which starts at zero. Returns [groups, width].
+// Column sums of each of `groups` times `rows` rows, kept in a fixed number of parts, each summed by one thread and
+// added in order: the result does not depend on how many threads there are. f(begin, end, part) adds rows [begin, end)
+// into `part`, which starts at zero. Returns [groups, width].
 template <class A, class F>
 std::vector<A> sum_in_parts(int64_t groups, int64_t rows, int64_t width, const F& f) {
   constexpr int64_t most_parts = 32, fewest_rows = 16;
