@@ -37,6 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum, column_sum_variant, processors
 from vitkernels.kernels.configs import Capability, ProductTile
+from vitkernels.kernels.fences import fenced
 from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.kernels.mlp_kernels import backward_kernel, forward_kernel
 from vitkernels.kernels.variants import Variant
@@ -80,6 +81,8 @@ def _launch(
         return
     strides_b = (0, 0) if b is None else b.stride()
     tma = tile.tma and b is not None and _suits_tma(a) and _suits_tma(b)
+    if not tma:
+        tile = fenced(tile, configs.chip(capability(a.device)))
     block_b = [tile.columns, tile.inner] if kernel is forward_kernel else [tile.inner, tile.columns]
     launch(
         kernel,
@@ -202,7 +205,7 @@ def _variant(kernel: Any, name: str, tile: ProductTile, sizes: tuple[int, int, i
 
 def variants(capability: Capability) -> list[Variant]:
     """Each row of the tables at ViT-B's size, B=256, with every activation; the small one for one image."""
-    found = []
+    found, chip = [], configs.chip(capability)
     for kernel, name, table in (
         (forward_kernel, "forward", configs.MLP_FORWARD),
         (backward_kernel, "backward", configs.MLP_BACKWARD),
@@ -211,9 +214,10 @@ def variants(capability: Capability) -> list[Variant]:
         sizes = (50432, 3072, 768)
         found += [_variant(kernel, name, tile, sizes, activation) for activation in ACTIVATIONS]
         if tile.tma:
-            pointers = dataclasses.replace(tile, tma=False)
+            pointers = fenced(dataclasses.replace(tile, tma=False), chip)
             found.append(_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu"))
-        found.append(_variant(kernel, f"{name} small", configs.MLP_SMALL, (197, 3072, 768), "gelu"))
+        small = fenced(configs.MLP_SMALL, chip)
+        found.append(_variant(kernel, f"{name} small", small, (197, 3072, 768), "gelu"))
         found.append(_variant(kernel, f"{name} float32", configs.MLP_ELEMENTWISE, sizes, "gelu"))
     partial = cdiv(50432, 128)
     return [*found, column_sum_variant("mlp", partial, 3072, "fp32")]
