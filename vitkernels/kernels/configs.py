@@ -77,7 +77,7 @@ LAYER_NORM_BACKWARD_SCALED = (
     RowTile(1024, warps=4, rows=2, stages=2, programs=3),
     RowTile(2048, warps=8, rows=1, stages=2, programs=2, maxnreg=128),
     RowTile(4096, warps=16, rows=1, programs=1),
-    RowTile(8192, warps=16, rows=1, programs=1, spills=320),
+    RowTile(8192, warps=16, rows=1, programs=1, spills=328),
     RowTile(16384, warps=32, rows=1, programs=1, spills=2048),
 )
 
