@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from case import Case
-from cases import CASES, IMAGENET, UINT8, attention_qkv, patch_embed
+from cases import CASES, IMAGENET, UINT8, attention_qkv, mlp, patch_embed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,7 +28,7 @@ if kernels.interpreting():
 
 from ptx.driver import Gpu, Nothing, activate  # noqa: E402  # needs triton
 
-from vitkernels.kernels import patch_embed_kernels  # noqa: E402
+from vitkernels.kernels import fences, patch_embed_kernels  # noqa: E402
 from vitkernels.kernels.fences import FENCED  # noqa: E402
 
 
@@ -131,3 +131,21 @@ def test_converted_pixels_are_multiplied_in_one_stage(
     assert embed["num_stages"] == (stages if FENCED else 1)
     assert embed["constants"][(patch_embed_kernels.embed.arg_names.index("BLOCK_N"),)] == columns
     assert product["signature"]["p_dout"] == "*bf16"
+
+
+@pytest.mark.parametrize(
+    ("processors", "inner", "stages"),
+    [
+        (1, 96, [4, 3]),  # tiles come by the copy engine
+        (1, 95, [1, 1]),  # rows that it cannot address
+        (132, 96, [1, 1]),  # small tiles, which come by pointers
+    ],
+)
+def test_mlp_by_pointers_takes_one_stage_where_triton_leaves_out_fences(
+    processors: int, inner: int, stages: list[int], bound: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fences, "FENCED", False)
+    with activate(Gpu(processors_=processors), Nothing):
+        _run(mlp("launch", (2, 100), (inner, 288, inner)), torch.bfloat16)
+    products = [each for each in bound if each["kernel"].startswith("mlp_kernels")]
+    assert [each["num_stages"] for each in products] == stages

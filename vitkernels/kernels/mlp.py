@@ -37,6 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum, column_sum_variant, processors
 from vitkernels.kernels.configs import Capability, ProductTile
+from vitkernels.kernels.fences import fenced
 from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.kernels.mlp_kernels import backward_kernel, forward_kernel
 from vitkernels.kernels.variants import Variant
@@ -82,6 +83,8 @@ def launch_product(
         return
     strides_b = (0, 0) if b is None else b.stride()
     tma = tile.tma and b is not None and _suits_tma(a) and _suits_tma(b)
+    if not tma:
+        tile = fenced(tile, configs.chip(capability(a.device)))
     block_b = [tile.columns, tile.inner] if b_rows == "n" else [tile.inner, tile.columns]
     launch(
         kernel,
@@ -215,7 +218,7 @@ def product_variant(
 
 def variants(capability: Capability) -> list[Variant]:
     """Each row of the tables at ViT-B's size, B=256, with every activation; the small one for one image."""
-    found = []
+    found, chip = [], configs.chip(capability)
     sizes = (50432, 3072, 768)
     for kernel, name, table, b_rows, passes in (
         (forward_kernel, "mlp forward", configs.MLP_FORWARD, "n", 2),
@@ -224,9 +227,9 @@ def variants(capability: Capability) -> list[Variant]:
         tile = configs.pick_product_tile(table, capability)
         found += [product_variant(kernel, name, tile, sizes, each, b_rows, passes) for each in ACTIVATIONS]
         if tile.tma:
-            pointers = dataclasses.replace(tile, tma=False)
+            pointers = fenced(dataclasses.replace(tile, tma=False), chip)
             found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu", b_rows, passes))
-        small = (configs.MLP_SMALL, (197, 3072, 768), "gelu", b_rows, passes)
+        small = (fenced(configs.MLP_SMALL, chip), (197, 3072, 768), "gelu", b_rows, passes)
         found.append(product_variant(kernel, f"{name} small", *small))
         absent, passes = (["p_b", "p_bias", "p_pre"], 1) if kernel is forward_kernel else (["p_b"], passes)
         float32 = (configs.MLP_ELEMENTWISE, sizes, "gelu", b_rows, passes)

@@ -80,6 +80,7 @@ def _products(
             num_stages=tile.stages,
             divisible=tuple(name for name in kernel.arg_names if name in divisible and name not in given),
             matrix=dtype != "fp32",
+            spills=tile.spills,
             moved=batch * channels * side**2 * _SIZES[image] + (tokens * width + weights) * _SIZES[dtype],
             flops=flops,
             useful=2.0 * rows * weights,
