@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from vitkernels.kernels import configs
 from vitkernels.kernels.common import column_sum, column_sum_variant
 from vitkernels.kernels.configs import Capability, ProductTile
+from vitkernels.kernels.fences import fenced
 from vitkernels.kernels.glu_mlp_kernels import backward_kernel, forward_kernel
 from vitkernels.kernels.launch import cdiv
 from vitkernels.kernels.mlp import launch_product, pick_tile, product_variant, why_not
@@ -125,7 +126,7 @@ _GATES = ("silu", "gelu", "gelu_tanh")
 
 def variants(capability: Capability) -> list[Variant]:
     """Each row of mlp's tables at the size of a ViT-B with SwiGLU, B=256; the small one for one image."""
-    found = []
+    found, chip = [], configs.chip(capability)
     sizes = (50432, 2048, 768)
     for kernel, name, table, fit, b_rows, passes, products in (
         (forward_kernel, "glu_mlp forward", configs.MLP_FORWARD, _forward_tile, "n", 3, 2),
@@ -135,9 +136,9 @@ def variants(capability: Capability) -> list[Variant]:
         more: dict[str, Any] = {"b_rows": b_rows, "passes": passes, "products": products}
         found += [product_variant(kernel, name, tile, sizes, each, **more) for each in _GATES]
         if tile.tma:
-            pointers = dataclasses.replace(tile, tma=False)
+            pointers = fenced(dataclasses.replace(tile, tma=False), chip)
             found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "silu", **more))
-        found.append(product_variant(kernel, f"{name} small", small, (197, 2048, 768), "silu", **more))
+        found.append(product_variant(kernel, f"{name} small", fenced(small, chip), (197, 2048, 768), "silu", **more))
         absent = ["p_b", "p_bias", "p_pre"] if kernel is forward_kernel else ["p_b"]
         more |= {"passes": 1 if kernel is forward_kernel else passes, "absent": absent}
         found.append(product_variant(kernel, f"{name} float32", configs.MLP_ELEMENTWISE, sizes, "silu", **more))
