@@ -57,7 +57,7 @@ __device__ inline void wait_for_copies() {
 }
 
 // load(i, stage), then step(i, stage), for `count` tiles in turn. With two stages the next tile is on its way while one
-// is computed. The one barrier a tile says both: what was copied has arrived, and what the next copy overwrites was read.
+// is computed. The one barrier a tile says both: what was copied is here, and what the next copy overwrites was read.
 template <int kStages, class Load, class Step>
 __device__ inline void for_tiles(int count, const Load& load, const Step& step) {
   if (kStages == 2 && count > 0) load(0, 0);
