@@ -3,8 +3,8 @@
     python -m bench.audit [--capability 80 90 100] [--only NAME] [--short] [--page MODULE]
 
 Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, registers of an HGMMA written before
-its wait, more shared memory than the chip gives a program, and a row that does not compile. The roofline columns are
-estimates for an H100.
+its wait, copies that an HGMMA reads unfenced, more shared memory than the chip gives a program, and a row that does not
+compile. The roofline columns are estimates for an H100.
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ class Row:
             faults.append(
                 f"writes registers that a product in flight reads, {len(reading.overwritten)} times; first: "
                 f"{reading.overwritten[0]}"
+            )
+        if reading.unfenced:
+            faults.append(
+                f"multiplies what cp.async wrote without a proxy fence, {len(reading.unfenced)} times; first: "
+                f"{reading.unfenced[0]}"
             )
         if reading.scratch:
             faults.append(f"wants {reading.scratch} bytes of scratch memory, which nobody allocates")

@@ -216,6 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ptx.driver import Gpu, Nothing, activate  # the tests' machine, and triton with it
 
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # memory that no launch has written is multiplied too, and denormals take longer
     with activate(Gpu(processors_=PROCESSORS), Nothing):
         rows = [asdict(row) for row in measure(known.rounds)]
     content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}

@@ -46,10 +46,16 @@ def of_size(size: Size) -> Iterator[Case]:
         image={"grad": False},
     )
     yield cases.attention_qkv(f"{size}", size.batch, size.heads, size.tokens, width // size.heads)
+    counts = tuple(size.tokens * (1 + 6 * i // max(size.batch - 1, 1)) // 4 for i in range(size.batch))
+    yield cases.attention_varlen_qkv(f"{size} on average", counts, size.heads, width // size.heads)
     yield cases.rotary(f"{size}", (size.batch, size.heads, size.tokens, width // size.heads))
+    norms = {"norm": "rms_norm", "vectors": ("q_weight", "k_weight")}
+    yield cases.rotary_qkv(f"{size}", (*rows, 3, size.heads, width // size.heads), **norms)
     yield cases.add_layer_norm(f"{size}", (*rows, width), vectors=("bias",))
+    yield cases.add_rms_norm(f"{size}", (*rows, width), vectors=())
     hidden = size.hidden or 4 * width
     yield cases.mlp(f"{size}", rows, (width, hidden, width))
+    yield cases.glu_mlp(f"{size}", rows, (width, hidden * 2 // 3 // 8 * 8, width))  # as many weights as mlp's
     yield cases.linear(f"{size}, qkv", rows, width, 3 * width)
 
 
@@ -83,6 +89,8 @@ class OpBench:
 
         def draw(spec: T) -> Tensor:
             values = torch.randn(spec.shape, generator=generator, device=self.device) * spec.gain + spec.mean
+            if spec.convert is not None:
+                values = spec.convert(values).to(self.device)
             return values.to(spec.dtype or self.dtype).requires_grad_(spec.grad)
 
         tensors = {name: None if spec is None else draw(spec) for name, spec in self.case.tensors.items()}
@@ -119,8 +127,8 @@ class OpBench:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Of the matrix products, two backward for each one forward; each way of add_layer_norm about 8 an element, and
-        of rotary 3.
+        """Of the matrix products, two backward for each one forward; each way of a norm about 8 an element, of rotary
+        3, and of rotary_qkv, which normalises first, 8.
 
         What a kernel computes anew to save memory is not counted.
         """
@@ -131,20 +139,31 @@ class OpBench:
         if self.case.op == "mlp":
             products = math.prod(shapes["x"]) * shapes["w1"][0] * 2
             return 2.0 * products * (1 + backward)
+        if self.case.op == "glu_mlp":
+            rows = math.prod(shapes["x"][:-1])
+            return 2.0 * rows * (math.prod(shapes["w_gate_up"]) + math.prod(shapes["w_down"])) * (1 + backward)
         if self.case.op == "patch_embed":
             rows = math.prod(self._shapes["out"].shape[:2])
             return 2.0 * rows * math.prod(shapes["weight"]) * (1 + self.backward)  # no gradient of the image
         if self.case.op == "attention_qkv":
             batch, tokens, packed = shapes["qkv"]
             return 4.0 * batch * tokens**2 * packed / 3 * (1 + backward)
-        return (3.0 if self.case.op == "rotary" else 8.0) * math.prod(shapes["x"]) * (1 + self.backward)
+        if self.case.op == "attention_varlen":
+            _, _, *head = shapes["qkv"]
+            ends = self.case.tensors["cu_seqlens"]
+            assert ends is not None
+            assert ends.convert is not None
+            scores = ends.convert(torch.empty(0)).diff().double().square().sum().item()
+            return 4.0 * scores * math.prod(head) * (1 + backward)
+        elements = math.prod(shapes["qkv" if self.case.op == "rotary_qkv" else "x"])
+        return (3.0 if self.case.op == "rotary" else 8.0) * elements * (1 + self.backward)
 
     @functools.cached_property
     def bytes(self) -> float:
         """Every argument, result and gradient once each way: what no kernel can do without.
 
-        Backward, add_layer_norm needs neither x nor branch but their sum, and their gradients are one; rotary needs
-        its sines and cosines alone.
+        Backward, a norm needs neither x nor branch but their sum, and their gradients are one; rotary needs its sines
+        and cosines alone, and rotary_qkv its norms' input too.
         """
         specs = {name: spec for name, spec in self.case.tensors.items() if spec is not None}
         sizes = {name: math.prod(spec.shape) * (spec.dtype or self.dtype).itemsize for name, spec in specs.items()}
@@ -153,7 +172,7 @@ class OpBench:
         if not self.backward:
             return float(read + written)
         gradients = sum(sizes[name] for name, spec in specs.items() if spec.grad)
-        spared = {"add_layer_norm": 2 * sizes.get("branch", 0), "rotary": sizes.get("x", 0)}.get(self.case.op, 0)
+        spared = sizes["x"] if self.case.op == "rotary" else 2 * sizes.get("branch", 0)
         return float(2 * (read + written) + gradients - spared)
 
 

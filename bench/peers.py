@@ -154,6 +154,48 @@ def _te_attention(qkv: Tensor, num_heads: int) -> Tensor:
     return module(q, k, v)
 
 
+# --------------------------------------------------------------------------------------------------- attention_varlen
+
+
+@peer("attention_varlen", "sdpa, one by one")
+def _one_by_one(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Each sequence by itself, as models do without a kernel for all."""
+    parts = qkv.split(cu_seqlens.diff().tolist())
+    return torch.cat([_sdpa(part.flatten(1)[None], part.shape[2])[0] for part in parts]).unflatten(1, qkv.shape[2:])
+
+
+@peer("attention_varlen", "sdpa, padded")
+def _padded(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """A batch of the longest, with a mask of keys; packing and unpacking count."""
+    taken = torch.arange(max_seqlen, device=qkv.device) < cu_seqlens.diff()[:, None]
+    padded = qkv.new_zeros(*taken.shape, *qkv.shape[1:]).masked_scatter(taken[:, :, None, None, None], qkv)
+    q, k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v, taken[:, None, None]).transpose(1, 2)[taken]
+
+
+@peer("attention_varlen", "flash-attn", package="flash_attn", cuda_only=True)
+def _flash_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen)
+
+
+@peer("attention_varlen", "torch varlen_attn", cuda_only=True)
+def _torch_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+@peer("attention_varlen", "xformers", package="xformers", cuda_only=True)
+def _xformers_varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist())
+    return memory_efficient_attention(*(each[None] for each in qkv.unbind(1)), attn_bias=mask)[0]
+
+
 # ------------------------------------------------------------------------------------------------------------- rotary
 
 
@@ -162,6 +204,21 @@ def _rotary(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, half: bool) -> Ten
     """Pairs of neighbours, without a prefix, as the case has them."""
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+@peer("rotary_qkv", "eager", compiled=True)
+def _rotary_qkv(
+    qkv: Tensor, sin: Tensor, cos: Tensor, q_weight: Tensor, k_weight: Tensor, prefix: int, half: bool, norm: str,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """RMSNorm, then pairs of halves, without a prefix, as the case has them."""
+    q, k, v = qkv.unbind(2)
+    turned = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        normed = F.rms_norm(x, weight.shape, weight, eps)
+        first, second = normed.chunk(2, -1)
+        turned.append((normed * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]).to(x.dtype))
+    return torch.stack([*turned, v], 2)
 
 
 # ----------------------------------------------------------------------------------------------------- add_layer_norm
@@ -215,6 +272,56 @@ def _te_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     return total, torch.func.functional_call(module, {"weight": weight, "bias": bias}, total)
 
 
+# ------------------------------------------------------------------------------------------------------- add_rms_norm
+
+
+@peer("add_rms_norm", "eager", compiled=True)
+def _add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + branch
+    return total, F.rms_norm(total, weight.shape, weight, EPS)
+
+
+@peer("add_rms_norm", "apex", package="apex", cuda_only=True)
+def _apex_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    total = x + branch
+    return total, fused_rms_norm_affine(total, weight, weight.shape, EPS)
+
+
+@peer("add_rms_norm", "liger", package="liger_kernel", cuda_only=True)
+def _liger_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    total = x + branch
+    return total, LigerRMSNormFunction.apply(total, weight, EPS, 0.0, "llama", False)  # not in place
+
+
+@peer("add_rms_norm", "flash-attn", package="flash_attn", cuda_only=True)
+def _flash_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn.ops.triton.layer_norm import rms_norm_fn
+
+    normed, total = rms_norm_fn(branch, weight, None, residual=x, eps=EPS, prenorm=True)
+    return total, normed
+
+
+@peer("add_rms_norm", "quack", package="quack", cuda_only=True)
+def _quack_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    from quack import rmsnorm
+
+    normed, total = rmsnorm(branch, weight.float(), residual=x, eps=EPS, prenorm=True)
+    return total, normed
+
+
+@peer("add_rms_norm", "transformer-engine", package="transformer_engine", cuda_only=True)
+def _te_rms(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    import transformer_engine.pytorch as te
+
+    total = x + branch
+    module = te.RMSNorm(weight.shape[0], eps=EPS, device="meta")
+    return total, torch.func.functional_call(module, {"weight": weight}, total)
+
+
 # ---------------------------------------------------------------------------------------------------------------- mlp
 
 
@@ -229,3 +336,20 @@ def _apex_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tens
 
     rows = fused_dense_gelu_dense_function(x.flatten(0, -2), w1, b1, w2, b2)
     return rows.unflatten(0, x.shape[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------------ glu_mlp
+
+
+@peer("glu_mlp", "eager", compiled=True)
+def _glu_mlp(x: Tensor, w_gate_up: Tensor, b_gate_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
+    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w_down, b_down)
+
+
+@peer("glu_mlp", "liger", package="liger_kernel", cuda_only=True)
+def _liger_glu(x: Tensor, w_gate_up: Tensor, b_gate_up: Tensor, w_down: Tensor, b_down: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+    return F.linear(LigerSiLUMulFunction.apply(gate, up), w_down, b_down)

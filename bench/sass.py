@@ -41,6 +41,7 @@ class Reading:
         scratch: bytes of global memory that a launch would have to bring.
         waits: waits for matrix instructions and for copies in an iteration of the main loop; None without a loop.
         overwritten: instructions that write what an HGMMA in flight still reads.
+        unfenced: HGMMAs that may read what cp.async wrote with no proxy fence between.
     """
 
     threads: int
@@ -52,6 +53,7 @@ class Reading:
     scratch: int
     waits: tuple[int, int] | None
     overwritten: tuple[str, ...] = ()
+    unfenced: tuple[str, ...] = ()
 
 
 def read(variant: Variant, capability: int) -> Reading:
@@ -82,6 +84,7 @@ def reading(cubin: bytes, threads: int, shared: int, scratch: int) -> Reading:
         scratch=scratch,
         waits=_waits(_main_loop(instructions, labels)),
         overwritten=tuple(wgmma.overwritten(instructions, labels)),
+        unfenced=tuple(wgmma.unfenced(instructions, labels)),
     )
 
 

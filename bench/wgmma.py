@@ -1,8 +1,12 @@
-"""What SASS does to the registers of a WGMMA in flight: its first operand must stay until the product is waited for.
+"""What SASS does to a WGMMA's operands: registers must stay until it is waited for, shared memory must be fenced.
 
 `HGMMA D, A, B, D` with A in registers reads them after it was issued. `gsb0` closes a group of products, and
 `WARPGROUP.DEPBAR.LE gsb0, n` waits until n groups are left. A write to A before that is undefined in PTX; a loop that
 is pipelined writes the next step's operand there across its back edge.
+
+Out of shared memory a product reads through the asynchronous proxy. `LDGSTS` (cp.async) writes there through the
+generic one, so between `DEPBAR.LE SB0`, which waits for it, and the product there has to be `FENCE.VIEW.ASYNC`
+(fence.proxy.async).
 """
 
 from __future__ import annotations
@@ -42,6 +46,21 @@ def overwritten(instructions: Sequence[str], labels: Mapping[str, int]) -> list[
         if instruction.startswith("HGMMA") and "gsb0" in instruction:
             groups.append(group)
             group = set()
+    return list(found.values())
+
+
+def unfenced(instructions: Sequence[str], labels: Mapping[str, int]) -> list[str]:
+    """The products before which copies were waited for and not fenced, each once; arguments as above."""
+    found: dict[int, str] = {}
+    copied = landed = False
+    for index in _walk(instructions, labels):
+        instruction = instructions[index]
+        copied = copied or instruction.startswith("LDGSTS")
+        landed = landed or (copied and instruction.startswith("DEPBAR.LE SB0"))
+        if instruction.startswith("FENCE.VIEW.ASYNC"):
+            landed = False
+        if landed and instruction.startswith("HGMMA"):
+            found[index] = instruction
     return list(found.values())
 
 

@@ -66,7 +66,7 @@ class Case:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("total", "normed") if self.op == "add_layer_norm" else ("out",)
+        return ("total", "normed") if self.op in ("add_layer_norm", "add_rms_norm") else ("out",)
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(str(self).encode()) + seed)

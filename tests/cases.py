@@ -1,20 +1,29 @@
 """The one list of cases: tests run it on every backend in every dtype, benches time it.
 
-A new case is one line in the list of its op; attention's and rotary's are in `cases_attention` and `cases_rotary`.
+A new case is one line in the list of its op; attention's, the norms' and rotary's are in
+`cases_attention`, `cases_norm` and `cases_rotary`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from case import DTYPES, Case, T
-from cases_attention import ATTENTION, ATTENTION_QKV, attention, attention_qkv
-from cases_rotary import ROTARY, rotary
-from draws import drop_path, indices, keep_some, pixels
+from cases_attention import (
+    ATTENTION,
+    ATTENTION_QKV,
+    ATTENTION_VARLEN,
+    attention,
+    attention_qkv,
+    attention_varlen,
+    attention_varlen_qkv,
+)
+from cases_norm import ADD_LAYER_NORM, ADD_RMS_NORM, VECTORS, add_layer_norm, add_rms_norm
+from cases_rotary import LAYER, ROTARY, ROTARY_QKV, rotary, rotary_qkv
+from draws import indices, keep_some, pixels
 
 from vitkernels.ops.mlp import ACTIVATIONS
 
@@ -116,71 +125,6 @@ PATCH_EMBED = [
     patch_embed("blocked gemm", 16, (5, 7), width=96, prefix=1, pos_embed=36),
 ]
 
-# -------------------------------------------------------------------------------------- add_layer_norm
-
-VECTORS = ("bias", "branch_bias", "scale", "row_scale")
-
-
-def add_layer_norm(
-    name: str,
-    shape: tuple[int, ...] = (3, 5, 33),
-    *,
-    branch: bool = True,
-    vectors: tuple[str, ...] = VECTORS,
-    mean: float = 0.0,
-    x: torch.dtype | None = None,
-    parameters: torch.dtype | None = None,
-    **more: Any,
-) -> Case:
-    width = shape[-1:]
-    known = {
-        "bias": T(width, dtype=parameters),
-        "branch_bias": T(width, dtype=parameters),
-        "scale": T(width, dtype=parameters),
-        "row_scale": T(shape[:1], dtype=parameters, convert=drop_path),
-    }
-    tensors = {
-        "x": T(shape, mean=mean, dtype=x),
-        "branch": T(shape) if branch else None,
-        "weight": T(width, gain=0.2, mean=1.0, dtype=parameters),
-    } | {vector: known[vector] for vector in vectors}
-    return Case("add_layer_norm", name, tensors, **more)
-
-
-ADD_LAYER_NORM = [
-    # every optional argument there and not there
-    *(
-        add_layer_norm(f"with {', '.join(vectors) or 'no vector'}", vectors=vectors)
-        for count in range(len(VECTORS) + 1)
-        for vectors in itertools.combinations(VECTORS, count)
-    ),
-    add_layer_norm("no branch", branch=False, vectors=("bias",)),
-    add_layer_norm("no branch, no bias", branch=False, vectors=()),
-    add_layer_norm("no branch, normed alone", branch=False, vectors=("bias",), used=("normed",)),
-    add_layer_norm("total alone", used=("total",)),
-    add_layer_norm("normed alone", used=("normed",)),
-    *(add_layer_norm(f"width {width}", (2, 3, width)) for width in (7, 64, 65, 192, 197, 768)),
-    add_layer_norm("width 1", (2, 3, 1), options={"eps": 0.1}),
-    add_layer_norm("many rows", (4, 65, 48)),
-    add_layer_norm("197 tokens", (2, 197, 40)),
-    add_layer_norm("one token", (1, 1, 33)),
-    add_layer_norm("one sample", (1, 7, 16)),
-    add_layer_norm("empty batch", (0, 5, 16)),
-    add_layer_norm("no tokens", (2, 0, 16)),
-    add_layer_norm("two axes", (5, 16)),
-    add_layer_norm("four axes", (2, 3, 2, 16)),
-    add_layer_norm("one axis", (16,), vectors=("bias", "branch_bias", "scale")),
-    add_layer_norm("large mean", (3, 5, 64), mean=30.0),
-    add_layer_norm("large mean, no branch", (3, 5, 65), mean=30.0, branch=False, vectors=("bias",)),
-    add_layer_norm("eps", (3, 5, 16), options={"eps": 0.5}),
-    add_layer_norm("reduced branch on a float32 residual", x=F32, parameters=F32, dtypes=REDUCED),
-    add_layer_norm("reduced branch on a float32 residual, no vector", x=F32, vectors=(), dtypes=REDUCED),
-    add_layer_norm("float32 parameters", parameters=F32, dtypes=REDUCED),
-    add_layer_norm("float32 parameters, no branch", branch=False, parameters=F32, vectors=("bias",), dtypes=REDUCED),
-    add_layer_norm("normed in bfloat16", x=F32, parameters=F32, options={"out_dtype": BF16}, dtypes=(F32, BF16)),
-    add_layer_norm("normed in float32", parameters=F32, options={"out_dtype": F32}, dtypes=REDUCED),
-]
-
 # -------------------------------------------------------------------------------------- mlp
 
 
@@ -224,6 +168,50 @@ MLP = [
     mlp("large input", (3, 7), (33, 65, 33), gain=30.0),
 ]
 
+# -------------------------------------------------------------------------------------- glu_mlp
+
+GATES = ("silu", "gelu", "gelu_tanh")
+
+
+def glu_mlp(
+    name: str,
+    rows: tuple[int, ...] = (2, 5),
+    sizes: tuple[int, int, int] = (16, 24, 16),
+    *,
+    biases: tuple[str, ...] = ("b_gate_up", "b_down"),
+    gain: float = 1.0,
+    **more: Any,
+) -> Case:
+    inner, hidden, outer = sizes
+    tensors = {
+        "x": T((*rows, inner), gain=gain),
+        "w_gate_up": T((2 * hidden, inner), gain=inner**-0.5),
+        "b_gate_up": T((2 * hidden,)) if "b_gate_up" in biases else None,
+        "w_down": T((outer, hidden), gain=hidden**-0.5),
+        "b_down": T((outer,)) if "b_down" in biases else None,
+    }
+    return Case("glu_mlp", name, tensors, **more)
+
+
+GLU_MLP = [
+    *(glu_mlp(f"{name}", options={"activation": name}) for name in ACTIVATIONS),
+    *(glu_mlp(f"{name}, blocked gemm", (3, 100), (96, 384, 96), options={"activation": name}) for name in GATES),
+    glu_mlp("no bias", biases=()),
+    glu_mlp("no bias, blocked gemm", (3, 100), (96, 384, 96), biases=()),
+    glu_mlp("first bias", biases=("b_gate_up",)),
+    glu_mlp("second bias", biases=("b_down",)),
+    glu_mlp("odd", (3, 7), (33, 65, 7)),
+    glu_mlp("odd, blocked gemm", (1, 197), (65, 197, 33)),
+    glu_mlp("odd hidden layer, blocked gemm", (1, 197), (64, 197, 32)),
+    glu_mlp("all widths one", (33,), (1, 1, 1), dtypes=(F32, F64)),
+    glu_mlp("one row", (1, 1), (33, 65, 33)),
+    glu_mlp("no leading axis", ()),
+    glu_mlp("empty batch", (0, 5)),
+    glu_mlp("four axes", (2, 2, 3)),
+    glu_mlp("wide hidden layer", (2, 5), (16, 1030, 16)),
+    glu_mlp("large input", (3, 7), (33, 65, 33), gain=30.0),
+]
+
 # -------------------------------------------------------------------------------------- stride matrix
 
 SMALL = [  # one case an op, which gives every tensor argument
@@ -231,13 +219,18 @@ SMALL = [  # one case an op, which gives every tensor argument
     patch_embed("strides", 4, (2, 4), prefix=2, pos_embed=10, keep=6),
     attention("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
     attention_qkv("strides", 2, 3, 9, mask=T((2, 3, 9, 9))),
+    attention_varlen("strides", (5, 0, 4), 4, keys=(3, 2, 6), keys_heads=2),
     add_layer_norm("strides", (3, 5, 16)),
+    add_rms_norm("strides", (3, 5, 16), vectors=VECTORS, by_sample=("weight", "scale")),
     mlp("strides", (3, 5)),
+    glu_mlp("strides", (3, 5)),
     rotary("strides", (3, 3, 5, 16), prefix=1, lead=(3, 3), layout="contiguous"),
+    rotary_qkv("strides", (3, 5, 3, 3, 16), prefix=1, lead=(3, 3), **LAYER),
 ]
 _LARGE = [  # where GEMMs take another path
     linear("strides, blocked gemm", (3, 100), 96, 288),
     mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
+    glu_mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
 ]
 _HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, whole tiles, patches that TMA can load
     linear("strides, 16 bits", (3, 40), 64, 48),
@@ -245,9 +238,13 @@ _HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, wh
     patch_embed("strides, 16 bits, patch 16", 16, (2, 4), prefix=1, pos_embed=9, width=64),
     attention("strides, 16 bits", 2, 3, 40, 24, 64, mask=T((2, 1, 1, 24), convert=keep_some)),
     attention_qkv("strides, 16 bits", 2, 3, 40, 64),
+    attention_varlen_qkv("strides, 16 bits", (40, 7), 2, 64),
     add_layer_norm("strides, 16 bits", (3, 5, 64)),
+    add_rms_norm("strides, 16 bits", (3, 5, 64)),
     mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
+    glu_mlp("strides, 16 bits", (3, 40), (64, 96, 64)),
     rotary("strides, 16 bits", (2, 3, 5, 64), prefix=1, layout="contiguous"),
+    rotary_qkv("strides, 16 bits", (9, 3, 2, 64), **LAYER),
 ]
 _MATRIX = ("transposed", "sliced", "every second row", "expanded", "expanded rows", "offset", "columns")
 _VECTOR = ("sliced", "expanded", "offset")
@@ -263,6 +260,8 @@ def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[C
             layouts += ("channels_last", "heads last")
         if name == "image":
             layouts += ("grey",)
+        if name.startswith("cu_seqlens"):
+            layouts = ("sliced", "offset")  # all of one number they would be wrong
         for layout in layouts:
             tensors = {**base.tensors, name: dataclasses.replace(spec, layout=layout)}
             yield dataclasses.replace(base, name=f"{base.name}, {name} {layout}", tensors=tensors, dtypes=dtypes)
@@ -273,5 +272,17 @@ def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[C
 STRIDES = [case for base in (*SMALL, *_LARGE) for case in _strided(base)]
 STRIDES_16 = [case for base in _HALVES for case in _strided(base, REDUCED)]
 
-PLAIN = [*LINEAR, *PATCH_EMBED, *ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *MLP, *ROTARY]
+PLAIN = [
+    *LINEAR,
+    *PATCH_EMBED,
+    *ATTENTION,
+    *ATTENTION_QKV,
+    *ATTENTION_VARLEN,
+    *ADD_LAYER_NORM,
+    *ADD_RMS_NORM,
+    *MLP,
+    *GLU_MLP,
+    *ROTARY,
+    *ROTARY_QKV,
+]
 CASES = [*PLAIN, *STRIDES, *STRIDES_16]

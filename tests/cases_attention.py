@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from draws import (
     equal_scores,
     filled,
     first_column,
+    hidden_keys,
     keep_some,
     late_keys,
     ones_first,
@@ -35,18 +37,68 @@ def attention(
     keys: int | None = None,
     width: int = 16,
     *,
+    keys_heads: int | None = None,
     logits: float = 1.0,
     mean: float = 0.0,
     mask: T | None = None,
     **more: Any,
 ) -> Case:
     keys = queries if keys is None else keys
-    tensors = {
-        "q": T((batch, heads, queries, width), gain=logits),
-        "k": T((batch, heads, keys, width)),
-        "v": T((batch, heads, keys, width), mean=mean),
-    }
+    rows = (batch, heads if keys_heads is None else keys_heads, keys, width)
+    tensors = {"q": T((batch, heads, queries, width), gain=logits), "k": T(rows), "v": T(rows, mean=mean)}
     return Case("attention", name, tensors | ({"attn_mask": mask} if mask is not None else {}), **more)
+
+
+def lengths(*counts: int) -> T:
+    """cu_seqlens of sequences with so many tokens."""
+    ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    return T((len(ends),), dtype=torch.int32, grad=False, convert=lambda _: ends)
+
+
+def attention_varlen(
+    name: str,
+    counts: tuple[int, ...] = (7, 1, 12),
+    heads: int = 2,
+    width: int = 16,
+    *,
+    keys: tuple[int, ...] | None = None,
+    keys_heads: int | None = None,
+    logits: float = 1.0,
+    spare: int = 0,
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    """q, k and v apart; `spare` is how much longer than the longest sequence the longest is said to be."""
+    keys = counts if keys is None else keys
+    rows = (sum(keys), heads if keys_heads is None else keys_heads, width)
+    tensors = {
+        "q": T((sum(counts), heads, width), gain=logits),
+        "k": T(rows),
+        "v": T(rows),
+        "cu_seqlens_q": lengths(*counts),
+        "cu_seqlens_k": lengths(*keys),
+    }
+    longest = {
+        "max_seqlen_q": max(counts, default=0) + spare,
+        "max_seqlen_k": max(keys, default=0) + spare,
+    }
+    return Case("attention_varlen", name, tensors, longest | (options or {}), **more)
+
+
+def attention_varlen_qkv(
+    name: str,
+    counts: tuple[int, ...] = (7, 1, 12),
+    heads: int = 2,
+    width: int = 16,
+    *,
+    gain: float = 1.0,
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    tensors = {"qkv": T((sum(counts), 3, heads, width), gain=gain), "cu_seqlens": lengths(*counts)}
+    return Case(
+        "attention_varlen", f"packed, {name}", tensors, {"max_seqlen": max(counts, default=0)} | (options or {}), **more
+    )
 
 
 def attention_qkv(
@@ -160,6 +212,19 @@ ATTENTION = [
     attention("bool mask a head", mask=T((1, 2, 7, 7), convert=keep_some)),
     attention("key padding", queries=33, mask=T((2, 1, 1, 33), convert=keep_some)),
     attention("key padding, cross", queries=5, keys=33, mask=T((2, 1, 1, 33), convert=keep_some)),
+    *(
+        attention(
+            f"key padding, {value}",
+            queries=33,
+            mask=T((2, 1, 1, 33), dtype=F32, grad=False, convert=hidden_keys(value)),
+        )
+        for value in (-math.inf, LOWEST, -1e9)
+    ),
+    attention(
+        "key padding, -inf, expanded",
+        queries=33,
+        mask=T((2, 1, 33, 33), layout="expanded rows", grad=False, convert=hidden_keys(-math.inf)),
+    ),
     attention("rows fully masked", queries=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
     attention("bool mask, transposed", mask=T((2, 1, 7, 7), layout="transposed", convert=keep_some)),
     attention("bool mask, expanded", mask=T((2, 1, 7, 7), layout="expanded rows", convert=keep_some)),
@@ -177,7 +242,45 @@ ATTENTION = [
         for shape in itertools.product((2, 1), (3, 1), (5, 1), (9, 1))
     ),
     attention("scale 0", mask=T((2, 1, 1, 7), convert=keep_some), options={"scale": 0.0}),
+    attention("grouped keys", 2, 6, 33, keys_heads=2),
+    attention("one head of keys", 2, 4, 9, keys_heads=1),
+    attention("grouped keys, causal", 2, 4, 65, keys_heads=2, options=CAUSAL),
+    attention("grouped keys, many, key padding", 1, 4, 5, 577, keys_heads=2, mask=T((1, 1, 1, 577), convert=keep_some)),
+    attention("grouped keys, mask gradient", 2, 4, 9, keys_heads=2, mask=T((2, 4, 9, 9))),
+    attention("grouped keys, mask gradient for all heads", 2, 4, 9, keys_heads=2, mask=T((1, 1, 9, 9))),
     *HUGE_SCORES,
+]
+
+ATTENTION_VARLEN = [
+    attention_varlen("plain"),
+    attention_varlen("one sequence", (33,)),
+    attention_varlen("no sequence", ()),
+    attention_varlen("no tokens", (0, 0)),
+    attention_varlen("empty sequences", (0, 9, 0, 0, 5, 0)),
+    attention_varlen("many, mixed lengths", (1, 17, 64, 3, 130, 65, 2, 31), width=32),
+    attention_varlen("long", (600, 5), 1, dtypes=(F32, BF16)),
+    attention_varlen("cross", (5, 33, 9), keys=(33, 5, 9)),
+    attention_varlen("cross, no keys for one", (5, 7, 3), keys=(4, 0, 6)),
+    attention_varlen("cross, no queries for one", (5, 0, 3), keys=(4, 8, 6)),
+    attention_varlen("cross, no keys at all", (5, 7), keys=(0, 0)),
+    attention_varlen("causal", (33, 1, 70), options=CAUSAL),
+    attention_varlen("causal, more keys", (5, 40), keys=(9, 70), options=CAUSAL),
+    attention_varlen("causal, more queries", (9, 70), keys=(5, 40), options=CAUSAL),
+    attention_varlen("grouped keys", (7, 40, 12), 6, keys_heads=2),
+    attention_varlen("one head of keys", (7, 20), 4, keys_heads=1),
+    attention_varlen("grouped keys, causal, cross", (7, 40), 4, keys=(9, 33), keys_heads=2, options=CAUSAL),
+    attention_varlen("longer than the longest", spare=100),
+    attention_varlen("scale", options={"scale": 0.7}),
+    attention_varlen("negative scale", options={"scale": -0.3}),
+    attention_varlen("scale 0", options={"scale": 0.0}),
+    attention_varlen("large logits", (33, 20), logits=50.0),
+    *(attention_varlen(f"head width {width}", (9, 4), width=width) for width in (33, 72, 80, 128)),
+    attention_varlen_qkv("plain"),
+    attention_varlen_qkv("no tokens", (0,)),
+    attention_varlen_qkv("mixed lengths", (49, 1, 0, 197, 16), width=64),
+    attention_varlen_qkv("causal", (33, 70), options=CAUSAL),
+    attention_varlen_qkv("large logits", (33, 20), gain=7.0),
+    *(attention_varlen_qkv(f"head width {width}", (9, 20), width=width) for width in (8, 72, 80)),
 ]
 
 ATTENTION_QKV = [

@@ -1,4 +1,4 @@
-"""The cases of rotary, a part of the list in `cases`."""
+"""The cases of rotary and rotary_qkv, a part of the list in `cases`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from case import DTYPES, Case, T
 
-F32, F64, *_ = DTYPES
+F32, F64, BF16, F16 = DTYPES
 
 
 def rotary(
@@ -28,6 +28,39 @@ def rotary(
     tensors = {"x": T(shape, layout=layout), "sin": place, "cos": place}
     return Case("rotary", name, tensors, {"prefix": prefix, "half": half}, **more)
 
+
+def rotary_qkv(
+    name: str,
+    shape: tuple[int, ...] = (2, 7, 3, 3, 16),
+    *,
+    prefix: int = 0,
+    half: bool = True,
+    norm: str | None = None,
+    vectors: tuple[str, ...] = (),
+    lead: tuple[int, ...] | None = (),
+    positions: torch.dtype | None = F32,
+    parameters: torch.dtype | None = None,
+    eps: float = 1e-6,
+    mean: float = 0.0,
+    layout: str = "contiguous",
+    **more: Any,
+) -> Case:
+    """[B, N, P, H, K] or [T, P, H, K]; `lead` as in `rotary`, and None for no positions."""
+    tokens, width = shape[-4], shape[-1]
+    tensors = {"qkv": T(shape, mean=mean, layout=layout)}
+    if lead is not None:
+        place = T((*lead, tokens - prefix, width), dtype=positions, grad=False)
+        tensors |= {"sin": place, "cos": place}
+    weights = {f"{part}_weight": T((width,), gain=0.2, mean=1.0, dtype=parameters) for part in "qk"}
+    biases = {f"{part}_bias": T((width,), dtype=parameters) for part in "qk"}
+    tensors |= {vector: (weights | biases)[vector] for vector in vectors}
+    return Case("rotary_qkv", name, tensors, {"prefix": prefix, "half": half, "norm": norm, "eps": eps}, **more)
+
+
+WEIGHTS = ("q_weight", "k_weight")
+VECTORS = ("q_weight", "q_bias", "k_weight", "k_bias")
+LAYER: dict[str, Any] = {"norm": "layer_norm", "vectors": VECTORS}
+RMS: dict[str, Any] = {"norm": "rms_norm", "vectors": WEIGHTS}
 
 HALVES = {False: "pairs", True: "halves"}
 
@@ -58,4 +91,45 @@ ROTARY_LEARNED = [  # the reference alone has gradients of sines and cosines
     rotary("learned", prefix=1, learned=True),
     rotary("learned, halves, for each head", prefix=1, half=True, lead=(3,), learned=True),
     rotary("learned, for each sample", half=True, lead=(2, 1), learned=True),
+]
+
+NORMED = {"no norm": {}, "LayerNorm": LAYER, "RMSNorm": RMS}
+
+ROTARY_QKV = [
+    *(
+        rotary_qkv(f"{name}, {HALVES[half]}", prefix=1, half=half, **norm)
+        for name, norm in NORMED.items()
+        for half in HALVES
+    ),
+    *(
+        rotary_qkv(f"head width {width}, {name}", (2, 9, 3, 2, width), half=width % 16 == 0, **norm)
+        for width in (2, 6, 64, 72, 80, 128)
+        for name, norm in NORMED.items()
+    ),
+    *(rotary_qkv(f"many in one, {name}", (65, 3, 5, 24), **norm) for name, norm in NORMED.items()),
+    *(rotary_qkv(f"many tokens, {name}", (2, 65, 3, 5, 24), prefix=1, **norm) for name, norm in NORMED.items()),
+    *(rotary_qkv(f"norm alone, {name}", lead=None, **norm) for name, norm in NORMED.items() if norm),
+    *(rotary_qkv(f"odd width, {name}", (2, 7, 3, 3, 33), lead=None, **norm) for name, norm in NORMED.items() if norm),
+    *(
+        rotary_qkv(f"{', '.join(map(str, lead))} in front", prefix=1, lead=lead, **RMS)
+        for lead in ((1,), (3,), (2, 1), (2, 3))
+    ),
+    rotary_qkv("prefix alone", prefix=7, **LAYER),
+    rotary_qkv("q and k", (2, 7, 2, 3, 16), **LAYER),
+    rotary_qkv("q alone", (2, 7, 1, 3, 16), norm="rms_norm", vectors=("q_weight",)),
+    rotary_qkv("no weights, LayerNorm", norm="layer_norm"),
+    rotary_qkv("no weights, RMSNorm", norm="rms_norm"),
+    rotary_qkv("q's weight", norm="layer_norm", vectors=("q_weight",)),
+    rotary_qkv("k's weight and bias", norm="layer_norm", vectors=("k_weight", "k_bias")),
+    rotary_qkv("weights without biases", norm="layer_norm", vectors=WEIGHTS),
+    rotary_qkv("large mean", mean=30.0, **LAYER),
+    rotary_qkv("eps", eps=0.5, **RMS),
+    rotary_qkv("no eps", (1, 5, 3, 3, 16), eps=0.0, **LAYER),
+    rotary_qkv("float32 parameters", parameters=F32, dtypes=(BF16, F16), **LAYER),
+    rotary_qkv("positions in qkv's dtype", positions=None, half=False, **RMS),
+    rotary_qkv("float64 positions", positions=F64, dtypes=(F64,), **RMS),
+    rotary_qkv("one token", (1, 1, 3, 3, 16), **LAYER),
+    rotary_qkv("empty batch", (0, 7, 3, 3, 16), prefix=1, **LAYER),
+    rotary_qkv("no tokens", (0, 3, 3, 16), **RMS),
+    rotary_qkv("no heads", (2, 7, 3, 0, 16), **LAYER),
 ]

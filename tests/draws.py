@@ -54,6 +54,11 @@ def filled(convert: Callable[[Tensor], Tensor], value: float = -torch.inf) -> Ca
     return lambda values: values.masked_fill(~convert(values), value)
 
 
+def hidden_keys(value: float) -> Callable[[Tensor], Tensor]:
+    """An additive mask that does nothing but hide keys: 0, and `value` for what `keep_some` hides."""
+    return lambda values: torch.zeros_like(values).masked_fill(~keep_some(values), value)
+
+
 def zero_rows(values: Tensor) -> Tensor:
     """Zeros for the queries that `drop_rows` drops."""
     values[..., ::3, :] = 0

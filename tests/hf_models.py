@@ -108,7 +108,7 @@ MODELS: dict[str, Row] = {
     ),
     "dinov2": (dinov2, images(), {}, OPS),
     "tipsv2": (lambda: dinov2("Tipsv2VisionModel", "Tipsv2VisionConfig"), images(), {}, OPS),
-    "dinov2, SwiGLU": (lambda: dinov2(use_swiglu_ffn=True), images(), {}, OPS - {"mlp"}),
+    "dinov2, SwiGLU": (lambda: dinov2(use_swiglu_ffn=True), images(), {}, OPS - {"mlp"} | {"glu_mlp"}),
     "dinov2, backbone": (lambda: dinov2("Dinov2Backbone", out_features=["stage1", "stage2"]), images(), {}, OPS),
     "dinov2, registers": (
         lambda: dinov2("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3),
@@ -118,7 +118,12 @@ MODELS: dict[str, Row] = {
     ),
     "dinov3": (dinov3, images(), {}, ROPED),
     "dinov3, eager": (lambda: dinov3(attn_implementation="eager"), images(), {}, ROPED),
-    "dinov3, SwiGLU": (lambda: dinov3(use_gated_mlp=True, mlp_bias=False), images(40, 32), {}, ROPED - {"mlp"}),
+    "dinov3, SwiGLU": (
+        lambda: dinov3(use_gated_mlp=True, mlp_bias=False),
+        images(40, 32),
+        {},
+        ROPED - {"mlp"} | {"glu_mlp"},
+    ),
     "eomt": (
         lambda: vit(
             "EomtDinov3ForUniversalSegmentation",

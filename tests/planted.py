@@ -7,6 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from vitkernels.kernels.fences import FENCED
 from vitkernels.kernels.variants import Variant
 
 
@@ -40,7 +41,7 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     crowded: dict[str, Any] = {"num_warps": 1, "maxnreg": 32}  # 128 registers' worth of numbers a thread
     return [
         Variant("good copy", copy, types, {"BLOCK": 2048}, divisible=("count",), moved=3e9),
-        _product("good product", flops=1e12, useful=5e11),
+        _product("good product", flops=1e12, useful=5e11, num_stages=2 if FENCED else 1),
         Variant("spilling copy", copy, types, {"BLOCK": 8192}, divisible=("count",), **crowded),
         Variant("admitted spill", copy, types, {"BLOCK": 8192}, divisible=("count",), spills=4096, **crowded),
         _product("product of 16 rows", rows=16),

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import vitkernels as vk
-from vitkernels.ops import _steps
+from vitkernels import dispatch
+from vitkernels.ops import _step, _steps
 
 B, N, D, F, H = 2, 5, 24, 40, 3
-KINDS = ("linear", "mlp", "attention")
+KINDS = ("linear", "mlp", "glu_mlp", "attention")
 FACTORS = ("branch_bias", "scale", "row_scale")
 Results = tuple[Tensor, Tensor]  # total and the product
 OPS = {
     "linear": ["linear"],
     "mlp": ["mlp"],
+    "glu_mlp": ["glu_mlp"],
     "attention": ["linear", "attention_qkv", "linear"],
 }
 
@@ -34,6 +37,7 @@ class Layer:
         mask: whether a mask [B, H, N, N] is added to attention's scores; it learns.
         causal: whether attention is causal.
         activation: of the feed-forward.
+        rms: whether the norm is an RMSNorm.
     """
 
     def __init__(
@@ -47,21 +51,22 @@ class Layer:
         mask: bool = False,
         causal: bool = False,
         activation: str = "gelu",
+        rms: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
-        self.kind, self.causal, self.activation = kind, causal, activation
+        self.kind, self.causal, self.activation, self.rms = kind, causal, activation, rms
         self.tensors = {"x": draw(B, N, D), "weight": draw(D)}
         if branch:
             self.tensors["branch"] = draw(B, N, D)
             self.tensors |= {name: draw(B if name == "row_scale" else D) for name in factors}
-        hidden = {"linear": F, "mlp": F, "attention": 3 * D}[kind]
+        hidden = {"linear": F, "mlp": F, "glu_mlp": 2 * F, "attention": 3 * D}[kind]
         self.tensors["w1"] = draw(hidden, D)
         if kind != "linear":
-            self.tensors["w2"] = draw(D, F if kind == "mlp" else D)
+            self.tensors["w2"] = draw(D, D if kind == "attention" else F)
         if bias:
             self.tensors |= {"bias": draw(D), "b1": draw(hidden)}
             if kind != "linear":
@@ -75,7 +80,7 @@ class Layer:
 
     @property
     def norm(self) -> _steps.Norm:
-        return _steps.Norm(self.tensors["weight"], self.tensors.get("bias"), 1e-5)
+        return _steps.Norm(self.tensors.get("weight"), self.tensors.get("bias"), 1e-5, rms=self.rms)
 
     @property
     def added(self) -> _steps.Added | None:
@@ -97,8 +102,8 @@ class Layer:
         if self.kind == "linear":
             return _steps.linear(x, self.added, self.norm, w1, b1)
         assert w2 is not None
-        if self.kind == "mlp":
-            return _steps.mlp(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
+        if self.kind in ("mlp", "glu_mlp"):
+            return getattr(_steps, self.kind)(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
         options: dict[str, Any] = {"attn_mask": self.tensors.get("mask"), "is_causal": self.causal}
         return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, **options)
 
@@ -107,12 +112,12 @@ class Layer:
         given = self.tensors
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         keep = given["x"].dtype == torch.float64
-        total, normed = vk.ops.add_layer_norm(
+        total, normed = (vk.ops.add_rms_norm if self.rms else vk.ops.add_layer_norm)(
             given["x"],
             given.get("branch"),
-            given["weight"],
-            given.get("bias"),
-            1e-5,
+            given.get("weight"),
+            bias=given.get("bias"),
+            eps=1e-5,
             out_dtype=None if keep else autocast,
             **{name: given[name] for name in FACTORS if name in given},
         )
@@ -121,8 +126,8 @@ class Layer:
         if self.kind == "linear":
             return total, vk.ops.linear(normed, w1, b1)
         assert w2 is not None
-        if self.kind == "mlp":
-            return total, vk.ops.mlp(normed, w1, b1, w2, b2, activation=self.activation)
+        if self.kind in ("mlp", "glu_mlp"):
+            return total, getattr(vk.ops, self.kind)(normed, w1, b1, w2, b2, activation=self.activation)
         qkv = vk.ops.linear(normed, w1, b1)
         heads = vk.ops.attention_qkv(qkv, H, attn_mask=given.get("mask"), is_causal=self.causal)
         return total, vk.ops.linear(heads, w2, b2)
@@ -166,3 +171,9 @@ def check_equal(got: dict[str, Tensor | None], expected: dict[str, Tensor | None
         else:
             assert mine.dtype == tensor.dtype, name
             assert torch.equal(mine, tensor), f"{name}: {(mine - tensor).abs().max()}"
+
+
+def keep_smaller_norms(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Keep the results of norms of fewer elements, and make all others again in backward."""
+    monkeypatch.setattr(_step, "_SMALL", elements)
+    dispatch.backends_changed()  # what calls have settled, they settle anew

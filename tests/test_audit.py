@@ -81,6 +81,11 @@ def test_the_table_reads_what_was_compiled(planted: subprocess.CompletedProcess[
             {"overwritten": ("LDS.64 R88, [R6] ;", "MOV R90, R1 ;")},
             "writes registers that a product in flight reads, 2 times; first: LDS.64 R88, [R6] ;",
         ),
+        (
+            {"unfenced": ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;",)},
+            "multiplies what cp.async wrote without a proxy fence, 1 times; first: "
+            "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;",
+        ),
         ({"scratch": 256}, "wants 256 bytes of scratch memory, which nobody allocates"),
     ],
 )
@@ -133,6 +138,39 @@ def test_registers_of_a_product_in_flight(left: str, before: str, behind: str, f
 
     instructions, labels = parse(LOOP.format(left=left, before=before, behind=behind))
     assert [each.rstrip(" ;") for each in overwritten(instructions, labels)] == found
+
+
+# copies for the next step are issued behind the products of this one
+COPIES = """
+        /*0010*/                   {first} ;
+        /*0020*/                   LDGDEPBAR ;
+.L_x_0:
+        /*0030*/                   DEPBAR.LE SB0, 0x0 ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/                   {between} ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   {behind} ;
+        /*0090*/                   LDGDEPBAR ;
+        /*00a0*/              @!P5 BRA `(.L_x_0) ;
+"""
+COPY = "LDGSTS.E.BYPASS.128 [R17], desc[UR16][R4.64]"
+
+
+@pytest.mark.parametrize(
+    ("first", "between", "behind", "found"),
+    [
+        (COPY, "FENCE.VIEW.ASYNC.S", COPY, 0),
+        (COPY, "NOP", "FENCE.VIEW.ASYNC.S", 1),
+        ("NOP", "NOP", COPY, 1),  # across the loop's back edge
+        ("NOP", "NOP", "LDG.E.128 R92, desc[UR4][R4.64]", 0),  # nothing is copied: DEPBAR waits for another thing
+    ],
+)
+def test_copies_that_a_product_reads_are_fenced(first: str, between: str, behind: str, found: int) -> None:
+    from bench.sass import parse
+    from bench.wgmma import unfenced
+
+    assert len(unfenced(*parse(COPIES.format(first=first, between=between, behind=behind)))) == found
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

@@ -69,10 +69,13 @@ def test_an_op_and_its_peers_are_measured(op: str, backward: bool) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("add_layer_norm", "rotary")])
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op not in ("add_layer_norm", "add_rms_norm", "rotary", "rotary_qkv")]
+)
 def test_flops_of_an_op_are_those_of_its_products(op: str, backward: bool) -> None:
     bench = _op(op, backward=backward)
-    name = {"attention_qkv": "sdpa", "patch_embed": "unfold"}.get(op, "eager")
+    others = {"attention_qkv": "sdpa", "attention_varlen": "sdpa, one by one", "patch_embed": "unfold"}
+    name = others.get(op, "eager")
     lane = bench.lanes()[name]()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         lane.step(bench.inputs(0))
@@ -102,6 +105,7 @@ def test_bytes_are_arguments_results_and_gradients() -> None:
     assert _op("linear").bytes == 4 * (2 * (x + weight + bias + out) + x + weight + bias)
     # x, branch, total, normed and two vectors; then total, two gradients that arrive, one that leaves, vectors twice
     assert _op("add_layer_norm").bytes == 4 * (4 * x + 2 * width + 4 * x + 4 * width)
+    assert _op("add_rms_norm").bytes == 4 * (4 * x + width + 4 * x + 2 * width)
     # in bfloat16, its sines and cosines in float32: x and out, then the two gradients
     positions = 2 * 4 * TINY.tokens * TINY.width // TINY.heads
     assert _op("rotary", torch.bfloat16).bytes == 2 * (2 * 2 * x + positions)

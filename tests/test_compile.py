@@ -9,12 +9,25 @@ import pytest
 import torch
 import torch.utils.checkpoint as checkpoint
 from case import Case, Loss, T
-from cases import add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed, rotary
+from cases import (
+    LAYER,
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    attention_qkv,
+    attention_varlen_qkv,
+    glu_mlp,
+    linear,
+    mlp,
+    patch_embed,
+    rotary,
+    rotary_qkv,
+)
+from step_layers import keep_smaller_norms
 from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
-from vitkernels.ops import _steps
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +71,12 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
         "attention": lambda: attention("sizes", batch, 3, tokens, mask=mask),
         "attention_qkv": lambda: attention_qkv("sizes", batch, 3, tokens, mask=mask),
         "add_layer_norm": lambda: add_layer_norm("sizes", (batch, tokens, 16)),
+        "add_rms_norm": lambda: add_rms_norm("sizes", (batch, tokens, 16), by_sample=("weight", "scale")),
         "mlp": lambda: mlp("sizes", (batch, tokens)),
+        "glu_mlp": lambda: glu_mlp("sizes", (batch, tokens)),
+        "attention_varlen": lambda: attention_varlen_qkv("sizes", (tokens,) * batch),
         "rotary": lambda: rotary("sizes", (batch, 3, tokens, 16), prefix=1, half=True),
+        "rotary_qkv": lambda: rotary_qkv("sizes", (batch, tokens, 3, 2, 16), prefix=1, **LAYER),
     }
     return cases[op]()
 
@@ -277,7 +294,7 @@ def test_compiled_autograd() -> None:
 
 @pytest.mark.parametrize("smallest", [0, 2**16], ids=["made again", "kept"])
 def test_compiled_autograd_of_steps(smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_steps, "_SMALL", smallest)
+    keep_smaller_norms(monkeypatch, smallest)
     calls = _by_compiled_autograd(vk.nn.Block(24, 3), torch.randn(2, 5, 24))
     forward = [call.op for call in calls if call.direction == "forward"]
     assert forward == ([] if smallest else ["add_layer_norm", "add_layer_norm"]), (

@@ -10,11 +10,11 @@ import pytest
 import torch
 from accuracy import check_case
 from case import Case, T
-from cases import linear, mlp
+from cases import glu_mlp, linear, mlp
 from conftest import ISAS, skip_without
 from torch import Tensor
 
-from vitkernels import ext, products
+from vitkernels import dispatch, products
 from vitkernels.ops.mlp import ACTIVATIONS
 
 EXT = torch.ops.vitkernels_ext
@@ -43,9 +43,11 @@ def test_few_rows_and_odd_sizes(force_isa: Callable[[str], None], isa: str, dtyp
 def test_few_rows_and_activations(force_isa: Callable[[str], None], isa: str, dtype: torch.dtype) -> None:
     force_isa(isa)
     for rows, activation in itertools.product((1, 5, 16), ACTIVATIONS):
-        for biases in (("b1", "b2"), ()):
-            case = mlp(f"{rows} rows", (rows,), (33, 71, 20), biases=biases, options={"activation": activation})
-            check_case(case, dtype, "ext")
+        options, sizes = {"activation": activation}, (33, 71, 20)
+        for op, biases in ((mlp, ("b1", "b2")), (glu_mlp, ("b_gate_up", "b_down"))):
+            for present in (biases, ()):
+                case = op(f"{rows} rows", (rows,), sizes, biases=present, options=options)
+                check_case(case, dtype, "ext")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -76,15 +78,22 @@ def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) 
     return y, pre, alone, *EXT.mlp_backward(dy, x, pre, w1, w2, "gelu", [True] * 5)
 
 
+def _glu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    w1, b1, w2 = w1[:-1].contiguous(), b1[:-1].contiguous(), w2[:, :65].contiguous()
+    y, pre = EXT.glu_mlp(x, w1, b1, w2, b2, "silu", True)
+    alone, _ = EXT.glu_mlp(x, w1, b1, w2, b2, "silu", False)
+    return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w1, w2, "silu", [True] * 5)
+
+
 @pytest.mark.parametrize("rows", [3, 16, 40, 300])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("library", products.LIBRARIES)
-@pytest.mark.parametrize("op", [_linear, _mlp])
+@pytest.mark.parametrize("op", [_linear, _mlp, _glu_mlp])
 def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(
     force_library: Callable[[str], None], op: Callable[..., Any], library: str, dtype: torch.dtype, rows: int
 ) -> None:
     """And their gradients come in float32, with the values that a gradient in the narrow dtype has."""
-    assert {"linear", "mlp"} == ext.ROUNDS_WEIGHTS
+    assert dispatch.OPS[op.__name__[1:]].implementations["ext"].rounds_weights
     force_library(library)
     x, *weights, dy = _drawn(rows, dtype)
     got = op(x, *weights, dy)

@@ -51,7 +51,7 @@ V2: dict[str, tuple[dict[str, Any], set[str]]] = {
     "LayerScale": ({"init_values": 0.3}, OPS),
     "later attention": ({"attn_class": dino.CausalAttention}, OPS),
     "memory-efficient attention": ({"attn_class": dino.MemEffAttention}, OPS),
-    "SwiGLU": ({"ffn_layer": dino.SwiGLUFFN}, OPS - {"mlp"}),
+    "SwiGLU": ({"ffn_layer": dino.SwiGLUFFN}, OPS - {"mlp"} | {"glu_mlp"}),
     "eps 1e-6": ({"norm_layer": lambda dim: nn.LayerNorm(dim, eps=1e-6)}, OPS),
     "list block": ({"block": dino.NestedTensorBlock, "attn_class": dino.MemEffAttention, "init_values": 0.3}, OPS),
 }
@@ -60,7 +60,7 @@ V3: dict[str, tuple[dict[str, Any], bool, set[str]]] = {
     "rope": ({}, True, ROPED),
     "LayerScale, rope": ({"init_values": 0.3}, True, ROPED),
     "no mask, rope": ({"mask_k_bias": False}, True, ROPED),
-    "SwiGLU, rope": ({"ffn_layer": dino.ThreeSwiGLUFFN}, True, ROPED - {"mlp"}),
+    "SwiGLU, rope": ({"ffn_layer": dino.ThreeSwiGLUFFN}, True, ROPED - {"mlp"} | {"glu_mlp"}),
 }
 
 

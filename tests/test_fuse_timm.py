@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import fused
@@ -40,9 +41,10 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "quick GELU": (lambda: vit(act_layer="quick_gelu"), OPS),
     "SiLU": (lambda: vit(act_layer="silu"), OPS),
     "ReLU": (lambda: vit(act_layer="relu"), OPS),
-    "SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLU), OPS - {"mlp"}),
+    "SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLU), OPS - {"mlp"} | {"glu_mlp"}),
     "scale_mlp_norm": (lambda: vit(scale_mlp_norm=True), OPS - {"mlp"}),
-    "packed SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLUPacked), OPS - {"mlp"}),
+    "packed SwiGLU": (lambda: vit(mlp_layer=timm.layers.SwiGLUPacked), OPS - {"mlp"} | {"glu_mlp"}),
+    "GEGLU, gate last": (lambda: vit(mlp_layer=timm.layers.GluMlp), OPS - {"mlp"} | {"glu_mlp"}),
     "head width 72": (lambda: vit(embed_dim=144, num_heads=2), OPS),
     "head width 80": (lambda: vit(embed_dim=160, num_heads=2), OPS),
     "head width 88": (lambda: vit(embed_dim=176, num_heads=2), OPS),
@@ -51,6 +53,11 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "pre_norm": (lambda: vit(pre_norm=True), OPS),
     "fc_norm": (lambda: vit(fc_norm=True, global_pool="avg"), OPS),
     "eps 1e-5": (lambda: vit(norm_layer=lambda *args, **keywords: nn.LayerNorm(*args, eps=1e-5, **keywords)), OPS),
+    "RMSNorm": (lambda: vit(norm_layer=timm.layers.RmsNorm), OPS - {"add_layer_norm"} | {"add_rms_norm"}),
+    "torch's RMSNorm": (
+        lambda: vit(norm_layer=functools.partial(nn.RMSNorm, eps=1e-5)),
+        OPS - {"add_layer_norm"} | {"add_rms_norm"},
+    ),
     "deit": (lambda: named("deit_tiny_patch16_224"), OPS),
     "deit, distilled": (lambda: named("deit_tiny_distilled_patch16_224"), OPS),
     "deit3": (lambda: named("deit3_small_patch16_224"), OPS),
@@ -60,7 +67,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "dinov2": (lambda: named("vit_small_patch14_dinov2"), OPS),
     "dinov2, registers": (lambda: named("vit_small_patch14_reg4_dinov2"), OPS),
     "dinov3": (lambda: named("vit_small_patch16_dinov3"), ROPED),
-    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), ROPED - {"mlp"}),
+    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), ROPED - {"mlp"} | {"glu_mlp"}),
     # its frequencies are learned
     "rope, mixed": (lambda: named("vit_small_patch16_rope_mixed_224"), APART),
     "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), ROPED),
@@ -71,7 +78,7 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
         lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", qk_norm=True, init_values=None),
         APART,
     ),
-    "GeGLU": (lambda: vit(mlp_layer=timm.models.vitamin.GeGluMlp), OPS - {"mlp"}),
+    "GeGLU": (lambda: vit(mlp_layer=timm.models.vitamin.GeGluMlp), OPS - {"mlp"} | {"glu_mlp"}),
 }
 
 
@@ -172,11 +179,11 @@ def test_blocks_that_no_rule_knows_are_named() -> None:
     assert {"blocks.0.attn", "blocks.0.mlp", "patch_embed.proj"} <= served
 
 
-def test_a_rms_norm_is_said_and_runs_as_it_is() -> None:
-    model = vit(norm_layer=timm.layers.RmsNorm)
+def test_another_norm_is_said_and_runs_as_it_is() -> None:
+    model = vit(norm_layer=timm.layers.SimpleNorm)
     fused.stir(model)
     explanation = fused.check_parity(model, (torch.randn(2, 3, 32, 32),), ops=OPS - {"add_layer_norm"})
-    assert explanation.unfused["blocks.1"] == "the norm of attn is RmsNorm, not LayerNorm"
+    assert explanation.unfused["blocks.1"] == "the norm of attn is SimpleNorm, not LayerNorm"
 
 
 def test_learned_positions_are_turned_without_their_kernels() -> None:

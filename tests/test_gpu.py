@@ -13,7 +13,20 @@ import pytest
 import torch
 from accuracy import check_case, run
 from case import Case
-from cases import IMAGENET, SMALL, UINT8, add_layer_norm, attention, attention_qkv, linear, mlp, patch_embed, rotary
+from cases import (
+    IMAGENET,
+    SMALL,
+    UINT8,
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    attention_qkv,
+    glu_mlp,
+    linear,
+    mlp,
+    patch_embed,
+    rotary,
+)
 from torch import Tensor
 
 import vitkernels as vk
@@ -44,7 +57,10 @@ REAL = [
     attention_qkv("dinov2", 1, 6, 1370, 64),
     add_layer_norm("ViT-B", (2, 197, 768)),
     add_layer_norm("ViT-S", (2, 197, 384), x=torch.float32, parameters=torch.float32),
+    add_layer_norm("DiT-B", (4, 256, 768), vectors=("bias", "scale"), by_sample=("weight", "scale")),
+    add_rms_norm("Qwen-VL", (2, 256, 1280), vectors=()),
     mlp("ViT-B", (16, 197), (768, 3072, 768)),
+    glu_mlp("Qwen-VL", (16, 256), (1280, 3420, 1280)),
     rotary("dinov3", (2, 12, 201, 64), prefix=5, half=True, layout="packed"),
     rotary("eva02", (2, 12, 197, 64), prefix=1, layout="packed"),
 ]

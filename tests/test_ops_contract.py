@@ -12,21 +12,28 @@ from accuracy import check_case, run
 from case import Case, T
 from cases import (
     ADD_LAYER_NORM,
+    ADD_RMS_NORM,
     ATTENTION,
     ATTENTION_QKV,
+    ATTENTION_VARLEN,
     CASES,
+    GATES,
     PLAIN,
     ROTARY,
     SMALL,
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_qkv,
+    attention_varlen,
+    attention_varlen_qkv,
+    glu_mlp,
     linear,
     mlp,
     patch_embed,
     rotary,
 )
-from cases_rotary import ROTARY_LEARNED
+from cases_rotary import LAYER, RMS, ROTARY_LEARNED, ROTARY_QKV, rotary_qkv
 from conftest import skip_without
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -120,7 +127,9 @@ def test_unasked_gradients_are_empty(case: Case, backend: str, launches: list[La
             forward=backend,
         )
         filled = sum(result.numel() > 0 for result in launches[-1].results)
-        assert filled == (3 if case.op == "attention" else 1) + (wanted == "attn_mask") * (case.op != "linear"), wanted
+        assert filled == (3 if case.op in ("attention", "attention_varlen") else 1) + (wanted == "attn_mask") * (
+            case.op != "linear"
+        ), wanted
 
 
 def test_memory_that_the_extension_allocates_is_poisoned() -> None:
@@ -156,7 +165,11 @@ def test_same_bits_every_time(case: Case, dtype: torch.dtype, backend: str) -> N
             assert torch.equal(value, again[name]), name
 
 
-@pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_QKV, *ADD_LAYER_NORM, *ROTARY], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*ATTENTION, *ATTENTION_QKV, *ATTENTION_VARLEN, *ADD_LAYER_NORM, *ADD_RMS_NORM, *ROTARY, *ROTARY_QKV],
+    ids=str,
+)
 def test_same_bits_with_any_number_of_threads(case: Case) -> None:
     """Where no vendor's GEMM takes part, how the work is split changes no sum."""
     skip_without("ext")
@@ -177,13 +190,21 @@ SLOPES = [
     attention("slopes", 1, 2, 3, 4, 3, mask=T((2, 1, 4))),
     attention("slopes, causal", 1, 2, 4, 4, 3, options={"is_causal": True}),
     attention_qkv("slopes", 1, 2, 3, 3, mask=T((3, 3))),
+    attention_varlen("slopes", (2, 0, 3), 2, 3, keys=(3, 1, 2), keys_heads=1),
+    attention_varlen_qkv("slopes", (2, 3), 2, 3),
     add_layer_norm("slopes", (2, 2, 5)),
     add_layer_norm("slopes, no branch", (2, 2, 5), branch=False, vectors=("bias",)),
+    add_layer_norm("slopes, adaptive", (2, 2, 5), vectors=("bias", "scale"), by_sample=("weight", "scale")),
+    add_rms_norm("slopes", (2, 2, 5)),
+    add_rms_norm("slopes, adaptive", (2, 2, 5), vectors=("bias", "scale"), by_sample=("weight", "scale")),
+    *(glu_mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in GATES),
     *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("gelu", "gelu_tanh")),
     *(mlp(f"slopes, {name}", (2, 2), (3, 5, 2), options={"activation": name}) for name in ("quick_gelu", "silu")),
     mlp("slopes, relu", (2, 2), (3, 5, 2), options={"activation": "relu"}),
     rotary("slopes", (1, 2, 3, 4), prefix=1, positions=None),
     rotary("slopes, halves", (1, 2, 3, 4), prefix=1, half=True, lead=(2,), positions=None),
+    rotary_qkv("slopes, LayerNorm", (1, 3, 3, 2, 4), prefix=1, positions=None, **LAYER),
+    rotary_qkv("slopes, RMSNorm, pairs", (3, 2, 2, 4), half=False, positions=None, **RMS),
 ]
 
 

@@ -40,7 +40,9 @@ def _patch_embed(image, weight, bias=None, mean=None, std=None, prefix=None, pos
 
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def _attention_qkv(qkv, num_heads, attn_mask=None, is_causal=False, scale=None):
@@ -49,18 +51,54 @@ def _attention_qkv(qkv, num_heads, attn_mask=None, is_causal=False, scale=None):
     return _attention(q, k, v, attn_mask, is_causal, scale).transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
+def _attention_varlen(
+    q=None, k=None, v=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, qkv=None,
+    cu_seqlens=None, max_seqlen=0, is_causal=False, scale=None,
+):  # fmt: skip
+    if qkv is not None:
+        (q, k, v), cu_seqlens_q, cu_seqlens_k = qkv.unbind(1), cu_seqlens, cu_seqlens
+    parts = [
+        each.split(ends.diff().tolist())
+        for each, ends in zip((q, k, v), (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k), strict=True)
+    ]
+    apart = [
+        _attention(*(each.transpose(0, 1)[None] for each in one), None, is_causal, scale)
+        for one in zip(*parts, strict=True)
+    ]
+    return torch.cat([q[:0], *(out[0].transpose(0, 1) for out in apart)])
+
+
 def _add_layer_norm(
     x, branch, weight, bias=None, eps=1e-6, branch_bias=None, scale=None, row_scale=None, out_dtype=None
 ):
-    if branch is not None:
-        if branch_bias is not None:
-            branch = branch + branch_bias
-        if scale is not None:
-            branch = branch * scale
-        if row_scale is not None:
-            branch = branch * row_scale.view(-1, *[1] * (x.dim() - 1))
-        x = x + branch
-    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _after_norm(_sum(x, branch, branch_bias, scale, row_scale), F.layer_norm, weight, bias, eps)
+
+
+def _add_rms_norm(x, branch, weight, eps=1e-6, bias=None, branch_bias=None, scale=None, row_scale=None, out_dtype=None):
+    return _after_norm(_sum(x, branch, branch_bias, scale, row_scale), F.rms_norm, weight, bias, eps)
+
+
+def _sum(x, branch, branch_bias, scale, row_scale):
+    if branch is None:
+        return x
+    if branch_bias is not None:
+        branch = branch + branch_bias
+    if scale is not None:
+        branch = branch * _of_samples(scale, x)
+    if row_scale is not None:
+        branch = branch * row_scale.view(-1, *[1] * (x.dim() - 1))
+    return x + branch
+
+
+def _of_samples(vector, x):
+    return vector if vector.dim() == 1 else vector.view(len(vector), *[1] * (x.dim() - 2), x.shape[-1])
+
+
+def _after_norm(x, norm, weight, bias, eps):
+    normed = norm(x, x.shape[-1:], eps=eps)
+    if weight is not None:
+        normed = normed * _of_samples(weight, x)
+    return x, normed if bias is None else normed + _of_samples(bias, x)
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -76,6 +114,11 @@ def _mlp(x, w1, b1, w2, b2, activation="gelu"):
     return F.linear(_ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
 
+def _glu_mlp(x, w_gate_up, b_gate_up, w_down, b_down, activation="silu"):
+    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+    return F.linear(_ACTIVATIONS[activation](gate) * up, w_down, b_down)
+
+
 def _rotary(x, sin, cos, prefix=0, half=False):
     patches = x[:, :, prefix:]
     turned = torch.zeros_like(patches)
@@ -86,14 +129,36 @@ def _rotary(x, sin, cos, prefix=0, half=False):
     return torch.cat([x[:, :, :prefix], patches * cos + turned * sin], dim=2)
 
 
+def _rotary_qkv(
+    qkv, sin=None, cos=None, prefix=0, half=False, norm=None, q_weight=None, q_bias=None, k_weight=None, k_bias=None,
+    eps=1e-6,
+):  # fmt: skip
+    parts = list(qkv.unbind(-3))
+    for index, (weight, bias) in enumerate(((q_weight, q_bias), (k_weight, k_bias))[: len(parts)]):
+        x = parts[index]
+        if norm == "layer_norm":
+            x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        elif norm is not None:
+            x = F.rms_norm(x, x.shape[-1:], weight, eps)
+        if sin is not None:
+            heads = x if x.dim() == 4 else x[None]
+            x = _rotary(heads.transpose(1, 2), sin, cos, prefix, half).transpose(1, 2).reshape(x.shape)
+        parts[index] = x
+    return torch.stack(parts, -3)
+
+
 STOCK: dict[str, Callable[..., Any]] = {
     "linear": F.linear,
     "patch_embed": _patch_embed,
     "attention": _attention,
     "attention_qkv": _attention_qkv,
+    "attention_varlen": _attention_varlen,
     "add_layer_norm": _add_layer_norm,
+    "add_rms_norm": _add_rms_norm,
     "mlp": _mlp,
+    "glu_mlp": _glu_mlp,
     "rotary": _rotary,
+    "rotary_qkv": _rotary_qkv,
 }
 
 

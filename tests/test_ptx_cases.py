@@ -20,13 +20,34 @@ pytest.importorskip("triton", reason="the machine executes what triton compiles"
 if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-from ptx.trials import Trial, attempt, quick  # noqa: E402  # needs triton
+from ptx import alike  # noqa: E402  # needs triton
+from ptx.trials import BF16, Trial, attempt, named, quick  # noqa: E402
 
 
 @pytest.mark.parametrize("trial", quick(), ids=str)
 def test_case(trial: Trial) -> None:
     outcome = attempt(trial)
     assert not outcome.faults, "\n".join(outcome.faults)
+
+
+def digest(name: str, capability: tuple[int, int] = (9, 0), processors: int = 1) -> str:
+    (case,) = named(name)
+    return alike.digest(Trial(case, BF16, capability, processors))
+
+
+def test_trials_that_are_alike() -> None:
+    """Equal launches of numbers drawn in the same way, for whatever GPU and layout."""
+    norm, product = "add_layer_norm: 197 tokens", "mlp: gelu, blocked gemm"
+    assert digest(norm) == digest(norm, (8, 0)) == digest(norm, (8, 6)) != ""
+    assert digest("linear: one row") == digest("linear: one row", processors=132)
+    copied = [f"linear: strides, 16 bits, {what}" for what in ("x transposed", "weight offset", "gradient rows")]
+    assert len(set(map(digest, copied))) == 1
+    assert digest(norm) != digest(norm, processors=132)  # another grid
+    assert digest(product) != digest(product, (8, 0))  # another text
+    assert digest("rotary: prefix 1, halves") != digest("rotary: prefix 1, pairs")
+    assert digest("patch_embed: patch 4") != digest("patch_embed: large mean")  # other numbers
+    assert digest(copied[0]) != digest("linear: strides, 16 bits, x expanded")
+    assert digest("attention: key padding, cross") != digest("attention: relative position bias")
 
 
 def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,8 +63,18 @@ def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command() -> None:
     """make emulate: a table and exit code 0 where all is well; 2 where nothing is called so."""
-    done = emulate("--quick", "--only", "x1 bfloat16 linear: one row")
+
+    def written() -> int:
+        records = (ROOT / "build").glob("emulate-*.jsonl")
+        return sum(each.read_text().count('"sm_90 x1 bfloat16 linear: one row"') for each in records)
+
+    done = emulate("--quick", "--only", "bfloat16 linear: one row")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sm_90" in done.stdout
     assert "linear" in done.stdout
+    before = written()
+    assert before
+    again = emulate("--quick", "--only", "bfloat16 linear: one row")
+    assert again.returncode == 0
+    assert written() == before, "what was done is done again"
     assert emulate("--only", "no such case").returncode == 2

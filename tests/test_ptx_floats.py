@@ -92,6 +92,20 @@ def test_approximations() -> None:
     assert compute("lg2.approx.f32", "f32", ["f32"], [0.0, INF]) == [-INF, INF]
 
 
+def test_denormals_are_flushed_where_asked_for() -> None:
+    """.ftz takes operands below 2^-126 for zero, and gives zero for such results, with their sign."""
+    tiny, least = 2.0**-130, 2.0**-126
+    one = ["f32"]
+    assert compute("abs.ftz.f32", "f32", one, [-tiny, -least, -3.0]) == [0.0, least, 3.0]
+    assert compute("abs.f32", "f32", one, [-tiny]) == [tiny]
+    rows = [(least, 0.25, 0.0), (-least, 0.25, 0.0), (tiny, 2.0**20, 1.0), (1.5, 2.0, tiny), (least, 1.0, least)]
+    flushed = compute("fma.rn.ftz.f32", "f32", 3 * one, *map(list, zip(*rows, strict=True)))
+    assert flushed == [0.0, 0.0, 1.0, 3.0, 2 * least]
+    assert [math.copysign(1, each) for each in flushed[:2]] == [1.0, -1.0]
+    assert compute("fma.rn.f32", "f32", 3 * one, [least], [0.25], [0.0]) == [least / 4]
+    assert compute("rsqrt.approx.ftz.f32", "f32", one, [tiny, 4.0, INF]) == [INF, 0.5, 0.0]
+
+
 def test_signs() -> None:
     for kind in ("f32", "f64", "f16", "bf16"):
         rows = [(each,) for each in [*numbers(kind, 5), INF, -INF]]

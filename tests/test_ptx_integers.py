@@ -213,8 +213,9 @@ def test_comparisons(kind: str) -> None:
     columns = pairs(EDGES, EDGES)
     rows = list(zip(*([value(each, kind) for each in column] for column in columns), strict=True))
     for how, function in defined.items():
-        got = compute(f"setp.{how}.{kind}", "pred", [kind, kind], *columns)
-        assert got == [function(*row) for row in rows], how
+        for form in (kind, f"b{kind[1:]}") if how in ("eq", "ne") else (kind,):
+            got = compute(f"setp.{how}.{form}", "pred", [kind, kind], *columns)
+            assert got == [function(*row) for row in rows], (how, form)
 
 
 def test_comparisons_with_a_predicate() -> None:
@@ -226,5 +227,6 @@ def test_comparisons_with_a_predicate() -> None:
 
 
 def test_selection() -> None:
-    assert compute("selp.b32", "u32", ["u32", "u32", "pred"], [1, 2], [3, 4], [1, 0]) == [1, 4]
+    for kind, form in (("u16", "b16"), ("u32", "b32"), ("f32", "f32")):
+        assert compute(f"selp.{form}", kind, [kind, kind, "pred"], [1, 2], [3, 4], [1, 0]) == [1, 4]
     assert compute("slct.u32.s32", "u32", ["u32", "u32", "s32"], [1, 2, 3], [4, 5, 6], [0, -1, 7]) == [1, 5, 3]

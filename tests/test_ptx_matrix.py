@@ -17,6 +17,9 @@ def bf16(values: Any) -> Any:
     return (np.asarray(values, "f4").view("u4") >> 16).astype("u2")
 
 
+HALVES = {"bf16": bf16, "f16": lambda values: np.asarray(values, "f2").view("u2")}
+
+
 def small(generator: np.random.Generator, *shape: int) -> Any:
     return generator.integers(-4, 5, shape).astype("f4")
 
@@ -51,19 +54,23 @@ def test_ldmatrix(count: int, turn: bool) -> None:
 
 
 @pytest.mark.parametrize("turn", [False, True])
-def test_stmatrix_is_ldmatrix_backward(turn: bool) -> None:
-    form = "x4.trans" if turn else "x4"
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix_is_ldmatrix_backward(count: int, turn: bool) -> None:
+    form = f"x{count}.trans" if turn else f"x{count}"
+    given, got = (", ".join(f"%r{first + n}" for n in range(count)) for first in (1, 11))
     body = f"""
     .shared .align 16 .b8 room[512];
     {TID} mad.wide.u32 %rd1, %r0, 16, %rd0; mad.lo.u32 %r1, %r0, 4, 1; add.u32 %r2, %r1, 1; add.u32 %r3, %r1, 2;
-    add.u32 %r4, %r1, 3;
+    add.u32 %r4, %r1, 3; mov.b32 %r12, 0; mov.b32 %r13, 0; mov.b32 %r14, 0;
     mov.u32 %r5, room; mad.lo.u32 %r5, %r0, 16, %r5;
-    stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r5], {{%r1, %r2, %r3, %r4}};
-    bar.sync 0; ldmatrix.sync.aligned.m8n8.{form}.shared.b16 {{%r11, %r12, %r13, %r14}}, [%r5];
+    stmatrix.sync.aligned.m8n8.{form}.shared.b16 [%r5], {{{given}}};
+    bar.sync 0; ldmatrix.sync.aligned.m8n8.{form}.shared.b16 {{{got}}}, [%r5];
     st.global.v4.b32 [%rd1], {{%r11, %r12, %r13, %r14}};"""
-    out = np.zeros(128, "i4")
+    out = np.zeros((32, 4), "i4")
     assert kinds(execute(body, [out])) == []
-    assert out.tolist() == list(range(1, 129))
+    want = np.arange(1, 129).reshape(32, 4)
+    assert (out[:, :count] == want[:, :count]).all()
+    assert not out[:, count:].any()
 
 
 def lane_a(matrix: Any, lane: int) -> Any:
@@ -92,11 +99,11 @@ LOAD_MMA = f"""{TID} mad.wide.u32 %rd1, %r0, 40, %rd0;
 STORE_MMA = "st.global.v4.b32 [%rd2], {%r11, %r12, %r13, %r14};"
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f16"])
+@pytest.mark.parametrize("kind", HALVES)
 def test_mma(kind: str) -> None:
     generator = np.random.default_rng(0)
     a, b, c = small(generator, 16, 16), small(generator, 16, 8), small(generator, 16, 8)
-    half = bf16 if kind == "bf16" else lambda values: np.asarray(values, "f2").view("u2")
+    half = HALVES[kind]
     given = np.array(
         [[words(half(each)) for each in (*lane_a(a, lane), *lane_b(b, lane))] +
          [np.float32(each).view("u4") for each in lane_c(c, lane)] for lane in range(32)], "u4",
@@ -164,43 +171,49 @@ def test_descriptors(mn_major: bool, swizzle: int) -> None:
     assert (got - 1024 == want).all()
 
 
+@pytest.mark.parametrize("columns", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kind", HALVES)
 @pytest.mark.parametrize("registers", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_wgmma(registers: bool, turned: bool) -> None:
-    """D = A B + D of 64 x 16 times 16 x 8, A from registers or shared memory, B along K or along N."""
+def test_wgmma(registers: bool, turned: bool, kind: str, columns: int) -> None:
+    """D = A B + D of 64 x 16 times 16 x columns, A from registers or shared memory, B along K or along N."""
     generator = np.random.default_rng(2)
-    a, b, c = small(generator, 64, 16), small(generator, 8, 16), small(generator, 64, 8)
+    a, b, c = small(generator, 64, 16), small(generator, columns, 16), small(generator, 64, columns)
     a_bits, a_byte = layout(64, False, 0)
-    b_bits, b_byte = layout(8, turned, 0)
-    room = np.zeros(4096, "u1")
-    room[: 64 * 32].view("u2")[a_byte // 2] = bf16(a)
-    room[2048 : 2048 + 512].view("u2")[b_byte // 2] = bf16(b)
+    b_bits, b_byte = layout(columns, turned, 0)
+    room = np.zeros(2048 * (1 + -(-columns * 32 // 2048)), "u1")
+    room[:2048].view("u2")[a_byte // 2] = HALVES[kind](a)
+    room[2048:].view("u2")[b_byte // 2] = HALVES[kind](b)
     lanes = np.zeros((128, 4), "u4")
-    sums = np.zeros((128, 4), "f4")
+    sums, want = np.zeros((128, columns // 2), "f4"), np.zeros((128, columns // 2), "f4")
     for thread in range(128):
         warp, lane = divmod(thread, 32)
         part = slice(16 * warp, 16 * warp + 16)
-        lanes[thread] = [words(bf16(each)) for each in lane_a(a[part], lane)]
-        sums[thread] = lane_c(c[part], lane)
+        lanes[thread] = [words(HALVES[kind](each)) for each in lane_a(a[part], lane)]
+        for whole, own in ((c, sums), (a @ b.T + c, want)):
+            own[thread] = [x for n in range(0, columns, 8) for x in lane_c(whole[part, n : n + 8], lane)]
     operand = "{%r21, %r22, %r23, %r24}" if registers else "%rd10"
     flags = f"1, 1, {int(turned)}" if registers else f"1, 1, 0, {int(turned)}"
+    names = [f"%r{50 + n}" for n in range(columns // 2)]
+    quads = [(16 * n, ", ".join(names[4 * n : 4 * n + 4])) for n in range(columns // 8)]
+    loads = "".join(f"ld.global.v4.b32 {{{quad}}}, [%rd3+{at}];" for at, quad in quads)
+    stores = "".join(f"st.global.v4.b32 [%rd3+{at}], {{{quad}}};" for at, quad in quads)
+    fill = "".join(
+        f"ld.global.v4.b32 {{%r3, %r4, %r5, %r6}}, [%rd1+{at}]; st.shared.v4.b32 [%r2+{at}], {{%r3, %r4, %r5, %r6}};"
+        for at in range(0, len(room), 2048)
+    )
     body = f"""
-    .shared .align 1024 .b8 room[4096];
-    {TID} ld.param.u64 %rd1, [p1]; mad.wide.u32 %rd1, %r0, 32, %rd1; mov.u32 %r1, room; mad.lo.u32 %r2, %r0, 32, %r1;
-    ld.global.v4.b32 {{%r3, %r4, %r5, %r6}}, [%rd1]; ld.global.v4.b32 {{%r7, %r8, %r9, %r10}}, [%rd1+16];
-    st.shared.v4.b32 [%r2], {{%r3, %r4, %r5, %r6}}; st.shared.v4.b32 [%r2+16], {{%r7, %r8, %r9, %r10}};
-    fence.proxy.async.shared::cta; bar.sync 0;
+    .shared .align 1024 .b8 room[{len(room)}];
+    {TID} ld.param.u64 %rd1, [p1]; mad.wide.u32 %rd1, %r0, 16, %rd1; mov.u32 %r1, room; mad.lo.u32 %r2, %r0, 16, %r1;
+    {fill} fence.proxy.async.shared::cta; bar.sync 0;
     ld.param.u64 %rd2, [p2]; mad.wide.u32 %rd2, %r0, 16, %rd2; ld.global.v4.b32 {{%r21, %r22, %r23, %r24}}, [%rd2];
-    mad.wide.u32 %rd3, %r0, 16, %rd0; ld.global.v4.b32 {{%r31, %r32, %r33, %r34}}, [%rd3];
+    mad.wide.u32 %rd3, %r0, {2 * columns}, %rd0; {loads}
     shr.u32 %r40, %r1, 4; cvt.u64.u32 %rd10, %r40; add.u32 %r41, %r1, 2048; shr.u32 %r41, %r41, 4;
     cvt.u64.u32 %rd11, %r41;
     or.b64 %rd10, %rd10, {a_bits}; or.b64 %rd11, %rd11, {b_bits}; setp.ne.u32 %p1, %r1, 0;
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r31, %r32, %r33, %r34}}, {operand}, %rd11, %p1, {flags};
-    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
-    st.global.v4.b32 [%rd3], {{%r31, %r32, %r33, %r34}};"""
+    wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{", ".join(names)}}},
+    {operand}, %rd11, %p1, {flags};
+    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; {stores}"""
     assert kinds(execute(body, [sums, room, lanes], threads=128)) == []
-    want = a @ b.T + c
-    for thread in range(128):
-        warp, lane = divmod(thread, 32)
-        assert sums[thread].tolist() == list(map(float, lane_c(want[16 * warp : 16 * warp + 16], lane)))
+    assert (sums == want).all()

@@ -42,6 +42,28 @@ def test_vectors() -> None:
     assert (out.reshape(32, 4) == given.reshape(32, 4)[:, ::-1]).all()
 
 
+@pytest.mark.parametrize(("width", "count"), [(w, c) for w in (8, 16, 32, 64) for c in (1, 2, 4) if w * c <= 128])
+def test_vectors_of_shared_memory(width: int, count: int) -> None:
+    """Written element by element and read as a vector, and the other way; the order of elements is turned each time."""
+    size, vector = width // 8, f".v{count}" if count > 1 else ""
+    first = {8: "%rs", 16: "%rs", 32: "%r", 64: "%rd"}[width]
+    names = [f"{first}{20 + n}" for n in range(count)]
+    there, back = ("{" + ", ".join(each) + "}" if count > 1 else each[0] for each in (names, names[::-1]))
+    loads = "".join(f"ld.global.b{width} {name}, [%rd1+{n * size}];" for n, name in enumerate(names))
+    singles = "".join(f"ld.shared.b{width} {name}, [%r2+{n * size}];" for n, name in enumerate(names))
+    stores = "".join(f"st.global.b{width} [%rd2+{n * size}], {name};" for n, name in enumerate(names))
+    body = f"""
+    .shared .align 16 .b8 room[1024];
+    {TID} mad.wide.u32 %rd1, %r0, {count * size}, %rd0; ld.param.u64 %rd2, [p1];
+    mad.wide.u32 %rd2, %r0, {count * size}, %rd2; mov.u32 %r1, room; mad.lo.u32 %r2, %r0, {count * size}, %r1;
+    {loads} st.shared{vector}.b{width} [%r2], {there}; ld.shared{vector}.b{width} {back}, [%r2];
+    st.shared{vector}.b{width} [%r2], {there}; {singles} {stores}"""
+    given = np.arange(1, 32 * count + 1).astype(f"u{size}").reshape(32, count)
+    out = np.zeros_like(given)
+    assert kinds(execute(body, [given, out])) == []
+    assert (out == given[:, ::-1]).all()
+
+
 def test_guards_and_predicated_loads() -> None:
     """Threads that a guard switches off keep their registers, and touch no memory."""
     body = f"""{TID} setp.lt.u32 %p1, %r0, 5; mov.b32 %r1, 7; @%p1 ld.global.b32 %r1, [%rd1];

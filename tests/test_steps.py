@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import step_layers
 import torch
-from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, launches, norms
+from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, keep_smaller_norms, launches, norms
 from torch import Tensor
 
 import vitkernels as vk
-from vitkernels.ops import _steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KEPT, AGAIN = 2**16, 0
@@ -35,7 +34,7 @@ def check_as_one_by_one(layer: Layer, use: str = "both", *, autocast: bool = Fal
         assert torch.equal(one, other)
     check_equal(mine, gradients)
     assert launches(together) == launches(apart)
-    assert launches(together)[0] == ["add_layer_norm", *OPS[layer.kind]]
+    assert launches(together)[0] == ["add_rms_norm" if layer.rms else "add_layer_norm", *OPS[layer.kind]]
     assert len({call.backend for call in together}) == 1
     return together
 
@@ -52,6 +51,37 @@ def test_outputs_and_gradients(
 ) -> None:
     with vk.use(backend):
         check_as_one_by_one(Layer(kind, dtype, bias=bias, factors=factors))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@kinds
+def test_rms_norms(backend: str, kind: str, autocast: bool) -> None:
+    with vk.use(backend):
+        check_as_one_by_one(Layer(kind, bias=False, rms=True, factors=FACTORS), autocast=autocast)
+        check_as_one_by_one(Layer(kind, rms=True, branch=False), "product", autocast=autocast)
+
+
+@pytest.mark.parametrize("again", [KEPT, AGAIN], ids=["kept", "again"])
+@pytest.mark.parametrize("rms", [False, True], ids=["", "rms"])
+@pytest.mark.parametrize("weight", ["none", "by sample"])
+@kinds
+def test_norms_of_other_weights(
+    backend: str, kind: str, weight: str, rms: bool, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No weight, or weight, bias and scale of each sample."""
+    keep_smaller_norms(monkeypatch, again)
+    layer = Layer(kind, rms=rms, factors=FACTORS)
+    if weight == "none":
+        del layer.tensors["weight"], layer.tensors["bias"]
+    else:
+        for name in ("weight", "bias", "scale"):
+            layer.tensors[name] = torch.randn(step_layers.B, step_layers.D).requires_grad_()
+    with vk.use(backend):
+        (expected, apart), (got, together) = (
+            (results, layer.gradients(results)) for results in (layer.apart(), layer.together())
+        )
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    check_equal(together, apart)
 
 
 @pytest.mark.parametrize("use", ["both", "total", "product"])
@@ -183,7 +213,7 @@ def test_frozen_tensors(
             return
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             expected = layer.gradients(layer.together())
-        monkeypatch.setattr(_steps, "_SMALL", AGAIN)
+        keep_smaller_norms(monkeypatch, AGAIN)
         with vk.record() as calls:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 results = layer.together()

@@ -8,12 +8,22 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from step_layers import FACTORS, KINDS, OPS, Layer, Results, check_equal, launches, norms, weights_like
+from step_layers import (
+    FACTORS,
+    KINDS,
+    OPS,
+    Layer,
+    Results,
+    check_equal,
+    keep_smaller_norms,
+    launches,
+    norms,
+    weights_like,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
-from vitkernels.ops import _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -27,7 +37,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(_steps, "_SMALL", request.param)
+    keep_smaller_norms(monkeypatch, request.param)
     return int(request.param)
 
 

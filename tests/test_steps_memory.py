@@ -9,20 +9,26 @@ from typing import Any
 import pytest
 import torch
 from conftest import skip_without
-from step_layers import FACTORS, KINDS, D, Layer, check_equal, launches, norms
+from step_layers import FACTORS, KINDS, D, Layer, check_equal, keep_smaller_norms, launches, norms
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import vitkernels as vk
+from vitkernels import dispatch, tape
 from vitkernels.ops import _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-STEPS = {"linear": _steps._LINEAR, "mlp": _steps._MLP, "attention": _steps._ATTENTION}
+STEPS = {
+    "linear": _steps.LINEAR,
+    "mlp": _steps.MLP,
+    "glu_mlp": _steps.GLU_MLP,
+    "attention": _steps.ATTENTION,
+}
 
 
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_steps, "_SMALL", 0)
+    keep_smaller_norms(monkeypatch, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +51,7 @@ def test_a_norm_made_again_has_the_same_bits(
     layer = Layer(kind, dtype, bias=bias, factors=FACTORS)
     with vk.use(backend):
         expected = layer.gradients(layer.together())
-        monkeypatch.setattr(_steps, "_SMALL", 0)
+        keep_smaller_norms(monkeypatch, 0)
         with vk.record() as calls:
             results = layer.together()
         assert norms(calls) == 1
@@ -69,7 +75,7 @@ def test_a_norm_made_again_under_autocast(backend: str, kind: str, branch: bool,
     with vk.use(backend):
         with vk.record() as calls:
             got = gradients()
-        monkeypatch.setattr(_steps, "_SMALL", 2**16)
+        keep_smaller_norms(monkeypatch, 2**16)
         check_equal(got, gradients())
     assert norms(calls) == 2
 
@@ -79,7 +85,7 @@ def test_a_small_norm_is_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     layer = Layer(kind)
     elements = layer.tensors["x"].numel()
     for smallest, again in ((elements, 1), (elements + 1, 0)):
-        monkeypatch.setattr(_steps, "_SMALL", smallest)
+        keep_smaller_norms(monkeypatch, smallest)
         with vk.record() as calls:
             layer.gradients(layer.together())
         assert norms(calls) == 1 + again
@@ -124,6 +130,8 @@ def normed(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
 
     for step in STEPS.values():
         monkeypatch.setattr(step, "forward", watched(step.forward))
+    monkeypatch.setattr(tape, "FROM_CALL", 1000)  # a tape holds what it sees until it ends
+    dispatch.backends_changed()
     return seen
 
 
@@ -133,7 +141,7 @@ def normed(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
 def test_the_norm_is_freed_and_all_else_after_the_graph(
     kind: str, smallest: int, autocast: bool, normed: list[StorageWeakRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_steps, "_SMALL", smallest)
+    keep_smaller_norms(monkeypatch, smallest)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         total, product = Layer(kind).together()
     (held,) = normed
@@ -200,7 +208,7 @@ def test_a_block_keeps_ten_tensors_of_its_tokens(own: bool, monkeypatch: pytest.
         assert vk.explain(models[1]).summary == "3 of 3 blocks fused"
     image, unit = torch.randn(2, 3, 32, 32), 2 * 17 * 96 * 4
     for smallest, units in ((0, 10), (2**16, 12)):
-        monkeypatch.setattr(_steps, "_SMALL", smallest)
+        keep_smaller_norms(monkeypatch, smallest)
         two, three = (_kept_units(model, image, unit) for model in models)
         assert units <= three - two < units + 0.2
 
@@ -230,7 +238,7 @@ def test_a_block_keeps_no_copy_of_a_weight_under_autocast(own: bool) -> None:
 @pytest.mark.parametrize("name", ["total", "x", "weight", "scale", "w1"])
 @kinds
 def test_what_was_written_into_is_named(kind: str, name: str, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_steps, "_SMALL", smallest)
+    keep_smaller_norms(monkeypatch, smallest)
     layer = Layer(kind, branch=name != "x", factors=FACTORS)
     total, product = layer.together()
     with torch.no_grad():

@@ -100,14 +100,14 @@ def test_drop_path_rounds_as_timm_rounds(init_values: float | None) -> None:
     """Without LayerScale the branch is bfloat16 under autocast, and so is the factor 1 / keep."""
     factors = []
 
-    def spy(x: Tensor, added: _steps.Added, *rest: Any) -> tuple[Tensor, Tensor]:
-        factors.append(added.row_scale)
-        return mlp(x, added, *rest)
+    def spy(x: Tensor, added: _steps.Added | None, stages: list[_steps.Stage]) -> tuple[Tensor, Tensor]:
+        factors.append(stages[0].factors.row_scale)
+        return run(x, added, stages)
 
-    mlp = _steps.mlp
+    run = _steps.run
     block = vk.nn.Block(48, 3, drop_path=0.3, init_values=init_values)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16), vk.use("reference"):
-        patch.setattr(_steps, "mlp", spy)
+        patch.setattr(_steps, "run", spy)
         with vk.record() as calls:
             block(torch.randn(64, 2, 48))
     assert [call.op for call in calls].count("add_layer_norm") == 2

@@ -134,8 +134,12 @@ AUTOCAST = {  # dtype of each result under bfloat16 autocast, of float32 argumen
     "attention": {"out": torch.bfloat16},
     "attention_qkv": {"out": torch.bfloat16},
     "add_layer_norm": {"total": torch.float32, "normed": torch.float32},
+    "add_rms_norm": {"total": torch.float32, "normed": torch.float32},
     "mlp": {"out": torch.bfloat16},
+    "glu_mlp": {"out": torch.bfloat16},
     "rotary": {"out": torch.float32},  # x's own
+    "attention_varlen": {"out": torch.bfloat16},
+    "rotary_qkv": {"out": torch.float32},
 }
 
 

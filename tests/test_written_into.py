@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vitkernels as vk
 
 
-@pytest.mark.parametrize("op", ["linear", "mlp", "patch_embed", "rotary"])
+@pytest.mark.parametrize("op", ["linear", "mlp", "glu_mlp", "patch_embed", "rotary", "rotary_qkv"])
 def test_a_result_of_an_op(op: str, backend: str) -> None:
     """As torch's own: attention alone keeps its result for its backward pass."""
     w = torch.randn(8, 8, requires_grad=True)
@@ -24,8 +24,10 @@ def test_a_result_of_an_op(op: str, backend: str) -> None:
     call: Callable[[], Tensor] = {
         "linear": lambda: vk.ops.linear(x, w),
         "mlp": lambda: vk.ops.mlp(x, w, None, w, None),
+        "glu_mlp": lambda: vk.ops.glu_mlp(x, (w, w), None, w, None),
         "patch_embed": lambda: vk.ops.patch_embed(image, w.view(8, 2, 2, 2)),
         "rotary": lambda: vk.ops.rotary(w.view(1, 2, 4, 8), turns, turns),
+        "rotary_qkv": lambda: vk.ops.rotary_qkv(w.view(4, 1, 2, 8), turns, turns),
     }[op]
     with vk.use(backend), vk.record() as seen:
         expected = torch.autograd.grad(2 * call().sum(), w)

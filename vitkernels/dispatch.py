@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from vitkernels import tape
+
 BACKENDS = ("triton", "ext", "reference")
 _ROOMS = {"triton": f"{__package__}.kernels", "ext": f"{__package__}.ext"}  # each with a `why_not` of the machine
 _DEFAULT_ORDER = {"cuda": BACKENDS, "cpu": ("ext", "reference")}
@@ -43,15 +45,22 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """What a backend brings for one op. `why_not(direction, args)` gives a sentence, or None when it can serve."""
+    """What a backend brings for one op.
+
+    Attributes:
+        forward, backward: launchers, which take the schema's arguments in order.
+        why_not: (direction, args) -> a sentence, or None when it can serve.
+        rounds_weights: whether its kernels take weights in float32 beside narrower rows, round them as they read them,
+            and give gradients in the weights' dtype that were rounded so too: the bits that casting first gives.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     why_not: Callable[[str, tuple[Any, ...]], str | None]
+    rounds_weights: bool = False
 
 
 OPS: dict[str, Any] = {}  # every `op.Op`, by name
-_records: list[list[Call]] = []
 _warned: set[str] = set()
 
 
@@ -148,12 +157,12 @@ def record() -> Iterator[list[Call]]:
     """
     _outside_compiled_code("record")
     calls: list[Call] = []
-    _records.append(calls)
+    tape.records.append(calls)
     try:
         yield calls
     finally:
         # by identity: two records opened around the same calls are equal lists
-        _records[:] = [each for each in _records if each is not calls]
+        tape.records[:] = [each for each in tape.records if each is not calls]
 
 
 def _outside_compiled_code(name: str) -> None:
@@ -235,8 +244,7 @@ def choose(name: str, direction: str, args: tuple[Any, ...], implementations: Ma
             continue
         if _order is None and _scope.get() is None and backend == "reference" and declined:
             _warn_once(name, declined)
-        launch = getattr(implementations[backend], direction)
-        return Choice(Call(name, direction, backend, tuple(declined)), launch)
+        return Choice(Call(name, direction, backend, tuple(declined)), implementations[backend], args)
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
     raise BackendError(f"{name} ({direction}): no backend in use can serve this call. {reasons}")
 
@@ -247,17 +255,32 @@ def device_type(args: tuple[Any, ...]) -> str:
 
 
 class Choice:
-    """A backend's launcher, chosen for one kind of call; calling it launches, and `record` sees it."""
+    """A backend's launcher, chosen for one kind of call; calling it launches, and `record` sees it.
 
-    __slots__ = ("call", "launch")
+    Attributes:
+        rounds: the dtype that the launcher has to be given floating-point tensors in; None for that which they have.
+    """
 
-    def __init__(self, call: Call, launch: Callable[..., Any]) -> None:
-        self.call, self.launch = call, launch
+    __slots__ = ("call", "in_python", "launch", "rounds")
+
+    def __init__(self, call: Call, implementation: Implementation, args: tuple[Any, ...]) -> None:
+        self.call, self.launch = call, getattr(implementation, call.direction)
+        self.in_python = getattr(self.launch, "in_python", False)  # what it does can be taped step by step
+        mixed = OPS[call.op].one_dtype and any(
+            isinstance(each, torch.Tensor) and each.dtype != args[0].dtype for each in args
+        )
+        self.rounds = args[0].dtype if mixed and not implementation.rounds_weights else None
 
     def __call__(self, *args: Any) -> Any:
-        for calls in _records:
+        for calls in tape.records:
             calls.append(self.call)
-        return self.launch(*args)
+        if self.rounds is not None:
+            args = tuple(each.to(self.rounds) if isinstance(each, torch.Tensor) else each for each in args)
+        recording = tape.recording()
+        if recording is None:
+            return self.launch(*args)
+        recording.calls.append(self.call)
+        return self.launch(*args) if self.in_python else recording.opaque(self.launch, args)
 
 
 def _warn_once(name: str, declined: list[tuple[str, str]]) -> None:

@@ -17,9 +17,6 @@ from vitkernels import dispatch, products
 from vitkernels.ops.rotary import why_not_fused
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-# Ops whose launchers take weights and biases in float32 beside narrower rows: they round them to the rows' dtype as
-# they read them, and hand out gradients in the weights' dtype that were rounded so too, with the bits of casts.
-ROUNDS_WEIGHTS = frozenset({"linear", "mlp"})
 _NAMESPACE = "vitkernels_ext"
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _library = torch.library.Library(_NAMESPACE, "DEF")
@@ -93,4 +90,5 @@ def register() -> None:
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             _library.define(f"{name}{schema}")
-        op.register("ext", _launcher(op.name), _launcher(f"{op.name}_backward"), _why_not(op.name))
+        forward, backward = _launcher(op.name), _launcher(f"{op.name}_backward")
+        op.register("ext", forward, backward, _why_not(op.name), rounds_weights=op.one_dtype)

@@ -7,7 +7,7 @@ implementations, and the autograd Function over them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Op:
         fake, fake_backward: shapes, strides and dtypes of the results, for tracing.
         setup_context: saves for backward, as `torch.autograd.Function.setup_context`.
         gradients: the backward formula `(ctx, *grad_outputs) -> grads`; it calls `op.backward(...)`.
+        one_dtype: whether all tensors have the first one's dtype. Launches within the package may give weights in
+            float32 beside narrower rows; they are rounded for a backend whose kernels do not round them.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Op:
         fake_backward: Callable[..., Any],
         setup_context: Callable[..., None],
         gradients: Callable[..., Any],
+        one_dtype: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.one_dtype = name, one_dtype
         self.schemas = {name: schema, f"{name}_backward": backward_schema}
         self.implementations: dict[str, dispatch.Implementation] = {}
         self.forward_op = self._define(name, schema, "forward", fake)
@@ -73,9 +76,10 @@ class Op:
         forward: Callable[..., Any],
         backward: Callable[..., Any],
         why_not: Callable[[str, tuple[Any, ...]], str | None] = lambda direction, args: None,
+        rounds_weights: bool = False,
     ) -> None:
-        """Add a backend's launchers; they take the schema's arguments in order."""
-        self.implementations[backend] = dispatch.Implementation(forward, backward, why_not)
+        """Add a backend, by what `dispatch.Implementation` has of it."""
+        self.implementations[backend] = dispatch.Implementation(forward, backward, why_not, rounds_weights)
         dispatch.backends_changed()
 
     def __call__(self, *args: Any) -> Any:
@@ -139,27 +143,29 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     return plain, transformed or (learns and torch.is_grad_enabled())
 
 
-def signature(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool] | None:
-    """What a plain call's checks and choices depend on, and whether a tensor requires a gradient; None if not plain.
+def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """All but their values that a plain call's tensors decide about, and what is no tensor; None if it is not plain.
 
-    Two calls of one signature, in one order of backends, pass the same checks and are served by the same launcher. A
-    profiler changes nothing: what it sees, it sees at each launch.
+    Two calls of one signature, in one order of backends, pass the same checks, are served by the same launchers and do
+    the same with their tensors (`vitkernels.tape`). A profiler changes nothing: what it sees, it sees at each launch.
     """
     if _transformed() or _watched():
         return None
-    learns = False
-    found = []
+    found: list[Any] = []
     for arg in args:
         if type(arg) in _PLAIN:
-            if arg.is_meta or not torch._C._has_storage(arg):
+            if arg.is_meta:
                 return None
-            learns = learns or arg.requires_grad
-            found.append((arg.dtype, arg.shape, arg.stride(), arg.device))
+            try:
+                start = arg.data_ptr() & 15  # kernels move 16 bytes at a time where they may
+            except RuntimeError:  # it has no memory
+                return None
+            found.append((arg.dtype, arg.shape, arg.stride(), arg.device, start, arg.requires_grad))
         elif isinstance(arg, torch.Tensor):
             return None
         else:
             found.append(arg)
-    return tuple(found), learns
+    return tuple(found)
 
 
 def _transformed() -> bool:

@@ -9,9 +9,9 @@ namespace VK_ISA {
 // returns its sum. The rows at the steps are fetched meanwhile: two streams read and two written are more than the hardware
 // follows.
 template <class A, class T>
-VK_INLINE A add_branch(const LayerNormForward<A>& a, A row_scale, const T* x, int64_t x_step, const T* branch,
+VK_INLINE A add_branch(const LayerNormForward<A>& a, const A* scale, A row_scale, const T* x, int64_t x_step, const T* branch,
                        int64_t branch_step, T* total, A* value) {
-  const A *bias = a.branch_bias, *scale = a.scale;
+  const A* bias = a.branch_bias;
   Sum<A> sum;
   const auto add = [&](auto added, int64_t j) VK_ALWAYS {
     using V = decltype(added);
@@ -48,6 +48,7 @@ void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_
   for (int64_t i = begin; i < end; ++i) {
     const A* value;
     A value_sum;
+    const int64_t sample = i / a.rows_per_sample;
     if (a.branch.data) {
       const T *x = row_in<T>(a.x, i, width, x_buffer), *branch = row_in<T>(a.branch, i, width, branch_buffer);
       T* total = row_out<T>(a.total, i, total_buffer);
@@ -55,8 +56,9 @@ void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_
       const bool last = i + 1 == end;
       const int64_t x_step = last || static_cast<const void*>(x) == x_buffer ? 0 : a.x.row;
       const int64_t branch_step = last || static_cast<const void*>(branch) == branch_buffer ? 0 : a.branch.row;
-      const A row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
-      value_sum = add_branch<A, T>(a, row_scale, x, x_step, branch, branch_step, total, sum);
+      const A* scale = a.scale ? a.scale + sample * a.scale_step : nullptr;
+      const A row_scale = a.row_scale ? a.row_scale[sample] : A(1);
+      value_sum = add_branch<A, T>(a, scale, row_scale, x, x_step, branch, branch_step, total, sum);
       if (in_place && sum == total_buffer) {  // statistics are those of the sum as it is stored
         const OutRows& out = a.total;
         put_row(out, i, sum, width);
@@ -68,17 +70,17 @@ void layer_norm_forward_rows(const LayerNormForward<A>& a, int64_t begin, int64_
       value = row_of(a.x, i, width, x_buffer);
       value_sum = row_sum(value, width);
     }
-    const A mean = value_sum / A(width);
+    const A mean = a.mean ? value_sum / A(width) : A(0);
     Sum<A> squares;
     each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
       const auto centred = get<decltype(lane)>(value + j) - mean;
       squares.add(centred * centred);
     });
     const A rstd = A(1) / A(std::sqrt(squares.total() / A(width) + A(a.eps)));
-    a.mean[i] = mean;
+    if (a.mean) a.mean[i] = mean;
     a.rstd[i] = rstd;
     T* normed = row_out<T>(a.normed, i, normed_buffer);
-    const A *weight = a.weight, *bias = a.bias;
+    const A *weight = a.weight + sample * a.weight_step, *bias = a.bias ? a.bias + sample * a.weight_step : nullptr;
     each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
       using V = decltype(lane);
       const V y = (get<V>(value + j) - mean) * rstd * get<V>(weight + j);
@@ -98,11 +100,12 @@ void layer_norm_forward(const LayerNormForward<A>& a, int64_t begin, int64_t end
 }
 
 // What the norm sends back to one row, beside what comes from above: g = dtotal + (dy * weight - c0 - normalised * c1)
-// * rstd, c0 and c1 being means over the row. It goes to `dx` as T has it and to `g` where that is not null; dweight
+// * rstd, c0 and c1 being means over the row; c0 is 0 without `mean`. It goes to `dx` as T has it and to `g` where that is not null; dweight
 // and dbias are added to.
 template <class A, class T, bool has_dtotal>
-VK_INLINE void norm_gradient(int64_t width, const A* weight, A mean, A rstd, const T* total, const T* dy,
-                             const T* dtotal, T* dx, A* g, A* dweight, A* dbias) {
+VK_INLINE void norm_gradient(int64_t width, const A* weight, const A* mean_of_row, A rstd, const T* total,
+                             const T* dy, const T* dtotal, T* dx, A* g, A* dweight, A* dbias) {
+  const A mean = mean_of_row ? *mean_of_row : A(0);
   Sum<A> s0, s1;
   each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
     using V = decltype(lane);
@@ -110,7 +113,7 @@ VK_INLINE void norm_gradient(int64_t width, const A* weight, A mean, A rstd, con
     s0.add(product);
     s1.add(product * ((get<V>(total + j) - mean) * rstd));
   });
-  const A c0 = s0.total() / A(width), c1 = s1.total() / A(width);
+  const A c0 = mean_of_row ? s0.total() / A(width) : A(0), c1 = s1.total() / A(width);
   each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
     using V = decltype(lane);
     const V normalised = (get<V>(total + j) - mean) * rstd, d = get<V>(dy + j);
@@ -128,7 +131,9 @@ template <class A, class T>
 VK_INLINE void branch_gradient(const LayerNormBackward<A>& a, int64_t i, const A* g, const T* branch, T* dbranch,
                                A* partial, A* drow_scale) {
   const int64_t width = a.width;
-  const A *bias = a.branch_bias, *scale = a.scale, row_scale = a.row_scale ? a.row_scale[i / a.rows_per_sample] : A(1);
+  const int64_t sample = i / a.rows_per_sample;
+  const A *bias = a.branch_bias, *scale = a.scale ? a.scale + sample * a.scale_step : nullptr;
+  const A row_scale = a.row_scale ? a.row_scale[sample] : A(1);
   A* dbranch_bias = a.needs_branch_bias ? partial + 2 * width : nullptr;
   A* dscale = a.needs_scale ? partial + 3 * width : nullptr;
   each<A>(width, [&](auto lane, int64_t j) VK_ALWAYS {
@@ -164,9 +169,10 @@ void layer_norm_backward_rows(const LayerNormBackward<A>& a, int64_t begin, int6
     T* dx = a.dx.data ? row_out<T>(a.dx, i, dx_buffer) : reinterpret_cast<T*>(dx_buffer);
     if (a.dnormed.data) {
       const T *total = row_in<T>(a.total, i, width, total_buffer), *dy = row_in<T>(a.dnormed, i, width, dy_buffer);
+      const A *weight = a.weight + i / a.rows_per_sample * a.weight_step, *mean = a.mean ? a.mean + i : nullptr;
       const auto gradient = [&](auto has_dtotal) VK_ALWAYS {
-        norm_gradient<A, T, decltype(has_dtotal)::value>(width, a.weight, a.mean[i], a.rstd[i], total, dy, dtotal, dx,
-                                                         g, partial, partial + width);
+        norm_gradient<A, T, decltype(has_dtotal)::value>(width, weight, mean, a.rstd[i], total, dy, dtotal, dx, g,
+                                                         partial, partial + width);
       };
       dtotal ? gradient(True{}) : gradient(False{});
     } else {

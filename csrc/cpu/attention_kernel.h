@@ -85,12 +85,14 @@ void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
   A* mask_row = scratch.take(block);
   for (int64_t j = 0; j < block; ++j) mask_row[j] = 0;
 
-  for (int64_t k0 = 0; k0 < h.keys; k0 += step) {  // v's place holds k until it is transposed
-    const int64_t keys = k0 + step < h.keys ? step : h.keys - k0;
-    W::along(v, h.k, k0, keys, h.width);
-    transpose(k_t + k0 * width, v, width, keys, words);
+  if (h.member == 0) {
+    for (int64_t k0 = 0; k0 < h.keys; k0 += step) {  // v's place holds k until it is transposed
+      const int64_t keys = k0 + step < h.keys ? step : h.keys - k0;
+      W::along(v, h.k, k0, keys, h.width);
+      transpose(k_t + k0 * width, v, width, keys, words);
+    }
+    W::across(v, h.v, h.keys, h.width);
   }
-  W::across(v, h.v, h.keys, h.width);
 
   for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
     const int64_t queries = q0 + kQueries < h.queries ? kQueries : h.queries - q0;
@@ -137,7 +139,7 @@ void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
       for (int64_t d = 0; d < width; ++d) row[d] *= inverse;
       put_row(out, q0 + i, row, h.width);
       stats[q0 + i] = empty ? A(0) : top[i];
-      stats[h.queries + q0 + i] = empty ? A(__builtin_inf()) : A(__builtin_log(double(total[i])));
+      stats[h.stats_row + q0 + i] = empty ? A(__builtin_inf()) : A(__builtin_log(double(total[i])));
     }
   }
 }
@@ -169,16 +171,17 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
   A* g_space = scratch.take(kQueries * width);
   A* ds_space = scratch.take(kQueries * block);
   for (int64_t j = 0; j < block; ++j) mask_row[j] = 0;
-  for (int64_t i = 0; i < h.keys * width; ++i) dk_sum[i] = dv_sum[i] = 0;
-
-  for (int64_t k0 = 0; k0 < h.keys; k0 += step) {
-    const int64_t keys = k0 + step < h.keys ? step : h.keys - k0;
-    W::along(k, h.v, k0, keys, h.width);
-    transpose(v_t + k0 * width, k, width, keys, words);
-    W::along(k, h.k, k0, keys, h.width);
-    transpose(k_t + k0 * width, k, width, keys, words);
+  if (h.member == 0) {
+    for (int64_t i = 0; i < h.keys * width; ++i) dk_sum[i] = dv_sum[i] = 0;
+    for (int64_t k0 = 0; k0 < h.keys; k0 += step) {
+      const int64_t keys = k0 + step < h.keys ? step : h.keys - k0;
+      W::along(k, h.v, k0, keys, h.width);
+      transpose(v_t + k0 * width, k, width, keys, words);
+      W::along(k, h.k, k0, keys, h.width);
+      transpose(k_t + k0 * width, k, width, keys, words);
+    }
+    W::across(k, h.k, h.keys, h.width);
   }
-  W::across(k, h.k, h.keys, h.width);
 
   for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
     const int64_t queries = q0 + kQueries < h.queries ? kQueries : h.queries - q0;
@@ -199,7 +202,7 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
       for (int64_t i = 0; i < queries; ++i) {
         A *pi = p + i * row, *di = ds + i * row;
         // the difference first: beside huge scores the log of the sum would be rounded away
-        const A largest = stats[q0 + i], log_sum = stats[h.queries + q0 + i];
+        const A largest = stats[q0 + i], log_sum = stats[h.stats_row + q0 + i];
         for (int64_t j = 0; j < row; j += lanes) store(pi + j, vexp((load(pi + j) - largest) * unit - log_sum));
         if (one_block) delta[i] = dot(pi, di, row);
         for (int64_t j = 0; j < row; j += lanes) store(di + j, load(pi + j) * (load(di + j) - delta[i]));
@@ -224,6 +227,7 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
       put_row(dq, q0 + i, row, h.width);
     }
   }
+  if (h.member + 1 < h.group) return;
   for (int64_t i = 0; i < h.keys; ++i) {
     A* row = dk_sum + i * width;
     for (int64_t d = 0; d < width; ++d) row[d] *= A(h.scale);

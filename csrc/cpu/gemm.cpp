@@ -185,16 +185,15 @@ namespace {
 
 constexpr int64_t kWorthAThread = 1 << 18;  // multiplications
 
-void multiply_few(const Product& p, bool terms, std::vector<float>* sums) {
+void multiply_few(const Product& p, bool terms, float* sums) {
   const Kernels<float>& kernel = kernels<float>();
   const FewSizes sizes = kernel.few_sizes(p, terms);
   const Buffer<float> packed(sizes.packed);
   kernel.few_pack(p, terms, packed.get());
-  if (sums) sums->assign(p.n, 0);
   const int64_t work = p.m * p.n * p.k / sizes.tasks;
   parallel(sizes.tasks, kWorthAThread / std::max<int64_t>(work, 1), [&](int64_t begin, int64_t end) {
     const Buffer<float> scratch(sizes.scratch);
-    kernel.few_product(p, terms, packed.get(), begin, end, sums ? sums->data() : nullptr, scratch.get());
+    kernel.few_product(p, terms, packed.get(), begin, end, sums, scratch.get());
   });
 }
 
@@ -206,7 +205,7 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
   const Vector<float> bias_values(bias, dtype);
   const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
   const Product p{a.rows,
-                  b.cols,
+                  follow.then == Then::gate ? b.cols / 2 : b.cols,
                   a.cols,
                   dtype,
                   dtype_of(b.tensor),
@@ -220,7 +219,9 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
                   data(follow.pre),
                   data(follow.activated),
                   follow.activated_in_panels};
-  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, follow.sums);
+  const int64_t columns = p.then == Then::gate_backward ? 2 * p.n : p.n;  // of out
+  if (follow.sums) follow.sums->assign(columns, 0);
+  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, follow.sums ? follow.sums->data() : nullptr);
   const Kernels<float>& kernel = kernels<float>();
   const ProductSizes sizes = kernel.product_sizes(p);
   // Rows are cut the same way for any number of threads, for the sake of the sums.
@@ -228,8 +229,8 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
   int64_t parts = 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
-  std::vector<float> sums(follow.sums ? parts * p.n : 0);
-  const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * p.n : nullptr; };
+  std::vector<float> sums(follow.sums ? parts * columns : 0);
+  const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * columns : nullptr; };
   const int64_t threads = torch::stable::get_num_threads(), panel = sizes.packed / sizes.panels;
   if (parts == 1 && p.a.col == 1 && !b_panels) {  // so few rows that each panel is read once: it need not leave the cache
     constexpr int64_t cached = 1 << 17;           // floats, half of a usual L2
@@ -264,11 +265,9 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
     });
   }
   if (!follow.sums) return;
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t j = 0; j < p.n; ++j) sums[j] += sums[part * p.n + j];
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t j = 0; j < columns; ++j) (*follow.sums)[j] += sums[part * columns + j];
   }
-  sums.resize(p.n);
-  *follow.sums = std::move(sums);
 }
 
 Tensor linear(const Matrix& x, const Matrix& weight, const std::optional<Tensor>& bias, const Shape& shape) {

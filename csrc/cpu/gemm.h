@@ -42,8 +42,8 @@ Way way_of(const Matrix& a, const Matrix& b, bool of_weight = false);  // for th
 struct Follow {
   Then then = Then::store;
   Activation activation = Activation::gelu;
-  const Tensor *pre = nullptr, *activated = nullptr;
-  std::vector<float>* sums = nullptr;  // filled with n column sums
+  const Tensor *pre = nullptr, *activated = nullptr;  // absent or packed
+  std::vector<float>* sums = nullptr;  // filled with the column sums of out
   bool activated_in_panels = false;    // `activated` is space_for_panels(m, n)
 };
 Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n);  // of a B [k, n] in like's dtype
@@ -51,5 +51,12 @@ Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n);  // of a B [k
 // and b tells its shape alone.
 void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
               const Follow& follow = {}, const Tensor* panels = nullptr);
+
+// What mlp and glu_mlp share.
+Activation activation_of(const std::string& name);
+inline Shape with_width(Shape shape, int64_t width) {
+  shape.back() = width;
+  return shape;
+}
 
 }  // namespace vk

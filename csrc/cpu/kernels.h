@@ -21,7 +21,9 @@ struct OutRows {
 };
 
 // add_layer_norm on `rows` rows of `width`; vectors are already in A, null where absent. `row_scale` is one per sample
-// of `rows_per_sample` rows. `scratch` holds kLayerNormScratch rows.
+// of `rows_per_sample` rows; the weight (with the bias) and the scale of a sample lie `weight_step` and `scale_step`
+// elements behind those of the sample before it, 0 where all samples share them. Without `mean` it is add_rms_norm.
+// `scratch` holds kLayerNormScratch rows.
 constexpr int64_t kLayerNormScratch = 6;
 
 template <class A>
@@ -30,6 +32,7 @@ struct LayerNormForward {
   double eps;
   Rows x, branch;  // branch.data null: plain LayerNorm
   const A *weight, *bias, *branch_bias, *scale, *row_scale;
+  int64_t weight_step, scale_step;
   OutRows total, normed;
   A *mean, *rstd;
 };
@@ -42,6 +45,7 @@ struct LayerNormBackward {
   int64_t width, rows_per_sample;
   Rows dtotal, dnormed, total, branch;
   const A *weight, *mean, *rstd, *branch_bias, *scale, *row_scale;
+  int64_t weight_step, scale_step;
   OutRows dx, dbranch;
   bool needs_branch_bias, needs_scale, needs_row_scale;
 };
@@ -51,11 +55,14 @@ struct LayerNormBackward {
 //   store               out = C
 //   activate            pre = C, out = activation(C); `pre` may be `out`
 //   activate_backward   out = C * activation'(pre), activated = activation(pre) where not null, sums += out by columns
+//   gate                B's columns are n gates and n ups behind them: pre = C where not null, out = activation(gate) * up
+//   gate_backward       out = the gradient of pre, activated = activation(gate) * up where not null, sums += out by columns
+// pre of both gates, and out and sums of the second, are 2 n wide: gates, then ups. B of the first has its k in rows.
 // Where `dtype` is bfloat16, B may lie in float32 and is rounded as it is read, and `out` may be float32, which gets what
 // bfloat16 has (of Then::store alone).
 // Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
 // out, pre and activated are packed [m, n]; activated may be asked for as the panels of a B with m as its k instead.
-enum class Then { store, activate, activate_backward };
+enum class Then { store, activate, activate_backward, gate, gate_backward };
 
 struct Steps {
   const char* data;
@@ -86,24 +93,35 @@ struct FewSizes {
   int64_t tasks, packed, scratch;
 };
 
-// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, [2, queries] of A, are as in
-// vitkernels/ops/attention.py's score_units. `added`: the mask is, where a bool one hides.
+// One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, where a row's log-sum stands
+// `stats_row` behind its largest score, are as in vitkernels/ops/attention.py's score_units. `added`: the mask is, where
+// a bool one hides. Of a `group` of heads that share k and v, the members come in order and with one scratch: the first
+// packs k and v, the last one writes their gradients.
 struct Head {
-  int64_t queries, keys, width;
+  int64_t queries, keys, width, stats_row, member, group;
   double scale, factor, unit;
   bool causal, added;
   Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes
 };
 
-// One token of rotary, rows being its heads; sin.data null: no position, a copy. A row step of 0 is shared by all heads.
+// One token of rotary, rows being its heads; sin.data null: no position, nothing turns. A row step of 0 is shared by all
+// heads. `norm`, over a head's width, comes before the turn. Backward x is the gradient that arrives, `input` what was
+// normalised, and where dweight and dbias are not null the gradients of weight and bias, [width], are added to them.
 // `scratch` holds kRotaryScratch rows.
-constexpr int64_t kRotaryScratch = 5;
+constexpr int64_t kRotaryScratch = 7;
+enum class HeadNorm { none, layer, rms };
 
+template <class A>
 struct Rotary {
   int64_t heads, width;
   bool half, backward;
   Rows x, sin, cos;
   OutRows out;
+  HeadNorm norm = HeadNorm::none;
+  A eps = 0;
+  const A *weight = nullptr, *bias = nullptr;  // null: ones, zeros
+  Rows input = {};
+  A *dweight = nullptr, *dbias = nullptr;
 };
 
 template <class A>
@@ -121,11 +139,16 @@ struct Kernels {
   // dpre = dout * activation'(pre), activated = activation(pre), dbias += column sums of dpre, over `rows` rows
   void (*activate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
                             DType dtype, int64_t rows, int64_t width);
+  // The same for pre = [gate, up] a row, 2 * width wide, as dpre and dbias are: out = activation(gate) * up
+  void (*gate)(Activation, char* out, const char* pre, DType dtype, int64_t rows, int64_t width);
+  // `activated` may be `dout`
+  void (*gate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
+                        DType dtype, int64_t rows, int64_t width);
 
   ProductSizes (*product_sizes)(const Product&);
   // B's panels [first, last) into `packed`, where the next reads them
   void (*product_pack)(const Product&, float* packed, int64_t first, int64_t last);
-  // rows [begin, end) of panels [first, last); `sums` has n columns, or is null
+  // rows [begin, end) of panels [first, last); `sums` has out's columns, or is null
   void (*product)(const Product&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                   float* sums, float* scratch);
 
@@ -141,7 +164,7 @@ struct Kernels {
   void (*attention_backward)(const Head&, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv,
                              A* dmask, int64_t dmask_row, int64_t dmask_col, A* scratch);
 
-  void (*rotary)(const Rotary&, A* scratch);
+  void (*rotary)(const Rotary<A>&, A* scratch);
 };
 
 template <class A>

@@ -4,7 +4,6 @@
 #include "ops.h"
 
 namespace vk {
-namespace {
 
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
@@ -12,15 +11,8 @@ Activation activation_of(const std::string& name) {
   if (name == "quick_gelu") return Activation::quick_gelu;
   if (name == "relu") return Activation::relu;
   if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(false, "mlp: unknown activation '", name, "'");
+  STD_TORCH_CHECK(false, "vitkernels: unknown activation '", name, "'");
 }
-
-Shape with_width(Shape shape, int64_t width) {
-  shape.back() = width;
-  return shape;
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b1, const Tensor& w2, const Maybe& b2,
                                const std::string& activation, bool save) {

@@ -1,4 +1,4 @@
-// Activations and their derivatives, recomputed from the pre-activation.
+// Activations and their derivatives, recomputed from the pre-activation; and gates, activation(gate) * up.
 
 namespace vk {
 namespace VK_ISA {
@@ -88,6 +88,72 @@ void activate_backward(Activation kind, char* dpre, char* activated, A* dbias, c
       });
       store_row(dpre + at, dtype, 1, g, n);
       if (activated) store_row(activated + at, dtype, 1, value, n);
+    }
+  }
+}
+
+// One row of a gate: `value` becomes activation(g) * u, where it may be g. All are in A, padded to whole vectors.
+template <class A>
+VK_INLINE void gate_row(Activation kind, A* value, const A* g, const A* u, int64_t count) {
+  activate_any(kind, value, static_cast<A*>(nullptr), g, count);
+  each<A>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+    using V = decltype(lane);
+    put(value + c, get<V>(value + c) * get<V>(u + c));
+  });
+}
+
+// Its gradients of g and u, in their places, and activation(g) * u in `d`'s, which was its own gradient; sums are added to
+// where not null. `value` and `slope` are scratch.
+template <class A>
+VK_INLINE void gate_row_backward(Activation kind, A* d, A* g, A* u, A* g_sums, A* u_sums, A* value, A* slope,
+                                 int64_t count) {
+  activate_any(kind, value, slope, static_cast<const A*>(g), count);
+  each<A>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+    using V = decltype(lane);
+    const V of_out = get<V>(d + c), up = get<V>(u + c), activated = get<V>(value + c);
+    const V of_gate = of_out * up * get<V>(slope + c), of_up = of_out * activated;
+    put(g + c, of_gate);
+    put(u + c, of_up);
+    put(d + c, activated * up);
+    if (g_sums) {
+      put(g_sums + c, get<V>(g_sums + c) + of_gate);
+      put(u_sums + c, get<V>(u_sums + c) + of_up);
+    }
+  });
+}
+
+template <class A>
+void gate(Activation kind, char* out, const char* pre, DType dtype, int64_t rows, int64_t width) {
+  alignas(64) A g[kActivationBlock] = {}, u[kActivationBlock] = {}, value[kActivationBlock];
+  const int64_t size = size_of(dtype);
+  for (int64_t i = 0; i < rows; ++i, out += width * size, pre += 2 * width * size) {
+    for (int64_t j = 0; j < width; j += kActivationBlock) {
+      const int64_t n = width - j < kActivationBlock ? width - j : kActivationBlock;
+      load_row(g, pre + j * size, dtype, 1, n);
+      load_row(u, pre + (width + j) * size, dtype, 1, n);
+      gate_row(kind, value, g, u, n);
+      store_row(out + j * size, dtype, 1, value, n);
+    }
+  }
+}
+
+template <class A>
+void gate_backward(Activation kind, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
+                   DType dtype, int64_t rows, int64_t width) {
+  alignas(64) A g[kActivationBlock] = {}, u[kActivationBlock] = {}, d[kActivationBlock];
+  alignas(64) A value[kActivationBlock], slope[kActivationBlock];
+  const int64_t size = size_of(dtype);
+  for (int64_t j = 0; j < width; j += kActivationBlock) {
+    const int64_t n = width - j < kActivationBlock ? width - j : kActivationBlock;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (i * width + j) * size, at_gate = (2 * i * width + j) * size, at_up = at_gate + width * size;
+      load_row(g, pre + at_gate, dtype, 1, n);
+      load_row(u, pre + at_up, dtype, 1, n);
+      load_row(d, dout + at, dtype, 1, n);
+      gate_row_backward(kind, d, g, u, dbias ? dbias + j : nullptr, dbias ? dbias + width + j : nullptr, value, slope, n);
+      store_row(dpre + at_gate, dtype, 1, g, n);
+      store_row(dpre + at_up, dtype, 1, u, n);
+      if (activated) store_row(activated + at, dtype, 1, d, n);
     }
   }
 }

@@ -10,9 +10,13 @@ namespace VK_ISA {
 constexpr int64_t kPanel = kTileVecs * kFloats;
 constexpr int64_t kBlockTiles = 20, kBlockRows = kBlockTiles * kTileRows;
 constexpr int64_t kDepth = 384;
-constexpr int64_t kSpare = 3 * kPanel;  // what finish_row keeps of an activation
+constexpr int64_t kSpare = 4 * kPanel;  // what finish_row keeps of an activation
 constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
 static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
+static_assert(kTileVecs % 2 == 0, "half of a panel is whole vectors");
+
+// Columns of `out` that a panel is for: half of a gate's panel are gates, the other half the ups of the same columns.
+VK_INLINE int64_t panel_columns(const Product& p) { return p.then == Then::gate ? kPanel / 2 : kPanel; }
 
 // What each step is where `count` goes in equal steps of at most `most`.
 VK_INLINE int64_t even_step(int64_t count, int64_t most) {
@@ -47,31 +51,33 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
   }
 }
 
-// One panel of a B whose columns run along k.
+// Columns [from, to) of one panel, whole vectors of them, of a B whose columns run along k; past `columns` are zeros.
 template <class W, class S>
-void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns) {
+void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns, int64_t from = 0,
+                  int64_t to = kPanel) {
   constexpr int64_t elements = kFloats * per_word<W>;
-  for (int64_t j0 = 0; j0 < kPanel; j0 += kFloats) {
+  for (int64_t j0 = from; j0 < to; j0 += kFloats) {
     const auto transpose = [&](int64_t p, int64_t words, auto load_some) VK_ALWAYS {
       Vec<float> lanes[kFloats];
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kFloats; ++j) {
         lanes[j] = Vec<float>{};
-        if (j0 + j < columns) lanes[j] = load_some(in + ((j0 + j) * column_step + p) * S::size);
+        const int64_t column = j0 - from + j;
+        if (column < columns) lanes[j] = load_some(in + (column * column_step + p) * S::size);
       }
       transpose_lanes(lanes);
-      float* const to = out + p / per_word<W> * kPanel + j0;
+      float* const words_to = out + p / per_word<W> * kPanel + j0;
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kFloats; ++i) {
-        if (i < words) store(to + i * kPanel, lanes[i]);
+        if (i < words) store(words_to + i * kPanel, lanes[i]);
       }
     };
     int64_t p = 0;
     for (; p + elements <= k; p += elements) {
-      transpose(p, kFloats, [](const char* from) VK_ALWAYS { return load_words<W, S>(from); });
+      transpose(p, kFloats, [&](const char* row) VK_ALWAYS { return load_words<W, S>(row); });
     }
     if (p < k) {
-      transpose(p, words_of<W>(k - p), [&](const char* from) VK_ALWAYS { return load_last_words<W, S>(from, k - p); });
+      transpose(p, words_of<W>(k - p), [&](const char* row) VK_ALWAYS { return load_last_words<W, S>(row, k - p); });
     }
   }
 }
@@ -119,10 +125,24 @@ VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const floa
   }
 }
 
-// Asks for the lines that finish_row reads or writes: they arrive while the tile is multiplied.
-VK_INLINE void prefetch_tile(const Product& p, int64_t at, int64_t step, int64_t rows, int64_t length) {
-  const int64_t out_size = size_of(p.out_dtype) / size_of(p.dtype);  // 2 where out is wider
-  for (int64_t r = 0; r < rows; ++r, at += step) {
+// Asks for the lines that finish_row reads or writes, `length` bytes from column j on: they arrive while the tile is
+// multiplied.
+VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t rows, int64_t size, int64_t length) {
+  const int64_t step = p.n * size;
+  if (p.then == Then::gate || p.then == Then::gate_backward) {
+    char* const wide = p.then == Then::gate ? p.pre : p.out;  // the other one that is two halves wide is read alone
+    for (int64_t r = i; r < i + rows; ++r) {
+      for (int64_t at = 2 * r * step + j * size, half = 0; half < 2; ++half, at += step) {
+        for (int64_t byte = 0; byte < length; byte += 64) {
+          if (wide) __builtin_prefetch(wide + at + byte, 1);
+          if (p.then == Then::gate_backward) __builtin_prefetch(p.pre + at + byte);
+        }
+      }
+    }
+    return;
+  }
+  const int64_t out_size = size_of(p.out_dtype) / size;  // 2 where out is wider
+  for (int64_t r = 0, at = i * step + j * size; r < rows; ++r, at += step) {
     for (int64_t byte = 0; byte < length; byte += 64) {
       __builtin_prefetch(p.out + (at + byte) * out_size, 1);
       if (p.then != Then::store) __builtin_prefetch(p.pre + at + byte, 1);
@@ -152,6 +172,47 @@ VK_INLINE void prefetch_rows(const float* from, int64_t step, int64_t rows, int6
   }
 }
 
+template <class W>
+constexpr DType word_dtype = W::size == 4 ? DType::f32 : DType::bf16;
+
+// finish_row of a gate: the row's halves are gates and ups.
+template <class W>
+VK_INLINE void finish_gate(const Product& p, int64_t i, int64_t j, int64_t count, float* row) {
+  constexpr DType dtype = word_dtype<W>;
+  for (int64_t half = 0; half < 2; ++half) {
+    float* const values = row + half * (kPanel / 2);
+    const int64_t column = half * p.n + j;
+    each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+      using V = decltype(lane);
+      V value = get<V>(values + c);
+      if (p.bias) value += get<V>(p.bias + column + c);
+      put(values + c, W::size == 4 ? value : round_bf16(value));  // gated as it is stored
+    });
+    if (p.pre) store_row(p.pre + (2 * i * p.n + column) * W::size, dtype, 1, values, count);
+  }
+  gate_row(p.activation, row, static_cast<const float*>(row), static_cast<const float*>(row + kPanel / 2), count);
+  store_row(p.out + (i * p.n + j) * W::size, dtype, 1, row, count);
+}
+
+template <class W>
+VK_INLINE void finish_gate_backward(const Product& p, int64_t i, int64_t j, int64_t count, float* row, float* sums,
+                                    float* spare) {
+  constexpr DType dtype = word_dtype<W>;
+  const int64_t at = (i * p.n + j) * W::size, at_gate = (2 * i * p.n + j) * W::size, at_up = at_gate + p.n * W::size;
+  float *g = spare, *u = spare + kPanel, *value = spare + 2 * kPanel, *slope = spare + 3 * kPanel;
+  load_row(g, p.pre + at_gate, dtype, 1, count);
+  load_row(u, p.pre + at_up, dtype, 1, count);
+  gate_row_backward(p.activation, row, g, u, sums ? sums + j : nullptr, sums ? sums + p.n + j : nullptr, value, slope,
+                    count);
+  store_row(p.out + at_gate, dtype, 1, g, count);
+  store_row(p.out + at_up, dtype, 1, u, count);
+  if (p.activated_in_panels) {
+    put_in_panel(W{}, reinterpret_cast<float*>(p.activated), i, p.m, j, count, row);
+  } else if (p.activated) {
+    store_row(p.activated + at, dtype, 1, row, count);
+  }
+}
+
 // `count` columns from column j on of one row of `out`, where it may be float32 though the product is not.
 template <class W>
 VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t count, const float* row) {
@@ -168,8 +229,10 @@ VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t coun
 template <class W>
 VK_INLINE void finish_row(const Product& p, int64_t i, int64_t j, int64_t count, float* row, float* sums,
                            float* spare) {
+  if (p.then == Then::gate) return finish_gate<W>(p, i, j, count, row);
+  if (p.then == Then::gate_backward) return finish_gate_backward<W>(p, i, j, count, row, sums, spare);
   const int64_t at = (i * p.n + j) * W::size;
-  constexpr DType dtype = W::size == 4 ? DType::f32 : DType::bf16;
+  constexpr DType dtype = word_dtype<W>;
   if (p.bias) {
     each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
       using V = decltype(lane);
@@ -215,16 +278,16 @@ void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t
                    float* sums, float* spare) {
   const bool fetch = j == 0 && a.col == 1;  // what the first panel reads comes from memory
   const int64_t words = words_of<W>(p.k), most = even_step(words, kDepth);
-  const int64_t count = p.n - j < kPanel ? p.n - j : kPanel, step = p.n * W::size;
+  const int64_t columns = panel_columns(p), count = p.n - j < columns ? p.n - j : columns;
   for (int64_t k = 0; k < words; k += most) {
     const int64_t depth = words - k < most ? words - k : most;
     const bool last = k + depth == words;
     Tiles tile = a;
     tile.data += k * a.col;
     for (int64_t r = 0; r < rows; r += kTileRows, tile.data += a.tile) {
-      const int64_t live = rows - r < kTileRows ? rows - r : kTileRows, at = (i + r) * step + j * W::size;
+      const int64_t live = rows - r < kTileRows ? rows - r : kTileRows;
       float* const c = block + r * kPanel;
-      if (last) prefetch_tile(p, at, step, live, count * W::size);
+      if (last) prefetch_tile(p, i + r, j, live, W::size, count * W::size);
       if (fetch) {  // the same rows' next words or, after the last, the next block's first
         const int64_t left = words - k - depth;
         prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
@@ -252,7 +315,7 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
     }
     for (int64_t panel = first; panel < last; ++panel) {
       const float* const b = packed + (panel - first) * words_of<W>(p.k) * kPanel;
-      product_block<W>(p, tiles, b, i, rows, panel * kPanel, block, sums, spare);
+      product_block<W>(p, tiles, b, i, rows, panel * panel_columns(p), block, sums, spare);
     }
   }
 }
@@ -261,7 +324,7 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
 
 inline ProductSizes product_sizes(const Product& p) {
   const int64_t words = p.dtype == DType::f32 ? words_of<Singles>(p.k) : words_of<Pairs>(p.k);
-  const int64_t panels = (p.n + kPanel - 1) / kPanel;
+  const int64_t panels = (p.n + panel_columns(p) - 1) / panel_columns(p);
   const int64_t tiles = p.a.col == 1 ? 0 : kBlockTiles * (words * kTileRows + kCopied);
   return {kTileRows, kBlockTiles, panels, panels * words * kPanel, kSpare + kBlockRows * kPanel + tiles};
 }
@@ -272,9 +335,13 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
     using S = decltype(source);
     if (p.b.row != 1) return pack_rows<W, S>(p, packed, first, last);
     for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
+      const int64_t most = panel_columns(p), j = panel * most, columns = p.n - j < most ? p.n - j : most;
       float* const out = packed + (panel - first) * words_of<W>(p.k) * kPanel;
-      pack_columns<W, S>(out, p.b.data + j * p.b.col * S::size, p.b.col, p.k, columns);
+      const char* const in = p.b.data + j * p.b.col * S::size;
+      pack_columns<W, S>(out, in, p.b.col, p.k, columns, 0, most);
+      if (p.then == Then::gate) {
+        pack_columns<W, S>(out, in + p.n * p.b.col * S::size, p.b.col, p.k, columns, most, kPanel);
+      }
     }
   });
 }

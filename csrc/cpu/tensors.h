@@ -114,21 +114,35 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), f);
 }
 
-// Column sums kept in a fixed number of parts, each summed by one thread and added in order: the result does not
-// depend on how many threads there are. f(begin, end, part) adds rows [begin, end) into `part`, which starts at zero.
+// Column sums of each of `groups` times `rows` rows, kept in a fixed number of parts, each summed by one thread and added
+// in order: the result does not depend on how many threads there are. f(begin, end, part) adds rows [begin, end) into
+// `part`, which starts at zero. Returns [groups, width].
+template <class A, class F>
+std::vector<A> sum_in_parts(int64_t groups, int64_t rows, int64_t width, const F& f) {
+  constexpr int64_t most_parts = 32, fewest_rows = 16;
+  const int64_t most = std::max<int64_t>(most_parts / std::max<int64_t>(groups, 1), 1);
+  const int64_t parts = std::clamp<int64_t>(rows / fewest_rows, 1, most);
+  std::vector<A> sums(groups * parts * width);
+  parallel(groups * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p / parts * rows, part = p % parts;
+      f(first + rows * part / parts, first + rows * (part + 1) / parts, sums.data() + p * width);
+    }
+  });
+  for (int64_t group = 0; group < groups; ++group) {
+    A* const sum = sums.data() + group * width;
+    const A* const own = sums.data() + group * parts * width;
+    if (own != sum) std::copy(own, own + width, sum);
+    for (int64_t p = 1; p < parts; ++p) {
+      for (int64_t j = 0; j < width; ++j) sum[j] += own[p * width + j];
+    }
+  }
+  sums.resize(groups * width);
+  return sums;
+}
 template <class A, class F>
 std::vector<A> sum_in_parts(int64_t rows, int64_t width, const F& f) {
-  constexpr int64_t most_parts = 32, fewest_rows = 16;
-  const int64_t parts = std::clamp<int64_t>(rows / fewest_rows, 1, most_parts);
-  std::vector<A> sums(parts * width);
-  parallel(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) f(rows * p / parts, rows * (p + 1) / parts, sums.data() + p * width);
-  });
-  for (int64_t p = 1; p < parts; ++p) {
-    for (int64_t j = 0; j < width; ++j) sums[j] += sums[p * width + j];
-  }
-  sums.resize(width);
-  return sums;
+  return sum_in_parts<A>(1, rows, width, f);
 }
 
 // A packed tensor of `shape` in `dtype`, filled from A.

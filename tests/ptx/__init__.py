@@ -11,6 +11,8 @@ Read it in this order:
    `shared` shared memory, `order` the happens-before relation between warps, `flights` what is asynchronous.
 5. `schedule`: which threads run next, where they part ways and meet. `launch.run` is the whole: PTX text, a kernel's
    name, a grid, a block and arguments, from wherever they come. `driver` puts it behind Triton's launchers.
+6. `trials` is what runs on it, `alike` what of that need not run twice, `emulate` the command that runs all. `faults`
+   and `plant` take statements out of compiled kernels, `trace` shows where that changes nothing.
 
 A register of all threads is one array [CTAs or 1, threads or 1], so a value that threads share is kept once. Whatever
 a GPU would do wrongly without a word is a finding (`findings`); an instruction or form that is not defined here raises

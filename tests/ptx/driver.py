@@ -26,9 +26,11 @@ from ptx.copies import TensorMap
 from ptx.findings import Finding
 from ptx.launch import Loaded, run
 from ptx.order import Order
+from ptx.text import without_comments
 from vitkernels.kernels.device import stand_in
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a program may have
+ALIGNMENT = 64  # of what torch allocates on a CPU
 CACHE = Path(__file__).parents[2] / "build" / "ptx-cache"
 
 
@@ -51,6 +53,26 @@ class Call:
         launch = run(text, self.kernel, self.grid, (self.threads,), self.shared, arguments, self.names, order)
         return launch, arguments
 
+    def description(self) -> tuple[Any, ...]:
+        """All that the machine is given, but the elements of tensors; of the text what is executed."""
+        storages: dict[int, int] = {}
+        lines = map(str.strip, without_comments(self.ptx, []).split("\n"))
+        text = "\n".join(line for line in lines if line and not line.startswith((".version", ".target")))
+        kinds = [_kind(each, storages) for each in self.arguments]
+        return text, self.kernel, self.grid, self.threads, self.shared, kinds
+
+
+def _kind(argument: Any, storages: dict[int, int]) -> Any:
+    """What a launch depends on of a tensor beside its elements: others in the same storage count."""
+    if isinstance(argument, TensorMap):
+        return argument.box, argument.swizzle, _kind(torch.from_numpy(argument.matrix), storages)
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    start = argument.untyped_storage().data_ptr()
+    number = storages.setdefault(start, len(storages))
+    offset = argument.data_ptr() - start
+    return number, offset, start % ALIGNMENT, argument.dtype, tuple(argument.shape), argument.stride()
+
 
 def copied(arguments: list[Any]) -> list[Any]:
     """Copies of tensors that keep strides and alignment."""
@@ -67,7 +89,7 @@ def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
         return tensor
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = tensor.data_ptr() % 64 // tensor.element_size()
+    start = tensor.data_ptr() % ALIGNMENT // tensor.element_size()
     flat = torch.zeros(start + span, dtype=tensor.dtype)
     flat[start:] = torch.as_strided(tensor.detach(), (span,), (1,))
     return torch.as_strided(flat, tensor.shape, tensor.stride(), start)
@@ -101,8 +123,8 @@ class Nothing:
         runtime.active.record.launches.append(self.name)
 
 
-class Emulated:
-    """A launcher that runs the PTX on the machine, on tensors of the CPU."""
+class Launcher:
+    """Takes apart what Triton gives a launcher, and hands it to `take` as a call."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = dict(source.signature)
@@ -120,14 +142,29 @@ class Emulated:
             for title, each in _flat(name, kind, value, maps):
                 names.append(title)
                 arguments.append(each)
-        record = runtime.active.record
         kernel, ptx = function
         arguments += [None, None]  # scratch memory, which no kernel here has
+        self.take(Call(ptx, kernel, (x, y, z), self.threads, self.shared, arguments, names), runtime.active.record)
+
+    def take(self, call: Call, record: Record) -> None:
+        raise NotImplementedError
+
+
+class Emulated(Launcher):
+    """A launcher that runs the PTX on the machine, on tensors of the CPU."""
+
+    def take(self, call: Call, record: Record) -> None:
         if record.keeps:
-            kept = copied(arguments)
-            record.calls.append(Call(ptx, kernel, (x, y, z), self.threads, self.shared, kept, names))
-        launch = run(ptx, kernel, (x, y, z), (self.threads,), self.shared, arguments, names)
+            record.calls.append(dataclasses.replace(call, arguments=copied(call.arguments)))
+        launch = run(call.ptx, call.kernel, call.grid, (call.threads,), call.shared, call.arguments, call.names)
         record.launches.append(launch)
+
+
+class Described(Launcher):
+    """A launcher that launches nothing and records what the machine would be given."""
+
+    def take(self, call: Call, record: Record) -> None:
+        record.launches.append(call.description())
 
 
 def _flat(name: str, kind: Any, value: Any, maps: Iterator[Any]) -> Iterator[tuple[str, Any]]:

@@ -3,14 +3,16 @@
     python -m ptx.emulate [--only TEXT] [--capability 80 90] [--quick] [--faults | --no-faults] [--fresh]
 
 Every case in every layout and dtype on every capability, launches of real models last, then planted faults. What was
-done is kept under build/ and not done again while the code is the same. Two processes, progress, a table at the end;
-exit code 1 where something failed.
+done is kept under build/ and not done again while the code is the same. Of trials that are alike (`alike`) one is run,
+and the others have its outcome. Two processes, progress, a table at the end; exit code 1 where something failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -27,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ptx import alike
 from ptx.plant import KERNELS, Planted, listing, plant
 from ptx.trials import Outcome, Trial, attempt, everything, quick
 
@@ -52,11 +55,20 @@ class Store:
             self.path.unlink(missing_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done: dict[str, dict[str, Any]] = {each["name"]: each for each in map(json.loads, lines)}
+        self.ran = {each["key"]: name for name, each in self.done.items() if each.get("key") and "faults" in each}
 
     def add(self, name: str, outcome: dict[str, Any]) -> None:
         self.done[name] = {"name": name} | outcome
+        if outcome.get("key") and "faults" in outcome:
+            self.ran[outcome["key"]] = name
         with self.path.open("a") as file:
             file.write(json.dumps(self.done[name]) + "\n")
+
+    def outcome(self, trial: Trial) -> tuple[Outcome, bool]:
+        """What came of a trial, and whether it was run itself rather than one alike."""
+        own = self.done[str(trial)]
+        found = own if "faults" in own else self.done[self.ran[own["key"]]]
+        return Outcome(**{key: value for key, value in found.items() if key not in ("name", "key")}), found is own
 
 
 def _prepare() -> None:
@@ -65,62 +77,101 @@ def _prepare() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _attempt(number: int, short: bool) -> dict[str, Any]:
-    """A trial by its number: cases hold functions that do not travel between processes."""
-    return asdict(attempt((quick() if short else everything())[number]))
+@functools.cache
+def _trials(short: bool) -> list[Trial]:
+    return quick() if short else everything()
 
 
-def _plant(number: int, short: bool) -> dict[str, Any]:
-    return asdict(plant(KERNELS[number]))
+def _attempt(numbers: list[int], short: bool, known: frozenset[str]) -> list[dict[str, Any]]:
+    """Trials by their numbers, for cases hold functions that do not travel between processes.
+
+    Args:
+        known: digests of trials that were run; those alike have no outcome of their own.
+    """
+    outcomes = []
+    for number in numbers:
+        trial = _trials(short)[number]
+        key = alike.digest(trial)
+        outcomes.append({"key": key} if key in known else asdict(attempt(trial)) | {"key": key})
+        known |= {key} - {""}
+    return outcomes
+
+
+def _plant(numbers: list[int], short: bool, known: frozenset[str]) -> list[dict[str, Any]]:
+    return [asdict(plant(KERNELS[number])) for number in numbers]
+
+
+Job = tuple[list[str], list[int]]  # names, and numbers that go with them
+
+
+def together(trials: list[tuple[int, Trial]]) -> list[Job]:
+    """Jobs: trials that differ in multiprocessors alone share what was parsed."""
+    groups = itertools.groupby(trials, lambda each: (each[1].case, each[1].dtype, each[1].capability))
+    lists = [list(group) for _, group in groups]
+    return [([str(trial) for _, trial in group], [number for number, _ in group]) for group in lists]
 
 
 def work(
-    store: Store, jobs: list[tuple[str, int]], run: Callable[[int, bool], dict[str, Any]], short: bool, console: Console
+    store: Store,
+    jobs: list[Job],
+    run: Callable[[list[int], bool, frozenset[str]], list[dict[str, Any]]],
+    short: bool,
+    console: Console,
 ) -> None:
     """Do what is not done yet, in order, on two processes."""
-    left = [(name, number) for name, number in jobs if name not in store.done]
+    left = [job for job in jobs if not store.done.keys() >= set(job[0])]
+    total, todo = (sum(len(names) for names, _ in each) for each in (jobs, left))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console) as progress,
         ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=_prepare) as pool,
     ):
-        task = progress.add_task("", total=len(jobs), completed=len(jobs) - len(left))
+        task = progress.add_task("", total=total, completed=total - todo)
         waiting = iter(left)
-        running: dict[Any, str] = {}
+        running: dict[Any, list[str]] = {}
 
         def start() -> None:
-            for name, number in waiting:
-                running[pool.submit(run, number, short)] = name
+            for names, numbers in waiting:
+                running[pool.submit(run, numbers, short, frozenset(store.ran))] = names
                 return
 
-        for _ in range(2 * WORKERS):
+        for _ in range(WORKERS + 1):
             start()
         while running:
             done = next(as_completed(running))
-            name = running.pop(done)
+            names = running.pop(done)
             start()
-            outcome = done.result()
-            store.add(name, outcome)
-            progress.update(task, advance=1, description=name[:60])
-            for fault in outcome.get("faults", ()):
-                progress.console.print(f"[red]{name}[/red]\n{fault}", highlight=False)
+            for name, outcome in zip(names, done.result(), strict=True):
+                store.add(name, outcome)
+                progress.update(task, advance=1, description=name[:60])
+                for fault in outcome.get("faults", ()):
+                    progress.console.print(f"[red]{name}[/red]\n{fault}", highlight=False)
 
 
 def table_of_trials(trials: list[Trial], store: Store) -> tuple[Table, int]:
     """Trials by capability, op and dtype; and how many failed."""
-    table = Table("GPU", "op", "dtype", "trials", "launches", "failed", "known findings", "seconds")
-    rows: dict[tuple[str, str, str], list[Outcome]] = defaultdict(list)
+    table = Table("GPU", "op", "dtype", "trials", "alike", "launches", "failed", "seconds")
+    rows: dict[tuple[str, str, str], list[tuple[Outcome, bool]]] = defaultdict(list)
     for trial in trials:
-        outcome = Outcome(**{key: value for key, value in store.done[str(trial)].items() if key != "name"})
         major, minor = trial.capability
-        rows[f"sm_{major}{minor}", trial.case.op, str(trial.dtype).removeprefix("torch.")].append(outcome)
-    for (gpu, op, dtype), outcomes in rows.items():
-        failed = sum(bool(each.faults) for each in outcomes)
-        known = sorted({kind for each in outcomes for kind in each.known})
-        launches, seconds = sum(each.launches for each in outcomes), sum(each.seconds for each in outcomes)
-        counts = (str(len(outcomes)), str(launches), str(failed or ""), ", ".join(known), f"{seconds:.0f}")
-        table.add_row(gpu, op, dtype, *counts, style="red" if failed else "")
-    return table, sum(bool(each.faults) for outcomes in rows.values() for each in outcomes)
+        dtype = str(trial.dtype).removeprefix("torch.")
+        rows[f"sm_{major}{minor}", trial.case.op, dtype].append(store.outcome(trial))
+    total = [0] * 5
+    for row, outcomes in rows.items():
+        own = [each for each, itself in outcomes if itself]
+        failed = sum(bool(each.faults) for each, _ in outcomes)
+        launches, seconds = sum(each.launches for each in own), round(sum(each.seconds for each in own))
+        counts = [len(outcomes), len(outcomes) - len(own), launches, failed, seconds]
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        table.add_row(*row, *_cells(counts), style="red" if failed else "")
+    table.add_section()
+    table.add_row("", "", "", *_cells(total))
+    return table, total[3]
+
+
+def _cells(counts: list[int]) -> list[str]:
+    count, alike, launches, failed, seconds = counts
+    return [str(count), str(alike or ""), str(launches), str(failed or ""), str(seconds)]
 
 
 def planted_of(store: Store) -> dict[str, Planted]:
@@ -161,12 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not jobs:
             console.print(f"--only, --capability: no trial is called so: {options.only!r}, {options.capability}")
             return 2
-        work(store, [(str(trial), number) for number, trial in jobs], _attempt, options.quick, console)
+        work(store, together(jobs), _attempt, options.quick, console)
         table, failed = table_of_trials([trial for _, trial in jobs], store)
         console.print(table)
         good = good and not failed
     if options.faults or (options.faults is None and not options.only and not options.quick and not options.capability):
-        work(store, [(str(each), number) for number, each in enumerate(KERNELS)], _plant, False, console)
+        work(store, [([str(each)], [number]) for number, each in enumerate(KERNELS)], _plant, False, console)
         table, enough = table_of_faults(store)
         console.print(table)
         good = good and enough

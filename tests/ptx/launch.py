@@ -80,7 +80,7 @@ class Program:
         return self.translator.flow.code[at]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # a trial makes six at the most
 def program(ptx: str, kernel: str | None = None) -> Program:
     collecting = gc.isenabled()
     gc.disable()  # a kernel is a hundred thousand small objects that all stay

@@ -97,7 +97,7 @@ class Module:
 
     def __init__(self, text: str) -> None:
         self.sources: list[str] = []
-        self.text = _comments_out(text, self.sources)
+        self.text = without_comments(text, self.sources)
         self.starts = [0, *(match.end() for match in re.finditer("\n", self.text))]
         target = re.search(r"\.target\s+(\w+)", self.text)
         self.target = target.group(1) if target else ""
@@ -144,7 +144,7 @@ class Module:
         return bisect.bisect_right(self.starts, position)
 
 
-def _comments_out(text: str, sources: list[str]) -> str:
+def without_comments(text: str, sources: list[str]) -> str:
     """The text without comments and debug sections; `sources` gets the source line of each line."""
     text = re.sub(r"/\*.*?\*/", lambda match: "\n" * match[0].count("\n"), text, flags=re.S)
     lines, source = [], ""

@@ -101,15 +101,18 @@ def _flight(strand: Strand, offsets: list[Any], i: Instruction) -> None:
     group, cohort = strand.group, strand.group.cohort
     order = cohort.order
     touched: dict[tuple[int, int], Any] = {}
+    alike = all((each == each[:1]).all() for each in offsets)  # CTAs mostly read at the same offsets
+    read: dict[tuple[int, int], Any] = {}
     for line, row in enumerate(map(int, group.rows)):
         for number_ in range(group.threads // GROUP):
             if strand.mask is not None and not strand.mask[line, number_ * GROUP]:
                 continue
-            every = [np.unique(each[line, number_] >> order.shift) for each in offsets]
-            if every:
-                grains = np.unique(np.concatenate(every)) + row * order.each
-                order.on_async_read(group.launch, i, grains, row, 4 * number_, 4 * number_ + 4)
-                touched[row, number_] = grains
+            key = (0 if alike else line, number_)
+            if key not in read:
+                read[key] = np.unique(np.concatenate([each[line, number_].ravel() for each in offsets]) >> order.shift)
+            grains = read[key] + row * order.each
+            order.on_async_read(group.launch, i, grains, row, 4 * number_, 4 * number_ + 4)
+            touched[row, number_] = grains
 
     def land(done: Any) -> None:
         for (row, number_), grains in touched.items():

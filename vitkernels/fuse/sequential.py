@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, PreNormBlock, is_swapped
-from vitkernels.residual.chain import why_not_joined
-from vitkernels.residual.stream import Part, Sublayer, pre_norm
+from vitkernels.residual.chain import Chain, why_not_joined
+from vitkernels.residual.stream import Part
 
 
 class FusedSequential(Fused):
@@ -24,15 +23,14 @@ class FusedSequential(Fused):
     def forward(self, input: Any) -> Any:
         if self.declines(input):
             return super().forward(input)
-        for blocks in _runs(self, input):
-            first = blocks[0]
-            if len(blocks) == 1:
-                input = first(input)
-                continue
-            assert isinstance(first, PreNormBlock)
-            with first.backend():
-                state = first._vitkernels
-                input = pre_norm(input, _sublayers(blocks), state.residual_dtype, again=state.recompute_norms)
+        if torch.compiler.is_compiling():
+            runs = _runs(self, input)
+        else:
+            runs = self._vitkernels.kept.get(self, input.device, lambda: _runs(self, input))
+            if not all(run.chain is None or run.chain.fits(input) for run in runs):
+                runs = _runs(self, input)
+        for run in runs:
+            input = run(input)
         return input
 
     def parts(self) -> list[Part]:
@@ -43,20 +41,33 @@ class FusedSequential(Fused):
         return [Part("borders", "add_layer_norm", "; ".join(apart) or None)]
 
 
-def _runs(blocks: Any, x: Any) -> Iterator[list[nn.Module]]:
+class _Run:
+    """Neighbours that are run as one stream; or one module, which is called."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.first: Any = blocks[0]
+        self.chain = Chain(blocks) if len(blocks) > 1 else None
+
+    def __call__(self, x: Any) -> Any:
+        if self.chain is None:
+            return self.first(x)
+        with self.first.backend():
+            state = self.first._vitkernels
+            return self.chain.run(x, state.residual_dtype, again=state.recompute_norms)
+
+
+def _runs(blocks: Any, x: Tensor) -> list[_Run]:
     """The modules in order, neighbours that may be run as one stream together."""
-    together: list[nn.Module] = []
+    found: list[list[nn.Module]] = []
+    open_ = False  # whether the last run may go on
     for block in blocks:
-        joins = isinstance(x, Tensor) and _why_not(block, x) is None
-        if together and not (joins and _same_options(together[-1], block)):
-            yield together
-            together = []
-        together.append(block)
-        if not joins:
-            yield together
-            together = []
-    if together:
-        yield together
+        joins = _why_not(block, x) is None
+        if joins and open_ and _same_options(found[-1][-1], block):
+            found[-1].append(block)
+        else:
+            found.append([block])
+        open_ = joins
+    return [_Run(each) for each in found]
 
 
 def _why_not(block: nn.Module, x: Tensor) -> str | None:
@@ -71,7 +82,3 @@ def _same_options(one: Any, other: Any) -> bool:
         (state.residual_dtype, state.recompute_norms, state.backends) for state in (one._vitkernels, other._vitkernels)
     )
     return mine == others
-
-
-def _sublayers(blocks: list[nn.Module]) -> list[Sublayer]:
-    return [sublayer for block in blocks for sublayer in block.sublayers()]  # type: ignore[operator]

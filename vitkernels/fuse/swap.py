@@ -21,6 +21,7 @@ from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import acts, owner_name, replaced, why_not_around
+from vitkernels.residual.kept import Kept, key_of
 from vitkernels.residual.stream import Branch, Part, Sublayer, pre_norm
 
 
@@ -33,12 +34,14 @@ class State:
         recompute_norms: whether backward makes norms again; None for what suits the device.
         backends: the order of backends that its calls ask; None for the process's.
         fallbacks: why calls went to the stock `forward`, and how many.
+        kept: what was read off the module's parts at the last calls.
     """
 
     residual_dtype: torch.dtype | None = None
     recompute_norms: bool | None = None
     backends: tuple[str, ...] | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
 
 
 class Fused(nn.Module):
@@ -145,7 +148,12 @@ class PreNormBlock(Fused):
         """The block on its tokens, [B, N, D] to the same."""
         with self.backend():
             state = self._vitkernels
-            return pre_norm(x, self.sublayers(**options), state.residual_dtype, again=state.recompute_norms)
+            key = None if torch.compiler.is_compiling() else key_of(options)
+            if key is None:
+                sublayers = self.sublayers(**options)
+            else:
+                sublayers = state.kept.get(self, key, lambda: self.sublayers(**options))
+            return pre_norm(x, sublayers, state.residual_dtype, again=state.recompute_norms)
 
     def parts(self) -> list[Part]:
         return [part for sublayer in self.sublayers() for part in sublayer.parts()]

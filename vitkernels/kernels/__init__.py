@@ -23,11 +23,15 @@ from vitkernels.kernels.device import Device, current, interpreting
 PAGES: dict[str, tuple[str, str]] = {
     "attention": ("attention", ""),
     "attention_qkv": ("attention", "_qkv"),
+    "attention_varlen": ("attention_varlen", ""),
     "add_layer_norm": ("add_layer_norm", ""),
+    "add_rms_norm": ("add_layer_norm", "_rms"),
+    "glu_mlp": ("glu_mlp", ""),
     "linear": ("linear", ""),
     "mlp": ("mlp", ""),
     "patch_embed": ("patch_embed", ""),
     "rotary": ("rotary", ""),
+    "rotary_qkv": ("rotary_qkv", ""),
 }
 __all__ = ["PAGES", "capability", "interpreting", "register", "why_not"]
 OLDEST, NEWEST = (3, 6), (3, 9)
@@ -82,6 +86,7 @@ def _launcher(op: str, direction: str) -> Callable[..., Any]:
         with current().launching(device):
             return getattr(_page(op), f"{direction}{PAGES[op][1]}")(*args)
 
+    launch.in_python = True  # type: ignore[attr-defined]
     return launch
 
 

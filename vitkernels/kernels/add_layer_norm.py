@@ -1,4 +1,4 @@
-"""add_layer_norm on CUDA: one row at a time in registers, one pass over memory each way.
+"""add_layer_norm and add_rms_norm on CUDA: one row at a time in registers, one pass over memory each way.
 
 Both kernels are bound by memory: forward reads x and branch and writes total and normed (8 bytes an element in
 bfloat16), backward reads total, dtotal and dnormed and writes dx (8 more, 12 with LayerScale's two). So rows are read
@@ -7,13 +7,14 @@ in 16-byte loads, each number is touched once, and the row's statistics never le
 Forward: a program walks a few rows, each in one warp up to a width of 1024, so that sums need shuffles and no barrier.
 Backward: as many programs as the chip holds stay for the whole call, each with its own sums of the parameters'
 gradients in registers; it writes them once, as one float32 row a vector, and a second kernel sums those rows. No
-atomics: the same bits each run.
+atomics: the same bits each run. Where weight or scale has a row for each sample, some programs walk one sample's rows.
 
 Tensors are [B, N, D] with any strides; an argument that is not there is None, which Triton compiles away.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -61,21 +62,29 @@ def _tokens(x: Tensor) -> int:
     return math.prod(x.shape[1:-1])
 
 
+def _by_sample(weight: Tensor | None, scale: Tensor | None) -> dict[str, bool]:
+    """The kernels' constants that say which vectors have a row for each sample."""
+    named = {"WEIGHT_BY_SAMPLE": weight, "SCALE_BY_SAMPLE": scale}
+    return {name: vector is not None and vector.dim() == 2 for name, vector in named.items()}
+
+
 def forward(
     x: Tensor,
     branch: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     branch_bias: Tensor | None,
     scale: Tensor | None,
     row_scale: Tensor | None,
     out_dtype: torch.dtype,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = nothing(x) if branch is None else x.new_empty(x.shape)
     normed = x.new_empty(x.shape, dtype=out_dtype)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    rows, width = mean.numel(), x.shape[-1]
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = nothing(rstd) if rms else torch.empty_like(rstd)
+    rows, width = rstd.numel(), x.shape[-1]
     if rows:
         tile = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, width)
         rows_of_x, strides = _as_rows(x)
@@ -88,7 +97,7 @@ def forward(
             *_contiguous(weight, bias, branch_bias, scale, row_scale),
             None if branch is None else total,
             normed,
-            mean,
+            None if rms else mean,
             rstd,
             rows,
             _tokens(normed),
@@ -98,6 +107,7 @@ def forward(
             D=width,
             BLOCK_D=next_power_of_2(width),
             ROWS=tile.rows,
+            **_by_sample(weight, scale),
             num_warps=tile.warps,
         )
     return total, normed, mean, rstd
@@ -108,7 +118,7 @@ def backward(
     dnormed: Tensor | None,
     total: Tensor,
     branch: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     branch_bias: Tensor | None,
@@ -116,10 +126,13 @@ def backward(
     row_scale: Tensor | None,
     branch_dtype: torch.dtype | None,
     needs: list[bool],
+    rms: bool = False,
 ) -> tuple[Tensor, ...]:
-    width, rows, device = total.shape[-1], mean.numel(), total.device
-    dtypes = (total.dtype, branch_dtype, weight.dtype, weight.dtype, *(torch.float32,) * 3)
-    shapes = (total.shape, total.shape, *((width,),) * 4, mean.shape)
+    width, rows, device = total.shape[-1], rstd.numel(), total.device
+    of_weight, of_scale = ((width,) if vector is None else vector.shape for vector in (weight, scale))
+    own = torch.float32 if weight is None else weight.dtype
+    dtypes = (total.dtype, branch_dtype, own, own, *(torch.float32,) * 3)
+    shapes = (total.shape, total.shape, of_weight, of_weight, (width,), of_scale, rstd.shape)
     grads = [
         torch.empty(shape, dtype=dtype, device=device) if need else None
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
@@ -127,44 +140,58 @@ def backward(
     scaled = needs[5] or needs[6]
     table = configs.LAYER_NORM_BACKWARD_SCALED if scaled else configs.LAYER_NORM_BACKWARD
     tile = configs.pick_row_tile(table, width)
-    programs = min(cdiv(rows, tile.rows), tile.programs * processors(device))
+    by_sample = _by_sample(weight, scale)
+    samples = total.shape[0] if rows and any(by_sample.values()) else 1
+    programs = min(cdiv(rows // samples, tile.rows), cdiv(tile.programs * processors(device), samples))  # of a sample
     partials = [
-        torch.empty(programs, width, dtype=torch.float32, device=device) if need else None for need in needs[2:6]
+        torch.empty(samples * programs, width, dtype=torch.float32, device=device) if need else None
+        for need in needs[2:6]
     ]
     if rows:
         tensors, strides = zip(*map(_as_rows, (dtotal, dnormed, total, branch)), strict=True)
         launch(
             backward_kernel,
-            (programs,),
+            (samples * programs,),
             *tensors,
-            *_contiguous(weight, mean, rstd, branch_bias, scale, row_scale),
+            *_contiguous(weight, None if rms else mean, rstd, branch_bias, scale, row_scale),
             *grads[:2],
             *partials,
             grads[6],
             rows,
             _tokens(total),
+            programs,
             *(stride for each in strides for stride in each),
             D=width,
             BLOCK_D=next_power_of_2(width),
             ROWS=tile.rows,
             STAGES=tile.stages,
+            **by_sample,
             num_warps=tile.warps,
             maxnreg=tile.maxnreg,
         )
-    if any(needs[2:6]):
+    if not rows:
+        for grad in grads[2:6]:
+            if grad is not None:
+                grad.zero_()  # a sum of nothing
+    elif any(needs[2:6]):
         launch(
             sum_kernel,
-            (cdiv(width, _SUM_COLUMNS), 4),
+            (samples * cdiv(width, _SUM_COLUMNS), 4),
             *partials,
             *grads[2:6],
+            samples,
             programs,
             D=width,
             BLOCK_R=_SUM_ROWS,
             BLOCK_C=_SUM_COLUMNS,
+            **by_sample,
         )
     if grads[6] is not None:
         grads[6] = grads[6].reshape(total.shape[0], _tokens(total)).sum(1)
     return tuple(nothing(total) if grad is None else grad for grad in grads)
+
+
+why_not_rms, forward_rms, backward_rms = why_not, *(functools.partial(each, rms=True) for each in (forward, backward))
 
 
 # -------------------------------------------------------------------------------------------------------- the audit
@@ -173,18 +200,19 @@ _ROWS = 50432  # of ViT-B/16 at 224, B=256
 _WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1536, 4096: 3072, 8192: 6144, 16384: 16384}  # a model's in each block
 
 
-def _variant(kernel: Any, name: str, tile: RowTile, types: dict[str, str], bytes_each: int) -> Variant:
+def _variant(kernel: Any, name: str, tile: RowTile, types: dict[str, str], bytes_each: int, by_sample: bool) -> Variant:
     """A kernel at a row of its table; pointers that have no type are not there, strides are those of whole tensors."""
     width = _WIDTHS[tile.width]
-    integers = [arg for arg in kernel.arg_names if arg in ("rows", "tokens") or arg.startswith("stride")]
-    constants = {arg: 1 for arg in integers if arg.endswith("_d")}
+    integers = [arg for arg in kernel.arg_names if arg in ("rows", "tokens", "programs") or arg.startswith("stride")]
+    constants: dict[str, Any] = {arg: 1 for arg in integers if arg.endswith("_d")}
     constants |= {arg: None for arg in kernel.arg_names if arg.startswith("p_") and arg not in types}
     constants |= {"D": width, "BLOCK_D": tile.width, "ROWS": tile.rows}
+    constants |= {"WEIGHT_BY_SAMPLE": by_sample, "SCALE_BY_SAMPLE": by_sample and "p_scale" in types}
     if "STAGES" in kernel.arg_names:
         constants["STAGES"] = tile.stages
     scalars = dict.fromkeys(integers, "i32") | {"eps": "fp32"}
     return Variant(
-        name=f"add_layer_norm {name}, {_ROWS}x{width}",
+        name=f"{name}, {_ROWS}x{width}",
         kernel=kernel,
         signature={
             arg: each for arg, each in (types | scalars).items() if arg in kernel.arg_names if arg not in constants
@@ -199,9 +227,15 @@ def _variant(kernel: Any, name: str, tile: RowTile, types: dict[str, str], bytes
 
 
 def variants(capability: Capability) -> list[Variant]:
-    """Every row of the tables, with a bfloat16 branch on a bfloat16 and on a float32 residual stream."""
+    """Every row of the tables, with a bfloat16 branch on a bfloat16 and on a float32 residual stream; on a bfloat16 one
+    also without the mean, and with weights and scales that each sample has of its own."""
     found = []
-    for residual, size in (("bf16", 2), ("fp32", 4)):
+    for op, residual, size, by_sample in (
+        ("add_layer_norm", "bf16", 2, False),
+        ("add_layer_norm", "fp32", 4, False),
+        ("add_rms_norm", "bf16", 2, False),
+        ("add_layer_norm", "bf16", 2, True),
+    ):
         vectors = dict.fromkeys(
             ("p_weight", "p_bias", "p_branch_bias", "p_scale", "p_row_scale", "p_mean", "p_rstd"), "*fp32"
         )
@@ -209,6 +243,8 @@ def variants(capability: Capability) -> list[Variant]:
         branch = dict.fromkeys(("p_branch", "p_normed", "p_dnormed", "p_dbranch"), "*bf16")
         grads = dict.fromkeys(("p_dweight", "p_dbias", "p_dbranch_bias", "p_dscale", "p_drow_scale"), "*fp32")
         given = vectors | stream | branch | grads
+        if op == "add_rms_norm":
+            given = {arg: each for arg, each in given.items() if arg not in ("p_mean", "p_bias", "p_dbias")}
         scaled = ("p_branch", "p_branch_bias", "p_scale", "p_dscale", "p_drow_scale")
         plain = {arg: each for arg, each in given.items() if arg not in scaled}
         for kernel, name, table, pointers, bytes_each in (
@@ -216,15 +252,19 @@ def variants(capability: Capability) -> list[Variant]:
             (backward_kernel, "backward", configs.LAYER_NORM_BACKWARD, plain, 3 * size + 4),
             (backward_kernel, "backward with scale", configs.LAYER_NORM_BACKWARD_SCALED, given, 3 * size + 6),
         ):
-            found += [_variant(kernel, f"{name}, {residual} residual", row, pointers, bytes_each) for row in table]
+            title = f"{op} {name}, {residual} residual{', by sample' if by_sample else ''}"
+            found += [_variant(kernel, title, row, pointers, bytes_each, by_sample) for row in table]
     programs = 3 * 132
-    found.append(
-        Variant(
-            name=f"add_layer_norm sum of {programs} partial sums",
-            kernel=sum_kernel,
-            signature=dict.fromkeys(sum_kernel.arg_names[:8], "*fp32") | {"programs": "i32"},
-            constants={"D": 768, "BLOCK_R": _SUM_ROWS, "BLOCK_C": _SUM_COLUMNS},
-            moved=4.0 * 4 * programs * 768,
+    for samples, vectors_of in ((1, "all"), (256, "each sample")):
+        shares = programs if samples == 1 else samples * cdiv(programs, samples)
+        found.append(
+            Variant(
+                name=f"add_layer_norm sum of {shares} partial sums, for {vectors_of}",
+                kernel=sum_kernel,
+                signature=dict.fromkeys(sum_kernel.arg_names[:8], "*fp32") | {"samples": "i32", "programs": "i32"},
+                constants={"D": 768, "BLOCK_R": _SUM_ROWS, "BLOCK_C": _SUM_COLUMNS}
+                | dict.fromkeys(("WEIGHT_BY_SAMPLE", "SCALE_BY_SAMPLE"), samples > 1),
+                moved=4.0 * 4 * shares * 768,
+            )
         )
-    )
     return found

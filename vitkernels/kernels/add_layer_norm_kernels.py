@@ -15,7 +15,10 @@ def _row_offset(i_row, tokens, stride_b, stride_n):
 
 
 @triton.jit
-def _vector(p, o_d, m_d):
+def _vector(p, i_sample, o_d, m_d, D: tl.constexpr, BY_SAMPLE: tl.constexpr):
+    """A vector [D], or a sample's row of [B, D]."""
+    if BY_SAMPLE:
+        p += tl.cast(i_sample, tl.int64) * D
     return tl.load(p + o_d, mask=m_d, other=0.0).to(tl.float32)
 
 
@@ -44,7 +47,10 @@ def forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    WEIGHT_BY_SAMPLE: tl.constexpr,
+    SCALE_BY_SAMPLE: tl.constexpr,
 ):
+    """Without p_mean, an RMSNorm."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     i_first = tl.program_id(0) * ROWS
@@ -56,23 +62,27 @@ def forward_kernel(
             o_branch = _row_offset(i_row, tokens, stride_branch_b, stride_branch_n) + o_d.to(tl.int64) * stride_branch_d
             b_branch = tl.load(p_branch + o_branch, mask=m_d, other=0.0).to(tl.float32)
             if p_branch_bias is not None:
-                b_branch += _vector(p_branch_bias, o_d, m_d)
+                b_branch += _vector(p_branch_bias, 0, o_d, m_d, D, False)
             if p_scale is not None:
-                b_branch *= _vector(p_scale, o_d, m_d)
+                b_branch *= _vector(p_scale, i_row // tokens, o_d, m_d, D, SCALE_BY_SAMPLE)
             if p_row_scale is not None:
                 b_branch *= tl.load(p_row_scale + i_row // tokens).to(tl.float32)
             b_total = rounded(b_x + b_branch, p_total.dtype.element_ty)
             tl.store(p_total + o_out, b_total, mask=m_d)
             b_x = b_total.to(tl.float32)  # normed belongs to the total that is stored
         # the operator's division is off by up to two units in the last place
-        b_mean = tl.div_rn(tl.sum(b_x, 0), 1.0 * D)
-        b_x = tl.where(m_d, b_x - b_mean, 0.0)
+        if p_mean is not None:
+            b_mean = tl.div_rn(tl.sum(b_x, 0), 1.0 * D)
+            b_x = tl.where(m_d, b_x - b_mean, 0.0)
         b_rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(b_x * b_x, 0), 1.0 * D) + eps))
-        b_x = b_x * b_rstd * _vector(p_weight, o_d, m_d)
+        b_x = b_x * b_rstd
+        if p_weight is not None:
+            b_x *= _vector(p_weight, i_row // tokens, o_d, m_d, D, WEIGHT_BY_SAMPLE)
         if p_bias is not None:
-            b_x += _vector(p_bias, o_d, m_d)
+            b_x += _vector(p_bias, i_row // tokens, o_d, m_d, D, WEIGHT_BY_SAMPLE)
         tl.store(p_normed + o_out, rounded(b_x, p_normed.dtype.element_ty), mask=m_d)
-        tl.store(p_mean + i_row, b_mean)
+        if p_mean is not None:
+            tl.store(p_mean + i_row, b_mean)
         tl.store(p_rstd + i_row, b_rstd)
 
 
@@ -97,6 +107,7 @@ def backward_kernel(
     p_drow_scale,
     rows,
     tokens,
+    programs,
     stride_dtotal_b,
     stride_dtotal_n,
     stride_dtotal_d,
@@ -113,19 +124,35 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    WEIGHT_BY_SAMPLE: tl.constexpr,
+    SCALE_BY_SAMPLE: tl.constexpr,
 ):
-    """Gradients of the rows, and this program's share of each vector's gradient: its row of [programs, D]."""
+    """Gradients of the rows, and this program's share of each vector's gradient: its row of [programs of all, D].
+
+    All programs walk all rows together; where a vector has a row for each sample, `programs` of them walk one sample's.
+    """
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_weight = _vector(p_weight, o_d, m_d)[None, :]
+    i_sample = 0
+    if WEIGHT_BY_SAMPLE or SCALE_BY_SAMPLE:
+        i_sample = tl.program_id(0) // programs
+    if p_weight is not None:
+        b_weight = _vector(p_weight, i_sample, o_d, m_d, D, WEIGHT_BY_SAMPLE)[None, :]
     b_dweight = tl.zeros([BLOCK_D], tl.float32)
     b_dbias = tl.zeros([BLOCK_D], tl.float32)
     b_dbranch_bias = tl.zeros([BLOCK_D], tl.float32)
     b_dscale = tl.zeros([BLOCK_D], tl.float32)
 
-    for i_first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    i_begin = tl.program_id(0) * ROWS
+    i_end = rows
+    step = tl.num_programs(0) * ROWS
+    if WEIGHT_BY_SAMPLE or SCALE_BY_SAMPLE:
+        i_begin = i_sample * tokens + tl.program_id(0) % programs * ROWS
+        i_end = (i_sample + 1) * tokens
+        step = programs * ROWS
+    for i_first in tl.range(i_begin, i_end, step, num_stages=STAGES):
         i_row = i_first + tl.arange(0, ROWS)
-        m_row = i_row < rows
+        m_row = i_row < i_end
         m = m_row[:, None] & m_d[None, :]
         o_out = i_row.to(tl.int64)[:, None] * D + o_d[None, :]
         b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -137,13 +164,19 @@ def backward_kernel(
             o_dnormed += o_d.to(tl.int64)[None, :] * stride_dnormed_d
             b_total = tl.load(p_total + o_total, mask=m, other=0.0).to(tl.float32)
             b_dnormed = tl.load(p_dnormed + o_dnormed, mask=m, other=0.0).to(tl.float32)
-            b_mean = tl.load(p_mean + i_row, mask=m_row, other=0.0)[:, None]
+            if p_mean is not None:
+                b_total -= tl.load(p_mean + i_row, mask=m_row, other=0.0)[:, None]
             b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
-            b_normalised = (b_total - b_mean) * b_rstd
-            b_inner = b_dnormed * b_weight
-            b_shift = tl.div_rn(tl.sum(b_inner, 1), 1.0 * D)[:, None]
+            b_normalised = b_total * b_rstd
+            b_inner = b_dnormed
+            if p_weight is not None:
+                b_inner *= b_weight
+            if p_mean is not None:
+                b_shift = tl.div_rn(tl.sum(b_inner, 1), 1.0 * D)[:, None]
             b_slope = tl.div_rn(tl.sum(b_inner * b_normalised, 1), 1.0 * D)[:, None]
-            b_g = (b_inner - b_shift - b_normalised * b_slope) * b_rstd
+            if p_mean is not None:
+                b_inner -= b_shift
+            b_g = (b_inner - b_normalised * b_slope) * b_rstd
             if p_dweight is not None:
                 b_dweight += tl.sum(b_dnormed * b_normalised, 0)
             if p_dbias is not None:
@@ -162,7 +195,7 @@ def backward_kernel(
             b_row *= tl.load(p_row_scale + i_row // tokens, mask=m_row, other=0.0).to(tl.float32)[:, None]
         b_dbranch = b_row
         if p_scale is not None:
-            b_dbranch *= _vector(p_scale, o_d, m_d)[None, :]
+            b_dbranch *= _vector(p_scale, i_sample, o_d, m_d, D, SCALE_BY_SAMPLE)[None, :]
         if p_dbranch is not None:
             tl.store(p_dbranch + o_out, rounded(b_dbranch, p_dbranch.dtype.element_ty), mask=m)
         if p_dbranch_bias is not None:
@@ -172,12 +205,12 @@ def backward_kernel(
             o_branch += o_d.to(tl.int64)[None, :] * stride_branch_d
             b_branch = tl.load(p_branch + o_branch, mask=m, other=0.0).to(tl.float32)
             if p_branch_bias is not None:
-                b_branch += _vector(p_branch_bias, o_d, m_d)[None, :]
+                b_branch += _vector(p_branch_bias, 0, o_d, m_d, D, False)[None, :]
             if p_dscale is not None:
                 b_dscale += tl.sum(b_row * b_branch, 0)
             if p_drow_scale is not None:
                 if p_scale is not None:
-                    b_branch *= _vector(p_scale, o_d, m_d)[None, :]
+                    b_branch *= _vector(p_scale, i_sample, o_d, m_d, D, SCALE_BY_SAMPLE)[None, :]
                 tl.store(p_drow_scale + i_row, tl.sum(b_g * b_branch, 1), mask=m_row)
 
     o_partial = tl.cast(tl.program_id(0), tl.int64) * D + o_d
@@ -192,10 +225,19 @@ def backward_kernel(
 
 
 @triton.jit
-def _sum_one(p_partial, p_out, programs, o_d, m_d, D: tl.constexpr, BLOCK_R: tl.constexpr):
+def _sum_one(
+    p_partial, p_out, i_sample, samples, programs, o_d, m_d, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """[samples * programs, D] to [samples, D], or to [D] by the first sample's program."""
     if p_out is not None:
-        b_sum = sum_rows(p_partial, 0, programs, o_d, m_d, D, 1, BLOCK_R)
-        tl.store(p_out + o_d, rounded(b_sum, p_out.dtype.element_ty), mask=m_d)
+        if BY_SAMPLE:
+            b_sum = sum_rows(p_partial, i_sample * programs, (i_sample + 1) * programs, o_d, m_d, D, 1, BLOCK_R)
+            o_out = tl.cast(i_sample, tl.int64) * D + o_d
+            tl.store(p_out + o_out, rounded(b_sum, p_out.dtype.element_ty), mask=m_d)
+        elif i_sample == 0:
+            b_sum = sum_rows(p_partial, 0, samples * programs, o_d, m_d, D, 1, BLOCK_R)
+            tl.store(p_out + o_d, rounded(b_sum, p_out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
@@ -208,20 +250,25 @@ def sum_kernel(
     p_dbias,
     p_dbranch_bias,
     p_dscale,
+    samples,
     programs,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WEIGHT_BY_SAMPLE: tl.constexpr,
+    SCALE_BY_SAMPLE: tl.constexpr,
 ):
-    """Sum the programs' shares, [programs, D] each; one launch for all vectors, one of them a program."""
-    o_d = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Sum the programs' shares, [samples * programs, D] each; one launch for all vectors, one of them a program."""
+    tiles = tl.cdiv(D, BLOCK_C)
+    i_sample = tl.program_id(0) // tiles
+    o_d = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     m_d = o_d < D
     i_vector = tl.program_id(1)
     if i_vector == 0:
-        _sum_one(p_weight, p_dweight, programs, o_d, m_d, D, BLOCK_R)
+        _sum_one(p_weight, p_dweight, i_sample, samples, programs, o_d, m_d, D, BLOCK_R, WEIGHT_BY_SAMPLE)
     elif i_vector == 1:
-        _sum_one(p_bias, p_dbias, programs, o_d, m_d, D, BLOCK_R)
+        _sum_one(p_bias, p_dbias, i_sample, samples, programs, o_d, m_d, D, BLOCK_R, WEIGHT_BY_SAMPLE)
     elif i_vector == 2:
-        _sum_one(p_branch_bias, p_dbranch_bias, programs, o_d, m_d, D, BLOCK_R)
+        _sum_one(p_branch_bias, p_dbranch_bias, i_sample, samples, programs, o_d, m_d, D, BLOCK_R, False)
     else:
-        _sum_one(p_scale, p_dscale, programs, o_d, m_d, D, BLOCK_R)
+        _sum_one(p_scale, p_dscale, i_sample, samples, programs, o_d, m_d, D, BLOCK_R, SCALE_BY_SAMPLE)

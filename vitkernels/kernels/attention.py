@@ -1,5 +1,7 @@
 """Launchers of the attention kernels: schemas and meaning in `vitkernels.ops.attention`.
 
+`long_forward` and `long_backward` serve sequences of one length, and those of `attention_varlen`.
+
 q, k, v, the mask and all gradients are read and written where they lie, by strides. The gradient of an additive mask is
 the one thing that costs memory: when it is asked for, the gradient of the scores is written as [B, H, Nq, Nk] in
 float32 and summed by torch to the mask's shape.
@@ -7,7 +9,7 @@ float32 and summed by torch to the mask's shape.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from vitkernels.kernels import attention_long, attention_short, capability, configs
 from vitkernels.kernels.attention_variants import variants
 from vitkernels.kernels.common import processors
-from vitkernels.kernels.launch import launch
+from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.attention import _heads_last, _unpack, score_units
 
@@ -27,16 +29,16 @@ WIDEST = 128
 
 def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     """For `attention`: (q, ...) forward and (dout, q, ...) backward."""
-    return _why_not(args[0].shape[-1])
+    return why_not_width(args[0].shape[-1])
 
 
 def why_not_qkv(direction: str, args: tuple[Any, ...]) -> str | None:
     """For `attention_qkv`: (qkv, num_heads, ...) forward and (dout, qkv, out, stats, num_heads, ...) backward."""
     qkv, num_heads = args[:2] if direction == "forward" else (args[1], args[4])
-    return _why_not(qkv.shape[-1] // (3 * num_heads))
+    return why_not_width(qkv.shape[-1] // (3 * num_heads))
 
 
-def _why_not(width: int) -> str | None:
+def why_not_width(width: int) -> str | None:
     return f"the kernels take heads up to {WIDEST} wide, and these are {width}" if width > WIDEST else None
 
 
@@ -82,16 +84,41 @@ def _split(tensor: Tensor, num_heads: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- launches
 
 
+class Sequences(NamedTuple):
+    """How many sequences there are, of how many heads of q, and how long: of one length, or at most.
+
+    Attributes:
+        rows: of a head's statistics.
+        cu_q, cu_k: [batch + 1] int32, contiguous, where the queries and the keys of each begin, where they lie in one.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    rows: int
+    cu_q: Tensor | None = None
+    cu_k: Tensor | None = None
+
+    def longest(self, length: int) -> int | None:
+        """What kernels must be told of the longest sequence's queries or keys: nothing, where all have as many."""
+        return None if self.cu_q is None else length
+
+
 def _align(*tensors: Tensor) -> int:
     """The largest power of two up to 8 that divides the strides of batches, heads and rows."""
     strides = 8
     for tensor in tensors:
-        for stride in tensor.stride()[:3]:
+        for stride in tensor.stride()[:-1]:
             strides |= stride
     return strides & -strides
 
 
 def _strides(tensor: Tensor, align: int) -> tuple[int, int, int, int]:
+    """Of [B, H, N, K]; of [T, H, K], where what stands for a batch is a sequence's first row."""
+    if tensor.dim() == 3:
+        row, head, column = tensor.stride()
+        return row // align, head // align, row // align, column
     batch, head, row, column = tensor.stride()
     return batch // align, head // align, row // align, column
 
@@ -107,14 +134,16 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
 
 
 def _short(
-    direction: str, q: Tensor, keys: int, mask: Tensor | None, is_causal: bool, scale: float, *key: Any
+    direction: str, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float, *key: Any
 ) -> configs.AttentionTile | None:
     """The row of the short kernels where they serve: many heads, and masks that hide keys from all queries alike."""
     if scale <= 0 or (mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1)):
         return None
+    if k.shape[1] != q.shape[1]:
+        return None
     if q.shape[0] * q.shape[1] < configs.SHORT_PROGRAMS * processors(q.device):
         return None
-    return configs.attention_short(direction, keys, mask is not None or is_causal, *key)
+    return configs.attention_short(direction, k.shape[2], mask is not None or is_causal, *key)
 
 
 def _units(mask: Tensor | None, scale: float) -> tuple[float, float]:
@@ -128,6 +157,13 @@ def _launch_options(tile: configs.AttentionTile) -> dict[str, Any]:
     return options | ({"maxnreg": tile.maxnreg} if tile.maxnreg else {})
 
 
+def zero_results(out: Tensor, stats: Tensor) -> None:
+    """What queries get that see nothing."""
+    out.zero_()
+    stats.select(-2, 0).zero_()
+    stats.select(-2, 1).fill_(torch.inf)
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
@@ -135,34 +171,43 @@ def _forward(
     keys = k.shape[2]
     stats = q.new_empty((batch, heads, 2, queries), dtype=torch.float32)
     if 0 in (batch, heads, queries, keys):
-        out.zero_()
-        stats[:, :, 0], stats[:, :, 1] = 0, torch.inf
+        zero_results(out, stats)
+        return stats
+    key = (width, q.dtype == torch.float32, capability(q.device))
+    short = _short("forward", q, k, mask, is_causal, scale, *key)
+    if short is None:
+        long_forward(Sequences(batch, heads, queries, keys, queries), q, k, v, out, stats, mask, is_causal, scale)
         return stats
     align = _align(q, k, v, out)
-    sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
-    strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
-    key = (width, q.dtype == torch.float32, capability(q.device))
-    values, mask_strides, mask_constants = _mask_arguments(mask)
-    factor, unit = _units(mask, scale)
-    short = _short("forward", q, keys, mask, is_causal, scale, *key)
-    if short is not None:
-        mask_b, mask_h, _, mask_n = mask_strides
-        launch(
-            attention_short.forward_kernel, (batch * heads,),
-            q, k, v, values, out, stats, *strides, mask_b, mask_h, mask_n, *_strides(out, align)[:3],
-            heads, queries, unit, NK=keys, **sizes, MASK="none" if mask is None else "keys",
-            CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
-        )  # fmt: skip
-        return stats
-    tile = configs.attention_long(*key).forward
+    values, (mask_b, mask_h, _, mask_n), _ = _mask_arguments(mask)
+    _, unit = _units(mask, scale)
     launch(
-        attention_long.forward_kernel, (batch * heads * -(-queries // tile.queries),),
-        q, k, v, values, out, stats, *strides, *mask_strides, *_strides(out, align)[:3],
-        heads, queries, keys, factor, unit,
-        **sizes, **mask_constants, CAUSAL=is_causal, PLAIN=mask is None and scale > 0, BM=tile.queries, BN=tile.keys,
-        **_launch_options(tile),
+        attention_short.forward_kernel, (batch * heads,),
+        q, k, v, values, out, stats, *_strides(q, align), *_strides(k, align), *_strides(v, align),
+        mask_b, mask_h, mask_n, *_strides(out, align)[:3], heads, queries, unit,
+        NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), MASK="none" if mask is None else "keys",
+        CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
     )  # fmt: skip
     return stats
+
+
+def long_forward(
+    of: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mask: Tensor | None, is_causal: bool,
+    scale: float,
+) -> None:  # fmt: skip
+    """Write out and the rows' statistics of some queries that have some keys, [B, H, N, K] or [T, H, K]."""
+    width = q.shape[-1]
+    align = _align(q, k, v, out)
+    tile = configs.attention_long(width, q.dtype == torch.float32, capability(q.device)).forward
+    values, mask_strides, mask_constants = _mask_arguments(mask)
+    launch(
+        attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
+        q, k, v, values, out, stats, of.cu_q, of.cu_k, *_strides(q, align), *_strides(k, align), *_strides(v, align),
+        *mask_strides, *_strides(out, align)[:3], of.heads, of.rows, of.keys, of.longest(of.queries),
+        *_units(mask, scale), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants,
+        CAUSAL=is_causal, PLAIN=mask is None and scale > 0, GROUP=of.heads // k.shape[1], BM=tile.queries, BN=tile.keys,
+        **_launch_options(tile),
+    )  # fmt: skip
 
 
 def _backward(
@@ -171,7 +216,6 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     """Write dq, dk and dv into `grads`; returns the mask's gradient."""
     q, k, v = tensors
-    dq, dk, dv = grads
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     if 0 in (batch, heads, queries, keys):
@@ -179,47 +223,62 @@ def _backward(
             grad.zero_()
         return mask.new_zeros(mask.shape) if mask is not None and needs_mask else nothing(q)
     stats = stats.contiguous()  # as every backend's forward leaves it
+    key = (width, q.dtype == torch.float32, capability(q.device))
+    short = _short("backward", q, k, mask, is_causal, scale, *key)
+    if short is None:
+        of = Sequences(batch, heads, queries, keys, queries)
+        return long_backward(of, dout, tensors, out, stats, grads, mask, is_causal, scale, needs_mask)
+    align = _align(*tensors, out, dout, *grads)
+    strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
+    values, (mask_b, mask_h, _, mask_n), _ = _mask_arguments(mask)
+    _, unit = _units(mask, scale)
+    launch(
+        attention_short.backward_kernel, (batch * heads,),
+        q, k, v, values, dout, stats, *grads, *_strides(q, align), *_strides(k, align), *_strides(v, align),
+        mask_b, mask_h, mask_n, *_strides(dout, align), *strides_dq, *strides_dk, *strides_dv,
+        heads, queries, scale, unit, NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width),
+        MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
+        **_launch_options(short),
+    )  # fmt: skip
+    return nothing(q)
+
+
+def long_backward(
+    of: Sequences, dout: Tensor, tensors: tuple[Tensor, ...], out: Tensor, stats: Tensor, grads: tuple[Tensor, ...],
+    mask: Tensor | None, is_causal: bool, scale: float, needs_mask: bool,
+) -> Tensor:  # fmt: skip
+    """Write dq, dk and dv into `grads`; returns the mask's gradient. Some queries have some keys."""
+    q, k, v = tensors
+    dq, dk, dv = grads
+    width, group = q.shape[-1], of.heads // k.shape[1]
     align = _align(*tensors, out, dout, *grads)
     sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
-    strides = *_strides(q, align), *_strides(k, align), *_strides(v, align)
     strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
-    key = (width, q.dtype == torch.float32, capability(q.device))
     values, mask_strides, mask_constants = _mask_arguments(mask)
     factor, unit = _units(mask, scale)
-    short = _short("backward", q, keys, mask, is_causal, scale, *key)
-    if short is not None:
-        mask_b, mask_h, _, mask_n = mask_strides
-        launch(
-            attention_short.backward_kernel, (batch * heads,),
-            q, k, v, values, dout, stats, dq, dk, dv, *strides, mask_b, mask_h, mask_n, *_strides(dout, align),
-            *strides_dq, *strides_dk, *strides_dv, heads, queries, scale, unit, NK=keys, **sizes,
-            MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
-            **_launch_options(short),
-        )  # fmt: skip
-        return nothing(q)
-    row = configs.attention_long(*key)
-    all_strides = *strides, *mask_strides, *_strides(dout, align)
-    delta = stats.new_empty((batch, heads, queries))
+    row = configs.attention_long(width, q.dtype == torch.float32, capability(q.device))
+    strides = *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides, *_strides(dout, align)
+    delta = stats.new_empty((*stats.shape[:-2], of.rows))
     if not needs_mask:  # else dq's kernel leaves it
         launch(
-            attention_long.delta_kernel, (batch * heads * -(-queries // row.delta.queries),),
-            out, dout, delta, *_strides(out, align), *_strides(dout, align), heads, queries,
-            **sizes, BM=row.delta.queries, **_launch_options(row.delta),
+            attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, row.delta.queries),),
+            out, dout, delta, of.cu_q, *_strides(out, align), *_strides(dout, align),
+            of.heads, of.rows, of.longest(of.queries), **sizes, BM=row.delta.queries, **_launch_options(row.delta),
         )  # fmt: skip
-    ds = q.new_empty((batch, heads, queries, keys), dtype=torch.float32) if needs_mask else None
+    ds = q.new_empty((of.batch, of.heads, of.rows, of.keys), dtype=torch.float32) if needs_mask else None
     dq_tile = row.ds if needs_mask else row.dq
     launch(
-        attention_long.dq_kernel, (batch * heads * -(-queries // dq_tile.queries),),
-        q, k, v, values, dout, stats, delta, dq, ds, *all_strides, *strides_dq,
-        heads, queries, keys, scale, factor, unit,
-        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, BM=dq_tile.queries, BN=dq_tile.keys,
-        **_launch_options(dq_tile),
+        attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, dq_tile.queries),),
+        q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_dq,
+        of.heads, of.rows, of.keys, of.longest(of.queries), scale, factor, unit,
+        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=dq_tile.queries,
+        BN=dq_tile.keys, **_launch_options(dq_tile),
     )  # fmt: skip
     launch(
-        attention_long.dkdv_kernel, (batch * heads * -(-keys // row.dkdv.keys),),
-        q, k, v, values, dout, stats, delta, dk, dv, *all_strides, *strides_dk, *strides_dv,
-        heads, queries, keys, scale, factor, unit,
-        **sizes, **mask_constants, CAUSAL=is_causal, BM=row.dkdv.queries, BN=row.dkdv.keys,
+        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, row.dkdv.keys),),
+        q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides, *strides_dk, *strides_dv,
+        of.heads, of.rows, of.keys, of.longest(of.keys), scale, factor, unit,
+        **sizes, **mask_constants, CAUSAL=is_causal, GROUP=group, BM=row.dkdv.queries, BN=row.dkdv.keys,
         **_launch_options(row.dkdv),
     )  # fmt: skip
     if mask is None or ds is None:

@@ -3,6 +3,9 @@
 The forward walks over tiles of keys with a running maximum and sum (Dao et al. 2022). Backward recomputes the weights
 from the statistics of each row, once by queries and once by keys, so no two programs add into the same place: no
 atomics, and the same bits every time. Tiles that need no bounds or causal mask run in loops of their own, without it.
+
+Of many sequences in one (`p_cu_q` and `p_cu_k`: where each begins) each has as many programs as the longest; those of a
+tile that it does not have do nothing. NQ is the rows of the statistics there. `GROUP` heads of q share one of k and v.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from vitkernels.kernels.attention_tiles import (
     load_stats,
     masked,
     row_dot,
+    rows_of,
     scaled,
-    stats_of,
+    sequence,
     store,
     store_stats,
+    tiles_of,
     weights,
     zeros,
 )
@@ -58,90 +63,96 @@ def _keys_step(
 
 @triton.jit
 def forward_kernel(
-    p_q, p_k, p_v, p_mask, p_out, p_stats,
+    p_q, p_k, p_v, p_mask, p_out, p_stats, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_ob, stride_oh, stride_on, H, NQ, NK, factor, unit,
+    stride_ob, stride_oh, stride_on, H, NQ, NK, LONGEST, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, PLAIN: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BM queries; neighbours share a head, so its keys and values stay in L2."""
-    n_tiles = tl.cdiv(NQ, BM)
+    n_tiles = tiles_of(NQ, LONGEST, BM)
     i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
+    i_q, n_q = sequence(p_cu_q, i_b, NQ)
+    i_k, n_k = sequence(p_cu_k, i_b, NK)
+    if p_cu_q is not None:
+        n_k = tl.where(i_m < n_q, n_k, 0)
     o_m = i_m + tl.arange(0, BM)
-    m_m = o_m < NQ
-    q = load(head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN), o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
-    p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
-    p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
+    m_m = o_m < n_q
+    q = load(head_of(p_q, i_q, i_h, stride_qb, stride_qh, ALIGN), o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
+    p_k = head_of(p_k, i_k, i_h // GROUP, stride_kb, stride_kh, ALIGN)
+    p_v = head_of(p_v, i_k, i_h // GROUP, stride_vb, stride_vh, ALIGN)
     if MASK != "none":
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
     state = (tl.full([BM], -INF, tl.float32), tl.zeros([BM], tl.float32), zeros(BM, WIDTHS))
-    n_seen = NK  # by some query of the tile
-    n_plain = NK // BN * BN  # by every query, in whole tiles
+    n_seen = n_k  # by some query of the tile
+    n_plain = n_k // BN * BN  # by every query, in whole tiles
     if CAUSAL:
-        n_seen = tl.minimum(NK, i_m + BM)
-        n_plain = tl.minimum(NK, i_m + 1) // BN * BN
+        n_seen = tl.minimum(n_k, i_m + BM)
+        n_plain = tl.minimum(n_k, i_m + 1) // BN * BN
     for i_n in tl.range(0, n_plain, BN):
         state = _keys_step(
             state, q, p_k, p_v, p_mask, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, n_q, n_k, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, False,
         )  # fmt: skip
     for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
         state = _keys_step(
             state, q, p_k, p_v, p_mask, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, n_q, n_k, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, PLAIN, BN, True,
         )  # fmt: skip
     b_max, b_sum, acc = state
-    if MASK != "none":  # a row with nothing to attend to gives zeros
+    if MASK != "none" or p_cu_k is not None:  # a row with nothing to attend to gives zeros
         b_max = tl.where(b_max == -INF, 0.0, b_max)
-    store_stats(stats_of(p_stats, i_bh, NQ), b_max, b_sum, o_m, m_m, NQ)
-    if MASK != "none":
+    store_stats(rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2), b_max, b_sum, o_m, m_m, NQ)
+    if MASK != "none" or p_cu_k is not None:
         b_sum = tl.where(b_sum == 0, 1.0, b_sum)
-    p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
+    p_out = head_of(p_out, i_q, i_h, stride_ob, stride_oh, ALIGN)
     store(p_out, acc, (1.0 / b_sum)[:, None], o_m, m_m, stride_on, K, ALIGN, WIDTHS)
 
 
 @triton.jit
 def delta_kernel(
-    p_out, p_dout, p_delta,
-    stride_ob, stride_oh, stride_on, stride_ok, stride_gb, stride_gh, stride_gn, stride_gk, H, NQ,
+    p_out, p_dout, p_delta, p_cu_q,
+    stride_ob, stride_oh, stride_on, stride_ok, stride_gb, stride_gh, stride_gn, stride_gk, H, NQ, LONGEST,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out), [B, H, NQ] in float32."""
-    n_tiles = tl.cdiv(NQ, BM)
+    """delta = rowsum(dout * out), [B, H, NQ] in float32, or [H, NQ] of all sequences."""
+    n_tiles = tiles_of(NQ, LONGEST, BM)
     i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
+    i_q, n_q = sequence(p_cu_q, i_b, NQ)
     o_m = i_m + tl.arange(0, BM)
-    m_m = o_m < NQ
-    p_out = head_of(p_out, i_b, i_h, stride_ob, stride_oh, ALIGN)
-    p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
+    m_m = o_m < n_q
+    p_out = head_of(p_out, i_q, i_h, stride_ob, stride_oh, ALIGN)
+    p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
     out = load(p_out, o_m, m_m, stride_on, stride_ok, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-    tl.store(p_delta + tl.cast(i_bh, tl.int64) * NQ + o_m, row_dot(out, dout, WIDTHS), mask=m_m)
+    p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1)
+    tl.store(p_delta + o_m, row_dot(out, dout, WIDTHS), mask=m_m)
 
 
 @triton.jit
 def _queries_step(
     grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
-    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, factor, unit,
+    stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Take one tile of queries into (dk, dv). Scores are transposed, [keys, queries]."""
+    """Take one tile of queries into (dk, dv). Scores are transposed, [keys, queries]; NQ is as in the statistics."""
     dk, dv = grads
     o_m = i_m + tl.arange(0, BM)
-    m_m = o_m < NQ
+    m_m = o_m < n_q
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
     b_max, b_log = load_stats(p_stats, o_m, m_m, NQ)
     b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
     s = across(k, q, WIDTHS) * factor
-    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, NQ, NK, MASK, MASK_ROWS)
+    s = masked(s, p_mask, o_m[None, :], o_n[:, None], stride_mm, stride_mn, n_q, n_k, MASK, MASK_ROWS)
     if EDGE:
-        s = hidden(s, o_m[None, :], o_n[:, None], NK, CAUSAL)
+        s = hidden(s, o_m[None, :], o_n[:, None], n_k, CAUSAL)
     p = weights(s, b_max[None, :], b_log[None, :], unit)
     dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
     ds = p * (across(v, dout, WIDTHS) - b_delta[None, :])
@@ -150,53 +161,85 @@ def _queries_step(
 
 
 @triton.jit
-def dkdv_kernel(
-    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dk, p_dv,
-    stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
-    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, scale, factor, unit,
+def _head_step(
+    grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q, i_b, i_bh, i_h, i_q, o_n, i_n,
+    stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of BN keys."""
-    n_tiles = tl.cdiv(NK, BN)
-    i_bh, i_n = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BN
-    i_b, i_h = i_bh // H, i_bh % H
-    o_n = i_n + tl.arange(0, BN)
-    m_n = o_n < NK
-    p_q = head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN)
-    p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
-    p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
-    p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
+    """Take the queries of one head into (dk, dv)."""
+    p_q = head_of(p_q, i_q, i_h, stride_qb, stride_qh, ALIGN)
+    p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
     if MASK != "none":
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
-    p_stats = stats_of(p_stats, i_bh, NQ)
-    p_delta += tl.cast(i_bh, tl.int64) * NQ
-    k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
-    v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
-    grads = (zeros(BN, WIDTHS), zeros(BN, WIDTHS))
+    p_stats = rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2)
+    p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1)
     begin = 0
     if CAUSAL:  # earlier queries see none of these keys, later ones all of them
-        begin = tl.minimum(NQ, i_n) // BM * BM
-        n_edge = tl.minimum(NQ, tl.cdiv(i_n + BN, BM) * BM)
+        begin = tl.minimum(n_q, i_n) // BM * BM
+        n_edge = tl.minimum(n_q, tl.cdiv(i_n + BN, BM) * BM)
         for i_m in tl.range(begin, n_edge, BM, num_stages=1):
             grads = _queries_step(
                 grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
-                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, factor, unit,
+                stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, True,
             )  # fmt: skip
         begin = n_edge
     # a key that is not there needs no mask: its row of dk and dv is not stored
-    for i_m in tl.range(begin, NQ, BM):
+    for i_m in tl.range(begin, n_q, BM):
         grads = _queries_step(
             grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, o_n, i_m,
-            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, NK, factor, unit,
+            stride_qn, stride_qk, stride_gn, stride_gk, stride_mm, stride_mn, NQ, n_q, n_k, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, False,
         )  # fmt: skip
+    return grads
+
+
+@triton.jit
+def dkdv_kernel(
+    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dk, p_dv, p_cu_q, p_cu_k,
+    stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
+    stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
+    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, LONGEST, scale, factor, unit,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of BN keys; it walks over the heads of q that share them, in order."""
+    n_tiles = tiles_of(NK, LONGEST, BN)
+    i_bh, i_n = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BN
+    i_b, i_kh = i_bh // (H // GROUP), i_bh % (H // GROUP)
+    i_q, n_q = sequence(p_cu_q, i_b, NQ)
+    i_k, n_k = sequence(p_cu_k, i_b, NK)
+    if p_cu_k is not None:
+        n_q = tl.where(i_n < n_k, n_q, 0)
+    o_n = i_n + tl.arange(0, BN)
+    m_n = o_n < n_k
+    p_k = head_of(p_k, i_k, i_kh, stride_kb, stride_kh, ALIGN)
+    p_v = head_of(p_v, i_k, i_kh, stride_vb, stride_vh, ALIGN)
+    k = load(p_k, o_n, m_n, stride_kn, stride_kk, K, ALIGN, WIDTHS)
+    v = load(p_v, o_n, m_n, stride_vn, stride_vk, K, ALIGN, WIDTHS)
+    grads = (zeros(BN, WIDTHS), zeros(BN, WIDTHS))
+    if GROUP == 1:  # a loop of one turn would take registers
+        grads = _head_step(
+            grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q, i_b, i_bh, i_kh, i_q, o_n, i_n,
+            stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm,
+            stride_mn, stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+            K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, BN,
+        )  # fmt: skip
+    else:
+        for i_group in tl.range(GROUP):
+            grads = _head_step(
+                grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q,
+                i_b, i_bh * GROUP + i_group, i_kh * GROUP + i_group, i_q, o_n, i_n,
+                stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm,
+                stride_mn, stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+                K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, BN,
+            )  # fmt: skip
     dk, dv = grads
-    p_dk = head_of(p_dk, i_b, i_h, stride_dkb, stride_dkh, ALIGN)
-    p_dv = head_of(p_dv, i_b, i_h, stride_dvb, stride_dvh, ALIGN)
+    p_dk = head_of(p_dk, i_k, i_kh, stride_dkb, stride_dkh, ALIGN)
+    p_dv = head_of(p_dv, i_k, i_kh, stride_dvb, stride_dvh, ALIGN)
     store(p_dk, dk, scale, o_n, m_n, stride_dkn, K, ALIGN, WIDTHS)
     store(p_dv, dv, 1.0, o_n, m_n, stride_dvn, K, ALIGN, WIDTHS)
 
@@ -232,60 +275,64 @@ def _dq_step(
 
 @triton.jit
 def dq_kernel(
-    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_ds,
+    p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_ds, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, scale, factor, unit,
-    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, LONGEST, scale, factor,
+    unit, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BM queries; `STORE_DS` also writes delta and the gradient of the scores, [B, H, NQ, NK]."""
-    n_tiles = tl.cdiv(NQ, BM)
+    n_tiles = tiles_of(NQ, LONGEST, BM)
     i_bh, i_m = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles * BM
     i_b, i_h = i_bh // H, i_bh % H
+    i_q, n_q = sequence(p_cu_q, i_b, NQ)
+    i_k, n_k = sequence(p_cu_k, i_b, NK)
+    if p_cu_q is not None:
+        n_k = tl.where(i_m < n_q, n_k, 0)
     o_m = i_m + tl.arange(0, BM)
-    m_m = o_m < NQ
-    p_q = head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN)
-    p_k = head_of(p_k, i_b, i_h, stride_kb, stride_kh, ALIGN)
-    p_v = head_of(p_v, i_b, i_h, stride_vb, stride_vh, ALIGN)
-    p_dout = head_of(p_dout, i_b, i_h, stride_gb, stride_gh, ALIGN)
+    m_m = o_m < n_q
+    p_q = head_of(p_q, i_q, i_h, stride_qb, stride_qh, ALIGN)
+    p_k = head_of(p_k, i_k, i_h // GROUP, stride_kb, stride_kh, ALIGN)
+    p_v = head_of(p_v, i_k, i_h // GROUP, stride_vb, stride_vh, ALIGN)
+    p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
     if MASK != "none":
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
-    b_max, b_log = load_stats(stats_of(p_stats, i_bh, NQ), o_m, m_m, NQ)
-    p_delta += tl.cast(i_bh, tl.int64) * NQ + o_m
+    b_max, b_log = load_stats(rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2), o_m, m_m, NQ)
+    p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1) + o_m
     dq = zeros(BM, WIDTHS)
     if STORE_DS:
         # The mask's gradient sums these over keys, where all but rounding can cancel: delta is summed from the very
         # weights, not from an out that was rounded. All tiles are bounded: speed matters less here.
         p_ds += tl.cast(i_bh, tl.int64) * NQ * NK
         b_delta = tl.zeros([BM], tl.float32)
-        for i_n in tl.range(0, NK, BN, num_stages=1):
+        for i_n in tl.range(0, n_k, BN, num_stages=1):
             b_delta += _dq_step(
                 None, q, dout, b_max, b_log, None, p_k, p_v, p_mask, None, o_m, i_n,
-                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
+                stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, n_q, n_k, factor, unit,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, False, BN, True,
             )  # fmt: skip
         tl.store(p_delta, b_delta, mask=m_m)
     else:
         b_delta = tl.load(p_delta, mask=m_m, other=0.0)
-    n_seen = NK
-    n_plain = NK // BN * BN
+    n_seen = n_k
+    n_plain = n_k // BN * BN
     if CAUSAL:
-        n_seen = tl.minimum(NK, i_m + BM)
-        n_plain = tl.minimum(NK, i_m + 1) // BN * BN
+        n_seen = tl.minimum(n_k, i_m + BM)
+        n_plain = tl.minimum(n_k, i_m + 1) // BN * BN
     for i_n in tl.range(0, n_plain, BN):
         dq = _dq_step(
             dq, q, dout, b_max, b_log, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, n_q, n_k, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, False,
         )  # fmt: skip
     for i_n in tl.range(n_plain, n_seen, BN, num_stages=1):
         dq = _dq_step(
             dq, q, dout, b_max, b_log, b_delta, p_k, p_v, p_mask, p_ds, o_m, i_n,
-            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, NQ, NK, factor, unit,
+            stride_kn, stride_kk, stride_vn, stride_vk, stride_mm, stride_mn, n_q, n_k, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, STORE_DS, BN, True,
         )  # fmt: skip
-    p_dq = head_of(p_dq, i_b, i_h, stride_dqb, stride_dqh, ALIGN)
+    p_dq = head_of(p_dq, i_q, i_h, stride_dqb, stride_dqh, ALIGN)
     store(p_dq, dq, scale, o_m, m_m, stride_dqn, K, ALIGN, WIDTHS)

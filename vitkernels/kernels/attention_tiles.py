@@ -27,6 +27,22 @@ def begin_of(PIECES, i):
 
 
 @triton.jit
+def tiles_of(N, LONGEST, BLOCK: tl.constexpr):
+    """How many tiles each head has: of N rows, or of the longest sequence's."""
+    return tl.cdiv(N, BLOCK) if LONGEST is None else tl.cdiv(LONGEST, BLOCK)
+
+
+@triton.jit
+def sequence(p_cu, i_b, N):
+    """What `head_of` takes for a batch, and its rows: its number and N, or a sequence's first token and its tokens."""
+    begin, count = i_b, N
+    if p_cu is not None:
+        begin = tl.load(p_cu + i_b)
+        count = tl.load(p_cu + i_b + 1) - begin
+    return begin, count
+
+
+@triton.jit
 def head_of(p, i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
     """Pointer to a head's first row."""
     return p + (tl.cast(i_b, tl.int64) * stride_b + tl.cast(i_h, tl.int64) * stride_h) * ALIGN
@@ -108,6 +124,16 @@ def row_dot(a, b, WIDTHS: tl.constexpr):
     for i in tl.static_range(1, len(WIDTHS)):
         total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
     return total
+
+
+@triton.jit
+def rows_of(p, p_cu, i_bh, i_h, begin, NQ, EACH: tl.constexpr):
+    """Pointer to what a head has for its queries in a [B, H, EACH, NQ], or in an [H, EACH, NQ] of all sequences."""
+    if p_cu is not None:
+        p += tl.cast(i_h, tl.int64) * EACH * NQ + begin
+    else:
+        p += tl.cast(i_bh, tl.int64) * EACH * NQ
+    return p
 
 
 @triton.jit

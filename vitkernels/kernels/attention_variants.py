@@ -12,7 +12,7 @@ from vitkernels.kernels.variants import Variant
 
 # tokens, head width
 _SHAPES = (
-    *((49, 32), (49, 64), (64, 80), (64, 104), (64, 128), (77, 64), (128, 104), (128, 128), (196, 64)),
+    *((7, 64), (49, 32), (49, 64), (64, 80), (64, 104), (64, 128), (77, 64), (128, 104), (128, 128), (196, 64)),
     *((197, 32), (197, 48), (197, 64), (197, 80), (256, 64), (256, 72), (257, 64), (257, 80), (257, 88), (257, 96)),
     *((577, 64), (577, 72), (577, 80), (577, 88), (577, 96), (577, 104), (577, 128), (1370, 64)),
 )
@@ -37,6 +37,18 @@ def variants(capability: Capability) -> list[Variant]:
     return found + list(_Shape(577, 64, "fp32", capability).variants())
 
 
+def variants_varlen(capability: Capability) -> list[Variant]:
+    """The long kernels as `attention_varlen` launches them: sequences of one length here, which the rooflines need."""
+    shapes = [_Shape(577, width, "bf16", capability, packed=True) for width in (64, 72, 80, 128)]
+    shapes += [_Shape(577, 64, "bf16", capability, mask, packed=True, group=4) for mask in ("", "causal")]
+    return [
+        variant for shape in (*shapes, _Shape(577, 64, "fp32", capability, packed=True)) for variant in shape.long()
+    ]
+
+
+_OF_SEQUENCES = ("p_cu_q", "p_cu_k", "LONGEST")  # arguments that are None where all sequences have one length
+
+
 @dataclass(frozen=True)
 class _Shape:
     tokens: int
@@ -44,6 +56,8 @@ class _Shape:
     dtype: str
     capability: Capability
     mask: str = ""
+    packed: bool = False  # many sequences in one
+    group: int = 1  # heads of q that share one of k and v
 
     @property
     def heads(self) -> int:
@@ -51,21 +65,26 @@ class _Shape:
 
     def variants(self) -> Iterator[Variant]:
         key = (self.width, self.dtype == "fp32", self.capability)
-        row = configs.attention_long(*key)
+        forward, *backward = self.long()
         short = self._short("forward", *key)
         if short is not None:
             pieces = configs.attention_keys(self.tokens)
             constants = {"KEYS": pieces, "NK": self.tokens}
             yield self._variant(attention_short.forward_kernel, short, 4, 4, sum(pieces), constants)
         else:
-            yield self._variant(attention_long.forward_kernel, row.forward, 4, 4)
+            yield forward
         short = self._short("backward", *key)
         if short is not None:
             yield self._variant(attention_short.backward_kernel, short, 7, 10, short.keys, {"NK": self.tokens})
         else:
-            yield self._variant(attention_long.delta_kernel, row.delta, 2, 0)
-            yield self._variant(attention_long.dq_kernel, row.ds if "gradient" in self.mask else row.dq, 5, 6)
-            yield self._variant(attention_long.dkdv_kernel, row.dkdv, 6, 8)
+            yield from backward
+
+    def long(self) -> Iterator[Variant]:
+        row = configs.attention_long(self.width, self.dtype == "fp32", self.capability)
+        yield self._variant(attention_long.forward_kernel, row.forward, 4, 4)
+        yield self._variant(attention_long.delta_kernel, row.delta, 2, 0)
+        yield self._variant(attention_long.dq_kernel, row.ds if "gradient" in self.mask else row.dq, 5, 6)
+        yield self._variant(attention_long.dkdv_kernel, row.dkdv, 6, 8)
 
     def _short(self, direction: str, *key: Any) -> AttentionTile | None:
         if self.mask not in ("", "causal", "key padding"):
@@ -87,11 +106,14 @@ class _Shape:
         known |= {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name[-1] == "k"}
         known |= {"stride_mn": 1} if known["MASK"] != "none" else {}
         known |= {"p_mask": None} if known["MASK"] == "none" else {}
+        known |= {"GROUP": self.group} | ({} if self.packed else dict.fromkeys(_OF_SEQUENCES))
         known |= {} if known["STORE_DS"] else {"p_ds": None}
         known = {name: value for name, value in known.items() if name in kernel.arg_names}
         queries = -(-self.tokens // tile.queries) * tile.queries
         page = kernel.__module__.rpartition(".")[2].replace("_", " ")
         mask = f" {self.mask}" if self.mask else ""
+        mask += " varlen" if self.packed else ""
+        mask += f" {self.group} heads a key" if self.group > 1 else ""
         return Variant(
             name=f"{page} {kernel.__name__} N={self.tokens} K={self.width} {self.dtype}{mask}",
             kernel=kernel,
@@ -100,6 +122,7 @@ class _Shape:
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.maxnreg,
+            divisible=("LONGEST",) if self.packed else (),
             spills=tile.spills,
             matrix=flops > 0 and self.dtype != "fp32",
             moved=tensors * self.heads * self.tokens * self.width * size,
@@ -110,6 +133,8 @@ class _Shape:
     def _type(self, argument: str) -> str:
         if argument in ("p_stats", "p_delta", "p_ds"):
             return "*fp32"
+        if argument in ("p_cu_q", "p_cu_k"):
+            return "*i32"
         if argument == "p_mask":
             return "*u8" if _MASKS[self.mask]["MASK"] == "bool" else f"*{self.dtype}"
         if argument.startswith("p_"):

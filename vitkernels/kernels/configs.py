@@ -222,6 +222,9 @@ SHORT_BACKWARD: Mapping[int, tuple[AttentionShort, ...]] = {
     ),
     86: _SHORT_BACKWARD_SM_86,
     90: (
+        # so few keys leave registers of a product's operand constant, and the next value is put there in a pipelined
+        # loop while the product is in flight
+        AttentionShort(8, 96, AttentionTile(32, 64, 4, 1)),
         AttentionShort(64, 96, AttentionTile(32, 64, 4)),
         # 0 but for 104-wide heads by triton 3.6
         AttentionShort(64, 128, AttentionTile(32, 64, 4, 1, spills=8)),

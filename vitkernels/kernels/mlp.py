@@ -57,15 +57,16 @@ def _suits_tma(matrix: Tensor) -> bool:
     return matrix.numel() > 0 and stride_c == 1 and rows_apart and matrix.data_ptr() % 16 == 0
 
 
-def _tile(table: dict[int, ProductTile], rows: int, columns: int, like: Tensor) -> ProductTile:
+def pick_tile(table: dict[int, ProductTile], small: ProductTile, rows: int, columns: int, like: Tensor) -> ProductTile:
+    """The tile for a result [rows, columns]; `small` where the table's are fewer than multiprocessors."""
     if like.dtype == torch.float32:
         return configs.MLP_ELEMENTWISE
     tile = configs.pick_product_tile(table, capability(like.device))
     tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
-    return tile if tiles >= processors(like.device) else configs.MLP_SMALL
+    return tile if tiles >= processors(like.device) else small
 
 
-def _launch(
+def launch_product(
     kernel: Any,
     tile: ProductTile,
     a: Tensor,
@@ -73,14 +74,15 @@ def _launch(
     pointers: Sequence[Tensor | None],
     sizes: tuple[int, int, int],
     activation: str,
+    b_rows: str,
 ) -> None:
-    """Run a kernel over the tiles of [M, N], sizes being (M, N, K). Forward b is [N, K], backward [K, N]; or None."""
+    """Run a kernel over the tiles of [M, N], sizes being (M, N, K). b_rows says what b's rows are, "n" or "k"."""
     rows, columns = cdiv(sizes[0], tile.rows), cdiv(sizes[1], tile.columns)
     if rows * columns == 0:
         return
     strides_b = (0, 0) if b is None else b.stride()
     tma = tile.tma and b is not None and _suits_tma(a) and _suits_tma(b)
-    block_b = [tile.columns, tile.inner] if kernel is forward_kernel else [tile.inner, tile.columns]
+    block_b = [tile.columns, tile.inner] if b_rows == "n" else [tile.inner, tile.columns]
     launch(
         kernel,
         (min(rows * columns, tile.programs * processors(a.device)),),
@@ -89,7 +91,7 @@ def _launch(
         *pointers,
         *sizes,
         *a.stride(),
-        *(strides_b if kernel is forward_kernel else strides_b[::-1]),
+        *(strides_b if b_rows == "n" else strides_b[::-1]),
         ACTIVATION=activation,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
@@ -106,15 +108,8 @@ def _launch(
 def _activated(pre: Tensor, activation: str) -> Tensor:
     """f(pre) by the forward kernel, which takes pre for a product that is there."""
     activated = torch.empty_like(pre)
-    _launch(
-        forward_kernel,
-        configs.MLP_ELEMENTWISE,
-        pre,
-        None,
-        (None, None, activated),
-        (pre.shape[0], pre.shape[1], 0),
-        activation,
-    )
+    pointers = (None, None, activated)
+    launch_product(forward_kernel, configs.MLP_ELEMENTWISE, pre, None, pointers, (*pre.shape, 0), activation, "n")
     return activated
 
 
@@ -131,8 +126,9 @@ def forward(
         pre = x.new_empty(sizes[:2]) if save else nothing(x)
         activated = x.new_empty(sizes[:2])
         bias = None if b1 is None else b1.contiguous()  # one row: packing a strided one costs nothing
-        tile = _tile(configs.MLP_FORWARD, *sizes[:2], x)
-        _launch(forward_kernel, tile, rows, w1, (bias, pre if save else None, activated), sizes, activation)
+        tile = pick_tile(configs.MLP_FORWARD, configs.MLP_SMALL, *sizes[:2], x)
+        pointers = (bias, pre if save else None, activated)
+        launch_product(forward_kernel, tile, rows, w1, pointers, sizes, activation, "n")
     y = F.linear(activated.view(*lead, sizes[1]), w2, b2)
     return y, pre.reshape(*lead, sizes[1]) if save else nothing(x)
 
@@ -145,13 +141,14 @@ def backward(
     g, rows, pre = dy.reshape(count, outer), x.reshape(count, w1.shape[1]), pre.reshape(count, hidden).contiguous()
     activated = partial = None
     if any(needs[:3]):
-        tile = _tile(configs.MLP_BACKWARD, count, hidden, x)
+        tile = pick_tile(configs.MLP_BACKWARD, configs.MLP_SMALL, count, hidden, x)
         vendor = x.dtype == torch.float32
         dpre = g @ w2 if vendor else x.new_empty(count, hidden)
         activated = torch.empty_like(pre) if needs[3] else None
         partial = x.new_empty(cdiv(count, tile.rows), hidden, dtype=torch.float32) if needs[2] else None
         a, b = (dpre, None) if vendor else (g, w2)  # the vendor's product turns into dpre where it lies
-        _launch(backward_kernel, tile, a, b, (pre, activated, partial, dpre), (count, hidden, outer), activation)
+        pointers, sizes = (pre, activated, partial, dpre), (count, hidden, outer)
+        launch_product(backward_kernel, tile, a, b, pointers, sizes, activation, "k")
     elif needs[3]:
         activated = _activated(pre, activation)
     return (
@@ -166,26 +163,42 @@ def backward(
 # -------------------------------------------------------------------------------------------------------- the audit
 
 
-def _variant(kernel: Any, name: str, tile: ProductTile, sizes: tuple[int, int, int], activation: str) -> Variant:
-    """A kernel at a row of its table, everything asked for; strides are those of whole tensors."""
-    (m, n, k), vendor = sizes, tile is configs.MLP_ELEMENTWISE
-    absent = [] if not vendor else ["p_b"] if kernel is backward_kernel else ["p_b", "p_bias", "p_pre"]
+def product_variant(
+    kernel: Any,
+    name: str,
+    tile: ProductTile,
+    sizes: tuple[int, int, int],
+    activation: str,
+    b_rows: str,
+    passes: int,
+    absent: Sequence[str] = (),
+    products: int = 1,
+) -> Variant:
+    """A kernel at a row of its table; strides are those of whole tensors.
+
+    Args:
+        sizes: (M, N, K) of the call.
+        passes: over [M, N] that the epilogue makes.
+        absent: pointers that are not there; without p_b, a is the product, and all is float32.
+        products: of a with N columns of b.
+    """
+    (m, n, k), vendor = sizes, "p_b" in absent
     dtype, size = ("fp32", 4) if vendor else ("bf16", 2)
     types = {arg: f"*{dtype}" for arg in kernel.arg_names if arg.startswith("p_")}
-    if kernel is backward_kernel:
+    if "p_partial" in types:
         types["p_partial"] = "*fp32"
     if tile.tma:
-        block_b = [tile.columns, tile.inner] if kernel is forward_kernel else [tile.inner, tile.columns]
+        block_b = [tile.columns, tile.inner] if b_rows == "n" else [tile.inner, tile.columns]
         types |= {"p_a": f"tensordesc<bf16{[tile.rows, tile.inner]}>", "p_b": f"tensordesc<bf16{block_b}>"}
     types |= {arg: "i32" for arg in kernel.arg_names if arg in ("M", "N", "K") or arg.startswith("stride")}
     constants: dict[str, Any] = dict.fromkeys(absent)
-    constants |= {"stride_a_k": 1, "stride_b_k" if kernel is forward_kernel else "stride_b_n": 1}
+    constants |= {"stride_a_k": 1, "stride_b_k" if b_rows == "n" else "stride_b_n": 1}
     constants |= {"ACTIVATION": activation, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}
     constants |= {"PIECES": tile.pieces, "GROUP": configs.MLP_GROUP, "TMA": tile.tma}
-    operands = m * n if vendor else m * k + n * k
+    operands = products * m * n if vendor else m * k + products * n * k
     padded = cdiv(m, tile.rows) * tile.rows * cdiv(n, tile.columns) * tile.columns
     return Variant(
-        name=f"mlp {name}, {m}x{n}x{k} {activation}",
+        name=f"{name}, {m}x{n}x{k} {activation}",
         kernel=kernel,
         signature={arg: each for arg, each in types.items() if arg not in constants},
         constants=constants,
@@ -194,26 +207,29 @@ def _variant(kernel: Any, name: str, tile: ProductTile, sizes: tuple[int, int, i
         maxnreg=tile.maxnreg,
         divisible=tuple(arg for arg in ("N", "K", "stride_a_m", "stride_b_n", "stride_b_k") if arg not in constants),
         matrix=not vendor,
-        moved=float(size * (operands + m * n * (3 if kernel is backward_kernel else 1 if vendor else 2))),
-        flops=0.0 if vendor else 2.0 * padded * k,
-        useful=0.0 if vendor else 2.0 * m * n * k,
+        moved=float(size * (operands + m * n * passes)),
+        flops=0.0 if vendor else 2.0 * padded * k * products,
+        useful=0.0 if vendor else 2.0 * m * n * k * products,
     )
 
 
 def variants(capability: Capability) -> list[Variant]:
     """Each row of the tables at ViT-B's size, B=256, with every activation; the small one for one image."""
     found = []
-    for kernel, name, table in (
-        (forward_kernel, "forward", configs.MLP_FORWARD),
-        (backward_kernel, "backward", configs.MLP_BACKWARD),
+    sizes = (50432, 3072, 768)
+    for kernel, name, table, b_rows, passes in (
+        (forward_kernel, "mlp forward", configs.MLP_FORWARD, "n", 2),
+        (backward_kernel, "mlp backward", configs.MLP_BACKWARD, "k", 3),
     ):
         tile = configs.pick_product_tile(table, capability)
-        sizes = (50432, 3072, 768)
-        found += [_variant(kernel, name, tile, sizes, activation) for activation in ACTIVATIONS]
+        found += [product_variant(kernel, name, tile, sizes, each, b_rows, passes) for each in ACTIVATIONS]
         if tile.tma:
             pointers = dataclasses.replace(tile, tma=False)
-            found.append(_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu"))
-        found.append(_variant(kernel, f"{name} small", configs.MLP_SMALL, (197, 3072, 768), "gelu"))
-        found.append(_variant(kernel, f"{name} float32", configs.MLP_ELEMENTWISE, sizes, "gelu"))
+            found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu", b_rows, passes))
+        small = (configs.MLP_SMALL, (197, 3072, 768), "gelu", b_rows, passes)
+        found.append(product_variant(kernel, f"{name} small", *small))
+        absent, passes = (["p_b", "p_bias", "p_pre"], 1) if kernel is forward_kernel else (["p_b"], passes)
+        float32 = (configs.MLP_ELEMENTWISE, sizes, "gelu", b_rows, passes)
+        found.append(product_variant(kernel, f"{name} float32", *float32, absent))
     partial = cdiv(50432, 128)
     return [*found, column_sum_variant("mlp", partial, 3072, "fp32")]

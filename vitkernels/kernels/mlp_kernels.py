@@ -5,134 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitkernels.kernels.common import dot
-
-# ------------------------------------------------------------------------------------------------------ activations
-
-
-@triton.jit
-def _reciprocal(x, EXACT: tl.constexpr):
-    """1 / x for x >= 1: a division is nine instructions, this is two, and some ulp off."""
-    if EXACT:
-        return 1.0 / x
-    else:
-        root = tl.rsqrt(x)
-        return root * root
-
-
-@triton.jit
-def _normal_cdf(x, EXACT: tl.constexpr):
-    """The normal distribution's cdf, and exp(-x^2 / 2)."""
-    decay = tl.exp2(x * x * -0.7213475204444817)  # log2(e) / 2
-    if EXACT:
-        cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    else:  # Abramowitz and Stegun 7.1.26, halved: 1.5e-7 off, far below what 16 bits hold
-        t = _reciprocal(1.0 + 0.23164188 * tl.abs(x), EXACT)
-        p = 0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
-        tail = t * p * decay
-        cdf = tl.where(x < 0, tail, 1.0 - tail)
-    return cdf, decay
-
-
-@triton.jit
-def _gated(x, u, du, EXACT: tl.constexpr):
-    """x * sigmoid(u(x)) and its derivative."""
-    gate = _reciprocal(1.0 + tl.exp2(u * -1.4426950408889634), EXACT)
-    return x * gate, gate + x * du * (gate * (1.0 - gate))
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """The activation of float32 numbers and its derivative; the compiler drops the one that is not used."""
-    if ACTIVATION == "gelu":
-        cdf, decay = _normal_cdf(x, EXACT)
-        return x * cdf, cdf + x * decay * 0.3989422804014327  # 1 / sqrt(2 pi)
-    elif ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(v)) / 2 is sigmoid(2 v), v being sqrt(2 / pi) (x + 0.044715 x^3)
-        square = x * x
-        u, du = (
-            x * (1.5957691216057308 + 0.07135481627260025 * square),
-            1.5957691216057308 + 0.21406444881780074 * square,
-        )
-        return _gated(x, u, du, EXACT)
-    elif ACTIVATION == "quick_gelu":
-        return _gated(x, 1.702 * x, 1.702, EXACT)
-    else:
-        return _gated(x, x, 1.0, EXACT)
-
-
-# ---------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _load(p, i_r, i_c, rows, columns, stride_r, stride_c, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
-    """A tile of a matrix, with zeros past its edges; p is a tensor descriptor where the copy engine (TMA) loads."""
-    if TMA:
-        return p.load([i_r, i_c])
-    else:
-        o_r = i_r + tl.arange(0, ROWS)
-        o_c = i_c + tl.arange(0, COLUMNS)
-        o = o_r.to(tl.int64)[:, None] * stride_r + o_c.to(tl.int64)[None, :] * stride_c
-        return tl.load(p + o, mask=(o_r < rows)[:, None] & (o_c < columns)[None, :], other=0.0)
-
-
-@triton.jit
-def _place(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles at a time, column by column, so that L2 holds what they share."""
-    i_first = i_tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - i_first, GROUP)
-    i_inside = i_tile % (GROUP * tiles_n)
-    return i_first + i_inside % height, i_inside // height
-
-
-@triton.jit
-def _product(
-    p_a,
-    p_b,
-    i_m,
-    i_n,
-    M,
-    N,
-    K,
-    stride_a_m,
-    stride_a_k,
-    stride_b_n,
-    stride_b_k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-    B_ROWS: tl.constexpr,
-):
-    """A tile of a b^T in float32. B_ROWS says what b's rows are: "n" for a weight [N, K], "k" for one [K, N]."""
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_k in tl.range(0, K, BLOCK_K):
-        b_a = _load(p_a, i_m, i_k, M, K, stride_a_m, stride_a_k, BLOCK_M, BLOCK_K, TMA)
-        if B_ROWS == "n":
-            b_b = _load(p_b, i_n, i_k, N, K, stride_b_n, stride_b_k, BLOCK_N, BLOCK_K, TMA).T
-        else:
-            b_b = _load(p_b, i_k, i_n, K, N, stride_b_k, stride_b_n, BLOCK_K, BLOCK_N, TMA)
-        b_acc = dot(b_a, b_b, b_acc)
-    return b_acc
-
-
-@triton.jit
-def _halves(b):
-    """The left and the right half of a tile."""
-    return tl.split(tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _pieces(b, PIECES: tl.constexpr):
-    """A tile as 1, 2 or 4 pieces, left to right: the epilogue then holds a piece's numbers at a time, not a tile's."""
-    if PIECES == 1:
-        return (b,)
-    elif PIECES == 2:
-        return _halves(b)
-    else:
-        b_left, b_right = _halves(b)
-        return _halves(b_left) + _halves(b_right)
+from vitkernels.kernels.mlp_tiles import activate, load, pieces, place, product
 
 
 @triton.jit
@@ -161,17 +34,17 @@ def forward_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for i_tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        i_m, i_n = _place(i_tile, tiles_m, tiles_n, GROUP)
+        i_m, i_n = place(i_tile, tiles_m, tiles_n, GROUP)
         i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
         if p_b is None:
-            b_acc = _load(p_a, i_m, i_n, M, N, stride_a_m, stride_a_k, BLOCK_M, BLOCK_N, False).to(tl.float32)
+            b_acc = load(p_a, i_m, i_n, M, N, stride_a_m, stride_a_k, BLOCK_M, BLOCK_N, False).to(tl.float32)
         else:
-            b_acc = _product(
+            b_acc = product(
                 p_a, p_b, i_m, i_n, M, N, K, stride_a_m, stride_a_k, stride_b_n, stride_b_k, BLOCK_M, BLOCK_N, BLOCK_K,
                 TMA, "n",
             )  # fmt: skip
         o_m = i_m + tl.arange(0, BLOCK_M)
-        b_pieces = _pieces(b_acc, PIECES)
+        b_pieces = pieces(b_acc, PIECES)
         for i_piece in tl.static_range(PIECES):
             b_pre = b_pieces[i_piece]
             o_n = i_n + i_piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
@@ -181,7 +54,7 @@ def forward_kernel(
                 b_pre += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
             if p_pre is not None:
                 tl.store(p_pre + o, b_pre.to(p_pre.dtype.element_ty), mask=m)
-            b_activated, _ = _activate(b_pre, ACTIVATION, p_b is None)
+            b_activated, _ = activate(b_pre, ACTIVATION, p_b is None)
             tl.store(p_activated + o, b_activated.to(p_activated.dtype.element_ty), mask=m)
 
 
@@ -212,23 +85,23 @@ def backward_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for i_tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        i_row, i_n = _place(i_tile, tiles_m, tiles_n, GROUP)
+        i_row, i_n = place(i_tile, tiles_m, tiles_n, GROUP)
         i_m, i_n = i_row * BLOCK_M, i_n * BLOCK_N
         if p_b is None:
-            b_acc = _load(p_a, i_m, i_n, M, N, stride_a_m, stride_a_k, BLOCK_M, BLOCK_N, False).to(tl.float32)
+            b_acc = load(p_a, i_m, i_n, M, N, stride_a_m, stride_a_k, BLOCK_M, BLOCK_N, False).to(tl.float32)
         else:
-            b_acc = _product(
+            b_acc = product(
                 p_a, p_b, i_m, i_n, M, N, K, stride_a_m, stride_a_k, stride_b_n, stride_b_k, BLOCK_M, BLOCK_N, BLOCK_K,
                 TMA, "k",
             )  # fmt: skip
         o_m = i_m + tl.arange(0, BLOCK_M)
-        b_pieces = _pieces(b_acc, PIECES)
+        b_pieces = pieces(b_acc, PIECES)
         for i_piece in tl.static_range(PIECES):
             o_n = i_n + i_piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
             m = (o_m < M)[:, None] & (o_n < N)[None, :]
             o = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
             b_pre = tl.load(p_pre + o, mask=m, other=0.0).to(tl.float32)
-            b_activated, b_slope = _activate(b_pre, ACTIVATION, p_b is None)
+            b_activated, b_slope = activate(b_pre, ACTIVATION, p_b is None)
             b_dpre = b_pieces[i_piece] * b_slope  # zero past the edges, as the product is
             if p_activated is not None:
                 tl.store(p_activated + o, b_activated.to(p_activated.dtype.element_ty), mask=m)

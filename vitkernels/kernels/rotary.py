@@ -24,7 +24,7 @@ from vitkernels.ops.rotary import why_not_fused
 
 
 @triton.jit
-def _load_pairs(p, o_row, m_row, stride_k, K: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr):
+def load_pairs(p, o_row, m_row, stride_k, K: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr):
     """First and second of each pair in the rows that begin at o_row, in float32."""
     if HALF:
         o_k = tl.arange(0, BLOCK_K // 2)
@@ -38,6 +38,34 @@ def _load_pairs(p, o_row, m_row, stride_k, K: tl.constexpr, BLOCK_K: tl.constexp
         b_both = tl.load(p + o_row[:, None] + o_k.to(tl.int64)[None, :] * stride_k, mask=m, other=0.0)
         b_first, b_second = tl.split(tl.reshape(b_both, [o_row.shape[0], BLOCK_K // 2, 2]))
     return b_first.to(tl.float32), b_second.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(p, o_row, m_row, b_first, b_second, K: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr):
+    """Write pairs to the packed rows that begin at o_row, rounded to what lies there."""
+    b_first = rounded(b_first, p.dtype.element_ty)
+    b_second = rounded(b_second, p.dtype.element_ty)
+    if HALF:
+        o_k = tl.arange(0, BLOCK_K // 2)
+        m = m_row[:, None] & (o_k < K // 2)[None, :]
+        tl.store(p + o_row[:, None] + o_k[None, :], b_first, mask=m)
+        tl.store(p + o_row[:, None] + o_k[None, :] + K // 2, b_second, mask=m)
+    else:
+        o_k = tl.arange(0, BLOCK_K)
+        m = m_row[:, None] & (o_k < K)[None, :]
+        b_both = tl.reshape(tl.join(b_first, b_second), [o_row.shape[0], BLOCK_K])
+        tl.store(p + o_row[:, None] + o_k[None, :], b_both, mask=m)
+
+
+@triton.jit
+def turn(b_first, b_second, b_sin_first, b_sin_second, b_cos_first, b_cos_second, BACKWARD: tl.constexpr):
+    if BACKWARD:
+        b_turned_first = b_first * b_cos_first + b_second * b_sin_second
+        b_turned_second = b_second * b_cos_second - b_first * b_sin_first
+    else:
+        b_turned_first = b_first * b_cos_first - b_second * b_sin_first
+        b_turned_second = b_second * b_cos_second + b_first * b_sin_second
+    return b_turned_first, b_turned_second
 
 
 @triton.jit
@@ -81,8 +109,8 @@ def rotary_kernel(
     o_cos = i_b * stride_cos_b + i_place * stride_cos_n
     o_x = i_b * stride_x_b + i_n.to(tl.int64) * stride_x_n
     if SHARED:
-        b_sin_first, b_sin_second = _load_pairs(p_sin, o_sin, m_place, stride_sin_k, K, BLOCK_K, HALF)
-        b_cos_first, b_cos_second = _load_pairs(p_cos, o_cos, m_place, stride_cos_k, K, BLOCK_K, HALF)
+        b_sin_first, b_sin_second = load_pairs(p_sin, o_sin, m_place, stride_sin_k, K, BLOCK_K, HALF)
+        b_cos_first, b_cos_second = load_pairs(p_cos, o_cos, m_place, stride_cos_k, K, BLOCK_K, HALF)
 
     i_head_first = tl.program_id(1) * HEADS
     for i_head in tl.range(i_head_first, tl.minimum(i_head_first + HEADS, heads)):
@@ -90,39 +118,30 @@ def rotary_kernel(
         if not SHARED:
             o_sin_h = o_sin + i_h * stride_sin_h
             o_cos_h = o_cos + i_h * stride_cos_h
-            b_sin_first, b_sin_second = _load_pairs(p_sin, o_sin_h, m_place, stride_sin_k, K, BLOCK_K, HALF)
-            b_cos_first, b_cos_second = _load_pairs(p_cos, o_cos_h, m_place, stride_cos_k, K, BLOCK_K, HALF)
-        b_first, b_second = _load_pairs(p_x, o_x + i_h * stride_x_h, m_row, stride_x_k, K, BLOCK_K, HALF)
-        if BACKWARD:
-            b_turned_first = b_first * b_cos_first + b_second * b_sin_second
-            b_turned_second = b_second * b_cos_second - b_first * b_sin_first
-        else:
-            b_turned_first = b_first * b_cos_first - b_second * b_sin_first
-            b_turned_second = b_second * b_cos_second + b_first * b_sin_second
+            b_sin_first, b_sin_second = load_pairs(p_sin, o_sin_h, m_place, stride_sin_k, K, BLOCK_K, HALF)
+            b_cos_first, b_cos_second = load_pairs(p_cos, o_cos_h, m_place, stride_cos_k, K, BLOCK_K, HALF)
+        b_first, b_second = load_pairs(p_x, o_x + i_h * stride_x_h, m_row, stride_x_k, K, BLOCK_K, HALF)
+        b_turned_first, b_turned_second = turn(
+            b_first, b_second, b_sin_first, b_sin_second, b_cos_first, b_cos_second, BACKWARD
+        )
         # the prefix is copied, not turned by 0: what is infinite there stays so
-        b_first = rounded(tl.where(m_place[:, None], b_turned_first, b_first), p_out.dtype.element_ty)
-        b_second = rounded(tl.where(m_place[:, None], b_turned_second, b_second), p_out.dtype.element_ty)
-        o_out = (i_row.to(tl.int64) * heads + i_h)[:, None] * K
-        if HALF:
-            o_k = tl.arange(0, BLOCK_K // 2)
-            m = m_row[:, None] & (o_k < K // 2)[None, :]
-            tl.store(p_out + o_out + o_k[None, :], b_first, mask=m)
-            tl.store(p_out + o_out + o_k[None, :] + K // 2, b_second, mask=m)
-        else:
-            o_k = tl.arange(0, BLOCK_K)
-            m = m_row[:, None] & (o_k < K)[None, :]
-            b_both = tl.reshape(tl.join(b_first, b_second), [TOKENS, BLOCK_K])
-            tl.store(p_out + o_out + o_k[None, :], b_both, mask=m)
+        b_first = tl.where(m_place[:, None], b_turned_first, b_first)
+        b_second = tl.where(m_place[:, None], b_turned_second, b_second)
+        store_pairs(p_out, (i_row.to(tl.int64) * heads + i_h) * K, m_row, b_first, b_second, K, BLOCK_K, HALF)
+
+
+def why_not_width(width: int) -> str | None:
+    widest = configs.ROTARY[-1].width
+    if width > widest:
+        return f"the kernels hold heads in registers, at most {widest} wide, and the last axis has {width}"
+    return None
 
 
 def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
-    width, widest = args[0].shape[-1], configs.ROTARY[-1].width
-    if width > widest:
-        return f"the kernels hold heads in registers, at most {widest} wide, and the last axis has {width}"
-    return why_not_fused(direction, args)
+    return why_not_width(args[0].shape[-1]) or why_not_fused(direction, args)
 
 
-def _strides(positions: Tensor) -> list[int]:
+def strides_of(positions: Tensor) -> list[int]:
     """0 along the axes where one serves all."""
     return [0 if size == 1 else stride for size, stride in zip(positions.shape, positions.stride(), strict=True)]
 
@@ -144,8 +163,8 @@ def _turned(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, half: bool, backwa
             heads,
             prefix,
             *x.stride(),
-            *_strides(sin),
-            *_strides(cos),
+            *strides_of(sin),
+            *strides_of(cos),
             K=width,
             BLOCK_K=next_power_of_2(width),
             TOKENS=tile.tokens,

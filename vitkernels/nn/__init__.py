@@ -4,7 +4,7 @@ from vitkernels.nn.attention import Attention
 from vitkernels.nn.block import Block
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.layer_scale import LayerScale
-from vitkernels.nn.mlp import Mlp
+from vitkernels.nn.mlp import GluMlp, Mlp
 from vitkernels.nn.naive import NaiveVisionTransformer
 from vitkernels.nn.patch_embed import PatchEmbed
 from vitkernels.nn.pos_embed import resize_pos_embed
@@ -16,6 +16,7 @@ __all__ = [
     "Attention",
     "Block",
     "DropPath",
+    "GluMlp",
     "LayerScale",
     "Mlp",
     "NaiveVisionTransformer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkernels.ops._check import integer, is_integer
 
@@ -32,6 +32,15 @@ def one_of(owner: str, name: str, value: Any, choices: Iterable[str]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{owner}: argument '{name}' is {value!r}; needs one of {', '.join(map(repr, choices))}")
+
+
+NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+def norm(owner: str, name: str) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
+    """The class of a norm that an argument 'norm' names."""
+    one_of(owner, "norm", name, NORMS)
+    return NORMS[name]
 
 
 def divisible(owner: str, name: str, value: int, by_name: str, by: int) -> None:

@@ -29,11 +29,12 @@ class Attention(nn.Module):
         dim: D, the width of the tokens.
         num_heads: H; must divide D.
         qkv_bias, proj_bias: whether the projections have a bias.
-        qk_norm: LayerNorm over the head width on q and k (Dehghani et al. 2023).
+        qk_norm: a norm over the head width on q and k (Dehghani et al. 2023).
         eps: of those norms.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm.
 
     Raises:
-        ValueError: sizes below 1, or a dim that num_heads does not divide.
+        ValueError: sizes below 1, a dim that num_heads does not divide, or an unknown norm.
     """
 
     def __init__(
@@ -44,15 +45,17 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         proj_bias: bool = True,
         eps: float = 1e-6,
+        norm: str = "layer",
     ) -> None:
         super().__init__()
         dim, num_heads = _check.positive("Attention", dim=dim, num_heads=num_heads)
         _check.divisible("Attention", "dim", dim, "num_heads", num_heads)
+        norm_layer = _check.norm("Attention", norm)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.q_norm = norm_layer(self.head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, eps=eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitkernels.nn import _check
 from vitkernels.nn.block import Block
+from vitkernels.nn.mlp import GluMlp
 from vitkernels.nn.vision_transformer import VisionTransformer
 
 # ------------------------------------------------------------------------------------------- step 1: image to tokens
@@ -275,7 +276,8 @@ def from_fused(vit: VisionTransformer, embedding: str = "dnn") -> NaiveVisionTra
 
     Raises:
         ValueError: a model that the naive one cannot be: as in `parameter_names`, or an image that is not square, an
-            activation other than "gelu", stochastic depth, no pooling, positions for the patches alone.
+            activation other than "gelu", a gated feed-forward, stochastic depth, no pooling, positions for the patches
+            alone.
     """
     patch_embed, block = vit.patch_embed, vit.blocks[0]
     last = vit.blocks[-1]
@@ -286,6 +288,7 @@ def from_fused(vit: VisionTransformer, embedding: str = "dnn") -> NaiveVisionTra
         "grid_size": (patch_embed.grid_size, patch_embed.grid_size[:1] * 2),
         "global_pool": (vit.global_pool, "avg" if vit.global_pool == "avg" else "token"),
         "activation": (block.mlp.activation, "gelu"),
+        "gated_mlp": (isinstance(block.mlp, GluMlp), False),
         "no_embed_class": (vit.no_embed_class, False),
         "drop_path_rate": (getattr(last.drop_path1, "drop_prob", 0.0), 0.0),
     }
@@ -293,6 +296,7 @@ def from_fused(vit: VisionTransformer, embedding: str = "dnn") -> NaiveVisionTra
         if got != need:
             raise ValueError(f"from_fused: argument 'vit' has {name}={got!r}; the naive model needs {need!r}")
     weights = naive_state_dict(vit)
+    assert isinstance(block.norm1, nn.LayerNorm), "another has no bias, which its names lack"
     model = NaiveVisionTransformer(
         img_size=patch_embed.grid_size[0] * patch_embed.patch_size[0],
         patch_size=patch_embed.patch_size[0],

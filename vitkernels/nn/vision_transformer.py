@@ -16,9 +16,9 @@ from vitkernels.nn.mlp import ACTIVATIONS
 from vitkernels.nn.patch_embed import PatchEmbed, place
 from vitkernels.nn.pos_embed import resize_pos_embed
 from vitkernels.residual import parts
-from vitkernels.residual.chain import why_not_joined
-from vitkernels.residual.genuine import owner, why_not_read
-from vitkernels.residual.stream import pre_norm
+from vitkernels.residual.chain import Chain, why_not_joined
+from vitkernels.residual.genuine import owner, why_not_around, why_not_read
+from vitkernels.residual.kept import Kept
 
 POOLS = ("token", "avg", "")
 
@@ -34,14 +34,14 @@ class VisionTransformer(nn.Module):
         patch_size: int or (height, width).
         in_chans: C, the image's channels.
         num_classes: width of the head; 0 for none.
-        global_pool: what the head sees: "token" (the class token), "avg" (the mean of the patches, then LayerNorm
-            `fc_norm`) or "" (every token).
+        global_pool: what the head sees: "token" (the class token), "avg" (the mean of the patches, then the
+            norm `fc_norm`) or "" (every token).
         embed_dim: D.
         depth: blocks.
         num_heads: H; must divide D.
         mlp_ratio: the feed-forward's hidden width over D.
         qkv_bias: whether the packed projection has a bias.
-        qk_norm: LayerNorm over the head width on q and k.
+        qk_norm: a norm over the head width on q and k.
         init_values: where LayerScale starts; None for none.
         class_token: whether there is one.
         reg_tokens: number of registers (Darcet et al. 2023), placed after the class token.
@@ -50,6 +50,8 @@ class VisionTransformer(nn.Module):
         activation: of the feed-forward, as in `Mlp`.
         mean, std: C numbers each, in [0, 1] pixel units: images come as pixels and are normalised on their way in.
         eps: of all norms.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm (timm's `norm_layer`).
+        gated_mlp: whether feed-forwards are `GluMlp` (timm's `mlp_layer=SwiGLUPacked`, with the activation "silu").
 
     Raises:
         ValueError: an argument out of range, or two that do not fit together.
@@ -77,6 +79,8 @@ class VisionTransformer(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         eps: float = 1e-6,
+        norm: str = "layer",
+        gated_mlp: bool = False,
     ) -> None:
         super().__init__()
         owner = "VisionTransformer"
@@ -86,6 +90,7 @@ class VisionTransformer(nn.Module):
         _check.one_of(owner, "global_pool", global_pool, POOLS)
         _check.one_of(owner, "activation", activation, ACTIVATIONS)
         _check.rate(owner, "drop_path_rate", drop_path_rate)
+        norm_layer = _check.norm(owner, norm)
         if global_pool == "token" and not class_token:
             raise ValueError(f"{owner}: argument 'class_token' is False with global_pool='token'; needs a class token")
         self.num_classes = num_classes
@@ -94,6 +99,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.no_embed_class = no_embed_class
         self.grad_checkpointing = False
+        self._kept = Kept()
 
         size = _check.pair(owner, "img_size", img_size)
         self.patch_embed = PatchEmbed(size, patch_size, in_chans, embed_dim, mean=mean, std=std)
@@ -114,13 +120,15 @@ class VisionTransformer(nn.Module):
                     drop_path=rate,
                     activation=activation,
                     eps=eps,
+                    norm=norm,
+                    gated_mlp=gated_mlp,
                 )
                 for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
             )
         )
         pooled = global_pool == "avg"  # the mean is taken of raw tokens and normalised after
-        self.norm = nn.Identity() if pooled else nn.LayerNorm(embed_dim, eps=eps)
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=eps) if pooled else nn.Identity()
+        self.norm = nn.Identity() if pooled else norm_layer(embed_dim, eps=eps)
+        self.fc_norm = norm_layer(embed_dim, eps=eps) if pooled else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
         self.register_load_state_dict_pre_hook(_fit_pos_embed)
@@ -168,17 +176,24 @@ class VisionTransformer(nn.Module):
         if self.grad_checkpointing and why_not_read(self.blocks) is None:
             for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-        elif self._is_one_stream(x):
-            return pre_norm(x, [step for block in self.blocks for step in block.sublayers()], last_norm=self.norm)  # type: ignore[operator]
+        elif (chain := self._chain(x)) is not None:
+            return chain.run(x, last_norm=self.norm)
         else:
             x = self.blocks(x)
         return parts.layer_norm(self.norm, x)
 
-    def _is_one_stream(self, x: Tensor) -> bool:
-        """Whether the blocks' residual steps may run in a row, with nobody between two blocks."""
+    def _chain(self, x: Tensor) -> Chain | None:
+        """The blocks as one residual stream, where nobody stands between two of them."""
+        if torch.compiler.is_compiling() or why_not_around() is not None:
+            return self._read_chain(x)
+        chain = self._kept.get(self.blocks, x.device, lambda: self._read_chain(x))
+        return chain if chain is None or chain.fits(x) else self._read_chain(x)
+
+    def _read_chain(self, x: Tensor) -> Chain | None:
         if parts.why_not_part("blocks", self.blocks, nn.Sequential) is not None:
-            return False
-        return all(owner(block) is Block and why_not_joined(block, x) is None for block in self.blocks)
+            return None
+        joined = all(owner(block) is Block and why_not_joined(block, x) is None for block in self.blocks)
+        return Chain(list(self.blocks)) if joined else None
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify features.

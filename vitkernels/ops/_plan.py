@@ -2,59 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vitkernels import dispatch
-from vitkernels.op import Op, signature
+from vitkernels.op import Op
+from vitkernels.tape import Taped
 
 Launch = Callable[..., Any]  # (site, op, *arguments of its schema) -> its results
 MOST = 4096  # kinds of calls that a step remembers
 
 
-class Plan:
-    """What one kind of call settles once: its checks are passed, and each launch in it has its launcher.
+class Plan(Taped):
+    """One kind of call: its checks are passed, and each launch in it has its launcher.
 
-    A site names a launch within a step: one op may stand at several.
+    Args:
+        direction: of its launches, "forward" or "backward".
+        compute: (plan, *inputs) -> tuple; it launches by `plan.launch`.
     """
 
-    def __init__(self) -> None:
-        self.choices: dict[str, dispatch.Choice] = {}
-        self.backward: dict[Any, Plan] = {}
+    __slots__ = ("_choices", "_direction")
 
-    def forward(self, site: str, op: Op, *args: Any) -> Any:
-        return self._launch(site, op, "forward", args)
+    def __init__(self, direction: str, compute: Callable[..., tuple[Any, ...]]) -> None:
+        super().__init__(lambda *inputs: compute(self.launch, *inputs))
+        self._direction = direction
+        self._choices: dict[str, dispatch.Choice] = {}
 
-    def __call__(self, site: str, op: Op, *args: Any) -> Any:
-        return self._launch(site, op, "backward", args)
-
-    def _launch(self, site: str, op: Op, direction: str, args: tuple[Any, ...]) -> Any:
+    def launch(self, site: str, op: Op, *args: Any) -> Any:
+        """Launch an op; a site names a launch within a step: one op may stand at several."""
         if torch.autograd._profiler_enabled():  # it tells of torch's ops, by name
-            return (op.forward_op if direction == "forward" else op.backward_op)(*args)
-        choice = self.choices.get(site)
+            return (op.forward_op if self._direction == "forward" else op.backward_op)(*args)
+        choice = self._choices.get(site)
         if choice is None:
-            choice = self.choices[site] = op.choose(direction, args)
+            choice = self._choices[site] = op.choose(self._direction, args)
         return choice(*args)
 
 
-def _by_the_ops(site: str, op: Op, *args: Any) -> Any:
+def by_the_ops(site: str, op: Op, *args: Any) -> Any:
     """A backward launch that somebody looks at: a graph of the gradients is made, or gradients come in a batch."""
+    if op.one_dtype:
+        args = tuple(each.to(args[0].dtype) if isinstance(each, torch.Tensor) else each for each in args)
     return op.backward(*args)
 
 
-def launch_backward(plan: Plan, grads: tuple[Tensor | None, ...], needs: Sequence[bool], kind: str) -> Launch:
-    """How a backward pass launches: by the plan of its kind, or through the ops where somebody looks on."""
-    looked_at = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)
-    found = None if looked_at else signature(grads)
-    if found is None:
-        return _by_the_ops
-    key = found[0], needs, dispatch.order(kind), dispatch.generation()
-    known = plan.backward.get(key)
-    if known is None:
-        if len(plan.backward) == MOST:
-            plan.backward.clear()
-        known = plan.backward[key] = Plan()
-    return known
+def keep(plans: dict[Any, Plan], key: Any, plan: Plan) -> Plan:
+    """Remember a plan; so many kinds are shapes that do not come again, and all are forgotten."""
+    if len(plans) == MOST:
+        plans.clear()
+    plans[key] = plan
+    return plan

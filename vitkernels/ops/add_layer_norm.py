@@ -7,10 +7,17 @@ Every Transformer sub-layer ends in the first line and the next one begins with 
 `normed` feeds the next sub-layer, `total` goes on as its residual and is what backward passes keep (`_steps.py` makes
 `normed` again from it). LayerNorm is Ba et al. 2016, LayerScale Touvron et al. 2021 (CaiT),
 DropPath Huang et al. 2016 (stochastic depth).
+
+add_rms_norm is the same with the mean left out: normed = total / sqrt(mean of squares + eps) * weight (Zhang and
+Sennrich 2019). It is an op of its own by name, and everything behind the name is shared.
+
+weight, bias and scale may be one vector for each sample in place of one for all: a Transformer conditioned by adaptive
+normalisation (Peebles and Xie 2023) has weight = 1 + its scale, bias = its shift and scale = its gate.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +32,7 @@ from vitkernels.ops._amp import accumulate_dtype, given, nothing, wide
 def add_layer_norm(
     x: Tensor,
     branch: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
@@ -40,11 +47,12 @@ def add_layer_norm(
         x: residual stream, [B, ..., D], floating point, any strides.
         branch: the sub-layer's output, x's shape; None for a plain LayerNorm. Its dtype may differ from x's: the sum
             is in the wider of the two, as eager addition has it.
-        weight, bias: LayerNorm's parameters, [D].
+        weight, bias: LayerNorm's parameters, [D], or [B, D], one vector for each sample; both of one shape. None for a
+            LayerNorm without them.
         eps: added to the variance.
         branch_bias: [D], added to the branch first: the bias of the projection that made it. Its gradient is summed
             here, where it is born, and needs no pass of its own.
-        scale: LayerScale's gamma, [D].
+        scale: LayerScale's gamma, [D], or [B, D], one vector for each sample.
         row_scale: DropPath's factor for each sample, [B]: 0 or 1 / keep_prob.
         out_dtype: dtype of normed; the default is total's. A consumer that multiplies in bfloat16 wants it so.
 
@@ -53,32 +61,68 @@ def add_layer_norm(
 
     Raises:
         TypeError: an argument that is no floating-point tensor.
-        ValueError: shapes that do not fit, tensors on different devices, or a factor without a branch.
+        ValueError: shapes that do not fit, tensors on different devices, a factor without a branch, or a bias without
+            a weight.
     """
-    check(x, branch, weight, bias, branch_bias, scale, row_scale, out_dtype)
+    return _normed(op, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype)
+
+
+def add_rms_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a sub-layer's branch to the residual stream and divide the sum by its root mean square.
+
+    Statistics are float32, and normed is rounded once, as torch.nn.RMSNorm has it. transformers' classes also round
+    before the weight, to x's dtype: in 16 bits they differ from this by that rounding.
+
+    Args:
+        x, branch, weight, branch_bias, scale, row_scale, out_dtype: as in `add_layer_norm`.
+        eps: added to the mean of squares.
+        bias: of weight's shape; an RMSNorm has none, adaptive normalisation has its shift here.
+
+    Returns:
+        (total, normed), both of x's shape. With branch=None total is x itself.
+
+    Raises:
+        TypeError, ValueError: as `add_layer_norm`.
+    """
+    return _normed(op_rms, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype)
+
+
+def _normed(
+    op: Op, x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    branch_bias: Tensor | None, scale: Tensor | None, row_scale: Tensor | None, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check(x, branch, weight, bias, branch_bias, scale, row_scale, out_dtype, op.name)
     if branch is not None and branch.dtype != x.dtype:
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
-    if branch is None:
-        total = x
-    return total, normed
+    return x if branch is None else total, normed
 
 
 @_check.once
 def check(
     x: Tensor,
     branch: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     branch_bias: Tensor | None,
     scale: Tensor | None,
     row_scale: Tensor | None,
     out_dtype: torch.dtype | None,
+    name: str = "add_layer_norm",
 ) -> None:
-    name = "add_layer_norm"
-    optional = {"bias": bias, "branch_bias": branch_bias, "scale": scale}
-    vectors = {"weight": weight, **optional}
-    _check.is_tensor(name, x=x, weight=weight, optional={"branch": branch, "row_scale": row_scale, **optional})
+    vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias, "scale": scale}
+    _check.is_tensor(name, x=x, optional={"branch": branch, "row_scale": row_scale, **vectors})
     _check.is_floating(name, x=x, branch=branch, row_scale=row_scale, **vectors)
     if out_dtype is not None and out_dtype not in _check.FLOATING:
         raise TypeError(
@@ -86,8 +130,16 @@ def check(
         )
     _check.has_rank(name, "x", x, "[D]", at_least=True)
     _check.has_shape(name, "branch", branch, x.shape, "x's shape")
-    for vector_name, vector in vectors.items():
-        _check.has_shape(name, vector_name, vector, x.shape[-1:], "x's last axis")
+    for vector_name, vector in (("weight", weight), ("scale", scale)):
+        if vector is not None and vector.dim() == 2 and x.dim() > 1:
+            _check.has_shape(name, vector_name, vector, (x.shape[0], x.shape[-1]), "x's first axis and its last")
+        else:
+            _check.has_shape(name, vector_name, vector, x.shape[-1:], "x's last axis")
+    if bias is not None and weight is None:
+        raise ValueError(f"{name}: argument 'bias' is given while 'weight' is None; needs a weight beside it")
+    if weight is not None:
+        _check.has_shape(name, "bias", bias, weight.shape, "weight's shape")
+    _check.has_shape(name, "branch_bias", branch_bias, x.shape[-1:], "x's last axis")
     if row_scale is not None:
         _check.has_rank(name, "x", x, "[B, D]", at_least=True)
     _check.has_shape(name, "row_scale", row_scale, x.shape[:1], "one factor a sample, x's first axis")
@@ -113,19 +165,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if ctx.branch_dtype is None:
-        dtotal = None  # x itself is the sum, and has its gradient from elsewhere
-    return *backward(ctx.needs_input_grad, dtotal, dnormed, saved_tensors(ctx), ctx.branch_dtype), None
-
-
 KEPT = 8  # tensors
 
 
 def kept(
     total: Tensor,
     branch: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     branch_bias: Tensor | None,
@@ -157,7 +203,7 @@ def backward(
     dnormed: Tensor | None,
     saved: Sequence[Any],
     branch_dtype: torch.dtype | None,
-    launch: Callable[..., Any] | None = None,
+    launch: Callable[..., Any],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, branch, weight, bias, eps, branch_bias, scale and row_scale.
 
@@ -166,7 +212,7 @@ def backward(
         dtotal, dnormed: of the results; None for zeros.
         saved: what `kept` gave.
         branch_dtype: the branch's; None without one, where x's gradient takes dtotal along.
-        launch: what runs the backward op; `op.backward` by default.
+        launch: what runs the norm's backward op.
     """
     if dtotal is None and dnormed is None:
         return (None,) * 8
@@ -179,7 +225,7 @@ def backward(
     shared = scale is None and row_scale is None and branch_dtype == total.dtype
     if shared:
         needs[:2] = [x_ or branch_, False]
-    dx, dbranch, dweight, dbias, dbranch_bias, dscale, drow_scale = (launch or op.backward)(
+    dx, dbranch, dweight, dbias, dbranch_bias, dscale, drow_scale = launch(
         dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
     )
     return (
@@ -194,12 +240,12 @@ def backward(
     )
 
 
-def _fake(x: Tensor, branch: Tensor | None, weight: Tensor, bias, eps, branch_bias, scale, row_scale, out_dtype):
+def _fake(rms: bool, x: Tensor, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype):
     statistics = accumulate_dtype(x.dtype)
     return (
         nothing(x) if branch is None else x.new_empty(x.shape),
         x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty(x.shape[:-1], dtype=statistics),
+        nothing(x, statistics) if rms else x.new_empty(x.shape[:-1], dtype=statistics),
         x.new_empty(x.shape[:-1], dtype=statistics),
     )
 
@@ -207,22 +253,24 @@ def _fake(x: Tensor, branch: Tensor | None, weight: Tensor, bias, eps, branch_bi
 def _fake_backward(
     dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
 ):
-    width = total.shape[-1:]
-    accumulate = mean.dtype
+    accumulate = rstd.dtype
     return (
         total.new_empty(total.shape) if needs[0] else nothing(total),
         total.new_empty(total.shape, dtype=branch_dtype) if needs[1] else nothing(total),
-        weight.new_empty(width) if needs[2] else nothing(total),
-        weight.new_empty(width) if needs[3] else nothing(total),
-        total.new_empty(width, dtype=accumulate) if needs[4] else nothing(total),
-        total.new_empty(width, dtype=accumulate) if needs[5] else nothing(total),
+        weight.new_empty(weight.shape) if needs[2] else nothing(total),
+        weight.new_empty(weight.shape) if needs[3] else nothing(total),
+        total.new_empty(total.shape[-1:], dtype=accumulate) if needs[4] else nothing(total),
+        scale.new_empty(scale.shape, dtype=accumulate) if needs[5] else nothing(total),
         total.new_empty(total.shape[:1], dtype=accumulate) if needs[6] else nothing(total),
     )
 
 
-def _per_row(row_scale: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1] beside `like`'s [B, ..., D]."""
-    return wide(row_scale).reshape(-1, *[1] * (like.dim() - 1))
+def _beside(vector: Tensor, like: Tensor) -> Tensor:
+    """[D] as it is, [B, D] -> [B, 1, ..., D], beside `like`'s [B, ..., D]."""
+    vector = wide(vector)
+    if vector.dim() == 1:
+        return vector
+    return vector.reshape(vector.shape[0], *[1] * (like.dim() - 2), vector.shape[1])
 
 
 def _scaled(branch: Tensor, branch_bias: Tensor | None, scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
@@ -230,61 +278,78 @@ def _scaled(branch: Tensor, branch_bias: Tensor | None, scale: Tensor | None, ro
     if branch_bias is not None:
         value = value + wide(branch_bias)
     if scale is not None:
-        value = value * wide(scale)
-    return value if row_scale is None else value * _per_row(row_scale, branch)
+        value = value * _beside(scale, branch)
+    return value if row_scale is None else value * _beside(row_scale.unsqueeze(1), branch)
 
 
-def _reference(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype):
+def _reference(rms, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype):
     total = x if branch is None else (wide(x) + _scaled(branch, branch_bias, scale, row_scale)).to(x.dtype).contiguous()
     value = wide(total)
-    mean = value.mean(-1)
-    centred = value - mean.unsqueeze(-1)
+    mean = nothing(value) if rms else value.mean(-1)
+    centred = value if rms else value - mean.unsqueeze(-1)
     rstd = (centred.square().mean(-1) + eps).rsqrt()
-    normed = centred * rstd.unsqueeze(-1) * wide(weight)
+    normed = centred * rstd.unsqueeze(-1)
+    if weight is not None:
+        normed = normed * _beside(weight, x)
     if bias is not None:
-        normed = normed + wide(bias)
+        normed = normed + _beside(bias, x)
     return nothing(x) if branch is None else total, normed.to(out_dtype).contiguous(), mean, rstd
 
 
 def _reference_backward(
-    dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
+    rms, dtotal, dnormed, total, branch, weight, mean, rstd, branch_bias, scale, row_scale, branch_dtype, needs
 ):
-    rows = tuple(range(total.dim() - 1))  # every axis but the last
-    normalised = (wide(total) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    normalised = (wide(total) if rms else wide(total) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     dy = torch.zeros_like(normalised) if dnormed is None else wide(dnormed).to(normalised.dtype)
-    inner = dy * wide(weight)
-    correction = inner.mean(-1, keepdim=True) + normalised * (inner * normalised).mean(-1, keepdim=True)
+    inner = dy if weight is None else dy * _beside(weight, total)
+    correction = normalised * (inner * normalised).mean(-1, keepdim=True)
+    if not rms:
+        correction = inner.mean(-1, keepdim=True) + correction
     g = (inner - correction) * rstd.unsqueeze(-1)
     if dtotal is not None:
         g = g + wide(dtotal)
     factor = _scaled(torch.ones_like(g), None, scale, row_scale)
-    accumulate = mean.dtype
+    accumulate = rstd.dtype
 
-    def total_over(value: Tensor, dtype: torch.dtype) -> Tensor:
+    def total_over(value: Tensor, dtype: torch.dtype, vector: Tensor | None = None) -> Tensor:
+        """The sum over every axis but those that the vector has."""
+        rows = tuple(range(0 if vector is None else vector.dim() - 1, value.dim() - 1))
         return (value.sum(rows) if rows else value.clone()).to(dtype)
 
     biased = total if branch is None else _scaled(branch, branch_bias, None, None)  # without a branch, not needed
     return (
         g.to(total.dtype).contiguous() if needs[0] else nothing(total),
         (g * factor).to(branch_dtype).contiguous() if needs[1] else nothing(total),
-        total_over(dy * normalised, weight.dtype) if needs[2] else nothing(total),
-        total_over(dy, weight.dtype) if needs[3] else nothing(total),
+        total_over(dy * normalised, weight.dtype, weight) if needs[2] else nothing(total),
+        total_over(dy, weight.dtype, weight) if needs[3] else nothing(total),
         total_over(g * factor, accumulate) if needs[4] else nothing(total),
-        total_over(g * _scaled(biased, None, None, row_scale), accumulate) if needs[5] else nothing(total),
+        total_over(g * _scaled(biased, None, None, row_scale), accumulate, scale) if needs[5] else nothing(total),
         (g * _scaled(biased, None, scale, None)).flatten(1).sum(1) if needs[6] else nothing(total),
     )
 
 
-op = Op(
-    "add_layer_norm",
-    "(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, Tensor? branch_bias, Tensor? scale, "
-    "Tensor? row_scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    "(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor? branch, Tensor weight, Tensor mean, Tensor rstd, "
-    "Tensor? branch_bias, Tensor? scale, Tensor? row_scale, ScalarType? branch_dtype, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    gradients=_gradients,
-)
-op.register("reference", _reference, _reference_backward)
+def _norm_op(name: str, rms: bool) -> Op:
+    def gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.branch_dtype is None:
+            dtotal = None  # x itself is the sum, and has its gradient from elsewhere
+        saved = saved_tensors(ctx)
+        return *backward(ctx.needs_input_grad, dtotal, dnormed, saved, ctx.branch_dtype, made.backward), None
+
+    made = Op(
+        name,
+        "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, float eps, Tensor? branch_bias, Tensor? scale, "
+        "Tensor? row_scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor? branch, Tensor? weight, Tensor mean, Tensor rstd, "
+        "Tensor? branch_bias, Tensor? scale, Tensor? row_scale, ScalarType? branch_dtype, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        fake=functools.partial(_fake, rms),
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        gradients=gradients,
+    )
+    made.register("reference", functools.partial(_reference, rms), functools.partial(_reference_backward, rms))
+    return made
+
+
+op = _norm_op("add_layer_norm", rms=False)
+op_rms = _norm_op("add_rms_norm", rms=True)  # its mean is a tensor of no elements

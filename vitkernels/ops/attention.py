@@ -18,6 +18,8 @@ from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import accumulate_dtype, autocast_dtype, cast, given, nothing, wide
 
+_NO_WEIGHT = -1e30  # added to a score, it leaves nothing of it, and of its weight
+
 
 def attention(
     q: Tensor,
@@ -35,7 +37,8 @@ def attention(
 
     Args:
         q: [B, H, Nq, K], floating point, any strides.
-        k, v: [B, H, Nk, K], q's dtype (autocast casts all three).
+        k, v: [B, Hk, Nk, K], q's dtype (autocast casts all three); Hk divides H, and each head of k and v serves H / Hk
+            neighbours of q without being repeated.
         attn_mask: broadcastable to [B, H, Nq, Nk]: bool (True takes part) or floating point, added to the scores; its
             gradient is given when it asks for one. A row with nothing to attend to gives zeros and zero gradients.
         is_causal: query i sees keys 0 to i; not together with a mask.
@@ -53,7 +56,7 @@ def attention(
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    out, _ = op(q, k, v, _with_four_axes(attn_mask), is_causal, scale)
+    out, _ = op(q, k, v, _as_read(attn_mask), is_causal, scale)
     return out
 
 
@@ -66,14 +69,15 @@ def _check_args(
     _check.is_floating(name, q=q, k=k, v=v)
     for tensor_name, tensor, layout in (
         ("q", q, "[B, H, Nq, K]"),
-        ("k", k, "[B, H, Nk, K]"),
-        ("v", v, "[B, H, Nk, K]"),
+        ("k", k, "[B, Hk, Nk, K]"),
+        ("v", v, "[B, Hk, Nk, K]"),
     ):
         _check.has_rank(name, tensor_name, tensor, layout)
     batch, heads, queries, width = q.shape
-    _check.has_shape(name, "k", k, (batch, heads, k.shape[2], width), "q's batch, heads and width")
+    _check.has_shape(name, "k", k, (batch, *k.shape[1:3], width), "q's batch and width")
+    check_groups(name, k.shape[1], heads)
     _check.has_shape(name, "v", v, k.shape, "k's shape")
-    _check_width(name, "q", q, width)
+    check_width(name, "q", q, width)
     _check_mask(name, attn_mask, is_causal, (batch, heads, queries, k.shape[2]))
     _check.same_dtype(name, autocast, q=q, k=k, v=v)
 
@@ -113,7 +117,7 @@ def packed_options(
 ) -> tuple[int, Tensor | None, bool, float]:
     """What the schema of `op_qkv` has after qkv."""
     scale = 1 / math.sqrt(qkv.shape[2] // (3 * num_heads)) if scale is None else float(scale)
-    return num_heads, _with_four_axes(mask), is_causal, scale
+    return num_heads, _as_read(mask), is_causal, scale
 
 
 @_check.once
@@ -129,11 +133,16 @@ def check_packed(qkv: Tensor, num_heads: int, attn_mask: Tensor | None, is_causa
         raise ValueError(
             f"{name}: argument 'qkv' has a last axis of {packed}; needs a multiple of 3 * num_heads = {3 * num_heads}"
         )
-    _check_width(name, "qkv", qkv, packed // (3 * num_heads))
+    check_width(name, "qkv", qkv, packed // (3 * num_heads))
     _check_mask(name, attn_mask, is_causal, (batch, num_heads, tokens, tokens))
 
 
-def _check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
+def check_groups(op_name: str, keys_heads: int, heads: int) -> None:
+    if keys_heads != heads and (keys_heads == 0 or heads % keys_heads != 0):
+        raise ValueError(f"{op_name}: argument 'k' has {keys_heads} heads; needs a divisor of q's {heads}")
+
+
+def check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
     if width == 0:
         raise ValueError(
             f"{op_name}: argument '{name}' has shape {list(tensor.shape)}; needs a head width of 1 or more"
@@ -161,8 +170,29 @@ def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[i
         )
 
 
-def _with_four_axes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask[(None,) * (4 - mask.dim())]
+def _as_read(mask: Tensor | None) -> Tensor | None:
+    """The mask with four axes; if it learns nothing, of one row where queries share it, and bool where that hides."""
+    if mask is None:
+        return None
+    learns, mask = mask.requires_grad, mask[(None,) * (4 - mask.dim())]
+    if learns:
+        return mask
+    if mask.shape[2] > 1 and mask.stride(2) == 0:
+        mask = mask[:, :, :1]
+    return mask == 0 if _hides_keys(mask) else mask
+
+
+def _hides_keys(mask: Tensor) -> bool:
+    """Whether a row of an additive mask is 0, or leaves a key no weight beside one with 0.
+
+    On a GPU nobody looks: it would stall the stream.
+    """
+    if mask.dtype == torch.bool or mask.shape[2] != 1 or type(mask) is not Tensor or mask.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    seen = mask == 0
+    return bool((seen | (mask < _NO_WEIGHT)).all() and seen.any(-1).all())
 
 
 # ------------------------------------------------------------------------------------------------------ q, k, v apart
@@ -231,7 +261,13 @@ def _weights(scores: Tensor, stats: Tensor, unit: float) -> Tensor:
     return (unit * (scores - largest) - log_sum).exp()
 
 
+def _repeated(tensor: Tensor, heads: int) -> Tensor:
+    """k or v with a head of its own for each one of q."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
+
+
 def _reference(q, k, v, mask, is_causal, scale):
+    k, v = (_repeated(each, q.shape[1]) for each in (k, v))
     factor, unit = score_units(mask, scale)
     scores = _scores(q, k, mask, is_causal, factor)
     largest = scores.amax(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
@@ -243,6 +279,8 @@ def _reference(q, k, v, mask, is_causal, scale):
 
 
 def _reference_backward(dout, q, k, v, out, stats, mask, is_causal, scale, needs_mask):
+    groups = k.shape[:2]
+    k, v = (_repeated(each, q.shape[1]) for each in (k, v))
     factor, unit = score_units(mask, scale)
     weights = _weights(_scores(q, k, mask, is_causal, factor), stats, unit)
     g = wide(dout)
@@ -250,6 +288,8 @@ def _reference_backward(dout, q, k, v, out, stats, mask, is_causal, scale, needs
     dscores = weights * (g @ wide(v).transpose(-1, -2) - delta)
     dq, dk = dscores @ wide(k) * scale, dscores.transpose(-1, -2) @ wide(q) * scale
     dv = weights.transpose(-1, -2) @ g
+    if groups != q.shape[:2]:
+        dk, dv = (grad.unflatten(1, (groups[1], -1)).sum(2) for grad in (dk, dv))
     dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2) for grad in (dq, dk, dv))
     dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous() if needs_mask else nothing(q)
     return dq, dk, dv, dmask

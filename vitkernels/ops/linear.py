@@ -99,5 +99,6 @@ op = Op(
     fake_backward=_fake_backward,
     setup_context=_setup_context,
     gradients=_gradients,
+    one_dtype=True,
 )
 op.register("reference", _reference, _reference_backward)

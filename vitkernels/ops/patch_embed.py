@@ -39,7 +39,9 @@ def patch_embed(
     Args:
         image: [B, C, H, W], floating point or uint8 (then scaled to [0, 1] first), any strides.
         weight: [D, C, P, P] as Conv2d stores it; H and W are multiples of P. The product runs in its dtype (under
-            autocast, autocast's).
+            autocast, autocast's). In float32 it rounds to TF32 on a GPU where `torch.backends.cuda.matmul` allows it;
+            cuDNN's setting for convolutions, which allows it by default, is not followed, so that the first product
+            is as exact as the model's others.
         bias: [D] or None.
         mean, std: C numbers each, in [0, 1] pixel units: (pixel - mean) / std.
         prefix: [R, D], tokens put before the patches (class token, registers).

@@ -40,7 +40,7 @@ def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool =
     """
     prefix = _check.integer(prefix)
     _check_args(x, sin, cos, prefix)
-    return op(x, _with_four_axes(sin), _with_four_axes(cos), prefix, bool(half))
+    return op(x, with_four_axes(sin), with_four_axes(cos), prefix, bool(half))
 
 
 @_check.once
@@ -50,11 +50,18 @@ def _check_args(x: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> None:
     _check.is_floating(name, x=x, sin=sin, cos=cos)
     _check.has_rank(name, "x", x, "[B, H, N, K]")
     batch, heads, tokens, width = x.shape
-    if width == 0 or width % 2:
-        raise ValueError(f"{name}: argument 'x' has a last axis of {width}; needs an even number, 2 or more, for pairs")
     if not _check.is_integer(prefix) or not 0 <= prefix <= tokens:
         raise ValueError(f"{name}: argument 'prefix' is {prefix!r}; needs an int from 0 to x's {tokens} tokens")
-    positions = (batch, heads, tokens - prefix, width)
+    check_positions(name, "x", sin, cos, (batch, heads, tokens - prefix, width))
+
+
+def check_positions(op_name: str, name: str, sin: Tensor, cos: Tensor, positions: tuple[int, int, int, int]) -> None:
+    """Whether sines and cosines broadcast to [B, H, N - prefix, K], and the argument `name` has pairs."""
+    width = positions[3]
+    if width == 0 or width % 2:
+        raise ValueError(
+            f"{op_name}: argument '{name}' has a last axis of {width}; needs an even number, 2 or more, for pairs"
+        )
     for tensor_name, tensor in (("sin", sin), ("cos", cos)):
         fits = tensor.dim() <= 4 and all(
             size == 1 or size == wanted  # not `in`: dynamo finds no traced size in a tuple
@@ -62,12 +69,12 @@ def _check_args(x: Tensor, sin: Tensor, cos: Tensor, prefix: int) -> None:
         )
         if not fits:
             raise ValueError(
-                f"{name}: argument '{tensor_name}' has shape {list(tensor.shape)}; "
+                f"{op_name}: argument '{tensor_name}' has shape {list(tensor.shape)}; "
                 f"needs one that broadcasts to [B, H, N - prefix, K] = {list(positions)}"
             )
 
 
-def _with_four_axes(positions: Tensor) -> Tensor:
+def with_four_axes(positions: Tensor) -> Tensor:
     return positions[(None,) * (4 - positions.dim())]
 
 

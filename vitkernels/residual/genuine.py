@@ -146,7 +146,7 @@ def _has_behaviour(kind: Any) -> bool:
 # -------------------------------------------------------------------------------------------- around all modules
 
 _BUILTIN = ("linear", "gelu", "scaled_dot_product_attention", "conv2d")
-_PYTHON = ("layer_norm", "relu", "silu", "softmax", "multi_head_attention_forward")
+_PYTHON = ("layer_norm", "rms_norm", "relu", "silu", "softmax", "multi_head_attention_forward")
 _FUNCTIONS: dict[str, Any] = {name: getattr(F, name) for name in (*_BUILTIN, *_PYTHON)}
 
 

@@ -39,6 +39,11 @@ def draw_uniform(module: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tenso
 LAYER_NORMS: dict[str, Callable[[nn.Module], str | None]] = {  # why a module of the class is no plain LayerNorm
     "torch.nn.modules.normalization.LayerNorm": lambda norm: None,
 }
+RMS_NORMS: dict[str, Callable[[Any], float | str]] = {  # eps, or why a module of the class is no plain RMSNorm
+    "torch.nn.modules.normalization.RMSNorm": lambda norm: (
+        "has no eps, but that of the tokens' dtype" if norm.eps is None else norm.eps
+    ),
+}
 MASKED_LINEARS: set[str] = set()  # nn.Linear with bias * bias_mask, made at each call
 LAYER_SCALES: dict[str, str] = {"vitkernels.nn.layer_scale.LayerScale": "gamma"}  # the name of the parameter
 DROP_PATHS: dict[str, Draw] = {"vitkernels.nn.drop_path.DropPath": draw_bernoulli}

@@ -9,11 +9,13 @@ adds a method stays known, one that changes `forward` (LoRA, quantized Linears) 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
+from vitkernels.ops import _steps
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.residual import known
 from vitkernels.residual.genuine import name_of, owner, owner_name, stock_type, why_not_read
@@ -57,11 +59,26 @@ def drops_nothing(module: nn.Module | None) -> bool:
     return owner(module) is nn.Dropout and why_not_read(module) is None and dropout_rate(module) == 0.0
 
 
-# ------------------------------------------------------------------------------------------------------- LayerNorm
+# --------------------------------------------------------------------------------------------- LayerNorm and RMSNorm
+
+
+def norm_op(norm: nn.Module) -> str:
+    """The op that stands for a norm."""
+    return "add_rms_norm" if owner_name(norm) in known.RMS_NORMS else "add_layer_norm"
 
 
 def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
-    """Why `ops.add_layer_norm` cannot stand for this norm, or None when it can."""
+    """Why `ops.add_layer_norm`, or `ops.add_rms_norm`, cannot stand for this norm, or None when it can."""
+    rms = known.RMS_NORMS.get(owner_name(norm))
+    if rms is not None:
+        eps = rms(norm)
+        if isinstance(eps, str):
+            return f"{name} {eps}"
+        reason = why_not_part(name, norm)
+        if reason is not None:
+            return reason
+        weight = getattr(norm, "weight", None)
+        return None if weight is not None and weight.dim() == 1 else f"{name} has no weight of its last axis"
     known_why_not = known.LAYER_NORMS.get(owner_name(norm))
     if known_why_not is None or not isinstance(norm, nn.LayerNorm):
         return f"{name} is {_told_apart(stock_type(norm), 'LayerNorm')}, not LayerNorm"
@@ -76,24 +93,47 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     return None
 
 
+def read_norm(norm: nn.Module, again: bool | None = None) -> _steps.Norm:
+    """A norm that `why_not_layer_norm` lets pass, by its parameters; `again` as there."""
+    rms: Any = known.RMS_NORMS.get(owner_name(norm))
+    weight: Any = norm.weight
+    if rms is None:
+        return _steps.Norm(weight, norm.bias, norm.eps, again)  # type: ignore[arg-type]
+    return _steps.Norm(weight, None, rms(norm), again, rms=True)
+
+
 def why_not_dtypes(reader: nn.Module, x: Tensor) -> str | None:
     """Why torch would refuse tokens of x's dtype beside the reader's weight, or None where it takes both."""
     weight = reader.weight
     assert isinstance(weight, Tensor)
-    if weight.dtype == x.dtype:
-        return None
-    if autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype):
-        return None
-    # torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32
-    mixes = isinstance(reader, nn.LayerNorm) and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
-    return None if mixes else f"called with {x.dtype}, and its weights are {weight.dtype}"
+    if isinstance(reader, nn.LayerNorm):
+        return why_not_norm_dtypes(weight, x)
+    return None if weight.dtype == x.dtype or _casts(weight, x) else _refusal(weight, x)
+
+
+def why_not_norm_dtypes(weight: Tensor, x: Tensor, rms: bool = False) -> str | None:
+    """The same for a norm: torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32."""
+    mixes = not rms and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
+    return None if weight.dtype == x.dtype or mixes or _casts(weight, x) else _refusal(weight, x)
+
+
+def _casts(weight: Tensor, x: Tensor) -> bool:
+    """Whether autocast brings both to one dtype."""
+    return autocast_dtype(x) is not None and torch.float64 not in (x.dtype, weight.dtype)
+
+
+def _refusal(weight: Tensor, x: Tensor) -> str:
+    return f"called with {x.dtype}, and its weights are {weight.dtype}"
 
 
 def layer_norm(norm: nn.Module, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """norm(x); where it may be read, rounded to the dtype that its consumer multiplies in."""
     if why_not_layer_norm("norm", norm) is not None:
         return norm(x)
-    return ops.add_layer_norm(x, None, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)[1]  # type: ignore[arg-type]
+    read = read_norm(norm)
+    if read.rms and out_dtype is None:  # torch's multiplication by the weight widens to its dtype
+        out_dtype = torch.promote_types(x.dtype, read.weight.dtype)  # type: ignore[union-attr]
+    return _steps.add_norm(x, None, read, out_dtype)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- Linear

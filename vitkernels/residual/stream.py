@@ -10,17 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitkernels.ops import _steps
-from vitkernels.ops._amp import autocast_dtype
+from vitkernels.ops._amp import autocast_dtype, cast_dtype
 from vitkernels.ops._steps import Added, Norm
 from vitkernels.residual import parts
 
 # (stream, what is added to it first, norm, bias_apart) -> (sum, branch, bias)
 Step = Callable[[Tensor, Added | None, Norm, bool], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class PlainStep:
+    """A branch that is one product of the steps: with another behind it, both are one autograd Function.
+
+    Args:
+        step: the product.
+        arguments: bias_apart -> its arguments.
+        bias: of its last projection.
+    """
+
+    def __init__(
+        self, step: _steps.Step, arguments: Callable[[bool], tuple[Any, ...]], bias: Callable[[], Tensor | None]
+    ) -> None:
+        self.step, self.arguments, self.bias = step, arguments, bias
+
+    def __call__(
+        self, x: Tensor, added: Added | None, norm: Norm, bias_apart: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        total, out = _steps.run(x, added, [_steps.Stage(self.step, norm, self.arguments(bias_apart))])
+        return total, out, self.bias() if bias_apart else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +95,15 @@ class Branch:
         return Part(name, ops, why_not)
 
 
+class _Read(NamedTuple):
+    """What a residual step's modules hold: the norm's parameters, or None where it must be called; whether the add can
+    wait for the norm behind it; LayerScale's factor."""
+
+    norm: Norm | None
+    adds: bool
+    gamma: Tensor | None
+
+
 @dataclass(slots=True)
 class Sublayer:
     """One residual step of a block, by its parts; `name` is what `explain` calls it ("attn")."""
@@ -82,6 +113,16 @@ class Sublayer:
     branch: Branch
     scale: nn.Module | Tensor | None = None
     drop_path: nn.Module | None = None
+    ends: bool = False  # whether it is the last one of a block that is followed by another
+    _read: tuple[Any, _Read] | None = None
+
+    def read(self, width: int, again: bool | None) -> _Read:
+        """Its modules for tokens of this width; read once, as long as the object lives."""
+        if self._read is None or self._read[0] != (width, again):
+            why_not = parts.why_not_scale("", self.scale, width) or parts.why_not_drop_path("", self.drop_path)
+            gamma = parts.scale_parameter(self.scale) if why_not is None else None
+            self._read = (width, again), _Read(_parameters_of(self.norm, width, again), why_not is None, gamma)
+        return self._read[1]
 
     def parts(self) -> list[Part]:
         """The rows of `explain`: the branch, and the residual add with its norm."""
@@ -91,7 +132,7 @@ class Sublayer:
             parts.why_not_drop_path(f"the drop path of {self.name}", self.drop_path),
         )
         why_not = next((reason for reason in reasons if reason is not None), None)
-        residual = Part(f"{self.name} residual", "" if why_not else "add_layer_norm", why_not)
+        residual = Part(f"{self.name} residual", "" if why_not else parts.norm_op(self.norm), why_not)
         return [self.branch.part(self.name), residual]
 
     def _width(self) -> int:
@@ -119,13 +160,26 @@ def pre_norm(
     dtype = _stream_dtype(x, dtype)
     if dtype is not None:
         x = x.to(dtype)
-    last = None if last_norm is None else _readable(last_norm, x)
-    norms = [_readable(each.norm, x, again) for each in sublayers]
+    width = x.shape[-1]
+    last = None if last_norm is None else _fitting(_parameters_of(last_norm, width), x)
+    read = [each.read(width, again) for each in sublayers]
+    norms = [_fitting(each.norm, x) for each in read]
+    following = [*norms[1:], last]
     added: Added | None = None
-    for sublayer, norm, following in zip(sublayers, norms, [*norms[1:], last], strict=True):
-        branch = sublayer.branch
-        joins = following is not None and _adds(sublayer, x.shape[-1])
-        if norm is None:
+    place = 0
+    while place < len(sublayers):
+        end = _end_of_stretch(x, place, sublayers, read, norms, widen=dtype is None)
+        sublayer, norm, gamma = sublayers[end - 1], norms[end - 1], read[end - 1].gamma
+        branch, joins = sublayer.branch, following[end - 1] is not None and read[end - 1].adds
+        if end - place > 1:
+            inner = zip(sublayers[place : end - 1], read[place:], norms[place:], strict=False)
+            stages = [_stage(x, *each) for each in inner]
+            assert isinstance(branch.step, PlainStep)
+            assert norm is not None
+            stages.append(_steps.Stage(branch.step.step, norm, branch.step.arguments(joins)))
+            x, out = _steps.run(x, added, stages)
+            bias = branch.step.bias() if joins else None
+        elif norm is None:
             out, bias = branch.run(sublayer.norm(x), joins)
         elif branch.step is not None:
             x, out, bias = branch.step(x, added, norm, joins)
@@ -133,17 +187,58 @@ def pre_norm(
             x, normed = _steps.add_norm(x, added, norm, parts.operand_dtype(branch.reader, x))
             out, bias = branch.run(normed, joins)
         if joins:
-            x, added = _waiting(x, sublayer, out, bias, widen=dtype is None)
+            x, added = _waiting(x, gamma, sublayer.drop_path, out, bias, widen=dtype is None)
         else:
             x, added = _added_now(x, sublayer, out, widen=dtype is None), None
+        place = end
     if last_norm is None:
         return x
     return last_norm(x) if last is None else _steps.add_norm(x, added, last, parts.operand_dtype(None, x))[1]
 
 
+def _end_of_stretch(
+    x: Tensor,
+    place: int,
+    sublayers: Sequence[Sublayer],
+    read: Sequence[_Read],
+    norms: Sequence[Norm | None],
+    widen: bool,
+) -> int:
+    """Behind the last sub-layer that is one autograd Function with the one at `place`: neighbours of one block, with
+    nothing but the add between their products."""
+    end = place + 1
+    while end < len(sublayers) and not sublayers[end - 1].ends and norms[end] is not None:
+        own, following = sublayers[end - 1].branch.step, sublayers[end].branch.step
+        if not (isinstance(own, PlainStep) and isinstance(following, PlainStep)) or norms[end - 1] is None:
+            break
+        if not read[end - 1].adds or (
+            widen and torch.promote_types(x.dtype, _branch_dtype(x, read[end - 1].gamma)) != x.dtype
+        ):
+            break
+        end += 1
+    return end
+
+
+def _branch_dtype(x: Tensor, gamma: Tensor | None) -> torch.dtype:
+    """Of a product's result once LayerScale has multiplied it: DropPath draws in it, the sum is in it."""
+    autocast = autocast_dtype(x)
+    dtype = x.dtype if autocast is None else cast_dtype(x, autocast)
+    return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+
+
+def _stage(x: Tensor, sublayer: Sublayer, read: _Read, norm: Norm | None) -> _steps.Stage:
+    """A sub-layer that has another behind it in its stretch."""
+    step, gamma = sublayer.branch.step, read.gamma
+    assert isinstance(step, PlainStep)
+    assert norm is not None
+    dtype = _branch_dtype(x, gamma)
+    row_scale = parts.drop_path_factor(sublayer.drop_path, x, dtype)
+    return _steps.Stage(step.step, norm, step.arguments(True), _steps.Factors(step.bias(), gamma, row_scale))
+
+
 def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:
     """branch(norm(x)) alone."""
-    readable = _readable(norm, x)
+    readable = _fitting(_parameters_of(norm, x.shape[-1]), x)
     if readable is not None and branch.step is not None:
         return branch.step(x, None, readable, False)[1]
     return branch.run(parts.layer_norm(norm, x, parts.operand_dtype(branch.reader, x)), False)[0]
@@ -155,13 +250,14 @@ def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | Non
     if dtype is not None:
         x = x.to(dtype)
     for sublayer in sublayers:
-        norm = _readable(sublayer.norm, x)
-        if norm is None or not _adds(sublayer, x.shape[-1]):
+        read = sublayer.read(x.shape[-1], None)
+        norm = _fitting(read.norm, x)
+        if norm is None or not read.adds:
             out, _ = sublayer.branch.run(x, False)
             x = parts.layer_norm(sublayer.norm, _added_now(x, sublayer, out, widen=dtype is None))
             continue
         out, bias = sublayer.branch.run(x, True)
-        x, added = _waiting(x, sublayer, out, bias, widen=dtype is None)
+        x, added = _waiting(x, read.gamma, sublayer.drop_path, out, bias, widen=dtype is None)
         x = _steps.add_norm(x, added, norm, dtype or parts.operand_dtype(None, x))[1]
     return x
 
@@ -171,30 +267,34 @@ def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
     return None if autocast_dtype(x) is None or x.dtype == torch.float64 else dtype
 
 
-def _readable(norm: nn.Module, x: Tensor, again: bool | None = None) -> Norm | None:
-    """A norm's parameters, where `ops.add_layer_norm` can stand for it in this stream."""
-    if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != x.shape[-1]:  # type: ignore[index]
+def _parameters_of(norm: nn.Module, width: int, again: bool | None = None) -> Norm | None:
+    """A norm's parameters, where an op can stand for it on tokens of this width."""
+    if parts.why_not_layer_norm("", norm) is not None or norm.weight.shape[0] != width:  # type: ignore[index]
         return None
-    mixed = norm.bias is not None and norm.bias.dtype != norm.weight.dtype
-    if mixed or parts.why_not_dtypes(norm, x) is not None:
-        return None  # torch's own checks are the ones to see
-    return Norm(norm.weight, norm.bias, norm.eps, again)  # type: ignore[arg-type]
+    return parts.read_norm(norm, again)
 
 
-def _adds(sublayer: Sublayer, width: int) -> bool:
-    """Whether what the sub-layer adds can wait for the norm behind it."""
-    why_not = parts.why_not_scale("", sublayer.scale, width) or parts.why_not_drop_path("", sublayer.drop_path)
-    return why_not is None
+def _fitting(norm: Norm | None, x: Tensor) -> Norm | None:
+    """The norm, where torch takes tokens of x's dtype beside its parameters; else torch's own checks are to be seen."""
+    if norm is None:
+        return None
+    weight, bias = norm.weight, norm.bias
+    assert weight is not None, "a norm without one is not read"
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return norm
+    mixed = bias is not None and bias.dtype != weight.dtype
+    return None if mixed or parts.why_not_norm_dtypes(weight, x, norm.rms) is not None else norm
 
 
-def _waiting(x: Tensor, sublayer: Sublayer, out: Tensor, bias: Tensor | None, widen: bool) -> tuple[Tensor, Added]:
+def _waiting(
+    x: Tensor, gamma: Tensor | None, drop_path: nn.Module | None, out: Tensor, bias: Tensor | None, widen: bool
+) -> tuple[Tensor, Added]:
     """The stream, in the dtype of the sum to come, and what is to be added to it."""
-    gamma = parts.scale_parameter(sublayer.scale)
     # the dtype that the scaled branch has where the modules run one by one: DropPath draws in it, the sum is in it
     dtype = out.dtype if gamma is None else torch.promote_types(out.dtype, gamma.dtype)
     if widen and x.dtype != dtype:
         x = x.to(torch.promote_types(x.dtype, dtype))
-    return x, Added(out, bias, gamma, parts.drop_path_factor(sublayer.drop_path, out, dtype))
+    return x, Added(out, bias, gamma, parts.drop_path_factor(drop_path, out, dtype))
 
 
 def _added_now(x: Tensor, sublayer: Sublayer, out: Tensor, widen: bool) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.ops import _steps
+from vitkernels.ops import _check, _steps
 from vitkernels.ops._steps import Added, Norm
 from vitkernels.residual import parts
-from vitkernels.residual.stream import Branch, Step
+from vitkernels.residual.stream import Branch, PlainStep, Step
 
 
 def why_not_linears(**linears: nn.Module) -> str | None:
@@ -69,22 +69,13 @@ def attention_step(
 ) -> Step:
     """Self-attention with a packed projection of q, k and v; proj is a Linear that may be read."""
 
-    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight, bias = proj.weight, proj.bias
-        total, out = _steps.attention(
-            x,
-            added,
-            norm,
-            qkv(),
-            (weight, None if bias_apart else bias),  # type: ignore[arg-type]
-            num_heads,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-        )
-        return total, out, bias if bias_apart else None  # type: ignore[return-value]
+    heads = _check.integer(num_heads)
 
-    return step
+    def arguments(bias_apart: bool) -> tuple[Any, ...]:
+        bias = None if bias_apart else proj.bias
+        return (*qkv(), proj.weight, bias, heads, attn_mask, is_causal, scale)
+
+    return PlainStep(_steps.ATTENTION, arguments, lambda: proj.bias)  # type: ignore[arg-type,return-value]
 
 
 # ---------------------------------------------------------------------------------------------------- feed-forward
@@ -146,13 +137,11 @@ def mlp_branch(
     def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
         return mlp(x, fc1, act, fc2, dropout, bias_apart)
 
-    def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        bias: Any = fc2.bias
-        weights: tuple[Any, ...] = (fc1.weight, fc1.bias, fc2.weight, None if bias_apart else bias)
-        total, out = _steps.mlp(x, added, norm, weights, kind or "")
-        return total, out, bias if bias_apart else None
+    def arguments(bias_apart: bool) -> tuple[Any, ...]:
+        return fc1.weight, fc1.bias, fc2.weight, None if bias_apart else fc2.bias, kind or ""
 
     kind, why_not = parts.activation(act), why_not_mlp(fc1, act, fc2, dropout, names)
+    step = PlainStep(_steps.MLP, arguments, lambda: fc2.bias)  # type: ignore[arg-type,return-value]
     return Branch(run, "mlp", fc1, why_not, "linear, linear", step if why_not is None else None)
 
 
@@ -161,22 +150,30 @@ def gated_branch(
     gate: Callable[[Tensor], Tensor],
     last: dict[str, nn.Module],
     dropout: nn.Module | None = None,
+    act: nn.Module | Callable[..., Tensor] | None = None,
+    gate_last: bool = False,
 ) -> Branch:
-    """last(dropout(gate(first(x)))): SwiGLU and its relatives (Shazeer 2020), the products ours, the gate torch's.
+    """last(dropout(gate(first(x)))): SwiGLU and its relatives (Shazeer 2020).
 
     Args:
         first: one Linear, or two whose results stand side by side, by the names that their block has for them.
-        gate: from those results, [B, N, 2 * F], to [B, N, F].
+        gate: from those results, [B, N, 2 * F], to [B, N, F], by torch.
         last: the Linear behind it, by its name.
         dropout: between gate and last.
+        act: the activation, where `gate` is act(one half) * the other half and nothing else: `ops.glu_mlp` then runs
+            it inside the products, if it knows the activation.
+        gate_last: whether the activation is of the second half.
     """
     linears, (output,) = tuple(first.values()), last.values()
+    kind = None if act is None or not parts.drops_nothing(dropout) else parts.activation(act)
 
     def finish(both: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
         hidden = gate(both)
         return parts.last_linear(output, hidden if dropout is None else dropout(hidden), bias_apart)
 
     why_not = why_not_linears(**first, **last)
+    if kind is not None and why_not is None:
+        return _glu_branch(linears, output, kind, gate_last)
     return Branch(
         lambda x, bias_apart: finish(projected(x, *linears), bias_apart),
         "linear, gate of torch, linear",
@@ -184,6 +181,25 @@ def gated_branch(
         why_not,
         step=linear_step(lambda: joined(*linears), finish) if why_not is None else None,
     )
+
+
+def _glu_branch(first: tuple[nn.Module, ...], last: nn.Module, kind: str, gate_last: bool) -> Branch:
+    """`ops.glu_mlp` as the branch of a residual step."""
+
+    def arguments(bias_apart: bool) -> tuple[Any, ...]:
+        packed = joined(*first)
+        if gate_last:
+            weight, bias = (None if each is None else torch.cat(each.chunk(2)[::-1]) for each in packed)
+        else:
+            weight, bias = packed
+        return weight, bias, last.weight, None if bias_apart else last.bias, kind
+
+    def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Any]:
+        *weights, activation = arguments(bias_apart)
+        return ops.glu_mlp(x, *weights, activation=activation), last.bias if bias_apart else None
+
+    step = PlainStep(_steps.GLU_MLP, arguments, lambda: last.bias)  # type: ignore[arg-type,return-value]
+    return Branch(run, "glu_mlp", first[0], step=step)
 
 
 # ------------------------------------------------------------------------------------------------------- attention

@@ -218,7 +218,7 @@ class FusedMlp(Fused):
 
 
 class FusedSwiGLU(FusedMlp):
-    """DINOv2's SwiGLUFFN (w12, w3) and DINOv3's (w1, w2, w3): the products are ours, the gate is torch's."""
+    """DINOv2's SwiGLUFFN (w12, w3) and DINOv3's (w1, w2, w3)."""
 
     def branch(self, **options: Any) -> Branch:
         ffn: Any = self
@@ -228,7 +228,7 @@ class FusedSwiGLU(FusedMlp):
             return F.silu(first) * second
 
         names = ("w12",) if getattr(ffn, "w12", None) is not None else ("w1", "w2")
-        return gated_branch({name: getattr(ffn, name) for name in names}, gate, {"w3": ffn.w3})
+        return gated_branch({name: getattr(ffn, name) for name in names}, gate, {"w3": ffn.w3}, act=F.silu)
 
 
 # ----------------------------------------------------------------------------------------------------------- block

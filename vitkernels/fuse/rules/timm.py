@@ -22,6 +22,12 @@ known.LAYER_NORMS.update(
         "timm.layers.norm.LayerNormFp32": lambda norm: None,
     }
 )
+known.RMS_NORMS.update(
+    {
+        "timm.layers.norm.RmsNorm": lambda norm: "runs timm's fast norm" if norm._fast_norm else norm.eps,
+        "timm.layers.norm.RmsNormFp32": lambda norm: norm.eps,
+    }
+)
 known.LAYER_SCALES["timm.layers.layer_scale.LayerScale"] = "gamma"
 known.DROP_PATHS["timm.layers.drop.DropPath"] = known.draw_bernoulli
 known.ACTIVATIONS.update(
@@ -200,7 +206,7 @@ class FusedMlp(Fused):
 
 
 class FusedGluMlp(FusedMlp):
-    """timm.layers.mlp.GluMlp: the products are ours, the gate between them is torch's."""
+    """timm.layers.mlp.GluMlp; where a dropout or a norm stands before its last product, the gate is torch's."""
 
     def gate(self, both: Tensor) -> Tensor:
         mlp: Any = self
@@ -213,7 +219,10 @@ class FusedGluMlp(FusedMlp):
         return {"fc1": self.fc1}  # type: ignore[dict-item]
 
     def inner(self) -> Branch:
-        return sublayers.gated_branch(self.first(), self.gate, {"fc2": self.fc2})  # type: ignore[dict-item]
+        mlp: Any = self
+        alone = parts.is_identity(mlp.norm) and parts.drops_nothing(mlp.drop1)
+        act = mlp.act if alone else None
+        return sublayers.gated_branch(self.first(), self.gate, {"fc2": mlp.fc2}, act=act, gate_last=mlp.gate_last)
 
 
 class FusedSwiGLU(FusedGluMlp):
@@ -235,7 +244,8 @@ class FusedGeGluMlp(FusedMlp):
             first, second = both.chunk(2, dim=-1)
             return mlp.drop1(mlp.act(first) * second)
 
-        inner = sublayers.gated_branch({"w0": mlp.w0, "w1": mlp.w1}, gate, {"w2": mlp.w2})
+        act = mlp.act if parts.drops_nothing(mlp.drop1) else None
+        inner = sublayers.gated_branch({"w0": mlp.w0, "w1": mlp.w1}, gate, {"w2": mlp.w2}, act=act)
         return Branch(
             lambda x, bias_apart: inner.run(parts.layer_norm(mlp.norm, x), bias_apart),
             f"add_layer_norm, {inner.ops}",

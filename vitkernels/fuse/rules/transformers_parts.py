@@ -71,6 +71,27 @@ known.ACTIVATIONS.update(
     {f"transformers.activations.{name}": functools.partial(_formula, kind) for name, kind in _ACTIVATIONS.items()}
 )
 
+# RMSNorm of vision towers, by the model whose text it stands in; all are copies of one
+RMS_NORMS = {
+    "aimv2": "Aimv2RMSNorm",
+    "deepseek_ocr2": "DeepseekOcr2VisionRMSNorm",
+    "glm4v": "Glm4vRMSNorm",
+    "glm4v_moe": "Glm4vMoeRMSNorm",
+    "glm_image": "GlmImageRMSNorm",
+    "glm_ocr": "GlmOcrRMSNorm",
+    "internvl": "InternVLVisionRMSNorm",
+    "ovis2": "Ovis2RMSNorm",
+    "pixtral": "PixtralRMSNorm",
+    "qwen2_5_omni": "Qwen2_5OmniRMSNorm",
+    "qwen2_5_vl": "Qwen2_5_VLRMSNorm",
+}
+known.RMS_NORMS.update(
+    {
+        f"transformers.models.{model}.modeling_{model}.{name}": lambda norm: norm.variance_epsilon
+        for model, name in RMS_NORMS.items()
+    }
+)
+
 
 def _records_nothing(hook: Callable[..., Any]) -> bool:
     """Whether this is the library's recorder of outputs, and nothing that is read around is recorded now.
@@ -320,7 +341,7 @@ class FusedUpDownMlp(FusedMlp):
 
 
 class FusedGatedMlp(FusedMlp):
-    """DINOv2's and DINOv3's SwiGLU (Shazeer 2020): the products are ours, the gate between them is torch's."""
+    """DINOv2's and DINOv3's SwiGLU (Shazeer 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -333,7 +354,7 @@ class FusedGatedMlp(FusedMlp):
             return mlp.act_fn(first) * second
 
         projections = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
-        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj})
+        return sublayers.gated_branch(projections, gate, {"down_proj": mlp.down_proj}, act=mlp.act_fn)
 
 
 def _has_mlp_parts(module: nn.Module) -> bool:

@@ -1,0 +1,114 @@
+"""What was read off a tree of modules, kept while nothing in the tree has changed.
+
+Whether a block's parts may be read, which of them drop something now, which weights they hold: all of it stands in the
+modules' own dictionaries and classes, and is asked again only when one of these is no longer what it was. Comparing
+dictionaries that hold the same objects takes a tenth of the time of asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+_MOST_CHANGES = 32  # in a row: a tree that changes at each call (as some wrappers have it) is not compared any more
+_NO_CONFIGURATION = (nn.Module, Tensor, type, dict, list, set, FunctionType, BuiltinFunctionType, MethodType)
+_SIMPLE = (type(None), bool, int, float, str)
+
+
+def key_of(options: Mapping[str, Any]) -> Hashable | None:
+    """A call's options, where what is read for them may be kept for the next call with the same; None where not."""
+    found: list[Hashable] = []
+    for name, value in options.items():
+        if type(value) in _SIMPLE:
+            found.append((name, value))
+        elif isinstance(value, Mapping):
+            inner = key_of(value)
+            if inner is None:
+                return None
+            found.append((name, inner))
+        else:
+            return None
+    return tuple(found)
+
+
+class Kept:
+    """One value that was read off a tree of modules. A copy of it, as copies of the modules have, holds nothing."""
+
+    __slots__ = ("_changes", "_found")
+
+    def __init__(self) -> None:
+        self._found: tuple[nn.Module, Hashable, _Tree, Any] | None = None
+        self._changes = 0
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()
+
+    def get(self, root: nn.Module, key: Hashable, read: Callable[[], Value]) -> Value:
+        """read(), or what it gave at a call with this key since which the tree has not changed.
+
+        Args:
+            root: of the tree, all that `read` looks at.
+            key: what else `read` depends on.
+            read: it looks at modules, never at values of tensors.
+        """
+        found = self._found  # once: other threads may run copies of the module that share this
+        if found is not None and found[0] is root and found[1] == key and found[2].is_unchanged():
+            self._changes = 0
+            return found[3]
+        value = read()
+        if self._changes < _MOST_CHANGES:
+            self._changes += 1
+            self._found = root, key, _Tree(root), value
+        return value
+
+
+class _Tree:
+    """The modules of a tree as they are now."""
+
+    __slots__ = ("_classes", "_empty", "_objects")
+
+    def __init__(self, root: nn.Module) -> None:
+        self._empty: list[Any] = []  # hooks and the like that are not there
+        objects: dict[int, Any] = {}
+        for module in root.modules():
+            objects[id(module)] = module
+            for value in vars(module).values():  # configurations, which several modules may share
+                if hasattr(value, "__dict__") and not isinstance(value, _NO_CONFIGURATION):
+                    objects[id(value)] = value
+        self._objects = [(each, type(each), self._copied(vars(each))) for each in objects.values()]
+        kinds = {type(each) for each in root.modules()}
+        self._classes = [(kind, kind.forward, kind.__call__) for kind in kinds]
+
+    def _copied(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self._each_copied(own))
+
+    def _each_copied(self, own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in own.items():
+            if isinstance(value, dict | list | set) and not value:
+                self._empty.append(value)  # itself: it is compared by identity, and asked whether it is still empty
+            elif isinstance(value, dict):
+                value = dict(value)
+            elif isinstance(value, list | set):
+                value = value.copy()
+            yield name, value
+
+    def is_unchanged(self) -> bool:
+        if any(self._empty):
+            return False
+        for kind, forward, call in self._classes:
+            if kind.forward is not forward or kind.__call__ is not call:
+                return False
+        try:
+            for each, kind, was in self._objects:
+                if type(each) is not kind or each.__dict__ != was:
+                    return False
+        except (RuntimeError, ValueError, TypeError):  # another tensor or array stands there: equal has no answer
+            return False
+        return True
