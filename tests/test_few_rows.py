@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import check_case
 from case import Case, T
-from cases import linear, mlp
+from cases import glu_mlp, linear, mlp
 from conftest import ISAS, skip_without
 from torch import Tensor
 
@@ -43,9 +43,11 @@ def test_few_rows_and_odd_sizes(force_isa: Callable[[str], None], isa: str, dtyp
 def test_few_rows_and_activations(force_isa: Callable[[str], None], isa: str, dtype: torch.dtype) -> None:
     force_isa(isa)
     for rows, activation in itertools.product((1, 5, 16), ACTIVATIONS):
-        for biases in (("b1", "b2"), ()):
-            case = mlp(f"{rows} rows", (rows,), (33, 71, 20), biases=biases, options={"activation": activation})
-            check_case(case, dtype, "ext")
+        options, sizes = {"activation": activation}, (33, 71, 20)
+        for op, biases in ((mlp, ("b1", "b2")), (glu_mlp, ("b_gate_up", "b_down"))):
+            for present in (biases, ()):
+                case = op(f"{rows} rows", (rows,), sizes, biases=present, options=options)
+                check_case(case, dtype, "ext")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,7 +79,7 @@ def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) 
 
 
 def _glu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    w1, b1 = torch.cat((w1, w1.flip(0))), torch.cat((b1, b1.flip(0)))
+    w1, b1, w2 = w1[:-1].contiguous(), b1[:-1].contiguous(), w2[:, :65].contiguous()
     y, pre = EXT.glu_mlp(x, w1, b1, w2, b2, "silu", True)
     alone, _ = EXT.glu_mlp(x, w1, b1, w2, b2, "silu", False)
     return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w1, w2, "silu", [True] * 5)

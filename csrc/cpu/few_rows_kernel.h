@@ -161,8 +161,11 @@ void few_rows(const Product& p, const float* a, int64_t first, int64_t last, flo
   float *spare = scratch, *block = spare + kSpare, *space = block + round_up(p.m, kDotRows) * kPanel;
   for (int64_t i = 0; i < kSpare; ++i) spare[i] = 0;
   for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t j = panel * kPanel, count = p.n - j < kPanel ? p.n - j : kPanel;
-    if (p.b.col == 1) {
+    const int64_t columns = panel_columns(p), j = panel * columns, count = p.n - j < columns ? p.n - j : columns;
+    if (p.then == Then::gate) {
+      dot_panel<W, S>(p, a, j, count, block, space);
+      dot_panel<W, S>(p, a, p.n + j, count, block + columns, space);
+    } else if (p.b.col == 1) {
       row_panel<W, S>(p, a, j, count, block, space);
     } else {
       dot_panel<W, S>(p, a, j, count, block, space);
@@ -233,8 +236,9 @@ inline FewSizes few_sizes(const Product& p, bool terms) {
     return {tiles, whole_vectors(words * tiles * kTileRows) + words * round_up(p.n, kPanel), 0};
   }
   const int64_t rows = round_up(p.m, kDotRows), row = whole_vectors(words);
-  const int64_t space = p.b.col == 1 ? kFewDepth * kPanel : p.dtype == p.b_dtype ? 0 : kFloats * row;
-  return {(p.n + kPanel - 1) / kPanel, rows * row, kSpare + rows * kPanel + space};
+  const bool rows_of_b = p.b.col == 1 && p.then != Then::gate;
+  const int64_t space = rows_of_b ? kFewDepth * kPanel : p.dtype == p.b_dtype ? 0 : kFloats * row;
+  return {(p.n + panel_columns(p) - 1) / panel_columns(p), rows * row, kSpare + rows * kPanel + space};
 }
 
 inline void few_pack(const Product& p, bool terms, float* packed) {

@@ -151,16 +151,15 @@ namespace {
 
 constexpr int64_t kWorthAThread = 1 << 18;  // multiplications
 
-void multiply_few(const Product& p, bool terms, std::vector<float>* sums) {
+void multiply_few(const Product& p, bool terms, float* sums) {
   const Kernels<float>& kernel = kernels<float>();
   const FewSizes sizes = kernel.few_sizes(p, terms);
   const Buffer<float> packed(sizes.packed);
   kernel.few_pack(p, terms, packed.get());
-  if (sums) sums->assign(p.n, 0);
   const int64_t work = p.m * p.n * p.k / sizes.tasks;
   parallel(sizes.tasks, kWorthAThread / std::max<int64_t>(work, 1), [&](int64_t begin, int64_t end) {
     const Buffer<float> scratch(sizes.scratch);
-    kernel.few_product(p, terms, packed.get(), begin, end, sums ? sums->data() : nullptr, scratch.get());
+    kernel.few_product(p, terms, packed.get(), begin, end, sums, scratch.get());
   });
 }
 
@@ -186,7 +185,9 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
                   data(follow.pre),
                   data(follow.activated),
                   follow.activated_in_panels};
-  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, follow.sums);
+  const int64_t columns = p.then == Then::gate_backward ? 2 * p.n : p.n;  // of out
+  if (follow.sums) follow.sums->assign(columns, 0);
+  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, follow.sums ? follow.sums->data() : nullptr);
   const Kernels<float>& kernel = kernels<float>();
   const ProductSizes sizes = kernel.product_sizes(p);
   // Rows are cut the same way for any number of threads, for the sake of the sums.
@@ -194,7 +195,6 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
   int64_t parts = 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
-  const int64_t columns = follow.then == Then::gate_backward ? 2 * p.n : p.n;
   std::vector<float> sums(follow.sums ? parts * columns : 0);
   const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * columns : nullptr; };
   const int64_t threads = torch::stable::get_num_threads(), panel = sizes.packed / sizes.panels;
@@ -231,11 +231,9 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
     });
   }
   if (!follow.sums) return;
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t j = 0; j < columns; ++j) sums[j] += sums[part * columns + j];
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t j = 0; j < columns; ++j) (*follow.sums)[j] += sums[part * columns + j];
   }
-  sums.resize(columns);
-  *follow.sums = std::move(sums);
 }
 
 Tensor linear(const Matrix& x, const Matrix& weight, const std::optional<Tensor>& bias, const Shape& shape) {

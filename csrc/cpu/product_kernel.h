@@ -51,35 +51,33 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
   }
 }
 
-// Columns [begin, end) of one panel, whole vectors of them, of a B whose columns run along k; past `columns` of them are
-// zeros.
+// Columns [from, to) of one panel, whole vectors of them, of a B whose columns run along k; past `columns` are zeros.
 template <class W, class S>
-void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns, int64_t begin = 0,
-                  int64_t end = kPanel) {
+void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns, int64_t from = 0,
+                  int64_t to = kPanel) {
   constexpr int64_t elements = kFloats * per_word<W>;
-  for (int64_t j0 = begin; j0 < end; j0 += kFloats) {
-    const char* const from_j0 = in + (j0 - begin) * column_step * S::size;
-    const int64_t live = columns - (j0 - begin);
+  for (int64_t j0 = from; j0 < to; j0 += kFloats) {
     const auto transpose = [&](int64_t p, int64_t words, auto load_some) VK_ALWAYS {
       Vec<float> lanes[kFloats];
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kFloats; ++j) {
         lanes[j] = Vec<float>{};
-        if (j < live) lanes[j] = load_some(from_j0 + (j * column_step + p) * S::size);
+        const int64_t column = j0 - from + j;
+        if (column < columns) lanes[j] = load_some(in + (column * column_step + p) * S::size);
       }
       transpose_lanes(lanes);
-      float* const to = out + p / per_word<W> * kPanel + j0;
+      float* const words_to = out + p / per_word<W> * kPanel + j0;
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kFloats; ++i) {
-        if (i < words) store(to + i * kPanel, lanes[i]);
+        if (i < words) store(words_to + i * kPanel, lanes[i]);
       }
     };
     int64_t p = 0;
     for (; p + elements <= k; p += elements) {
-      transpose(p, kFloats, [](const char* from) VK_ALWAYS { return load_words<W, S>(from); });
+      transpose(p, kFloats, [&](const char* row) VK_ALWAYS { return load_words<W, S>(row); });
     }
     if (p < k) {
-      transpose(p, words_of<W>(k - p), [&](const char* from) VK_ALWAYS { return load_last_words<W, S>(from, k - p); });
+      transpose(p, words_of<W>(k - p), [&](const char* row) VK_ALWAYS { return load_last_words<W, S>(row, k - p); });
     }
   }
 }
@@ -143,6 +141,7 @@ VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t row
     }
     return;
   }
+  const int64_t out_size = size_of(p.out_dtype) / size;  // 2 where out is wider
   for (int64_t r = 0, at = i * step + j * size; r < rows; ++r, at += step) {
     for (int64_t byte = 0; byte < length; byte += 64) {
       __builtin_prefetch(p.out + (at + byte) * out_size, 1);
