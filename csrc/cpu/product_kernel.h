@@ -128,7 +128,7 @@ VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const floa
 // Asks for the lines that finish_row reads or writes, `length` bytes from column j on: they arrive while the tile is
 // multiplied.
 VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t rows, int64_t size, int64_t length) {
-  const int64_t step = p.n * size, out_size = size_of(p.out_dtype) / size_of(p.dtype);  // 2 where out is wider
+  const int64_t step = p.n * size;
   if (p.then == Then::gate || p.then == Then::gate_backward) {
     char* const wide = p.then == Then::gate ? p.pre : p.out;  // the other one that is two halves wide is read alone
     for (int64_t r = i; r < i + rows; ++r) {
