@@ -31,7 +31,8 @@ from vitkernels.text import table
 from vitkernels.train.checkpoint import write_json
 
 FILE = RESULTS / "host.json"
-DEPTH, WIDTH, HEADS, TOKENS = 4, 192, 3, 4
+DEPTH, HEADS, TOKENS = 4, 3, 4
+WIDTH = 192  # whose weights and gradients, 7 MB a block, are most of the time on some machines; --width 48 has few
 DTYPES = ("float32", "bfloat16")  # the second under autocast
 BACKENDS = ("stock", "ext", "triton")
 PROCESSORS = 132  # of the GPU that is not there, an H100's
@@ -60,28 +61,28 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------- lanes
 
 
-def _timm() -> nn.Module:
+def _timm(width: int) -> nn.Module:
     import_torchvision()
     from timm.models.vision_transformer import Block
 
-    return nn.Sequential(*(Block(WIDTH, HEADS, qkv_bias=True) for _ in range(DEPTH)))
+    return nn.Sequential(*(Block(width, HEADS, qkv_bias=True) for _ in range(DEPTH)))
 
 
-def _transformers() -> nn.Module:
+def _transformers(width: int) -> nn.Module:
     import_torchvision()
     from transformers import ViTConfig
     from transformers.models.vit.modeling_vit import ViTLayer
 
-    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
+    sizes = {"hidden_size": width, "num_attention_heads": HEADS, "intermediate_size": 4 * width}
     config = ViTConfig(**sizes, hidden_dropout_prob=0.0, attn_implementation="sdpa")
     return nn.Sequential(*(ViTLayer(config) for _ in range(DEPTH)))
 
 
-def _own() -> nn.Module:
-    return nn.Sequential(*(vk.nn.Block(WIDTH, HEADS, qkv_bias=True) for _ in range(DEPTH)))
+def _own(width: int) -> nn.Module:
+    return nn.Sequential(*(vk.nn.Block(width, HEADS, qkv_bias=True) for _ in range(DEPTH)))
 
 
-LIBRARIES: dict[str, Callable[[], nn.Module]] = {"timm": _timm, "transformers": _transformers, "vk.nn": _own}
+LIBRARIES: dict[str, Callable[[int], nn.Module]] = {"timm": _timm, "transformers": _transformers, "vk.nn": _own}
 
 
 @dataclass
@@ -100,10 +101,10 @@ class _Lane:
             out.backward(torch.ones_like(out))
 
 
-def lanes(library: str) -> list[_Lane]:
+def lanes(library: str, width: int = WIDTH) -> list[_Lane]:
     """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend."""
     torch.manual_seed(0)
-    stock = LIBRARIES[library]()
+    stock = LIBRARIES[library](width)
     own = library == "vk.nn"
     found = [] if own else [_Lane(library, "stock", stock)]
     for backend in BACKENDS[1:]:
@@ -115,10 +116,10 @@ def lanes(library: str) -> list[_Lane]:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(rounds: int) -> list[Row]:
+def measure(rounds: int, width: int = WIDTH) -> list[Row]:
     """Every lane of every library, in turn."""
-    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator("cpu").manual_seed(0))
-    every = [lane for library in LIBRARIES for lane in lanes(library)]
+    x = torch.randn(1, TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
+    every = [lane for library in LIBRARIES for lane in lanes(library, width)]
     rows = []
     for dtype in DTYPES:
         seconds: dict[int, list[float]] = {index: [] for index in range(len(every))}
@@ -191,9 +192,8 @@ def report(content: dict[str, Any]) -> str:
         launches = f"{row['launches']:.1f}" if row["launches"] else "torch's"
         names = f"{row['library']} | {row['dtype']} | {row['backend']}"
         lines.append(f"| {names} | {figures} | {launches} | {row['allocations']:.0f} |")
-    where = (
-        f"On one core of {content['device']}, {DEPTH} blocks of width {WIDTH} on {TOKENS} tokens, forward and backward"
-    )
+    blocks = f"{DEPTH} blocks of width {content.get('width', WIDTH)} on {TOKENS} tokens, forward and backward"
+    where = f"On one core of {content['device']}, {blocks}"
     return "\n".join(
         [*lines, "", f"{where}, measured at {content['revision']}; no kernel of Triton's is launched.", ""]
     )
@@ -211,6 +211,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="turns of each lane")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the blocks; 48 keeps their weights in cache")
     parser.add_argument("--out", type=Path, default=FILE, help="results file")
     known = parser.parse_args(arguments)
     from ptx.driver import Gpu, Nothing, activate  # the tests' machine, and triton with it
@@ -218,8 +219,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # memory that no launch has written is multiplied too, and denormals take longer
     with activate(Gpu(processors_=PROCESSORS), Nothing):
-        rows = [asdict(row) for row in measure(known.rounds)]
-    content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}
+        rows = [asdict(row) for row in measure(known.rounds, known.width)]
+    content = {
+        **machine.describe(torch.device("cpu")),
+        "revision": machine.revision(),
+        "width": known.width,
+        "rows": rows,
+    }
     known.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(known.out, content)
     print(table([("block", "dtype", "runs on", "us", "ratio"), *(_cells(rows, row) for row in rows)]))
