@@ -71,7 +71,7 @@ def expected(case: Case) -> list[str]:
     return [kernel for kernel in KERNELS if batch * heads * rows[kernel]]
 
 
-@pytest.mark.parametrize(("case", "dtype"), _trials())
+@pytest.mark.parametrize(("case", "dtype"), list(_trials()))
 def test_case(case: Case, dtype: torch.dtype) -> None:
     assert kernels(launched(case, dtype)) == expected(case)
 

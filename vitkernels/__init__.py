@@ -3,12 +3,14 @@
 Importing this package touches no device, patches nothing and sets no global.
 """
 
-from vitkernels import ext, kernels, nn, ops
+from vitkernels import dispatch, ext, kernels, nn, ops
 from vitkernels.dispatch import BackendError, Call, backends, record, use
 from vitkernels.fuse import Explanation, Verification, explain, fuse, register_attention, unfuse, verify
 
-ext.register()
 kernels.register()
+ext.register()
+dispatch.add_backend(dispatch.Backend("reference", None, lambda: None))
+dispatch.read_environment()
 
 __version__ = "0.1.0"
 

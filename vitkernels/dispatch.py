@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,6 @@ from typing import Any
 import torch
 
 from vitkernels import tape
-
-BACKENDS = ("triton", "ext", "reference")
-_ROOMS = {"triton": f"{__package__}.kernels", "ext": f"{__package__}.ext"}  # each with a `why_not` of the machine
-_DEFAULT_ORDER = {"cuda": BACKENDS, "cpu": ("ext", "reference")}
 
 
 class BackendError(RuntimeError):
@@ -41,6 +37,23 @@ class Call:
     direction: str  # "forward" or "backward"
     backend: str
     declined: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One kind of kernels.
+
+    Attributes:
+        name: as `use` has it.
+        devices: types of torch devices whose calls ask it by default; None for all.
+        why_not: gives a sentence that says why it is not there at all on this machine, or None when it is.
+        describe: how it works on this machine, asked where it is there.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    why_not: Callable[[], str | None]
+    describe: Callable[[], str] = lambda: ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,7 @@ class Implementation:
     rounds_weights: bool = False
 
 
+BACKENDS: dict[str, Backend] = {}  # by name, in the order in which they are asked by default
 OPS: dict[str, Any] = {}  # every `op.Op`, by name
 _warned: set[str] = set()
 
@@ -77,11 +91,20 @@ def parse_order(names: Sequence[str], source: str) -> tuple[str, ...]:
 
 
 _order: tuple[str, ...] | None = None  # None: the default order of the device
-if os.environ.get("VITKERNELS_BACKEND"):
-    _order = parse_order(
-        [name.strip() for name in os.environ["VITKERNELS_BACKEND"].split(",")],
-        "environment variable VITKERNELS_BACKEND",
-    )
+
+
+def add_backend(backend: Backend) -> None:
+    """Make a backend known, to be asked behind those that are."""
+    BACKENDS[backend.name] = backend
+    backends_changed()
+
+
+def read_environment() -> None:
+    """Set the order that the environment asks for; once all backends are known."""
+    global _order
+    names = os.environ.get("VITKERNELS_BACKEND")
+    if names:
+        _order = parse_order([name.strip() for name in names.split(",")], "environment variable VITKERNELS_BACKEND")
 
 
 class use:
@@ -132,7 +155,13 @@ def scope(backends: tuple[str, ...]) -> Iterator[None]:
 
 def order(device_type: str) -> tuple[str, ...]:
     """The backends that a call on this type of device asks, first to last."""
-    return _scope.get() or _order or _DEFAULT_ORDER.get(device_type, ("reference",))
+    return _scope.get() or _order or _default_order(device_type, _generation)
+
+
+@functools.cache
+def _default_order(device_type: str, generation: int) -> tuple[str, ...]:
+    found = (each for each in BACKENDS.values() if each.devices is None or device_type in each.devices)
+    return tuple(each.name for each in found)
 
 
 _generation = 0
@@ -173,16 +202,13 @@ def _outside_compiled_code(name: str) -> None:
 
 def why_not(backend: str) -> str | None:
     """A sentence that says why a backend is not there at all on this machine, or None when it is."""
-    return None if backend == "reference" else sys.modules[_ROOMS[backend]].why_not()
+    return BACKENDS[backend].why_not()
 
 
 def backends() -> Backends:
     """Which backends are there, and why the rest is not: print it, or read it as a dictionary of sentences."""
     found = Backends({name: why_not(name) or "available" for name in BACKENDS})
-    if found["ext"] == "available":
-        from vitkernels import ext
-
-        found.details["ext"] = ext.describe()
+    found.details |= {name: BACKENDS[name].describe() for name, status in found.items() if status == "available"}
     return found
 
 

@@ -99,7 +99,8 @@ def _register_launchers() -> None:
 
 
 def register() -> None:
-    """Give every op its compiled backend; the schemas are the op pages' own."""
+    """Make the compiled backend known, and give it to every op; the schemas are the op pages' own."""
+    dispatch.add_backend(dispatch.Backend("ext", ("cuda", "cpu"), lambda: why_not(), lambda: describe()))
     _library.define("configure(str name, int value) -> int")
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():

@@ -15,8 +15,11 @@ from vitkernels.residual.stream import Branch
 
 def attention_of(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor] | None = None, **options: Any) -> Branch:
     """`branch_of` an attention; `explain` counts a block apart whose attention no rule serves."""
+    from vitkernels.fuse import rules  # whose files import this one
+
     branch = branch_of(name, attn, call, **options)
-    return branch if isinstance(attn, Fused) else dataclasses.replace(branch, own=True)
+    served = isinstance(attn, Fused) or rules.match(attn) is not None
+    return branch if served else dataclasses.replace(branch, own=True)
 
 
 def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:

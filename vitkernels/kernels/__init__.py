@@ -91,7 +91,8 @@ def _launcher(op: str, direction: str) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """Give every op its Triton backend."""
+    """Make the Triton backend known, and give it to every op."""
+    dispatch.add_backend(dispatch.Backend("triton", ("cuda",), lambda: why_not()))
     for op in PAGES:
         dispatch.OPS[op].register(
             "triton", _launcher(op, "forward"), _launcher(op, "backward"), functools.partial(_call_why_not, op)
