@@ -234,6 +234,7 @@ class Model(nn.Module):
         self.prefix = nn.Parameter(torch.randn(1, 24))
         self.norm1, self.norm2 = nn.LayerNorm(24), nn.LayerNorm(24)
         self.qkv, self.fc1, self.fc2 = nn.Linear(24, 72), nn.Linear(24, 48), nn.Linear(48, 24)
+        self.norm3, self.gates, self.fc3 = nn.RMSNorm(24, eps=1e-5), nn.Linear(24, 64), nn.Linear(32, 24)
 
     def forward(self, image: Tensor) -> Tensor:
         x = vk.ops.patch_embed(
@@ -247,7 +248,12 @@ class Model(nn.Module):
         heads = total.unflatten(-1, (2, 12)).transpose(1, 2)
         angles = torch.arange(6.0 * 12).view(6, 12)
         turned = vk.ops.rotary(heads, angles.sin(), angles.cos(), prefix=1)
-        return total + vk.ops.attention(turned, turned, heads, is_causal=True).transpose(1, 2).flatten(2)
+        total = total + vk.ops.attention(turned, turned, heads, is_causal=True).transpose(1, 2).flatten(2)
+        total, normed = vk.ops.add_rms_norm(total, total, self.norm3.weight, 1e-5)
+        total = total + vk.ops.glu_mlp(normed, self.gates.weight, self.gates.bias, self.fc3.weight, self.fc3.bias)
+        turned = vk.ops.rotary_qkv(qkv.unflatten(-1, (3, 2, 12)), angles.sin(), angles.cos(), prefix=1)
+        ends = torch.arange(image.shape[0] + 1, dtype=torch.int32) * 7
+        return total + vk.ops.attention_varlen(turned.flatten(0, 1), ends, 7).view_as(total)
 
 
 @pytest.mark.parametrize("no_grad", [False, True])
