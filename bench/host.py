@@ -218,8 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # memory that no launch has written is multiplied too, and denormals take longer
-    with activate(Gpu(processors_=PROCESSORS), Nothing):
-        rows = [asdict(row) for row in measure(known.rounds, known.width)]
+    try:
+        with activate(Gpu(processors_=PROCESSORS), Nothing):
+            rows = [asdict(row) for row in measure(known.rounds, known.width)]
+    finally:
+        torch.set_flush_denormal(False)
     content = {
         **machine.describe(torch.device("cpu")),
         "revision": machine.revision(),
