@@ -1,10 +1,11 @@
 """Host time: what a block costs the processor that feeds the device, `python -m bench.host`.
 
 On a GPU a step takes as long as the slower of two: the device, and the Python that launches for it. Here a stack of
-narrow blocks runs forward and backward on four tokens, so that next to nothing is computed, and Triton's driver is
-replaced by one that launches nothing: what is left is the host's work. Stock and fused lanes take turns, in time of
-the thread (what others do to the machine meanwhile counts less), and the figure is the median. Counts beside it: Python
-calls, launches of kernels, and what torch's allocator was asked for while a profiler looks on.
+narrow blocks runs forward and backward on four tokens, so that little is computed, and Triton's driver is replaced by
+one that launches nothing: what is left is the host's work, and the block's matrix products, which every lane runs on
+the CPU and a lane of their own shows. Stock and fused lanes take turns, in time of the thread (what others do to the
+machine meanwhile counts less), and the figure is the median. Counts beside it: Python calls, launches of kernels, and
+what torch's allocator was asked for while a profiler looks on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from vitkernels.train.checkpoint import write_json
 
 FILE = RESULTS / "host.json"
 DEPTH, HEADS, TOKENS = 4, 3, 4
-WIDTH = 192  # whose weights and gradients, 7 MB a block, are most of the time on some machines; --width 48 has few
+# Weights of the wide blocks do not stay in cache, and products are most of the time; those of the narrow ones do.
+WIDE, NARROW = 192, 48
+PRODUCTS = "products alone"  # by torch
 DTYPES = ("float32", "bfloat16")  # the second under autocast
 BACKENDS = ("stock", "ext", "triton")
 PROCESSORS = 132  # of the GPU that is not there, an H100's
@@ -43,12 +46,14 @@ class Row:
     """One lane: a library's block, stock or fused on a backend; figures are of one block, forward and backward.
 
     Attributes:
+        width: of the blocks.
         microseconds: median.
         calls: of Python functions.
         launches: of kernels; 0 for a stock block, whose ops torch launches.
         allocations: that torch's profiler saw.
     """
 
+    width: int
     library: str
     dtype: str
     backend: str
@@ -93,15 +98,39 @@ class _Lane:
 
     def step(self, x: Tensor, dtype: str) -> None:
         order: AbstractContextManager[Any] = nullcontext() if self.backend == "stock" else vk.use(self.backend)
-        for each in self.model.parameters():
-            each.grad = None
         with order:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 out = self.model(x)
             out.backward(torch.ones_like(out))
 
+    def forget(self) -> None:
+        """No gradients any more, as before a step."""
+        for each in self.model.parameters():
+            each.grad = None
 
-def lanes(library: str, width: int = WIDTH) -> list[_Lane]:
+
+class _Products:
+    """The blocks' matrix products and nothing else, forward and backward: no lane can be faster."""
+
+    library, backend = "torch", PRODUCTS
+
+    def __init__(self, width: int) -> None:
+        shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * DEPTH
+        self._weights = {"float32": [torch.randn(shape) for shape in shapes]}
+        self._weights["bfloat16"] = [each.bfloat16() for each in self._weights["float32"]]
+
+    def step(self, x: Tensor, dtype: str) -> None:
+        weights = self._weights[dtype]
+        inputs = [torch.ones(TOKENS, each.shape[1], dtype=each.dtype) for each in weights]
+        results = [nn.functional.linear(*each) for each in zip(inputs, weights, strict=True)]
+        grads = [(grad @ weight, grad.t() @ x) for grad, weight, x in zip(results, weights, inputs, strict=True)]
+        del grads  # all there at once, as a block's are
+
+    def forget(self) -> None:
+        pass
+
+
+def lanes(library: str, width: int) -> list[_Lane]:
     """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend."""
     torch.manual_seed(0)
     stock = LIBRARIES[library](width)
@@ -116,15 +145,17 @@ def lanes(library: str, width: int = WIDTH) -> list[_Lane]:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(rounds: int, width: int = WIDTH) -> list[Row]:
+def measure(rounds: int, width: int) -> list[Row]:
     """Every lane of every library, in turn."""
     x = torch.randn(1, TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
-    every = [lane for library in LIBRARIES for lane in lanes(library, width)]
+    every: list[_Lane | _Products] = [lane for library in LIBRARIES for lane in lanes(library, width)]
+    every.append(_Products(width))
     rows = []
     for dtype in DTYPES:
         seconds: dict[int, list[float]] = {index: [] for index in range(len(every))}
         for turn in range(rounds + 3):
             for index in sorted(seconds, reverse=bool(turn % 2)):
+                every[index].forget()
                 start = time.thread_time()
                 every[index].step(x, dtype)
                 if turn >= 3:  # plans are made, kernels compiled
@@ -132,11 +163,12 @@ def measure(rounds: int, width: int = WIDTH) -> list[Row]:
         for index, lane in enumerate(every):
             counts = (_calls(lane, x, dtype), _launches(lane, x, dtype), _allocations(lane, x, dtype))
             median = statistics.median(seconds[index]) * 1e6 / DEPTH
-            rows.append(Row(lane.library, dtype, lane.backend, round(median, 1), *(each / DEPTH for each in counts)))
+            names = width, lane.library, dtype, lane.backend
+            rows.append(Row(*names, round(median, 1), *(each / DEPTH for each in counts)))
     return rows
 
 
-def _calls(lane: _Lane, x: Tensor, dtype: str) -> int:
+def _calls(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
     count = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -151,8 +183,8 @@ def _calls(lane: _Lane, x: Tensor, dtype: str) -> int:
     return count
 
 
-def _launches(lane: _Lane, x: Tensor, dtype: str) -> int:
-    if lane.backend == "stock":
+def _launches(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
+    if lane.backend not in BACKENDS[1:]:
         return 0
     from triton.runtime import driver
 
@@ -163,7 +195,7 @@ def _launches(lane: _Lane, x: Tensor, dtype: str) -> int:
     return len(launched) - before if lane.backend == "triton" else len(calls)
 
 
-def _allocations(lane: _Lane, x: Tensor, dtype: str) -> int:
+def _allocations(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         lane.step(x, dtype)
     return sum(event.nbytes() > 0 for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
@@ -173,10 +205,9 @@ def _allocations(lane: _Lane, x: Tensor, dtype: str) -> int:
 
 
 def ratio(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
-    """A lane's time over that of stock timm's block in the same dtype."""
-    stock = next(
-        each for each in rows if (each["library"], each["dtype"], each["backend"]) == ("timm", row["dtype"], "stock")
-    )
+    """A lane's time over that of stock timm's block of the same width in the same dtype."""
+    key = row["width"], "timm", row["dtype"], "stock"
+    stock = next(each for each in rows if tuple(each[name] for name in ("width", "library", "dtype", "backend")) == key)
     return row["microseconds"] / stock["microseconds"]  # type: ignore[no-any-return]
 
 
@@ -184,26 +215,28 @@ def report(content: dict[str, Any]) -> str:
     """The table of a results file, for the README and the report."""
     rows = content["rows"]
     lines = [
-        "| block | dtype | runs on | host time a block | of stock timm's | Python calls | launches | allocations |"
+        "| width | block | dtype | runs on | time a block | of stock timm's | Python calls | launches | allocations |",
+        "| ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         figures = f"{row['microseconds']:.0f} us | {ratio(rows, row):.2f} | {row['calls']:.0f}"
         launches = f"{row['launches']:.1f}" if row["launches"] else "torch's"
-        names = f"{row['library']} | {row['dtype']} | {row['backend']}"
+        names = f"{row['width']} | {row['library']} | {row['dtype']} | {row['backend']}"
         lines.append(f"| {names} | {figures} | {launches} | {row['allocations']:.0f} |")
-    blocks = f"{DEPTH} blocks of width {content.get('width', WIDTH)} on {TOKENS} tokens, forward and backward"
-    where = f"On one core of {content['device']}, {blocks}"
+    where = f"On one core of {content['device']}, {DEPTH} blocks on {TOKENS} tokens, forward and backward"
     return "\n".join(
         [*lines, "", f"{where}, measured at {content['revision']}; no kernel of Triton's is launched.", ""]
     )
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """The last line: ratios to stock timm's block."""
+def summary(rows: list[dict[str, Any]], width: int) -> str:
+    """Ratios to stock timm's block of this width."""
     parts = []
     for dtype in DTYPES:
-        found = {row["backend"]: ratio(rows, row) for row in rows if (row["library"], row["dtype"]) == ("timm", dtype)}
+        key = width, "timm", dtype
+        found = {
+            row["backend"]: ratio(rows, row) for row in rows if (row["width"], row["library"], row["dtype"]) == key
+        }
         parts.append(f"{dtype} ext {found['ext']:.2f} triton {found['triton']:.2f}")
     return f"host: {', '.join(parts)}"
 
@@ -211,7 +244,6 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="turns of each lane")
-    parser.add_argument("--width", type=int, default=WIDTH, help="of the blocks; 48 keeps their weights in cache")
     parser.add_argument("--out", type=Path, default=FILE, help="results file")
     known = parser.parse_args(arguments)
     from ptx.driver import Gpu, Nothing, activate  # the tests' machine, and triton with it
@@ -220,24 +252,21 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # memory that no launch has written is multiplied too, and denormals take longer
     try:
         with activate(Gpu(processors_=PROCESSORS), Nothing):
-            rows = [asdict(row) for row in measure(known.rounds, known.width)]
+            rows = [asdict(row) for width in (NARROW, WIDE) for row in measure(known.rounds, width)]
     finally:
         torch.set_flush_denormal(False)
-    content = {
-        **machine.describe(torch.device("cpu")),
-        "revision": machine.revision(),
-        "width": known.width,
-        "rows": rows,
-    }
+    content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}
     known.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(known.out, content)
-    print(table([("block", "dtype", "runs on", "us", "ratio"), *(_cells(rows, row) for row in rows)]))
-    print(summary(rows))
+    print(table([("width", "block", "dtype", "runs on", "us", "ratio"), *(_cells(rows, row) for row in rows)]))
+    print(f"of width {NARROW}: {summary(rows, NARROW)}")
+    print(summary(rows, WIDE))
     return 0
 
 
 def _cells(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[str, ...]:
-    return row["library"], row["dtype"], row["backend"], f"{row['microseconds']:.0f}", f"{ratio(rows, row):.2f}"
+    names = str(row["width"]), row["library"], row["dtype"], row["backend"]
+    return *names, f"{row['microseconds']:.0f}", f"{ratio(rows, row):.2f}"
 
 
 if __name__ == "__main__":

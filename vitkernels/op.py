@@ -148,19 +148,17 @@ def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
 
     Two calls of one signature, in one order of backends, pass the same checks, are served by the same launchers and do
     the same with their tensors (`vitkernels.tape`). A profiler changes nothing: what it sees, it sees at each launch.
+    Devices are part of it: who asks looks himself for tensors without memory.
     """
     if _transformed() or _watched():
         return None
     found: list[Any] = []
     for arg in args:
         if type(arg) in _PLAIN:
-            if arg.is_meta:
-                return None
-            try:
-                start = arg.data_ptr() & 15  # kernels move 16 bytes at a time where they may
+            try:  # kernels move 16 bytes at a time where they may
+                found.append((arg.dtype, arg.shape, arg.stride(), arg.device, arg.data_ptr() & 15, arg.requires_grad))
             except RuntimeError:  # it has no memory
                 return None
-            found.append((arg.dtype, arg.shape, arg.stride(), arg.device, start, arg.requires_grad))
         elif isinstance(arg, torch.Tensor):
             return None
         else:

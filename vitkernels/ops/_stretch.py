@@ -61,12 +61,12 @@ def run(x: Tensor, added: Added | None, stages: Sequence[Stage]) -> tuple[Tensor
         weight, bias, eps, *how = stage.norm
         inputs += (branch, weight, bias, eps, *factors, (dtype, *how), *stage.arguments)
         branch, factors = None, list(stage.factors)
-    found = None if torch.compiler.is_compiling() else signature(inputs)
+    found = None if torch.compiler.is_compiling() or x.is_meta else signature(inputs)
     if found is None:
         return _by_the_ops(x, added, stages, dtype)
     steps = tuple([stage.step.name for stage in stages])
-    key = steps, found, torch.is_grad_enabled(), dispatch.order(x.device.type), dispatch.generation()
-    kind = _kinds.get(key)
+    key = found, steps, torch.is_grad_enabled(), dispatch.order(x.device.type), dispatch.generation()
+    kind = _kinds.find(key)
     if kind is None:
         kind = _settle(key, stages, inputs)
     if inputs[1] is not None and inputs[1].dtype != x.dtype:
@@ -84,7 +84,27 @@ def _by_the_ops(
     return x, result
 
 
-_kinds: dict[Any, _Kind] = {}
+class _Kinds(dict[Any, "_Kind"]):
+    """Kinds of calls by their keys."""
+
+    _last: tuple[Any, _Kind | None] = None, None  # blocks in a row are mostly of one kind
+
+    def find(self, key: Any) -> _Kind | None:
+        """The kind, or None; comparing with the last call's key takes half as long as hashing one."""
+        last, kind = self._last
+        if last == key:
+            return kind
+        kind = self.get(key)
+        if kind is not None:
+            self._last = key, kind
+        return kind
+
+    def clear(self) -> None:
+        super().clear()
+        self._last = None, None
+
+
+_kinds = _Kinds()
 
 
 def _settle(key: Any, stages: Sequence[Stage], inputs: Sequence[Any]) -> _Kind:
@@ -104,6 +124,7 @@ class _Kind:
         learns: whether it has a backward pass.
         device: type of its tensors' device.
         multiplied: which inputs are parameters that a product's backward reads, and where they are saved.
+        given: where other inputs are saved; None before the first call. What else is saved a call of the kind has made.
         backward: its backward passes, by kind.
     """
 
@@ -133,6 +154,7 @@ class _Kind:
             begin, saved = self._slices[-1].stop, saved + part.saves
             self.parts.append(part)
             stream, branch = part.total, part.result
+        self.given: list[int] | None = None
         self.forward = Plan("forward", self._compute)
         self.backward: dict[Any, Plan] = {}
 
@@ -145,6 +167,15 @@ class _Kind:
             return self.forward(*inputs)
         finally:
             torch.set_autocast_enabled(self.device, True)
+
+    def note_given(self, inputs: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
+        """Find which of what is saved are inputs of the call, which somebody may change in between (p.data = ...)."""
+        ids, multiplied = set(map(id, inputs)), {index for _, index in self.multiplied}
+        self.given = [
+            index
+            for index, each in enumerate(saved)
+            if each is not None and id(each) in ids and index not in multiplied
+        ]
 
     def _compute(self, launch: Launch, x: Tensor, *given: Any) -> tuple[Any, ...]:
         branch = given[0]
@@ -189,7 +220,10 @@ def _at(launch: Launch, number: int, site: str, *args: Any) -> Any:
 
 def _forward(ctx: Any, kind: _Kind, *inputs: Any) -> tuple[Tensor, Tensor]:
     total, result, copies, *saved = kind.run(inputs)
+    if kind.given is None:
+        kind.note_given(inputs, saved)
     ctx.save_for_backward(*saved)
+    ctx.as_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # those give others back
     # what was multiplied, whatever a caller puts in a parameter's place (p.data = ...)
     ctx.values = copies or [inputs[index].detach() for index, _ in kind.multiplied]
     ctx.kind = kind
@@ -201,6 +235,7 @@ def _forward(ctx: Any, kind: _Kind, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[Tensor | None, ...]:
     kind: _Kind = ctx.kind
+    assert kind.given is not None
     saved = list(saved_tensors(ctx))
     needs = ctx.needs_input_grad[1:]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind.device):
@@ -209,7 +244,7 @@ def _backward(ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[
     for (_, index), value in zip(kind.multiplied, ctx.values, strict=True):
         saved[index] = value
     inputs = (dtotal, dresult, *saved)
-    found = signature(inputs)
+    found = signature((dtotal, dresult, *[saved[index] for index in kind.given]) if ctx.as_saved else inputs)
     if found is None:
         return kind.gradients(needs, by_the_ops, *inputs)
     key = found, needs, dispatch.order(kind.device), dispatch.generation()

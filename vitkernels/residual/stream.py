@@ -29,14 +29,24 @@ class PlainStep:
 
     Args:
         step: the product.
-        arguments: bias_apart -> its arguments.
+        read: bias_apart -> its arguments.
         bias: of its last projection.
     """
 
     def __init__(
-        self, step: _steps.Step, arguments: Callable[[bool], tuple[Any, ...]], bias: Callable[[], Tensor | None]
+        self, step: _steps.Step, read: Callable[[bool], tuple[Any, ...]], bias: Callable[[], Tensor | None]
     ) -> None:
-        self.step, self.arguments, self.bias = step, arguments, bias
+        self.step, self._read, self.bias = step, read, bias
+        self._arguments: dict[bool, tuple[Any, ...]] = {}
+
+    def arguments(self, bias_apart: bool) -> tuple[Any, ...]:
+        """The product's; parameters are read once, as long as the object lives, what is made of them at each call."""
+        found = self._arguments.get(bias_apart)
+        if found is None:
+            found = self._read(bias_apart)
+            if all(isinstance(each, nn.Parameter) for each in found if isinstance(each, Tensor)):
+                self._arguments[bias_apart] = found
+        return found
 
     def __call__(
         self, x: Tensor, added: Added | None, norm: Norm, bias_apart: bool
