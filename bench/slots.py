@@ -1,11 +1,11 @@
-"""What `bench.tune` tunes: rows of `configs.py`, the tiles that could stand there, the call that each one serves."""
+"""What `bench.tune` tunes: rows of `configs`, the tiles that could stand there, the call that each one serves."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,8 @@ import torch
 from torch import Tensor
 
 from vitkernels.kernels import configs
-from vitkernels.kernels.configs import (
-    AttentionLong,
-    AttentionShort,
-    AttentionTile,
-    Capability,
-    PatchEmbedTile,
-    ProductTile,
-    RotaryTile,
-    RowTile,
-)
+from vitkernels.kernels.configs import Capability, Row, Table
 
-Patch = tuple[str, Any]  # name in `configs`, and what stands there instead
 BATCH, ROWS = 256, 50432  # ViT-B/16 at 224
 
 
@@ -39,7 +29,7 @@ class Slot:
         arguments: the launcher's arguments for a seed, on the GPU, or for None on the meta device; a backward's come
             from a forward pass.
         tiles: what could stand in the row; the first is what stands there.
-        patch: how a tile is put there.
+        put: a context in which a tile stands there.
     """
 
     page: str
@@ -48,24 +38,24 @@ class Slot:
     direction: str
     arguments: Callable[[int | None], tuple[Any, ...]]
     tiles: tuple[Any, ...]
-    patch: Callable[[Any], Patch]
+    put: Callable[[Any], contextlib.AbstractContextManager[None]]
 
 
 def slots(capability: Capability) -> list[Slot]:
     """Every slot, most worth a measurement first."""
-    return [*_attention(capability), *_add_layer_norm(), *_mlp(capability), *_patch_embed(capability), *_rotary()]
+    pages = (_attention, _add_layer_norm, _mlp, _patch_embed, _rotary)
+    return [slot for page in pages for slot in page(capability)]
 
 
-def _grid(now: Any, **values: Sequence[Any]) -> tuple[Any, ...]:
-    """What stands there, then the tiles that differ from it in the named fields; all spills are forbidden to those."""
-    grid = (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
-    fresh = {"spills": 0} if hasattr(now, "spills") else {}
-    return tuple(dict.fromkeys([now, *(dataclasses.replace(now, **fresh, **fields) for fields in grid)]))
-
-
-def _row(table: str, value: Callable[[Any], Any]) -> Callable[[Any], Patch]:
-    """The patch that puts a tile, or what is made of it, in a table's place."""
-    return lambda tile: (table, value(tile))
+def _slots(
+    table: Table[Any], capability: Capability, call: dict[str, int | bool], *names: Any,
+    arguments: Callable[[int | None], tuple[Any, ...]],
+) -> Iterator[Slot]:  # fmt: skip
+    """The slot of the row that serves a call; none where no row does."""
+    row: Row[Any] | None = table.row(capability, **call)
+    if row is not None:
+        tiles = table.candidates(table.pick(capability, **call))
+        yield Slot(*names, arguments, tiles, functools.partial(table.standing, row))
 
 
 def _draw(seed: int | None) -> Callable[..., Tensor]:
@@ -83,39 +73,27 @@ def _draw(seed: int | None) -> Callable[..., Tensor]:
 
 
 def _attention(capability: Capability) -> Iterator[Slot]:
-    chip = configs.chip(capability)
     for tokens, width, heads in ((197, 64, 12), (257, 80, 16)):
-        for direction, table in (("forward", "SHORT_FORWARD"), ("backward", "SHORT_BACKWARD")):
-            now = configs.attention_short(direction, tokens, False, width, False, capability)
-            if now is None:
-                continue
-            more: dict[str, Sequence[Any]] = {"stages": (1, 2)}
-            if direction == "forward":
-                more = {"maxnreg": (None, 168, 128)}
-            yield _attention_slot(
-                f"short {direction}_kernel", tokens, width, heads, direction,
-                _grid(now, queries=(16, 32, 64, 128), warps=(4, 8), **more),
-                _row(table, lambda tile: {chip: (AttentionShort(288, 128, tile),)}),
-            )  # fmt: skip
+        for direction, table in configs.SHORT.items():
+            call: dict[str, int | bool] = {"keys": tokens, "width": width, "masked": False}
+            yield from _attention_slots(
+                f"short {direction}_kernel", table, capability, call, tokens, width, heads, direction
+            )
     for tokens in (577, 1370):
-        row = configs.attention_long(64, False, capability)
-        for field, queries in (("forward", (64, 128)), ("dkdv", (16, 32, 64)), ("dq", (64, 128))):
-            yield _attention_slot(
-                f"long {field}_kernel", tokens, 64, 16, "forward" if field == "forward" else "backward",
-                _grid(getattr(row, field), queries=queries, keys=(32, 64, 128), warps=(4, 8), stages=(1, 2, 3)),
-                _row("LONG", functools.partial(_long, chip, row, field)),
-            )  # fmt: skip
+        for kernel, table in (
+            ("forward", configs.LONG_FORWARD),
+            ("dkdv", configs.LONG_DKDV),
+            ("dq", configs.LONG_DQ),
+        ):
+            direction = "forward" if kernel == "forward" else "backward"
+            call = {"width": 64, "float32": False}
+            yield from _attention_slots(f"long {kernel}_kernel", table, capability, call, tokens, 64, 16, direction)
 
 
-def _long(chip: int, row: AttentionLong, field: str, tile: AttentionTile) -> dict[int, dict[int, AttentionLong]]:
-    """The long kernels' table with another tile in one field of its row."""
-    return {chip: {128: dataclasses.replace(row, **{field: tile})}}
-
-
-def _attention_slot(
-    kernel: str, tokens: int, width: int, heads: int, direction: str, tiles: tuple[AttentionTile, ...],
-    patch: Callable[[AttentionTile], Patch],
-) -> Slot:  # fmt: skip
+def _attention_slots(
+    kernel: str, table: Table[Any], capability: Capability, call: dict[str, int | bool], tokens: int, width: int,
+    heads: int, direction: str,
+) -> Iterator[Slot]:  # fmt: skip
     def arguments(seed: int | None) -> tuple[Any, ...]:
         from vitkernels.kernels import attention
 
@@ -126,30 +104,24 @@ def _attention_slot(
         out, stats = attention.forward_qkv(qkv, heads, None, False, width**-0.5)
         return draw(*out.shape), qkv, out, stats, heads, None, False, width**-0.5, False
 
-    row = f"attention {kernel} N={tokens} K={width} bf16"
-    return Slot("attention", row, "attention_qkv", direction, arguments, tiles, patch)
+    names = "attention", f"attention {kernel} N={tokens} K={width} bf16", "attention_qkv", direction
+    return _slots(table, capability, call, *names, arguments=arguments)
 
 
 # ----------------------------------------------------------------------------------------------------- add_layer_norm
 
 
-def _add_layer_norm() -> Iterator[Slot]:
+def _add_layer_norm(capability: Capability) -> Iterator[Slot]:
     for width in (384, 768):
         for name, direction, table in (
-            ("forward", "forward", "LAYER_NORM_FORWARD"),
-            ("backward", "backward", "LAYER_NORM_BACKWARD"),
-            ("backward with scale", "backward", "LAYER_NORM_BACKWARD_SCALED"),
+            ("forward", "forward", configs.LAYER_NORM_FORWARD),
+            ("backward", "backward", configs.LAYER_NORM_BACKWARD),
+            ("backward with scale", "backward", configs.LAYER_NORM_BACKWARD_SCALED),
         ):
-            now = configs.pick_row_tile(getattr(configs, table), width)
-            more: Mapping[str, Sequence[Any]] = {"rows": (1, 2, 4, 8)}
-            if direction == "backward":
-                more = {"rows": (1, 2, 4), "stages": (1, 2), "programs": (2, 3, 4, 6, 8)}
-            yield Slot(
-                "add_layer_norm", f"add_layer_norm {name}, bf16 residual, {ROWS}x{width}", "add_layer_norm", direction,
-                _norm_arguments(width, direction, scaled="scale" in name),
-                _grid(now, warps=(1, 2, 4, 8) if direction == "forward" else (2, 4, 8), **more),
-                _row(table, lambda tile: (tile,)),
-            )  # fmt: skip
+            row = f"add_layer_norm {name}, bf16 residual, {ROWS}x{width}"
+            arguments = _norm_arguments(width, direction, scaled="scale" in name)
+            names = "add_layer_norm", row, "add_layer_norm", direction
+            yield from _slots(table, capability, {"width": width}, *names, arguments=arguments)
 
 
 def _norm_arguments(width: int, direction: str, scaled: bool) -> Callable[[int | None], tuple[Any, ...]]:
@@ -175,27 +147,9 @@ def _norm_arguments(width: int, direction: str, scaled: bool) -> Callable[[int |
 
 
 def _mlp(capability: Capability) -> Iterator[Slot]:
-    chip = configs.chip(capability)
-    for direction, table in (("forward", "MLP_FORWARD"), ("backward", "MLP_BACKWARD")):
-        now = configs.pick_product_tile(getattr(configs, table), capability)
-        found = [
-            tile
-            for rows, columns in ((128, 128), (128, 256), (256, 128), (64, 256))
-            for tile in _grid(
-                now,
-                rows=(rows,),
-                columns=(columns,),
-                stages=(3, 4),
-                pieces=(2, 4),
-                programs=(1, 2),
-                maxnreg=(None, 128),
-            )
-            if tile.maxnreg is None or tile.programs == 2
-        ]
-        yield Slot(
-            "mlp", f"mlp {direction}, {ROWS}x3072x768 gelu", "mlp", direction, _mlp_arguments(direction),
-            tuple(dict.fromkeys([now, *found])), _row(table, lambda tile: {chip: tile}),
-        )  # fmt: skip
+    for direction, table in configs.MLP.items():
+        names = "mlp", f"mlp {direction}, {ROWS}x3072x768 gelu", "mlp", direction
+        yield from _slots(table, capability, {}, *names, arguments=_mlp_arguments(direction))
 
 
 def _mlp_arguments(direction: str) -> Callable[[int | None], tuple[Any, ...]]:
@@ -217,19 +171,10 @@ def _mlp_arguments(direction: str) -> Callable[[int | None], tuple[Any, ...]]:
 
 
 def _patch_embed(capability: Capability) -> Iterator[Slot]:
+    call: dict[str, int | bool] = {"float32": False, "converted": False, "wide": True}
     for kernel, direction in (("embed", "forward"), ("weight_gradient", "backward")):
-        now = configs.patch_embed(kernel, 768, True, False, False, capability)
-        tiles = _grid(now, rows=(64, 128, 256), columns=(128, 256), warps=(4, 8), stages=(2, 3, 4))
-        yield Slot(
-            "patch_embed", f"patch_embed {kernel} P=16 D=768 bf16 image, bf16", "patch_embed", direction,
-            _patch_arguments(direction), tiles, _row("patch_embed", functools.partial(_instead, kernel)),
-        )  # fmt: skip
-
-
-def _instead(kernel: str, tile: PatchEmbedTile) -> Callable[..., PatchEmbedTile]:
-    """`configs.patch_embed` with another answer for one kernel."""
-    pick = configs.patch_embed
-    return lambda name, *key: tile if name == kernel else pick(name, *key)
+        names = "patch_embed", f"patch_embed {kernel} P=16 D=768 bf16 image, bf16", "patch_embed", direction
+        yield from _slots(configs.PATCH_EMBED[kernel], capability, call, *names, arguments=_patch_arguments(direction))
 
 
 def _patch_arguments(direction: str) -> Callable[[int | None], tuple[Any, ...]]:
@@ -247,21 +192,14 @@ def _patch_arguments(direction: str) -> Callable[[int | None], tuple[Any, ...]]:
 # ------------------------------------------------------------------------------------------------------------- rotary
 
 
-def _rotary() -> Iterator[Slot]:
+def _rotary(capability: Capability) -> Iterator[Slot]:
     """Forward alone: backward is the same kernel and as many bytes."""
     for kind in ("pairs", "halves"):
         for width in (64, 128):
-            now = configs.pick_rotary_tile(width)
-            yield Slot(
-                "rotary", f"rotary forward, {kind}, bf16, {BATCH}x{ROWS // BATCH}x12x{width}", "rotary", "forward",
-                _rotary_arguments(width, kind == "halves"),
-                _grid(now, tokens=(8, 16, 32, 64), heads=(1, 2, 4, 12), warps=(2, 4, 8)),
-                _row("ROTARY", _instead_of_its_width),
-            )  # fmt: skip
-
-
-def _instead_of_its_width(tile: RotaryTile) -> tuple[RotaryTile, ...]:
-    return tuple(tile if each.width == tile.width else each for each in configs.ROTARY)
+            row = f"rotary forward, {kind}, bf16, {BATCH}x{ROWS // BATCH}x12x{width}"
+            arguments = _rotary_arguments(width, kind == "halves")
+            names = "rotary", row, "rotary", "forward"
+            yield from _slots(configs.ROTARY, capability, {"width": width}, *names, arguments=arguments)
 
 
 def _rotary_arguments(width: int, half: bool) -> Callable[[int | None], tuple[Any, ...]]:
@@ -276,8 +214,8 @@ def _rotary_arguments(width: int, half: bool) -> Callable[[int | None], tuple[An
     return arguments
 
 
-def source(tile: AttentionTile | RowTile | ProductTile | PatchEmbedTile | RotaryTile) -> str:
-    """The tile as it is written in `configs.py`, defaults left out."""
+def source(tile: Any) -> str:
+    """The tile as it is written in `configs`, defaults left out."""
     fields = (
         f"{field.name}={value!r}"
         for field in dataclasses.fields(tile)

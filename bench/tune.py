@@ -1,4 +1,4 @@
-"""Time what could stand in the rows of configs.py on this GPU, and print the rows to paste, the fastest first.
+"""Time what could stand in the rows of configs on this GPU, and print the rows to paste, the fastest first.
 
     python -m bench.tune [--page attention ...] [--shapes NAME] [--seconds 420] [--json PATH] [--dry-run]
 
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -54,16 +53,10 @@ class Candidate:
         return statistics.median(self.samples) * 1e6
 
 
-def put(slot: Slot, tile: Any) -> Any:
-    """A context in which the tile stands in the slot's row."""
-    name, value = slot.patch(tile)
-    return mock.patch.object(configs, name, value)
-
-
 def variant(slot: Slot, tile: Any, capability: int) -> Variant:
     """The compilation of the slot's row with the tile in it."""
     page = importlib.import_module(f"vitkernels.kernels.{slot.page}")
-    with put(slot, tile):
+    with slot.put(tile):
         found: list[Variant] = page.variants(divmod(capability, 10))
     return next(each for each in found if each.name == slot.row)
 
@@ -75,7 +68,7 @@ def _read(work: tuple[str, Any, int, int]) -> tuple[Reading | None, str]:
     kernel = variant(slot, tile, capability).kernel.__name__
 
     def call() -> None:
-        with put(slot, tile):
+        with slot.put(tile):
             _launcher(slot)(*slot.arguments(None))
 
     return audit.attempt(lambda: warm.read(call, kernel, capability, processors))
@@ -132,7 +125,7 @@ def measure(slot: Slot, found: list[Candidate], deadline: float) -> None:
             candidate.dropped = "not tried: no time left"
             continue
         try:
-            with put(slot, candidate.tile):
+            with slot.put(candidate.tile):
                 error = _error(_tensors(launch(*sets[0])), wanted)
         except Exception as failure:  # one candidate's failure is its own
             candidate.dropped = f"{type(failure).__name__}: {' '.join(str(failure).split())[:120]}"
@@ -146,7 +139,7 @@ def measure(slot: Slot, found: list[Candidate], deadline: float) -> None:
         if turn > 1 and time.monotonic() > deadline:
             break
         for candidate in left if turn % 2 == 0 else reversed(left):
-            with put(slot, candidate.tile):
+            with slot.put(candidate.tile):
                 candidate.samples.append(machine.device_seconds(lambda each: launch(*each), sets, repeats=1))
 
 

@@ -52,28 +52,29 @@ def test_the_first_tile_is_the_one_that_stands_there() -> None:
 
 def test_a_tile_is_put_in_its_row_and_taken_out_again() -> None:
     tile = slot(NORM).tiles[-1]
-    before = configs.LAYER_NORM_FORWARD
-    with tune.put(slot(NORM), tile):
-        assert configs.pick_row_tile(configs.LAYER_NORM_FORWARD, 384) is tile
-    assert configs.LAYER_NORM_FORWARD is before
+    before = configs.LAYER_NORM_FORWARD.rows
+    with slot(NORM).put(tile):
+        assert configs.LAYER_NORM_FORWARD.pick((9, 0), width=384) is tile
+    assert configs.LAYER_NORM_FORWARD.rows is before
 
 
 def test_a_row_leaves_the_others_of_its_table() -> None:
     each = slot("rotary forward, halves, bf16, 256x197x12x128")
     tile = each.tiles[-1]
-    narrow, _, wide = configs.ROTARY
-    with tune.put(each, tile):
-        assert (narrow, tile, wide) == configs.ROTARY
+    narrow, _, wide = configs.ROTARY.rows
+    with each.put(tile):
+        stands = configs.ROTARY.rows
+    assert (stands[0], stands[1].tile, stands[2]) == (narrow, tile, wide)
 
 
 @pytest.mark.parametrize(
     "tile",
     [
         configs.AttentionTile(64, 0, 4, 1, maxnreg=168),
-        configs.RowTile(512, warps=1, rows=4),
+        configs.RowTile(warps=1, rows=4),
         configs.ProductTile(128, 256, 64, warps=8, stages=4, pieces=4, tma=True),
         configs.PatchEmbedTile(128, 128, 64, 8, 3),
-        configs.RotaryTile(64, tokens=16, heads=12, warps=2),
+        configs.RotaryTile(tokens=16, heads=12, warps=2),
     ],
 )
 def test_a_row_can_be_pasted(tile: object) -> None:
@@ -136,11 +137,11 @@ def test_errors_are_seen() -> None:
 )
 def test_only_right_results_are_timed(seconds: float, timed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile that gives wrong results, one that fails, and two that are right, on a backend that stands in for ours."""
-    tiles = tuple(configs.RowTile(512, warps=warps, rows=4) for warps in (1, 2, 4, 8))
+    tiles = tuple(configs.RowTile(warps=warps, rows=4) for warps in (1, 2, 4, 8))
     each = replace(slot(NORM), op="linear", tiles=tiles, arguments=lambda seed: (torch.full((4,), seed + 1.0),))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        warps = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, 384).warps
+        warps = configs.LAYER_NORM_FORWARD.pick((9, 0), width=384).warps
         if warps == 4:
             raise RuntimeError("out of\nshared memory")
         return x * 3 if warps == 2 else x * 2

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels.kernels import configs
+from vitkernels.kernels import capability, configs
 from vitkernels.kernels.add_layer_norm_kernels import backward_kernel, forward_kernel, sum_kernel
 from vitkernels.kernels.common import processors
-from vitkernels.kernels.configs import Capability, RowTile
+from vitkernels.kernels.configs import Capability, Row, RowTile
 from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
@@ -34,7 +34,7 @@ _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
 def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
     width = (args[0] if direction == "forward" else args[2]).shape[-1]
-    widest = configs.LAYER_NORM_FORWARD[-1].width
+    widest = configs.LAYER_NORM_FORWARD.widest("width")
     if width > widest:
         return f"the kernels hold a row in registers, at most {widest} wide, and the last axis has {width}"
     return None
@@ -86,7 +86,7 @@ def forward(
     mean = nothing(rstd) if rms else torch.empty_like(rstd)
     rows, width = rstd.numel(), x.shape[-1]
     if rows:
-        tile = configs.pick_row_tile(configs.LAYER_NORM_FORWARD, width)
+        tile = configs.LAYER_NORM_FORWARD.pick(capability(x.device), width=width)
         rows_of_x, strides = _as_rows(x)
         rows_of_branch, branch_strides = _as_rows(branch)
         launch(
@@ -139,7 +139,7 @@ def backward(
     ]
     scaled = needs[5] or needs[6]
     table = configs.LAYER_NORM_BACKWARD_SCALED if scaled else configs.LAYER_NORM_BACKWARD
-    tile = configs.pick_row_tile(table, width)
+    tile = table.pick(capability(device), width=width)
     by_sample = _by_sample(weight, scale)
     samples = total.shape[0] if rows and any(by_sample.values()) else 1
     programs = min(cdiv(rows // samples, tile.rows), cdiv(tile.programs * processors(device), samples))  # of a sample
@@ -200,13 +200,16 @@ _ROWS = 50432  # of ViT-B/16 at 224, B=256
 _WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1536, 4096: 3072, 8192: 6144, 16384: 16384}  # a model's in each block
 
 
-def _variant(kernel: Any, name: str, tile: RowTile, types: dict[str, str], bytes_each: int, by_sample: bool) -> Variant:
+def _variant(
+    kernel: Any, name: str, row: Row[RowTile], types: dict[str, str], bytes_each: int, by_sample: bool
+) -> Variant:
     """A kernel at a row of its table; pointers that have no type are not there, strides are those of whole tensors."""
-    width = _WIDTHS[tile.width]
+    tile, block = row.tile, row.limits["width"]
+    width = _WIDTHS[block]
     integers = [arg for arg in kernel.arg_names if arg in ("rows", "tokens", "programs") or arg.startswith("stride")]
     constants: dict[str, Any] = {arg: 1 for arg in integers if arg.endswith("_d")}
     constants |= {arg: None for arg in kernel.arg_names if arg.startswith("p_") and arg not in types}
-    constants |= {"D": width, "BLOCK_D": tile.width, "ROWS": tile.rows}
+    constants |= {"D": width, "BLOCK_D": block, "ROWS": tile.rows}
     constants |= {"WEIGHT_BY_SAMPLE": by_sample, "SCALE_BY_SAMPLE": by_sample and "p_scale" in types}
     if "STAGES" in kernel.arg_names:
         constants["STAGES"] = tile.stages
@@ -253,7 +256,7 @@ def variants(capability: Capability) -> list[Variant]:
             (backward_kernel, "backward with scale", configs.LAYER_NORM_BACKWARD_SCALED, given, 3 * size + 6),
         ):
             title = f"{op} {name}, {residual} residual{', by sample' if by_sample else ''}"
-            found += [_variant(kernel, title, row, pointers, bytes_each, by_sample) for row in table]
+            found += [_variant(kernel, title, row, pointers, bytes_each, by_sample) for row in table.of(capability)]
     programs = 3 * 132
     for samples, vectors_of in ((1, "all"), (256, "each sample")):
         shares = programs if samples == 1 else samples * cdiv(programs, samples)

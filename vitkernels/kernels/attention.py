@@ -134,16 +134,22 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
 
 
 def _short(
-    direction: str, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float, *key: Any
+    direction: str, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> configs.AttentionTile | None:
     """The row of the short kernels where they serve: many heads, and masks that hide keys from all queries alike."""
     if scale <= 0 or (mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1)):
         return None
-    if k.shape[1] != q.shape[1]:
+    if k.shape[1] != q.shape[1] or q.dtype == torch.float32:
         return None
     if q.shape[0] * q.shape[1] < configs.SHORT_PROGRAMS * processors(q.device):
         return None
-    return configs.attention_short(direction, k.shape[2], mask is not None or is_causal, *key)
+    masked = mask is not None or is_causal
+    return configs.SHORT[direction].find(capability(q.device), keys=k.shape[2], width=q.shape[3], masked=masked)
+
+
+def long_tile(table: configs.Table[configs.AttentionTile], q: Tensor) -> configs.AttentionTile:
+    """The row of the long kernels."""
+    return table.pick(capability(q.device), width=q.shape[-1], float32=q.dtype == torch.float32)
 
 
 def _units(mask: Tensor | None, scale: float) -> tuple[float, float]:
@@ -173,8 +179,7 @@ def _forward(
     if 0 in (batch, heads, queries, keys):
         zero_results(out, stats)
         return stats
-    key = (width, q.dtype == torch.float32, capability(q.device))
-    short = _short("forward", q, k, mask, is_causal, scale, *key)
+    short = _short("forward", q, k, mask, is_causal, scale)
     if short is None:
         long_forward(Sequences(batch, heads, queries, keys, queries), q, k, v, out, stats, mask, is_causal, scale)
         return stats
@@ -198,7 +203,7 @@ def long_forward(
     """Write out and the rows' statistics of some queries that have some keys, [B, H, N, K] or [T, H, K]."""
     width = q.shape[-1]
     align = _align(q, k, v, out)
-    tile = configs.attention_long(width, q.dtype == torch.float32, capability(q.device)).forward
+    tile = long_tile(configs.LONG_FORWARD, q)
     values, mask_strides, mask_constants = _mask_arguments(mask)
     launch(
         attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
@@ -223,8 +228,7 @@ def _backward(
             grad.zero_()
         return mask.new_zeros(mask.shape) if mask is not None and needs_mask else nothing(q)
     stats = stats.contiguous()  # as every backend's forward leaves it
-    key = (width, q.dtype == torch.float32, capability(q.device))
-    short = _short("backward", q, k, mask, is_causal, scale, *key)
+    short = _short("backward", q, k, mask, is_causal, scale)
     if short is None:
         of = Sequences(batch, heads, queries, keys, queries)
         return long_backward(of, dout, tensors, out, stats, grads, mask, is_causal, scale, needs_mask)
@@ -256,30 +260,31 @@ def long_backward(
     strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
     values, mask_strides, mask_constants = _mask_arguments(mask)
     factor, unit = _units(mask, scale)
-    row = configs.attention_long(width, q.dtype == torch.float32, capability(q.device))
     strides = *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides, *_strides(dout, align)
     delta = stats.new_empty((*stats.shape[:-2], of.rows))
     if not needs_mask:  # else dq's kernel leaves it
+        tile = long_tile(configs.LONG_DELTA, q)
         launch(
-            attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, row.delta.queries),),
+            attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
             out, dout, delta, of.cu_q, *_strides(out, align), *_strides(dout, align),
-            of.heads, of.rows, of.longest(of.queries), **sizes, BM=row.delta.queries, **_launch_options(row.delta),
+            of.heads, of.rows, of.longest(of.queries), **sizes, BM=tile.queries, **_launch_options(tile),
         )  # fmt: skip
     ds = q.new_empty((of.batch, of.heads, of.rows, of.keys), dtype=torch.float32) if needs_mask else None
-    dq_tile = row.ds if needs_mask else row.dq
+    tile = long_tile(configs.LONG_DS if needs_mask else configs.LONG_DQ, q)
     launch(
-        attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, dq_tile.queries),),
+        attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_dq,
         of.heads, of.rows, of.keys, of.longest(of.queries), scale, factor, unit,
-        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=dq_tile.queries,
-        BN=dq_tile.keys, **_launch_options(dq_tile),
+        **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=tile.queries,
+        BN=tile.keys, **_launch_options(tile),
     )  # fmt: skip
+    tile = long_tile(configs.LONG_DKDV, q)
     launch(
-        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, row.dkdv.keys),),
+        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, tile.keys),),
         q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides, *strides_dk, *strides_dv,
         of.heads, of.rows, of.keys, of.longest(of.keys), scale, factor, unit,
-        **sizes, **mask_constants, CAUSAL=is_causal, GROUP=group, BM=row.dkdv.queries, BN=row.dkdv.keys,
-        **_launch_options(row.dkdv),
+        **sizes, **mask_constants, CAUSAL=is_causal, GROUP=group, BM=tile.queries, BN=tile.keys,
+        **_launch_options(tile),
     )  # fmt: skip
     if mask is None or ds is None:
         return nothing(q)

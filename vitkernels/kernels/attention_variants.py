@@ -64,32 +64,36 @@ class _Shape:
         return 256 * 12 if self.tokens <= 288 else 32 * 16
 
     def variants(self) -> Iterator[Variant]:
-        key = (self.width, self.dtype == "fp32", self.capability)
         forward, *backward = self.long()
-        short = self._short("forward", *key)
+        short = self._short("forward")
         if short is not None:
             pieces = configs.attention_keys(self.tokens)
             constants = {"KEYS": pieces, "NK": self.tokens}
             yield self._variant(attention_short.forward_kernel, short, 4, 4, sum(pieces), constants)
         else:
             yield forward
-        short = self._short("backward", *key)
+        short = self._short("backward")
         if short is not None:
             yield self._variant(attention_short.backward_kernel, short, 7, 10, short.keys, {"NK": self.tokens})
         else:
             yield from backward
 
     def long(self) -> Iterator[Variant]:
-        row = configs.attention_long(self.width, self.dtype == "fp32", self.capability)
-        yield self._variant(attention_long.forward_kernel, row.forward, 4, 4)
-        yield self._variant(attention_long.delta_kernel, row.delta, 2, 0)
-        yield self._variant(attention_long.dq_kernel, row.ds if "gradient" in self.mask else row.dq, 5, 6)
-        yield self._variant(attention_long.dkdv_kernel, row.dkdv, 6, 8)
+        dq = configs.LONG_DS if "gradient" in self.mask else configs.LONG_DQ
+        for kernel, table, tensors, flops in (
+            (attention_long.forward_kernel, configs.LONG_FORWARD, 4, 4),
+            (attention_long.delta_kernel, configs.LONG_DELTA, 2, 0),
+            (attention_long.dq_kernel, dq, 5, 6),
+            (attention_long.dkdv_kernel, configs.LONG_DKDV, 6, 8),
+        ):
+            tile = table.pick(self.capability, width=self.width, float32=self.dtype == "fp32")
+            yield self._variant(kernel, tile, tensors, flops)
 
-    def _short(self, direction: str, *key: Any) -> AttentionTile | None:
-        if self.mask not in ("", "causal", "key padding"):
+    def _short(self, direction: str) -> AttentionTile | None:
+        if self.mask not in ("", "causal", "key padding") or self.dtype == "fp32":
             return None
-        return configs.attention_short(direction, self.tokens, self.mask != "", *key)
+        table = configs.SHORT[direction]
+        return table.find(self.capability, keys=self.tokens, width=self.width, masked=self.mask != "")
 
     def _variant(
         self, kernel: Any, tile: AttentionTile, tensors: int, flops: int, keys: int = 0,

@@ -18,6 +18,7 @@ import triton
 
 Tile = TypeVar("Tile")
 
+_READS_SHARED_MEMORY = (90, 100)  # chips whose tensor cores do; those of others read registers
 FENCED = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= (3, 7, 1)
 
 
@@ -28,7 +29,7 @@ def fenced(tile: Tile, chip: int) -> Tile:
         tile: a row of `configs` whose kernels load by pointers.
         chip: as `configs.chip` has it.
     """
-    return tile if FENCED or chip < 90 else _in_one_stage(tile)
+    return tile if FENCED or chip not in _READS_SHARED_MEMORY else _in_one_stage(tile)
 
 
 @functools.cache

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitkernels.kernels import configs
+from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum, column_sum_variant
-from vitkernels.kernels.configs import Capability, ProductTile
+from vitkernels.kernels.configs import Capability
 from vitkernels.kernels.fences import fenced
 from vitkernels.kernels.glu_mlp_kernels import backward_kernel, forward_kernel
 from vitkernels.kernels.launch import cdiv
@@ -38,28 +38,11 @@ from vitkernels.ops._amp import nothing
 __all__ = ["backward", "forward", "variants", "why_not"]
 
 
-def _forward_tile(tile: ProductTile) -> ProductTile:
-    """mlp's as two of half its columns, the gate's and the other one's, for the same registers.
-
-    Pieces stay as wide where addresses take registers too: the compiler then fits all into 128 by itself, and spills
-    where it is told to.
-    """
-    if tile is configs.MLP_ELEMENTWISE:
-        return tile
-    pieces = tile.pieces if tile.tma else max(1, tile.pieces // 2)
-    return dataclasses.replace(tile, columns=tile.columns // 2, pieces=pieces, maxnreg=None)
-
-
-def _backward_tile(tile: ProductTile) -> ProductTile:
-    """mlp's, or half of it where the epilogue, which loads two numbers an element and stores three, would spill."""
-    whole = tile is configs.MLP_ELEMENTWISE or (tile.tma and tile.maxnreg is not None)
-    return tile if whole else dataclasses.replace(tile, columns=tile.columns // 2)
-
-
 def _gated(pre: Tensor, gated: Tensor, activation: str) -> None:
     """gated = f(gate) * up by the forward kernel, which takes pre for a product that is there."""
     sizes = (*gated.shape, 0)
-    launch_product(forward_kernel, configs.MLP_ELEMENTWISE, pre, None, (None, None, gated), sizes, activation, "n")
+    tile = configs.ELEMENTWISE.pick(capability(pre.device))
+    launch_product(forward_kernel, tile, pre, None, (None, None, gated), sizes, activation, "n")
 
 
 def forward(
@@ -81,7 +64,7 @@ def forward(
     else:
         pre = x.new_empty(count, outer) if save else nothing(x)
         bias = None if b_gate_up is None else b_gate_up.contiguous()  # one row: packing a strided one costs nothing
-        tile = _forward_tile(pick_tile(configs.MLP_FORWARD, configs.MLP_SMALL, count, outer, x))
+        tile = pick_tile(configs.GLU_MLP["forward"], configs.GLU_MLP_SMALL, count, outer // 2, x)
         pointers, sizes = (bias, pre if save else None, gated), (count, outer // 2, inner)
         launch_product(forward_kernel, tile, rows, w_gate_up, pointers, sizes, activation, "n")
     y = F.linear(gated.view(*lead, outer // 2), w_down, b_down)
@@ -96,7 +79,7 @@ def backward(
     g, rows, pre = dy.reshape(count, outer), x.reshape(count, inner), pre.reshape(count, 2 * hidden).contiguous()
     gated = partial = None
     if any(needs[:3]):
-        tile = _backward_tile(pick_tile(configs.MLP_BACKWARD, configs.MLP_SMALL, count, hidden, x))
+        tile = pick_tile(configs.GLU_MLP["backward"], configs.GLU_MLP_SMALL, count, hidden, x)
         dpre = torch.empty_like(pre)
         partial = x.new_empty(cdiv(count, tile.rows), 2 * hidden, dtype=torch.float32) if needs[2] else None
         if x.dtype == torch.float32:
@@ -125,14 +108,15 @@ _GATES = ("silu", "gelu", "gelu_tanh")
 
 
 def variants(capability: Capability) -> list[Variant]:
-    """Each row of mlp's tables at the size of a ViT-B with SwiGLU, B=256; the small one for one image."""
+    """Each row of the tables at the size of a ViT-B with SwiGLU, B=256; the small one for one image."""
     found, chip = [], configs.chip(capability)
     sizes = (50432, 2048, 768)
-    for kernel, name, table, fit, b_rows, passes, products in (
-        (forward_kernel, "glu_mlp forward", configs.MLP_FORWARD, _forward_tile, "n", 3, 2),
-        (backward_kernel, "glu_mlp backward", configs.MLP_BACKWARD, _backward_tile, "k", 5, 1),
+    for kernel, direction, b_rows, passes, products in (
+        (forward_kernel, "forward", "n", 3, 2),
+        (backward_kernel, "backward", "k", 5, 1),
     ):
-        tile, small = fit(configs.pick_product_tile(table, capability)), fit(configs.MLP_SMALL)
+        name, tile = f"glu_mlp {direction}", configs.GLU_MLP[direction].pick(capability)
+        small = configs.GLU_MLP_SMALL.pick(capability)
         more: dict[str, Any] = {"b_rows": b_rows, "passes": passes, "products": products}
         found += [product_variant(kernel, name, tile, sizes, each, **more) for each in _GATES]
         if tile.tma:
@@ -141,5 +125,6 @@ def variants(capability: Capability) -> list[Variant]:
         found.append(product_variant(kernel, f"{name} small", fenced(small, chip), (197, 2048, 768), "silu", **more))
         absent = ["p_b", "p_bias", "p_pre"] if kernel is forward_kernel else ["p_b"]
         more |= {"passes": 1 if kernel is forward_kernel else passes, "absent": absent}
-        found.append(product_variant(kernel, f"{name} float32", configs.MLP_ELEMENTWISE, sizes, "silu", **more))
+        tile = configs.ELEMENTWISE.pick(capability)
+        found.append(product_variant(kernel, f"{name} float32", tile, sizes, "silu", **more))
     return [*found, column_sum_variant("glu_mlp", cdiv(50432, 128), 4096, "fp32")]

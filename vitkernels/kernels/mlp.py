@@ -36,13 +36,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum, column_sum_variant, processors
-from vitkernels.kernels.configs import Capability, ProductTile
+from vitkernels.kernels.configs import Capability, ProductTile, Table
 from vitkernels.kernels.fences import fenced
 from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.kernels.mlp_kernels import backward_kernel, forward_kernel
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.mlp import ACTIVATIONS
+
+Tiles = Table[ProductTile]
 
 
 def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
@@ -58,13 +60,14 @@ def _suits_tma(matrix: Tensor) -> bool:
     return matrix.numel() > 0 and stride_c == 1 and rows_apart and matrix.data_ptr() % 16 == 0
 
 
-def pick_tile(table: dict[int, ProductTile], small: ProductTile, rows: int, columns: int, like: Tensor) -> ProductTile:
-    """The tile for a result [rows, columns]; `small` where the table's are fewer than multiprocessors."""
+def pick_tile(table: Tiles, small: Tiles, rows: int, columns: int, like: Tensor) -> ProductTile:
+    """The tile for a result [rows, columns]; of `small` where the table's are fewer than multiprocessors."""
+    on = capability(like.device)
     if like.dtype == torch.float32:
-        return configs.MLP_ELEMENTWISE
-    tile = configs.pick_product_tile(table, capability(like.device))
+        return configs.ELEMENTWISE.pick(on)
+    tile = table.pick(on)
     tiles = cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
-    return tile if tiles >= processors(like.device) else small
+    return tile if tiles >= processors(like.device) else small.pick(on)
 
 
 def launch_product(
@@ -100,7 +103,7 @@ def launch_product(
         BLOCK_N=tile.columns,
         BLOCK_K=tile.inner,
         PIECES=tile.pieces,
-        GROUP=configs.MLP_GROUP,
+        GROUP=configs.GROUP,
         TMA=tma,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -112,7 +115,8 @@ def _activated(pre: Tensor, activation: str) -> Tensor:
     """f(pre) by the forward kernel, which takes pre for a product that is there."""
     activated = torch.empty_like(pre)
     pointers = (None, None, activated)
-    launch_product(forward_kernel, configs.MLP_ELEMENTWISE, pre, None, pointers, (*pre.shape, 0), activation, "n")
+    tile = configs.ELEMENTWISE.pick(capability(pre.device))
+    launch_product(forward_kernel, tile, pre, None, pointers, (*pre.shape, 0), activation, "n")
     return activated
 
 
@@ -129,7 +133,7 @@ def forward(
         pre = x.new_empty(sizes[:2]) if save else nothing(x)
         activated = x.new_empty(sizes[:2])
         bias = None if b1 is None else b1.contiguous()  # one row: packing a strided one costs nothing
-        tile = pick_tile(configs.MLP_FORWARD, configs.MLP_SMALL, *sizes[:2], x)
+        tile = pick_tile(configs.MLP["forward"], configs.MLP_SMALL, *sizes[:2], x)
         pointers = (bias, pre if save else None, activated)
         launch_product(forward_kernel, tile, rows, w1, pointers, sizes, activation, "n")
     y = F.linear(activated.view(*lead, sizes[1]), w2, b2)
@@ -144,7 +148,7 @@ def backward(
     g, rows, pre = dy.reshape(count, outer), x.reshape(count, w1.shape[1]), pre.reshape(count, hidden).contiguous()
     activated = partial = None
     if any(needs[:3]):
-        tile = pick_tile(configs.MLP_BACKWARD, configs.MLP_SMALL, count, hidden, x)
+        tile = pick_tile(configs.MLP["backward"], configs.MLP_SMALL, count, hidden, x)
         vendor = x.dtype == torch.float32
         dpre = g @ w2 if vendor else x.new_empty(count, hidden)
         activated = torch.empty_like(pre) if needs[3] else None
@@ -197,7 +201,7 @@ def product_variant(
     constants: dict[str, Any] = dict.fromkeys(absent)
     constants |= {"stride_a_k": 1, "stride_b_k" if b_rows == "n" else "stride_b_n": 1}
     constants |= {"ACTIVATION": activation, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}
-    constants |= {"PIECES": tile.pieces, "GROUP": configs.MLP_GROUP, "TMA": tile.tma}
+    constants |= {"PIECES": tile.pieces, "GROUP": configs.GROUP, "TMA": tile.tma}
     operands = products * m * n if vendor else m * k + products * n * k
     padded = cdiv(m, tile.rows) * tile.rows * cdiv(n, tile.columns) * tile.columns
     return Variant(
@@ -220,19 +224,19 @@ def variants(capability: Capability) -> list[Variant]:
     """Each row of the tables at ViT-B's size, B=256, with every activation; the small one for one image."""
     found, chip = [], configs.chip(capability)
     sizes = (50432, 3072, 768)
-    for kernel, name, table, b_rows, passes in (
-        (forward_kernel, "mlp forward", configs.MLP_FORWARD, "n", 2),
-        (backward_kernel, "mlp backward", configs.MLP_BACKWARD, "k", 3),
+    for kernel, direction, b_rows, passes in (
+        (forward_kernel, "forward", "n", 2),
+        (backward_kernel, "backward", "k", 3),
     ):
-        tile = configs.pick_product_tile(table, capability)
+        name, tile = f"mlp {direction}", configs.MLP[direction].pick(capability)
         found += [product_variant(kernel, name, tile, sizes, each, b_rows, passes) for each in ACTIVATIONS]
         if tile.tma:
             pointers = fenced(dataclasses.replace(tile, tma=False), chip)
             found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu", b_rows, passes))
-        small = (fenced(configs.MLP_SMALL, chip), (197, 3072, 768), "gelu", b_rows, passes)
+        small = (fenced(configs.MLP_SMALL.pick(capability), chip), (197, 3072, 768), "gelu", b_rows, passes)
         found.append(product_variant(kernel, f"{name} small", *small))
         absent, passes = (["p_b", "p_bias", "p_pre"], 1) if kernel is forward_kernel else (["p_b"], passes)
-        float32 = (configs.MLP_ELEMENTWISE, sizes, "gelu", b_rows, passes)
+        float32 = (configs.ELEMENTWISE.pick(capability), sizes, "gelu", b_rows, passes)
         found.append(product_variant(kernel, f"{name} float32", *float32, absent))
     partial = cdiv(50432, 128)
     return [*found, column_sum_variant("mlp", partial, 3072, "fp32")]

@@ -96,8 +96,12 @@ class Patches:
 def _tile(kernel: str, patches: Patches, wide: bool = False) -> configs.PatchEmbedTile:
     weight = patches.weight
     regular = patches.keep is None and patches.image.stride(3) == 1 and weight.shape[3] % 16 == 0 and not wide
-    float32, on = weight.dtype == torch.float32, capability(weight.device)
-    return configs.patch_embed(kernel, weight.shape[0], regular, patches.converted, float32, on)
+    call = {
+        "float32": weight.dtype == torch.float32,
+        "converted": patches.converted,
+        "wide": regular and weight.shape[0] % 256 == 0,
+    }
+    return configs.PATCH_EMBED[kernel].pick(capability(weight.device), **call)
 
 
 def _launch_options(tile: configs.PatchEmbedTile) -> dict[str, int]:
@@ -294,7 +298,7 @@ def _sum(dout: Tensor, sums: Tensor, patches: Patches, groups: tuple[Tensor, Ten
     if sums.numel() == 0:
         return
     width = dout.shape[2]
-    tile = configs.PATCH_EMBED_SUM
+    tile = configs.PATCH_EMBED_SUM.pick(capability(dout.device))
     order, starts = groups or (None, None)
     launch(
         sum_tokens,

@@ -31,7 +31,9 @@ def variants(capability: configs.Capability) -> list[Variant]:
         rows += _products(capability, patch, 768, "bf16", "bf16", "keep")
         rows += _products(capability, patch, 768, "fp32", "bf16", "float32 table")
         rows += _products(capability, patch, 768, "u8", "bf16", "channels_last")
-    return rows + [_sum_variant(width, "bf16") for width in (384, 768, 1024)] + [_sum_variant(768, "bf16", "keep")]
+    tile = configs.PATCH_EMBED_SUM.pick(capability)
+    sums = [_sum_variant(tile, width, "bf16") for width in (384, 768, 1024)]
+    return [*rows, *sums, _sum_variant(tile, 768, "bf16", "keep")]
 
 
 _SIZES = {"u8": 1, "bf16": 2, "fp32": 4}
@@ -65,7 +67,8 @@ def _products(
 
     def product(kernel: Any, m: int, n: int, k: int) -> Variant:
         regular = patch % 16 == 0 and not special
-        tile = configs.patch_embed(kernel.__name__, width, regular, image != dtype, dtype == "fp32", capability)
+        call = {"float32": dtype == "fp32", "converted": image != dtype, "wide": regular and width % 256 == 0}
+        tile = configs.PATCH_EMBED[kernel.__name__].pick(capability, **call)
         given = constants | {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
         flops = 2.0
         for extent, block in ((m, tile.rows), (n, tile.columns), (k, tile.depth)):
@@ -92,8 +95,7 @@ def _products(
     return found
 
 
-def _sum_variant(width: int, dtype: str, special: str = "") -> Variant:
-    tile = configs.PATCH_EMBED_SUM
+def _sum_variant(tile: configs.PatchEmbedTile, width: int, dtype: str, special: str = "") -> Variant:
     listed = {"p_order": "*i64", "p_starts": "*i64"}
     integers = ("batch", "tokens", "prefixes", "stride_gb", "stride_gt")
     return Variant(

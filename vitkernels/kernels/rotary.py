@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitkernels.kernels import configs
+from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import rounded
 from vitkernels.kernels.configs import Capability, RotaryTile
 from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
@@ -131,7 +131,7 @@ def rotary_kernel(
 
 
 def why_not_width(width: int) -> str | None:
-    widest = configs.ROTARY[-1].width
+    widest = configs.ROTARY.widest("width")
     if width > widest:
         return f"the kernels hold heads in registers, at most {widest} wide, and the last axis has {width}"
     return None
@@ -150,7 +150,7 @@ def _turned(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, half: bool, backwa
     out = _heads_last(x)
     batch, heads, tokens, width = x.shape
     if out.numel():
-        tile = configs.pick_rotary_tile(width)
+        tile = configs.ROTARY.pick(capability(x.device), width=width)
         launch(
             rotary_kernel,
             (cdiv(batch * tokens, tile.tokens), cdiv(heads, tile.heads)),
@@ -217,15 +217,15 @@ def _variant(tile: RotaryTile, width: int, dtype: str, half: bool, backward: boo
 def variants(capability: Capability) -> list[Variant]:
     """Each row of the table in bfloat16, each way, with both kinds of pairs; a padded head, float32, heads apart."""
     found = [
-        _variant(tile, tile.width, "bf16", half, backward, True)
-        for tile in configs.ROTARY
+        _variant(row.tile, row.limits["width"], "bf16", half, backward, True)
+        for row in configs.ROTARY.of(capability)
         for half in (False, True)
         for backward in (False, True)
     ]
     for half in (False, True):
         found += [
-            _variant(configs.pick_rotary_tile(88), 88, "bf16", half, False, True),
-            _variant(configs.pick_rotary_tile(64), 64, "fp32", half, False, True),
-            _variant(configs.pick_rotary_tile(64), 64, "bf16", half, False, False),
+            _variant(configs.ROTARY.pick(capability, width=88), 88, "bf16", half, False, True),
+            _variant(configs.ROTARY.pick(capability, width=64), 64, "fp32", half, False, True),
+            _variant(configs.ROTARY.pick(capability, width=64), 64, "bf16", half, False, False),
         ]
     return found

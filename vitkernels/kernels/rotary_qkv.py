@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitkernels.kernels import configs
+from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum
 from vitkernels.kernels.configs import Capability, RotaryTile
 from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
@@ -166,7 +166,7 @@ def _launch(
 ) -> Tensor | None:  # fmt: skip
     """Write `out`; returns the partial sums [q and k, weight and bias, programs, K] where they are asked for."""
     batch, tokens, parts, heads, width = x.shape
-    tile = configs.pick_rotary_tile(width)
+    tile = configs.ROTARY.pick(capability(x.device), width=width)
     grid = (cdiv(batch * tokens, tile.tokens), cdiv(heads, tile.heads), parts)
     partial = x.new_empty(2, 2, grid[0] * grid[1], width, dtype=torch.float32) if sums else None
     if x.numel() == 0:
@@ -261,16 +261,16 @@ def _variant(tile: RotaryTile, width: int, dtype: str, half: bool, backward: boo
 def variants(capability: Capability) -> list[Variant]:
     """Each row of the table in bfloat16, each way, with each norm; pairs of neighbours, a padded head, float32."""
     found = [
-        _variant(tile, tile.width, "bf16", True, backward, norm, True)
-        for tile in configs.ROTARY
+        _variant(row.tile, row.limits["width"], "bf16", True, backward, norm, True)
+        for row in configs.ROTARY.of(capability)
         for norm in ("none", "rms_norm", "layer_norm")
         for backward in (False, True)
     ]
     for backward in (False, True):
         found += [
-            _variant(configs.pick_rotary_tile(64), 64, "bf16", False, backward, "layer_norm", True),
-            _variant(configs.pick_rotary_tile(72), 72, "bf16", True, backward, "rms_norm", True),
-            _variant(configs.pick_rotary_tile(64), 64, "fp32", True, backward, "layer_norm", True),
-            _variant(configs.pick_rotary_tile(64), 64, "bf16", True, backward, "rms_norm", False),
+            _variant(configs.ROTARY.pick(capability, width=64), 64, "bf16", False, backward, "layer_norm", True),
+            _variant(configs.ROTARY.pick(capability, width=72), 72, "bf16", True, backward, "rms_norm", True),
+            _variant(configs.ROTARY.pick(capability, width=64), 64, "fp32", True, backward, "layer_norm", True),
+            _variant(configs.ROTARY.pick(capability, width=64), 64, "bf16", True, backward, "rms_norm", False),
         ]
     return found
