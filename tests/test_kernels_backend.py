@@ -46,9 +46,15 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-def declined(*args: object) -> str | None:
-    """patch_embed's reason not to run on Triton."""
-    return dispatch.OPS["patch_embed"].implementations["triton"].why_not("forward", args)
+def declined(op: str, direction: str, *args: object) -> str | None:
+    """An op's reason not to run on Triton."""
+    found = dispatch.OPS[op]
+    return found.implementations["triton"].why_not(direction, found.call(direction, args))
+
+
+def declined_image(image: torch.Tensor = IMAGE, weight: torch.Tensor = WEIGHT) -> str | None:
+    """patch_embed's reason, for an image and a weight alone."""
+    return declined("patch_embed", "forward", image, weight, *[None] * 6)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -108,38 +114,37 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_old_gpus(capability: tuple[int, int]) -> None:
     major, minor = capability
     with stand_in(Gpu(*capability)):
-        reason = declined(IMAGE, WEIGHT)
+        reason = declined_image()
     assert reason == (f"the kernels need compute capability 8.0 or later, and cpu has {major}.{minor}")
 
 
 def test_tensors_on_another_device() -> None:
-    assert declined(IMAGE, WEIGHT) == "the kernels run on CUDA, not on cpu"
+    assert declined_image() == "the kernels run on CUDA, not on cpu"
     with stand_in(Interpreter()):
-        assert declined(IMAGE.to("meta"), WEIGHT) == "the kernels run on the CPU (interpreting), not on meta"
-        assert declined(IMAGE, WEIGHT) is None
+        assert declined_image(IMAGE.to("meta")) == "the kernels run on the CPU (interpreting), not on meta"
+        assert declined_image() is None
 
 
 @pytest.mark.usefixtures("interpreter")
 def test_float64() -> None:
-    assert declined(IMAGE, WEIGHT.double()) == "the kernels have no float64"
+    assert declined_image(weight=WEIGHT.double()) == "the kernels have no float64"
 
 
 @pytest.mark.usefixtures("interpreter")
 def test_more_patches_than_rows_can_be_numbered() -> None:
     image = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(2**15, 3, 2**8, 2**8)
-    reason = declined(image, torch.zeros(8, 3, 1, 1))
+    reason = declined_image(image, torch.zeros(8, 3, 1, 1))
     assert reason == f"the kernels number rows in 32 bits, and the batch has {2**31} patches"
 
 
 @pytest.mark.usefixtures("interpreter")
 def test_what_rotary_leaves_to_the_reference() -> None:
-    why_not = dispatch.OPS["rotary"].implementations["triton"].why_not
     x, wide = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 258)
-    assert why_not("forward", (x, x, x, 0, False)) is None
-    assert why_not("backward", (x, None, x, x, 0, False, [True, False, False])) is None
-    learned = why_not("backward", (x, x, x, x, 0, False, [True, False, True]))
+    assert declined("rotary", "forward", x, x, x, 0, False) is None
+    assert declined("rotary", "backward", x, None, x, x, 0, False, [True, False, False]) is None
+    learned = declined("rotary", "backward", x, x, x, x, 0, False, [True, False, True])
     assert learned == "the kernels have no gradients of sin and cos"
-    reason = why_not("forward", (wide, wide, wide, 0, False))
+    reason = declined("rotary", "forward", wide, wide, wide, 0, False)
     assert reason == "the kernels hold heads in registers, at most 256 wide, and the last axis has 258"
 
 
@@ -164,8 +169,8 @@ def test_float32_patches_go_to_a_library_where_tf32_is_allowed(
     try:
         with FakeTensorMode():
             image, weight = (torch.empty(1, 3, 4, 4, device=device, dtype=dtype) for _ in range(2))
-            calls = {"forward": (image, weight), "backward": (None, image, weight)}
-            reasons = [patch_embed.why_not(direction, args) for direction, args in calls.items()]
+            call = SimpleNamespace(image=image, weight=weight)
+            reasons = [patch_embed.why_not(direction, call) for direction in ("forward", "backward")]
     finally:
         products.fp32_precision = before
     sentence = "torch.backends.cuda.matmul allows TF32, and the kernels multiply float32 exactly"

@@ -62,14 +62,14 @@ class Implementation:
 
     Attributes:
         forward, backward: launchers, which take the schema's arguments in order.
-        why_not: (direction, args) -> a sentence, or None when it can serve.
+        why_not: (direction, call) -> a sentence, or None when it can serve; the call's arguments by the schema's names.
         rounds_weights: whether its kernels take weights in float32 beside narrower rows, round them as they read them,
             and give gradients in the weights' dtype that were rounded so too: the bits that casting first gives.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    why_not: Callable[[str, tuple[Any, ...]], str | None]
+    why_not: Callable[[str, Any], str | None]
     rounds_weights: bool = False
 
 
@@ -237,7 +237,7 @@ def why_not_call(
     backend: str,
     name: str,
     direction: str,
-    args: tuple[Any, ...],
+    call: Any,
     implementations: Mapping[str, Implementation],
 ) -> str | None:
     """A sentence that says why a backend cannot serve a call of the op `name`, or None when it can."""
@@ -247,30 +247,30 @@ def why_not_call(
     implementation = implementations.get(backend)
     if implementation is None:
         return f"no {backend} kernel is registered for {name}"
-    return implementation.why_not(direction, args)
+    return implementation.why_not(direction, call)
 
 
-def choose(name: str, direction: str, args: tuple[Any, ...], implementations: Mapping[str, Implementation]) -> Choice:
+def choose(name: str, direction: str, call: Any, implementations: Mapping[str, Implementation]) -> Choice:
     """The first backend in the order that can serve a call, and why those before it declined.
 
     Args:
         name: the op's.
         direction: "forward" or "backward".
-        args: of its schema.
+        call: its arguments, as `Op.call` gives them.
         implementations: by backend.
 
     Raises:
         BackendError: there is none.
     """
     declined: list[tuple[str, str]] = []
-    for backend in order(device_type(args)):
-        reason = why_not_call(backend, name, direction, args, implementations)
+    for backend in order(device_type(call)):
+        reason = why_not_call(backend, name, direction, call, implementations)
         if reason is not None:
             declined.append((backend, reason))
             continue
         if _order is None and _scope.get() is None and backend == "reference" and declined:
             _warn_once(name, declined)
-        return Choice(Call(name, direction, backend, tuple(declined)), implementations[backend], args)
+        return Choice(Call(name, direction, backend, tuple(declined)), implementations[backend], call)
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in declined)
     raise BackendError(f"{name} ({direction}): no backend in use can serve this call. {reasons}")
 

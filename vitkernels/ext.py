@@ -62,13 +62,13 @@ def isa(name: str | None = None) -> str:
     return ISAS[now]
 
 
-def _call_why_not(op: str, args: tuple[Any, ...]) -> str | None:
-    for arg in args:
+def _call_why_not(op: str, call: Any) -> str | None:
+    for arg in call:
         if not isinstance(arg, torch.Tensor):
             continue
         kind = arg.device.type
         if kind == _gpu.kind:
-            return ext_cuda.why_not_call(_gpu, op, args)
+            return ext_cuda.why_not_call(_gpu, op, call)
         if kind != "cpu":
             return f"the extension has kernels for the CPU and for CUDA, and a tensor is on {arg.device}"
         if arg.dtype not in _DTYPES and arg.is_floating_point():
@@ -79,11 +79,11 @@ def _call_why_not(op: str, args: tuple[Any, ...]) -> str | None:
 _DECLINES = {"rotary": why_not_fused}  # what an op's kernels leave to the reference
 
 
-def _why_not(op: str) -> Callable[[str, tuple[Any, ...]], str | None]:
+def _why_not(op: str) -> Callable[[str, Any], str | None]:
     declines = _DECLINES.get(op)
     if declines is None:
-        return lambda direction, args: _call_why_not(op, args)
-    return lambda direction, args: _call_why_not(op, args) or declines(direction, args)
+        return lambda direction, call: _call_why_not(op, call)
+    return lambda direction, call: _call_why_not(op, call) or declines(direction, call)
 
 
 def _launcher(name: str) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ implementations, and the autograd Function over them.
 from __future__ import annotations
 
 import inspect
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class Op:
         self.name, self.one_dtype = name, one_dtype
         self.schemas = {name: schema, f"{name}_backward": backward_schema}
         self.implementations: dict[str, dispatch.Implementation] = {}
+        self._calls: dict[str, Callable[..., Any]] = {}
         self.forward_op = self._define(name, schema, "forward", fake)
         self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
         # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
@@ -68,14 +70,17 @@ class Op:
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, lambda *args: self.run(direction, args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+        op = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        names = [each.name for each in op._schema.arguments]
+        self._calls[direction] = namedtuple(name, names, defaults=[None] * len(names))
+        return op
 
     def register(
         self,
         backend: str,
         forward: Callable[..., Any],
         backward: Callable[..., Any],
-        why_not: Callable[[str, tuple[Any, ...]], str | None] = lambda direction, args: None,
+        why_not: Callable[[str, Any], str | None] = lambda direction, call: None,
         rounds_weights: bool = False,
     ) -> None:
         """Add a backend, by what `dispatch.Implementation` has of it."""
@@ -102,13 +107,17 @@ class Op:
             return self.backward_function.apply(*args)
         return self.run("backward", args) if plain else self.backward_op(*args)
 
+    def call(self, direction: str, args: Sequence[Any]) -> Any:
+        """A call's arguments by the names of its schema (`call.weight`), or None; direction is "forward" or "backward"."""
+        return self._calls[direction](*args)
+
     def choose(self, direction: str, args: tuple[Any, ...]) -> dispatch.Choice:
         """The launcher that serves such a call, as `dispatch.choose`."""
-        return dispatch.choose(self.name, direction, args, self.implementations)
+        return dispatch.choose(self.name, direction, self.call(direction, args), self.implementations)
 
     def why_not(self, backend: str, direction: str, args: tuple[Any, ...]) -> str | None:
         """A sentence that says why a backend cannot serve this call, or None when it can."""
-        return dispatch.why_not_call(backend, self.name, direction, args, self.implementations)
+        return dispatch.why_not_call(backend, self.name, direction, self.call(direction, args), self.implementations)
 
     def run(self, direction: str, args: tuple[Any, ...]) -> Any:
         """Launch the first backend that can serve a plain call; direction is "forward" or "backward"."""

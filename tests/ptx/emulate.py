@@ -36,7 +36,13 @@ from ptx.trials import Outcome, Trial, attempt, everything, quick
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 ENOUGH = 0.95  # of the planted faults that are not redundant
-SOURCES = ("vitkernels/kernels/**/*.py", "vitkernels/ops/*.py", "vitkernels/accuracy.py", "tests/ptx/*.py", "tests/ca*.py")
+SOURCES = (
+    "vitkernels/kernels/**/*.py",
+    "vitkernels/ops/*.py",
+    "vitkernels/accuracy.py",
+    "tests/ptx/*.py",
+    "tests/ca*.py",
+)
 
 
 def code() -> str:

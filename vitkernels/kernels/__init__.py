@@ -64,9 +64,9 @@ def _page(op: str) -> ModuleType:
     return importlib.import_module(f"vitkernels.kernels.{PAGES[op][0]}")
 
 
-def _call_why_not(op: str, direction: str, args: tuple[Any, ...]) -> str | None:
+def _call_why_not(op: str, direction: str, call: Any) -> str | None:
     found = current()
-    for arg in args:
+    for arg in call:
         if not isinstance(arg, torch.Tensor):
             continue
         if arg.device.type != found.kind:
@@ -76,7 +76,7 @@ def _call_why_not(op: str, direction: str, args: tuple[Any, ...]) -> str | None:
             return f"the kernels need compute capability 8.0 or later, and {arg.device} has {major}.{minor}"
         if arg.dtype == torch.float64:
             return "the kernels have no float64"
-    reason: str | None = getattr(_page(op), f"why_not{PAGES[op][1]}")(direction, args)
+    reason: str | None = getattr(_page(op), f"why_not{PAGES[op][1]}")(direction, call)
     return reason
 
 

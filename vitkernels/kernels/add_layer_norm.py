@@ -32,8 +32,8 @@ from vitkernels.ops._amp import nothing
 _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
-    width = (args[0] if direction == "forward" else args[2]).shape[-1]
+def why_not(direction: str, call: Any) -> str | None:
+    width = (call.x if direction == "forward" else call.total).shape[-1]
     widest = configs.LAYER_NORM_FORWARD.widest("width")
     if width > widest:
         return f"the kernels hold a row in registers, at most {widest} wide, and the last axis has {width}"

@@ -27,15 +27,12 @@ LOG2E = 1.4426950408889634
 WIDEST = 128
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
-    """For `attention`: (q, ...) forward and (dout, q, ...) backward."""
-    return why_not_width(args[0].shape[-1])
+def why_not(direction: str, call: Any) -> str | None:
+    return why_not_width(call.q.shape[-1])
 
 
-def why_not_qkv(direction: str, args: tuple[Any, ...]) -> str | None:
-    """For `attention_qkv`: (qkv, num_heads, ...) forward and (dout, qkv, out, stats, num_heads, ...) backward."""
-    qkv, num_heads = args[:2] if direction == "forward" else (args[1], args[4])
-    return why_not_width(qkv.shape[-1] // (3 * num_heads))
+def why_not_qkv(direction: str, call: Any) -> str | None:
+    return why_not_width(call.qkv.shape[-1] // (3 * call.num_heads))
 
 
 def why_not_width(width: int) -> str | None:

@@ -20,9 +20,8 @@ from vitkernels.ops.attention_varlen import parts
 __all__ = ["backward", "forward", "variants", "why_not"]
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
-    """For (q, ...) forward and (dout, q, ...) backward."""
-    return why_not_width(args[0].shape[-1])
+def why_not(direction: str, call: Any) -> str | None:
+    return why_not_width(call.q.shape[-1])
 
 
 _LENGTH = 64  # the longest sequence counts as a multiple of it: kernels are compiled for multiples of 16 and the rest

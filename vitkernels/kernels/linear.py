@@ -18,7 +18,7 @@ from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
+def why_not(direction: str, call: Any) -> str | None:
     """Nothing is declined."""
     return None
 

@@ -47,7 +47,7 @@ from vitkernels.ops.mlp import ACTIVATIONS
 Tiles = Table[ProductTile]
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
+def why_not(direction: str, call: Any) -> str | None:
     """Nothing is declined."""
     return None
 

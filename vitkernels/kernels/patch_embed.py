@@ -115,9 +115,9 @@ def _packed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
+def why_not(direction: str, call: Any) -> str | None:
     """A sentence for a call that the kernels cannot serve, or None."""
-    image, weight = args[:2] if direction == "forward" else args[1:3]
+    image, weight = call.image, call.weight
     tokens = image.shape[0] * (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
     if tokens >= 2**31 - 2**16:
         return f"the kernels number rows in 32 bits, and the batch has {tokens} patches"

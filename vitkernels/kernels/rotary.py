@@ -137,8 +137,8 @@ def why_not_width(width: int) -> str | None:
     return None
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
-    return why_not_width(args[0].shape[-1]) or why_not_fused(direction, args)
+def why_not(direction: str, call: Any) -> str | None:
+    return why_not_width((call.x if direction == "forward" else call.dout).shape[-1]) or why_not_fused(direction, call)
 
 
 def strides_of(positions: Tensor) -> list[int]:

@@ -156,8 +156,8 @@ def rotary_qkv_kernel(
             store_pairs(p_sums, o_sum, m_sum, b_db_first[None, :], b_db_second[None, :], K, BLOCK_K, HALF)
 
 
-def why_not(direction: str, args: tuple[Any, ...]) -> str | None:
-    return why_not_width(args[0].shape[-1])
+def why_not(direction: str, call: Any) -> str | None:
+    return why_not_width(call.qkv.shape[-1])
 
 
 def _launch(

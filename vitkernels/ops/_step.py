@@ -174,8 +174,9 @@ class Part:
     def rounds(self, like: Tensor, arguments: Sequence[Any]) -> bool:
         """Whether autocast's rounding of the weights is left to the kernels; `like` has the stream's device."""
         normed = like.new_empty(1, dtype=self.normed_dtype).expand(self.total.shape)
-        choice = self.step.op.choose("forward", (normed, *arguments))
-        return self.step.op.implementations[choice.call.backend].rounds_weights
+        op = self.step.op  # its arguments are the first ones of the step's
+        choice = op.choose("forward", (normed, *arguments)[: len(op.forward_op._schema.arguments)])
+        return op.implementations[choice.call.backend].rounds_weights
 
     def compute(
         self,

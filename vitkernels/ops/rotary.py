@@ -78,9 +78,9 @@ def with_four_axes(positions: Tensor) -> Tensor:
     return positions[(None,) * (4 - positions.dim())]
 
 
-def why_not_fused(direction: str, args: tuple[Any, ...]) -> str | None:
+def why_not_fused(direction: str, call: Any) -> str | None:
     """What only the reference serves: gradients of sin and cos, which few models learn."""
-    if direction == "backward" and any(args[-1][1:]):
+    if direction == "backward" and any(call.needs[1:]):
         return "the kernels have no gradients of sin and cos"
     return None
 
