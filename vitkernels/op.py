@@ -108,7 +108,7 @@ class Op:
         return self.run("backward", args) if plain else self.backward_op(*args)
 
     def call(self, direction: str, args: Sequence[Any]) -> Any:
-        """A call's arguments by the names of its schema (`call.weight`), or None; direction is "forward" or "backward"."""
+        """A call's arguments by the names of its schema (`call.weight`): "forward" or "backward"."""
         return self._calls[direction](*args)
 
     def choose(self, direction: str, args: tuple[Any, ...]) -> dispatch.Choice:
