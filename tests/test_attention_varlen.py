@@ -158,6 +158,17 @@ def test_wrong_argument(bad: Form) -> None:
     check_bad(Bad("attention_varlen", {bad.name: bad.value}, bad.error, bad.words), bad.good)
 
 
+@pytest.mark.parametrize("wrong", [ends(4, -2, 7), ends(4, 0, 4), ends(4, 0, 6), ends(4, 0, 5) + 1], ids=str)
+def test_compiled_code_looks_at_the_ends_when_it_runs(wrong: Tensor, backend: str) -> None:
+    """What is out of range would be read and written."""
+    compiled = torch.compile(vk.ops.attention_varlen, fullgraph=True, backend="aot_eager")
+    good = packed()
+    with vk.use(backend):
+        torch.testing.assert_close(compiled(**good), vk.ops.attention_varlen(**good))
+        with pytest.raises((ValueError, RuntimeError), match="attention_varlen: argument 'cu_seqlens"):
+            compiled(**good | {"cu_seqlens": wrong})
+
+
 def test_the_longest_may_be_a_tensor_of_one(backend: str) -> None:
     """As transformers computes it."""
     arguments = packed()
