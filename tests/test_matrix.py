@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Row:
         needs: packages.
         error: allowed between the two, relative to a tensor's norm: float32's rounding, or what 16 bits make of it.
         forward, backward: ops that must have run, and no others.
+        counts: of forward calls of an op, where the row is about them.
         summary: what `explain` says afterwards.
     """
 
@@ -60,6 +61,7 @@ class Row:
     error: float = 1e-5
     forward: frozenset[str] = frozenset(OPS)
     backward: frozenset[str] = frozenset(OPS)
+    counts: dict[str, int] = field(default_factory=dict)
     summary: str = WHOLE
 
 
@@ -82,7 +84,9 @@ ROWS = {
     "CUDA graphs": Row(frameworks.cuda_graph),
     "autocast bf16": Row(lambda model: frameworks.steps(model, dtype=torch.bfloat16), error=HALF),
     "autocast fp16 with GradScaler": Row(frameworks.half_with_scaler, error=HALF),
-    "selective checkpointing": Row(frameworks.selective_checkpointing),
+    "selective checkpointing": Row(
+        frameworks.selective_checkpointing, counts={"mlp": 2, "linear": 4, "attention_qkv": 4}
+    ),
     "torch.func": Row(frameworks.functional),
     "Lightning": Row(frameworks.lightning, needs=("lightning",), error=HALF),
     "accelerate": Row(frameworks.accelerated, needs=("accelerate",), error=HALF),
@@ -117,6 +121,8 @@ def test_framework(name: str) -> None:
         got = row.run(model)
     for direction, ops in (("forward", row.forward), ("backward", row.backward)):
         assert {call.op for call in calls if call.direction == direction} == ops
+    forward = [call.op for call in calls if call.direction == "forward"]
+    assert {op: forward.count(op) for op in row.counts} == row.counts
     assert vk.explain(model).summary == row.summary
     assert not vk.explain(model).fallbacks
     assert got.keys() == expected.keys()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from refused import check_refused
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch_layers import CROSS, LAYOUTS, OPS, B, D, H, M, N, causal, layer_of, padding, tokens
 
 import vitkernels as vk
@@ -91,6 +92,18 @@ def test_they_stay_what_they_are(kind: str, again: Callable[[nn.Module], nn.Modu
         assert vk.explain(twin).summary == "1 of 1 blocks fused"
     assert layer._vitkernels.residual_dtype is None, "fuse's options are gone"
     assert vk.verify(layer, *inputs).ok, "against torch's own code"
+
+
+def test_a_class_made_of_theirs_later() -> None:
+    """By parametrizations, as by FSDP2; and a new one by the type, as adapters make it."""
+    _, attn = pair("MultiheadAttention", D, H, batch_first=True)
+    x = tokens()
+    expected = attn(x, x, x, need_weights=False)[0]
+    assert vk.explain(type(attn)(D, H)).rows == vk.explain(attn).rows
+    parametrize.register_parametrization(attn, "in_proj_weight", nn.Identity())
+    assert vk.unfuse(attn) is attn
+    torch.testing.assert_close(attn(x, x, x, need_weights=False)[0], expected)
+    assert [row.why_not for row in vk.explain(attn).rows] == ["a parametrization"]
 
 
 def test_subclasses() -> None:

@@ -12,6 +12,7 @@ from vitkernels import dispatch
 from vitkernels.fuse.candidates import OWN, Candidate, candidates
 from vitkernels.fuse.explain import explain
 from vitkernels.fuse.swap import Fused, is_swapped, keep_scriptable, restore, swap
+from vitkernels.nn.transformer import Twin
 
 
 def fuse(
@@ -87,7 +88,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
     for name, module in model.named_modules():
-        if isinstance(module, Fused) and not is_swapped(module):
+        if isinstance(module, Fused) and not issubclass(module.stock, Twin) and not is_swapped(module):
             raise RuntimeError(
                 f"unfuse: '{name}' was made a {type(module).__name__} after it was fused; needs that to be undone first"
             )
