@@ -23,7 +23,7 @@ from vitkernels.ops.attention import _reference_backward as _reference_backward_
 from vitkernels.ops.attention import check_groups, check_width
 
 NAME = "attention_varlen"
-_PACKED = {"qkv", "cu_seqlens", "max_seqlen", "is_causal", "scale"}
+_APART = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 
 
 @overload
@@ -71,7 +71,7 @@ def attention_varlen(*args: Any, **named: Any) -> Tensor:
             than max_seqlen. On a GPU their values are not
             looked at, for it would stall the stream: with wrong ones, results are undefined.
     """
-    packed = len(args) <= 3 and named.keys() <= _PACKED
+    packed = len(args) <= 3 and not named.keys() & _APART
     return (_qkv if packed else _apart)(*args, **named)
 
 
@@ -111,6 +111,9 @@ def _apart(
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     out, _ = op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale)
     return out
+
+
+_qkv.__qualname__ = _apart.__qualname__ = NAME  # what Python's own errors call them
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
