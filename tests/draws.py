@@ -13,12 +13,13 @@ def pixels(values: Tensor) -> Tensor:
 
 
 def indices(count: int) -> Callable[[Tensor], Tensor]:
-    """Patch numbers below `count`; the first one of each image comes twice."""
+    """Patch numbers below `count`, each image's in an order of its own."""
 
     def convert(values: Tensor) -> Tensor:
-        index = (values.abs() * 1000).long() % count
-        index[:, -1] = index[:, 0]
-        return index
+        images, kept = values.shape
+        apart = count // kept
+        first = torch.arange(images).unsqueeze(1) % (count - (kept - 1) * apart)
+        return values.argsort(1) * apart + first
 
     return convert
 

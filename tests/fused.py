@@ -58,6 +58,31 @@ def wide(inputs: Inputs) -> Inputs:
     )
 
 
+def own_numbers(
+    model: nn.Module, inputs: Inputs, keywords: Mapping[str, Any] | None = None, *, autocast: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a stock model gives, and what it gives in float64."""
+    exact = output_and_gradients(copy.deepcopy(model).double(), wide(inputs), keywords)
+    return output_and_gradients(model, inputs, keywords, autocast=autocast), exact
+
+
+def served(
+    model: nn.Module,
+    inputs: Inputs,
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    ops: set[str],
+    autocast: bool = False,
+) -> dict[str, Tensor]:
+    """`output_and_gradients` of a fused model; these ops must have run, forward and backward, and no others."""
+    with vk.record() as calls:
+        got = output_and_gradients(model, inputs, keywords, autocast=autocast)
+    for direction in ("forward", "backward"):
+        ran = {call.op for call in calls if call.direction == direction}
+        assert ran == ops, f"{direction} ran {sorted(ran)}; needs {sorted(ops)}"
+    return got
+
+
 def check_parity(
     model: nn.Module,
     inputs: Inputs,
@@ -83,18 +108,13 @@ def check_parity(
     """
     keys, classes = list(model.state_dict()), {name: type(each) for name, each in model.named_modules()}
     identities = [id(each) for each in model.parameters()]
-    exact = output_and_gradients(copy.deepcopy(model).double(), wide(inputs), keywords)
-    own = output_and_gradients(model, inputs, keywords, autocast=autocast)
+    own, exact = own_numbers(model, inputs, keywords, autocast=autocast)
     assert prepare(model) is model
     assert list(model.state_dict()) == keys
     assert [id(each) for each in model.parameters()] == identities
     assert all(isinstance(each, classes[name]) for name, each in model.named_modules())
     explanation = vk.explain(model)
-    with vk.record() as calls:
-        got = output_and_gradients(model, inputs, keywords, autocast=autocast)
-    for direction in ("forward", "backward"):
-        ran = {call.op for call in calls if call.direction == direction}
-        assert ran == ops, f"{direction} ran {sorted(ran)}; needs {sorted(ops)}"
+    got = served(model, inputs, keywords, ops=ops, autocast=autocast)
     floor = FLOOR if absolute is None else dataclasses.replace(FLOOR, absolute=absolute)
     accuracy.check(got, own, exact, floor)
     assert vk.unfuse(model) is model

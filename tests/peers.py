@@ -27,6 +27,18 @@ def import_timm() -> ModuleType:
     return timm
 
 
+def transformers_vit() -> nn.Module:
+    """transformers' ViT of the same size, in training; a test skips without the library."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=10, **sizes))
+    stir(model)
+    return model.train()
+
+
 def stir(model: nn.Module) -> None:
     """Move every parameter off its starting value, so that none hides as a 0 or a 1."""
     with torch.no_grad():

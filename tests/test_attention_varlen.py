@@ -158,6 +158,24 @@ def test_wrong_argument(bad: Form) -> None:
     check_bad(Bad("attention_varlen", {bad.name: bad.value}, bad.error, bad.words), bad.good)
 
 
+def test_arguments_that_are_not_there_are_told_by_the_ops_name() -> None:
+    with pytest.raises(TypeError, match=r"^attention_varlen\(\) missing 1 required positional argument: 'max_seqlen'"):
+        vk.ops.attention_varlen(torch.zeros(9, 3, 2, 8), ends(9))
+    with pytest.raises(TypeError, match=r"^attention_varlen\(\) got an unexpected keyword argument 'attn_mask'"):
+        vk.ops.attention_varlen(**packed(), attn_mask=None)
+
+
+@pytest.mark.parametrize("wrong", [ends(4, -2, 7), ends(4, 0, 4), ends(4, 0, 6), ends(4, 0, 5) + 1], ids=str)
+def test_compiled_code_looks_at_the_ends_when_it_runs(wrong: Tensor, backend: str) -> None:
+    """What is out of range would be read and written."""
+    compiled = torch.compile(vk.ops.attention_varlen, fullgraph=True, backend="aot_eager")
+    good = packed()
+    with vk.use(backend):
+        torch.testing.assert_close(compiled(**good), vk.ops.attention_varlen(**good))
+        with pytest.raises((ValueError, RuntimeError), match="attention_varlen: argument 'cu_seqlens"):
+            compiled(**good | {"cu_seqlens": wrong})
+
+
 def test_the_longest_may_be_a_tensor_of_one(backend: str) -> None:
     """As transformers computes it."""
     arguments = packed()

@@ -109,6 +109,13 @@ PATCH_EMBED = [
     Bad("patch_embed", {"keep": _integers(3, 4)}, ValueError, ("'keep'", "[3, 4]", "needs [2, 4]", "batch")),
     Bad("patch_embed", {"keep": _zeros(2, 4)}, TypeError, ("'keep'", "torch.float32", "needs int64")),
     Bad("patch_embed", {"keep": _zeros(2, 4, dtype=torch.int32)}, TypeError, ("'keep'", "torch.int32", "needs int64")),
+    Bad("patch_embed", {"keep": _integers(2, 0)}, ValueError, ("'keep'", "[2, 0]", "a patch of each image")),
+    Bad(
+        "patch_embed",
+        {"keep": torch.tensor([[0, 5, 1], [3, 2, 3]])},
+        ValueError,
+        ("'keep'", "index 3 twice for image 1", "needs each once"),
+    ),
     Bad("patch_embed", {"keep": _integers(2, 4) + 6}, ValueError, ("'keep'", "from 6 to 6", "needs 0 to 5")),
     Bad("patch_embed", {"keep": _integers(2, 4) - 1}, ValueError, ("'keep'", "from -1 to -1", "needs 0 to 5")),
     Bad("patch_embed", {"mean": [0.5]}, ValueError, ("'mean'", "1 numbers", "needs 3")),

@@ -11,7 +11,7 @@ from pathlib import Path
 import fused
 import pytest
 import torch
-from timm_vit import OPS, images, timm, vit
+from timm_vit import OPS, images, vit
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -58,30 +58,6 @@ def test_copies_are_fused_and_apart(name: str) -> None:
     assert {call.backend for call in calls} == {"reference"}, "the options are copied"
     assert sum(call.op == "add_layer_norm" and call.direction == "forward" for call in calls) == 1 + 3, "joined"
     check_as_stock(model, x)
-
-
-@pytest.mark.parametrize("kind", ["torch", "timm"])
-def test_average_of_weights(kind: str) -> None:
-    model, x = vk.fuse(vit()), images()
-    if kind == "torch":
-        average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-        )
-        average.update_parameters(model)
-    else:
-        average = timm.utils.ModelEmaV3(model, decay=0.5)
-    start = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    average.update_parameters(model) if kind == "torch" else average.update(model)
-    assert vk.explain(average.module).summary == WHOLE
-    for mean, old, new in zip(average.module.parameters(), start.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(mean, (old + new) / 2)
-    with torch.no_grad(), vk.record() as calls:
-        got = average.module(x)
-    assert {call.op for call in calls} == OPS
-    torch.testing.assert_close(got, vk.unfuse(average.module)(x), atol=1e-4, rtol=1e-4)
 
 
 def test_safetensors(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +15,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 
-
-def transformers_vit() -> nn.Module:
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
-    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=10, **sizes))
-    fused.stir(model)
-    return model.train()
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"timm": vit, "transformers": transformers_vit}
+MODELS: dict[str, Callable[[], nn.Module]] = {"timm": vit, "transformers": peers.transformers_vit}
 
 
 def check_run(model: nn.Module, expected: dict[str, Tensor], inputs: tuple[Any, ...], ops: set[str] = OPS) -> None:
@@ -183,26 +170,6 @@ def test_trace_records_the_stock_code() -> None:
         torch.testing.assert_close(traced(x), expected, atol=1e-5, rtol=1e-5)
     assert not calls
     assert list(vk.explain(model).fallbacks["blocks.0"]) == ["traced by torch.jit"]
-
-
-def test_functional_call() -> None:
-    model, x = vit(), images()
-    weights = {name: torch.randn_like(parameter) * 0.1 for name, parameter in model.named_parameters()}
-    expected = torch.func.functional_call(model, weights, (x,))
-    got = torch.func.functional_call(vk.fuse(model), weights, (x,))
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_func_grad() -> None:
-    model, x = vit(), images()
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, weights, (x,)).square().sum()
-
-    weights = dict(model.named_parameters())
-    expected = torch.func.grad(loss)(weights, x)
-    vk.fuse(model)
-    fused.check_same(torch.func.grad(loss)(weights, x), expected)
 
 
 # --------------------------------------------------------------------------------------------------------- features

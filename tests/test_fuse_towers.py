@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import fused
@@ -51,6 +52,17 @@ def test_images_of_many_sizes(name: str, lengths: tuple[int, ...]) -> None:
     layer = stock_layers(name)[0]
     inputs, keywords = call_of(layer, lengths)
     fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0])
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_keywords_that_transformers_trainer_sends_through(name: str) -> None:
+    """It sets `use_cache` in the config, which reaches each layer from there, and counts the items of a batch."""
+    for layer in stock_layers(name):
+        inputs, keywords = call_of(layer)
+        if any(each.kind is each.VAR_KEYWORD for each in inspect.signature(layer.forward).parameters.values()):
+            keywords |= {"use_cache": False, "num_items_in_batch": torch.tensor(4)}
+        explanation = fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0])
+        assert not explanation.fallbacks
 
 
 def numbers(layer: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any], checkpointed: bool) -> list[Tensor]:

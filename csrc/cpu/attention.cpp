@@ -149,11 +149,23 @@ Heads heads_varlen(const Tensor& t, int64_t which = 0) {
   return {data, dtype_of(t), t.stride(0), t.stride(head), t.stride(0), t.stride(head + 1)};
 }
 
+// Compiled graphs do not look at values, and what is wrong here would be read and written.
+void check_ends(const char* name, const int32_t* at, int64_t count, int64_t tokens) {
+  STD_TORCH_CHECK(at[0] == 0 && at[count - 1] == tokens, "attention_varlen: argument '", name, "' goes from ", at[0],
+                  " to ", at[count - 1], "; needs 0 to ", tokens, ", the number of tokens");
+  for (int64_t i = 1; i < count; ++i) {
+    STD_TORCH_CHECK(at[i - 1] <= at[i], "attention_varlen: argument '", name, "' falls from ", at[i - 1], " to ", at[i],
+                    " behind index ", i - 1, "; needs ascending values");
+  }
+}
+
 Sequences packed_sequences(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& cu_seqlens_q,
                        const Tensor& cu_seqlens_k, bool is_causal, double scale) {
   const Tensor ends_q = packed(cu_seqlens_q), ends_k = packed(cu_seqlens_k);
   const int32_t* const q_at = reinterpret_cast<const int32_t*>(bytes(ends_q));
   const int32_t* const k_at = reinterpret_cast<const int32_t*>(bytes(ends_k));
+  check_ends(k ? "cu_seqlens_q" : "cu_seqlens", q_at, ends_q.size(0), q.size(0));
+  check_ends(k ? "cu_seqlens_k" : "cu_seqlens", k_at, ends_k.size(0), k ? k->size(0) : q.size(0));
   std::vector<Span> spans;
   for (int64_t i = 0; i + 1 < ends_q.size(0); ++i) {
     spans.push_back({q_at[i], q_at[i + 1] - q_at[i], k_at[i], k_at[i + 1] - k_at[i]});

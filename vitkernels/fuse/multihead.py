@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse.swap import Fused, branch_of, why_not_mask
+from vitkernels.ops._check import refused
 from vitkernels.ops._steps import Added, Norm
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import why_not_weights
@@ -36,22 +37,52 @@ class Masks(NamedTuple):
     is_causal: bool = False
 
 
-NO_MASKS = Masks()
+class Names(NamedTuple):
+    """What a module calls itself and the arguments that reach an attention."""
+
+    owner: str = "MultiheadAttention"
+    query: str = "query"
+    key: str = "key"
+    value: str = "value"
+    attn_mask: str = "attn_mask"
+    key_padding_mask: str = "key_padding_mask"
+    is_causal: str = "is_causal"
 
 
-def why_not_call(attn: Any, query: Tensor, key: Tensor, masks: Masks = NO_MASKS) -> str | None:
+NO_MASKS, NAMES = Masks(), Names()
+
+
+def why_not_call(
+    attn: Any, query: Tensor, key: Any, masks: Masks = NO_MASKS, value: Any = None, names: Names = NAMES
+) -> str | None:
     """Why a call with these tensors belongs to torch's own code, or None when it does not.
 
     Args:
         attn: the attention; one that is not fused judges its calls itself.
         query, key: [B, N, D], or [N, B, D] without batch_first.
-        masks: of the call; for those that do not fit, torch's own error is the one to see.
+        masks: of the call.
+        value: as key, where it is another.
+        names: for the sentences of errors.
+
+    Raises:
+        TypeError: key or value is no tensor.
+        ValueError: shapes that do not fit the attention or each other, or is_causal without a mask.
     """
-    if query.dim() != 3 or key.dim() != 3:
+    value = key if value is None else value
+    for name, each in ((names.key, key), (names.value, value)):
+        if not isinstance(each, Tensor):
+            raise refused(
+                TypeError, f"{names.owner}: argument '{name}' got {type(each).__name__}; needs a torch.Tensor"
+            )
+    if not query.dim() == key.dim() == value.dim() == 3:
         return "called without a batch"
-    if key.is_nested:
+    if key.is_nested or value.is_nested:
         return "called with a nested tensor"
-    return _why_not_masks(attn, query, key, masks) if isinstance(attn, FusedMultiheadAttention) else None
+    if not isinstance(attn, FusedMultiheadAttention):
+        return None
+    _check_tokens(attn, query, key, value, names)
+    _check_masks(attn, query, key, masks, names)
+    return why_not_mask(masks.attn_mask, query) or why_not_mask(masks.key_padding_mask, query)
 
 
 class FusedMultiheadAttention(Fused):
@@ -77,9 +108,8 @@ class FusedMultiheadAttention(Fused):
         masks = Masks(attn_mask, key_padding_mask, is_causal)
 
         def why_not() -> str | None:
-            if need_weights:
-                return "called with need_weights=True"
-            return self.why_not_now() or why_not_call(self, query, key, masks)
+            reason = why_not_call(self, query, key, masks, value)  # first: a bad call is bad whoever computes
+            return reason or ("called with need_weights=True" if need_weights else self.why_not_now())
 
         if self.declines(query, why_not):
             return super().forward(
@@ -202,20 +232,52 @@ def _batch_first(attn: Any, tokens: Tensor) -> Tensor:
     return tokens if attn.batch_first else tokens.transpose(0, 1)
 
 
-def _why_not_masks(attn: Any, query: Tensor, key: Tensor, masks: Masks) -> str | None:
+def _check_tokens(attn: Any, query: Tensor, key: Tensor, value: Tensor, names: Names) -> None:
+    given = ((names.query, query, "embed_dim"), (names.key, key, "kdim"), (names.value, value, "vdim"))
+    for name, tensor, argument in given:
+        width = getattr(attn, argument)
+        if tensor.shape[-1] != width:
+            raise refused(
+                ValueError,
+                f"{names.owner}: argument '{name}' has a last axis of {tensor.shape[-1]}; needs {argument}, {width}",
+            )
+    if key is not query:
+        axis = 0 if attn.batch_first else 1
+        if key.shape[axis] != query.shape[axis]:
+            raise refused(
+                ValueError,
+                f"{names.owner}: argument '{names.key}' has a batch of {key.shape[axis]}; "
+                f"needs {names.query}'s, {query.shape[axis]}",
+            )
+    if value is not key and value.shape[:2] != key.shape[:2]:
+        raise refused(
+            ValueError,
+            f"{names.owner}: argument '{names.value}' has shape {list(value.shape)}; "
+            f"needs {names.key}'s first two axes, {list(key.shape[:2])}",
+        )
+
+
+def _check_masks(attn: Any, query: Tensor, key: Tensor, masks: Masks, names: Names) -> None:
     attn_mask, padding, is_causal = masks
     if is_causal and attn_mask is None:
-        return "called with is_causal and no mask"
+        raise refused(
+            ValueError,
+            f"{names.owner}: argument '{names.is_causal}' is True without {names.attn_mask}; needs the causal mask too",
+        )
     batch, queries = query.shape[:2] if attn.batch_first else query.shape[1::-1]
     keys = key.shape[1 if attn.batch_first else 0]
-    fitting = {2: (queries, keys), 3: (batch * attn.num_heads, queries, keys)}
-    if not _is_mask(attn_mask, fitting) or not _is_mask(padding, {2: (batch, keys)}):
-        return "called with a mask that does not fit"
-    return why_not_mask(attn_mask, query) or why_not_mask(padding, query)
+    _check_mask(names.owner, names.attn_mask, attn_mask, [queries, keys], [batch * attn.num_heads, queries, keys])
+    _check_mask(names.owner, names.key_padding_mask, padding, [batch, keys])
 
 
-def _is_mask(mask: Tensor | None, shapes: dict[int, tuple[int, ...]]) -> bool:
-    return mask is None or mask.shape == shapes.get(mask.dim())
+def _check_mask(owner: str, name: str, mask: Tensor | None, *shapes: list[int]) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise refused(TypeError, f"{owner}: argument '{name}' got {type(mask).__name__}; needs a torch.Tensor")
+    if list(mask.shape) not in shapes:
+        needed = " or ".join(map(str, shapes))
+        raise refused(ValueError, f"{owner}: argument '{name}' has shape {list(mask.shape)}; needs {needed}")
 
 
 def _taking_part(attn: Any, masks: Masks) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import dispatch
+from vitkernels.nn.transformer import Twin
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
 from vitkernels.residual import parts
@@ -235,7 +236,10 @@ def _join(mixin: type[Fused], stock: type[nn.Module]) -> type[Fused]:
 
 
 def _with_stock_errors(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A mixin's forward, whose bad calls raise what the stock forward raises: its own error is the one to see."""
+    """A mixin's forward, whose bad calls raise what the stock forward raises: its own error is the one to see.
+
+    The twins in `vk.nn` are the package's own, and so are their errors.
+    """
 
     @functools.wraps(forward)
     def checked(self: Fused, *args: Any, **keywords: Any) -> Any:
@@ -244,7 +248,7 @@ def _with_stock_errors(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return forward(self, *args, **keywords)
         except (TypeError, ValueError) as error:
-            if not is_argument_error(error):
+            if not is_argument_error(error) or issubclass(self.stock, Twin):
                 raise
             refusal = str(error)
         self.count_fallback(refusal)
@@ -284,11 +288,15 @@ def is_swapped(module: Fused) -> bool:
 
 
 def restore(module: nn.Module) -> None:
-    """Give the module its own class back, in place; one that is not fused stays as it is."""
-    if isinstance(module, Fused):
+    """Give the module its own class back, in place; one that is not fused, or was made so, stays as it is."""
+    module.__dict__.pop("__prepare_scriptable__", None)
+    if not isinstance(module, Fused):
+        return
+    if issubclass(module.stock, Twin):
+        module._vitkernels = State()
+    else:
         module.__class__ = module.stock  # type: ignore[assignment]
-    for name in ("_vitkernels", "__prepare_scriptable__"):
-        module.__dict__.pop(name, None)
+        del module._vitkernels
 
 
 def keep_scriptable(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from vitkernels import dispatch
 from vitkernels.fuse.candidates import OWN, Candidate, candidates
 from vitkernels.fuse.explain import explain
 from vitkernels.fuse.swap import Fused, is_swapped, keep_scriptable, restore, swap
+from vitkernels.nn.transformer import Twin
 
 
 def fuse(
@@ -60,10 +61,7 @@ def fuse(
     fusable = [each for each in found if each.declined is None]
     if not fusable and not any(isinstance(module, OWN) for module in model.modules()):
         raise ValueError(_nothing(model, found))
-    before = [each.module for each in fusable if not isinstance(each.module, Fused)]
-    for each in fusable:
-        if not isinstance(each.module, Fused):
-            swap(each.module, each.match.rule.mixin)
+    before = _swap(fusable)
     for module in model.modules():
         if isinstance(module, Fused):
             state = module._vitkernels
@@ -75,7 +73,7 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every module the class that it had before `fuse`, in place.
+    """Give every module the class that it had before `fuse`, in place; `vk.nn`'s own layers stay served.
 
     Args:
         model: fused, wholly or in part, or not at all.
@@ -90,13 +88,26 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: argument 'model' is a {type(model).__name__}; needs a torch.nn.Module")
     for name, module in model.named_modules():
-        if isinstance(module, Fused) and not is_swapped(module):
+        if isinstance(module, Fused) and not issubclass(module.stock, Twin) and not is_swapped(module):
             raise RuntimeError(
                 f"unfuse: '{name}' was made a {type(module).__name__} after it was fused; needs that to be undone first"
             )
     for module in model.modules():
         restore(module)
     return model
+
+
+def swap_known(model: nn.Module) -> None:
+    """Swap in what the rules know of a model, by the process's order of backends, in place."""
+    _swap([each for each in candidates(model) if each.declined is None])
+
+
+def _swap(found: list[Candidate]) -> list[nn.Module]:
+    """Swap what is not fused yet, and name it."""
+    stock = [each for each in found if not isinstance(each.module, Fused)]
+    for each in stock:
+        swap(each.module, each.match.rule.mixin)
+    return [each.module for each in stock]
 
 
 def _check(model: nn.Module, residual_dtype: torch.dtype | None) -> None:

@@ -9,6 +9,7 @@ from vitkernels.nn.naive import NaiveVisionTransformer
 from vitkernels.nn.patch_embed import PatchEmbed
 from vitkernels.nn.pos_embed import resize_pos_embed
 from vitkernels.nn.presets import PRESETS, create_model
+from vitkernels.nn.transformer import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
 from vitkernels.nn.vision_transformer import VisionTransformer
 
 __all__ = [
@@ -19,8 +20,11 @@ __all__ = [
     "GluMlp",
     "LayerScale",
     "Mlp",
+    "MultiheadAttention",
     "NaiveVisionTransformer",
     "PatchEmbed",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "VisionTransformer",
     "create_model",
     "resize_pos_embed",

@@ -21,7 +21,7 @@ def is_argument_error(error: BaseException) -> bool:
     return getattr(error, "_vitkernels_argument", False)
 
 
-def _refused(kind: type[Exception], sentence: str) -> Exception:
+def refused(kind: type[Exception], sentence: str) -> Exception:
     """An error that `is_argument_error` knows."""
     error = kind(sentence)
     error._vitkernels_argument = True  # type: ignore[attr-defined]
@@ -92,14 +92,14 @@ def is_pair(op: str, name: str, value: Sequence[Any]) -> None:
     """Two tensors of one shape, dtype and device, with an axis or more, to be put below each other."""
     if len(value) != 2 or not all(isinstance(each, Tensor) for each in value):
         told = ", ".join(type(each).__name__ for each in value)
-        raise _refused(
+        raise refused(
             TypeError, f"{op}: argument '{name}' got {type(value).__name__}({told}); needs a torch.Tensor, or two"
         )
     first, second = value
     kinds = [(list(each.shape), each.dtype, str(each.device)) for each in (first, second)]
     if first.dim() == 0 or kinds[0] != kinds[1]:
         told = " and ".join(f"{shape} {dtype} on {device}" for shape, dtype, device in kinds)
-        raise _refused(
+        raise refused(
             ValueError, f"{op}: argument '{name}' is {told}; needs two tensors of one shape, dtype and device"
         )
 

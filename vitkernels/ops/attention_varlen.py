@@ -23,7 +23,7 @@ from vitkernels.ops.attention import _reference_backward as _reference_backward_
 from vitkernels.ops.attention import check_groups, check_width
 
 NAME = "attention_varlen"
-_PACKED = {"qkv", "cu_seqlens", "max_seqlen", "is_causal", "scale"}
+_APART = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 
 
 @overload
@@ -67,10 +67,11 @@ def attention_varlen(*args: Any, **named: Any) -> Tensor:
     Raises:
         TypeError: an argument that is no tensor, mixed dtypes outside autocast, or cu_seqlens other than int32.
         ValueError: shapes that do not fit, tensors on different devices, and on the CPU cu_seqlens that do not ascend
-            from 0 to the number of tokens or hold a sequence longer than max_seqlen. On a GPU their values are not
+            from 0 to the number of tokens (in compiled code a RuntimeError, when it runs) or hold a sequence longer
+            than max_seqlen. On a GPU their values are not
             looked at, for it would stall the stream: with wrong ones, results are undefined.
     """
-    packed = len(args) <= 3 and named.keys() <= _PACKED
+    packed = len(args) <= 3 and not named.keys() & _APART
     return (_qkv if packed else _apart)(*args, **named)
 
 
@@ -110,6 +111,9 @@ def _apart(
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     out, _ = op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale)
     return out
+
+
+_qkv.__qualname__ = _apart.__qualname__ = NAME  # what Python's own errors call them
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -160,6 +164,17 @@ def _check_values(name: str, cu_seqlens: Tensor, longest_name: str, longest: int
         return
     if type(cu_seqlens) is not Tensor or cu_seqlens.device.type != "cpu":  # a fake one has no values
         return
+    lengths = [end - begin for begin, end in _spans(name, cu_seqlens, tokens)]
+    most = max(lengths, default=0)
+    if most > longest:
+        raise ValueError(
+            f"{NAME}: argument '{longest_name}' is {longest}; needs {most} or more, the tokens of sequence "
+            f"{lengths.index(most)}"
+        )
+
+
+def _spans(name: str, cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
+    """(begin, end) of each sequence."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0:
         raise ValueError(f"{NAME}: argument '{name}' begins with {ends[0]}; needs 0")
@@ -168,13 +183,9 @@ def _check_values(name: str, cu_seqlens: Tensor, longest_name: str, longest: int
             raise ValueError(
                 f"{NAME}: argument '{name}' falls from {begin} to {end} behind index {index}; needs ascending values"
             )
-        if end - begin > longest:
-            raise ValueError(
-                f"{NAME}: argument '{longest_name}' is {longest}; needs {end - begin} or more, the tokens of sequence "
-                f"{index}"
-            )
     if ends[-1] != tokens:
         raise ValueError(f"{NAME}: argument '{name}' ends with {ends[-1]}; needs {tokens}, the number of tokens")
+    return list(pairwise(ends))
 
 
 # ------------------------------------------------------------------------------------------------------------------- op
@@ -214,8 +225,10 @@ def parts(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor
     return q, k, v
 
 
-def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    for queries, keys in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+def _sequences(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of q and of k. Compiled graphs do not look at values, so that they are looked at here too."""
+    spans = _spans("cu_seqlens_q", cu_q, q.shape[0]), _spans("cu_seqlens_k", cu_k, k.shape[0])
+    for queries, keys in zip(*spans, strict=True):
         yield slice(*queries), slice(*keys)
 
 
@@ -227,7 +240,7 @@ def _heads_first(tensor: Tensor) -> Tensor:
 def _reference(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale):
     q, k, v = parts(q, k, v)
     out, stats = _fake(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale)
-    for queries, keys in _sequences(cu_q, cu_k):
+    for queries, keys in _sequences(cu_q, cu_k, q, k):
         one = (_heads_first(q[queries]), _heads_first(k[keys]), _heads_first(v[keys]))
         one_out, one_stats = _reference_dense(*one, None, is_causal, scale)
         out[queries], stats[:, :, queries] = one_out[0].transpose(0, 1), one_stats[0]
@@ -238,7 +251,7 @@ def _reference_backward(dout, q, k, v, out, stats, cu_q, cu_k, max_q, max_k, is_
     grads = _fake_backward(dout, q, k, v, out, stats, cu_q, cu_k, max_q, max_k, is_causal, scale)
     dq, dk, dv = grads if k is not None else grads[0].unbind(1)
     q, k, v = parts(q, k, v)
-    for queries, keys in _sequences(cu_q, cu_k):
+    for queries, keys in _sequences(cu_q, cu_k, q, k):
         one = (_heads_first(q[queries]), _heads_first(k[keys]), _heads_first(v[keys]), _heads_first(out[queries]))
         one_stats = stats[None, :, :, queries]
         one_grads = _reference_backward_dense(

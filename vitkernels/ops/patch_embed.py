@@ -53,8 +53,9 @@ def patch_embed(
 
     Raises:
         TypeError: dtypes other than those above.
-        ValueError: shapes that do not fit, tensors on different devices, a std of 0, NaN in pos_embed or an index in
-            keep out of range (both looked for on the CPU alone: on a GPU it would stall the stream).
+        ValueError: shapes that do not fit, tensors on different devices, a std of 0, NaN in pos_embed, an index in keep
+            out of range or twice for an image (values are looked at on the CPU alone: on a GPU it would stall the
+            stream).
     """
     optional = {"bias": bias, "prefix": prefix, "pos_embed": pos_embed, "keep": keep}
     _check.is_tensor(NAME, image=image, weight=weight, optional=optional)
@@ -103,6 +104,8 @@ def _check_keep(keep: Tensor, batch: int) -> None:
         raise TypeError(f"{NAME}: argument 'keep' has dtype {keep.dtype}; needs int64")
     _check.has_rank(NAME, "keep", keep, "[B, M]")
     _check.has_shape(NAME, "keep", keep, (batch, keep.shape[1]), "image's batch")
+    if keep.shape[1] == 0:
+        raise ValueError(f"{NAME}: argument 'keep' has shape {list(keep.shape)}; needs a patch of each image or more")
 
 
 def _check_pixels(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:
@@ -129,6 +132,13 @@ def _check_values(pos_embed: Tensor | None, keep: Tensor | None, patches: int) -
         if low < 0 or high >= patches:
             raise ValueError(
                 f"{NAME}: argument 'keep' holds indices from {low} to {high}; needs 0 to {patches - 1}, the patches"
+            )
+        ordered = keep.sort(1).values
+        doubled = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+        if len(doubled):
+            image, at = doubled[0].tolist()
+            raise ValueError(
+                f"{NAME}: argument 'keep' holds index {ordered[image, at]} twice for image {image}; needs each once"
             )
 
 

@@ -10,13 +10,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitkernels.fuse.multihead import NO_MASKS, FusedMultiheadAttention, Masks, attention_branch, why_not_call
+from vitkernels.fuse.multihead import (
+    NO_MASKS,
+    FusedMultiheadAttention,
+    Masks,
+    Names,
+    attention_branch,
+    why_not_call,
+)
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import PreNormBlock
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import owner, stock_type
 from vitkernels.residual.stream import Sublayer, post_norm
 from vitkernels.residual.sublayers import dropped, mlp_branch
+
+_SRC = Names("TransformerEncoderLayer", "src", "src", "src", "src_mask", "src_key_padding_mask")
+_TGT = Names("TransformerDecoderLayer", "tgt", "tgt", "tgt", "tgt_mask", "tgt_key_padding_mask", "tgt_is_causal")
+_MEMORY = Names(
+    "TransformerDecoderLayer",
+    "tgt",
+    "memory",
+    "memory",
+    "memory_mask",
+    "memory_key_padding_mask",
+    "memory_is_causal",
+)
 
 
 class FusedLayer(PreNormBlock):
@@ -60,7 +79,7 @@ class FusedEncoderLayer(FusedLayer):
         is_causal: bool = False,
     ) -> Tensor:
         masks = Masks(src_mask, src_key_padding_mask, is_causal)
-        if self.declines(src, lambda: self.why_not_now() or why_not_call(self.self_attn, src, src, masks)):
+        if self.declines(src, lambda: why_not_call(self.self_attn, src, src, masks, names=_SRC) or self.why_not_now()):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         return self.run(src, masks=masks)
 
@@ -102,7 +121,8 @@ class FusedDecoderLayer(FusedLayer):
         if self.declines(
             tgt,
             lambda: (
-                why_not_call(layer.self_attn, tgt, tgt, own) or why_not_call(layer.multihead_attn, tgt, memory, cross)
+                why_not_call(layer.self_attn, tgt, tgt, own, names=_TGT)
+                or why_not_call(layer.multihead_attn, tgt, memory, cross, names=_MEMORY)
             ),
         ):
             return super().forward(

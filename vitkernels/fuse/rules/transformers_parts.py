@@ -93,7 +93,14 @@ WRAPPERS.add(("transformers.modeling_layers", "forward_with_checkpointing"))
 _FUNCTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "vitkernels")
 # Keywords that reach attention on their way to others, and change nothing in it.
 _PASSING = frozenset(
-    {"is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch"}
+    {
+        "is_causal",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+    }
 )
 
 
