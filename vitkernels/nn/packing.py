@@ -28,7 +28,7 @@ class Packing:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
         """For images of so many tokens."""
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
         return cls(tuple(lengths), ends.to(device, non_blocking=True))
 
     def images_of_tokens(self) -> Tensor:
@@ -40,7 +40,7 @@ class Packing:
         """These images alone, [s] int64 on the CPU: their packing, and the rows of their tokens here."""
         begins = [0, *accumulate(self.lengths)]
         chosen = images.tolist()
-        rows = torch.cat([torch.arange(begins[index], begins[index + 1]) for index in chosen])
+        rows = torch.cat([torch.arange(begins[index], begins[index + 1], device="cpu") for index in chosen])
         device = self.cu_seqlens.device
         return Packing.of([self.lengths[index] for index in chosen], device), rows.to(device, non_blocking=True)
 
