@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
         return self.head(self.decoder(tokens, mask=mask, is_causal=True))  # no letter sees what is behind it
 
     @torch.no_grad()
-    def generate(self, begin: str, count: int, temperature: float = 0.5) -> str:
+    def generate(self, begin: str, count: int, temperature: float = 0.4) -> str:
         """The text with so many letters behind it, each drawn from what the model expects there."""
         text = encode(begin)
         for _ in range(count):
@@ -72,7 +72,7 @@ def cross_entropy(model: LanguageModel, text: Tensor) -> float:
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).item()
 
 
-def main(steps: int = 400) -> None:
+def main(steps: int = 500) -> None:
     """Train, compare with counting on held-out text, and write."""
     torch.manual_seed(0)
     text = encode(TEXT)
@@ -105,9 +105,9 @@ def main(steps: int = 400) -> None:
     words = written.split()[:-1]
     known = sum(word in set(TEXT.split()) for word in words) / len(words)
     print(f"{known:.0%} of the words that it wrote are in the text")
-    assert learned < counted, "it did not learn more than pairs of letters"
-    assert known > 0.5, "it did not learn words"
+    assert learned < 0.95 * counted, "it did not learn more than pairs of letters"
+    assert known > 0.4, "it did not learn words"
 
 
 if __name__ == "__main__":
-    main(steps(__doc__, default=400))
+    main(steps(__doc__, default=500))

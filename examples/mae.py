@@ -1,0 +1,89 @@
+"""Masked autoencoding (He et al. 2021): a ViT learns without labels to draw what is hidden, then is asked for digits.
+
+The encoder reads a quarter of the patches, and only these are projected; a small decoder gets the mask token on all
+other places and draws them. What the encoder has learned is measured by a linear probe on its frozen features, beside
+that of an encoder that has learned nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from shared import Scans, digits, ops_of, steps
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+import vitkernels as vk
+
+PATCH, WIDTH, HEADS, LABELLED = 2, 64, 4, 100
+
+
+class MaskedAutoencoder(nn.Module):
+    """Scans to the pixels of their hidden patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = vk.nn.VisionTransformer(
+            img_size=8,
+            patch_size=PATCH,
+            in_chans=1,
+            num_classes=0,
+            embed_dim=WIDTH,
+            depth=3,
+            num_heads=HEADS,
+            mean=(0.3,),
+            std=(0.4,),
+        )
+        nn.init.normal_(self.encoder.pos_embed, std=0.2)
+        self.mask_token = nn.Parameter(torch.zeros(WIDTH))
+        self.places = nn.Parameter(torch.randn(1, 1 + self.encoder.patch_embed.num_patches, WIDTH) * 0.2)
+        self.decoder = nn.Sequential(vk.nn.Block(WIDTH, HEADS, qkv_bias=True), nn.LayerNorm(WIDTH))
+        self.draw = nn.Linear(WIDTH, PATCH * PATCH)
+
+    def forward(self, images: Tensor, ratio: float = 0.75) -> Tensor:
+        """[B, 1, 8, 8] uint8 to the mean squared error on hidden patches."""
+        patches = F.unfold(images / 255, PATCH, stride=PATCH).transpose(1, 2)  # [B, N, P * P]
+        masking = vk.nn.random_masking(*patches.shape[:2], ratio)
+        seen = self.encoder.forward_features(images, keep=masking.keep)  # [B, 1 + M, D]
+        whole = vk.nn.unshuffle(seen, self.mask_token, masking.restore, prefixes=1)  # [B, 1 + N, D]
+        drawn = self.draw(self.decoder(whole + self.places))[:, 1:]
+        return (drawn - patches).square()[masking.hidden].mean()
+
+
+@torch.no_grad()
+def probe(encoder: vk.nn.VisionTransformer, train: Scans, test: Scans) -> float:
+    """Share of held-out scans that a linear classifier on the frozen features names rightly, from a few labels."""
+    learned, asked = (encoder.forward_features(scans.images)[:, 1:].mean(1).numpy() for scans in (train, test))
+    classifier = LogisticRegression(max_iter=1000).fit(learned[:LABELLED], train.labels[:LABELLED].numpy())
+    return classifier.score(asked, test.labels.numpy())
+
+
+def main(steps: int = 600) -> None:
+    """Pre-train without labels, then probe."""
+    torch.manual_seed(0)
+    train, test = digits()
+    model = MaskedAutoencoder()
+    before = probe(model.encoder, train, test)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    losses = []
+    with vk.record() as calls:
+        for step, (images, _) in enumerate(train.batches(128, steps)):
+            loss = model(images)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if step % 100 == 0:
+                print(f"step {step:4d}: mean squared error {loss.item():.4f}")
+    assert {"patch_embed", "attention_qkv", "add_layer_norm", "mlp"} <= {call.op for call in calls}
+    print(f"ran: {ops_of(calls)}")
+    after = probe(model.encoder, train, test)
+    print(f"a linear probe on {LABELLED} labels names {after:.1%} rightly; before pre-training, {before:.1%}")
+    assert losses[-1] < 0.6 * losses[0], "it did not learn to draw"
+    assert after > before + 0.05, "its features are not better than those of a random encoder"
+
+
+if __name__ == "__main__":
+    main(steps(__doc__, default=600))
