@@ -18,7 +18,7 @@ SIZE, LARGER = 16, (20, 24)
 
 def build(pool: str) -> vk.nn.VisionTransformer:
     """A small ViT; with "avg" it needs no class token."""
-    return vk.nn.VisionTransformer(
+    model = vk.nn.VisionTransformer(
         img_size=SIZE,
         patch_size=4,
         in_chans=1,
@@ -32,6 +32,8 @@ def build(pool: str) -> vk.nn.VisionTransformer:
         mean=(0.3,),
         std=(0.35,),
     )
+    nn.init.normal_(model.pos_embed, std=0.2)  # as large as the tokens: so little data says little of where they stand
+    return model
 
 
 def resized(scans: Tensor, size: int) -> Tensor:

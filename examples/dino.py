@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 
-LARGE, SMALL, SMALL_CROPS, WIDTH, PROTOTYPES = 16, 8, 4, 64, 128
+LARGE, SMALL, SMALL_CROPS, WIDTH, PROTOTYPES = 16, 8, 4, 64, 64
+BATCH = 48
 
 
 class Model(nn.Module):
@@ -31,19 +32,30 @@ class Model(nn.Module):
             in_chans=1,
             num_classes=0,
             embed_dim=WIDTH,
-            depth=3,
+            depth=2,
             num_heads=4,
-            drop_path_rate=0.2,
+            drop_path_rate=0.1,
             drop_path_subset=True,
             mean=(0.3,),
             std=(0.35,),
         )
+        nn.init.normal_(self.backbone.pos_embed, std=0.2)
         self.head = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, 32))
-        self.prototypes = nn.Linear(32, PROTOTYPES, bias=False)
+        self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, 32))
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """[B_i, 1, S_i, S_i] each to [sum of B_i, PROTOTYPES]."""
-        return self.prototypes(F.normalize(self.head(self.backbone(crops)), dim=-1))
+        points = self.head(self.backbone(crops))
+        return F.normalize(points, dim=-1) @ F.normalize(self.prototypes, dim=-1).t()
+
+
+def assigned(scores: Tensor, temperature: float = 0.05) -> Tensor:
+    """What the teacher says of each crop: sure of one prototype, and over the batch of all alike (Sinkhorn-Knopp)."""
+    share = (scores / temperature).exp()
+    for _ in range(3):
+        share = share / share.sum(0)
+        share = share / share.sum(1, keepdim=True)
+    return share
 
 
 def crop(scans: Tensor, size: int, smallest: float, largest: float) -> Tensor:
@@ -77,13 +89,11 @@ def main(steps: int = 300) -> None:
     before = nearest_neighbours(teacher, train, test)
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    centre = torch.zeros(PROTOTYPES)
-    for step, (scans, _) in enumerate(train.batches(64, steps)):
+    for step, (scans, _) in enumerate(train.batches(BATCH, steps)):
         large = torch.cat([crop(scans, LARGE, 0.7, 1.0) for _ in range(2)])
         small = torch.cat([crop(scans, SMALL, 0.4, 0.7) for _ in range(SMALL_CROPS)])
         with vk.record() as calls:
-            scores = teacher([large])
-            target = F.softmax((scores - centre) / 0.04, dim=-1).unflatten(0, (2, -1))  # sharp, and centred
+            target = assigned(teacher([large])).unflatten(0, (2, -1))
             guess = F.log_softmax(student([large, small]) / 0.1, dim=-1).unflatten(0, (2 + SMALL_CROPS, -1))
             losses = -torch.einsum("tbp,sbp->ts", target, guess) / len(scans)
             loss = losses[~torch.eye(2, 2 + SMALL_CROPS, dtype=torch.bool)].mean()  # no crop is held against itself
@@ -92,9 +102,8 @@ def main(steps: int = 300) -> None:
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            centre.lerp_(scores.mean(0), 0.1)
             for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                slow.lerp_(fast, 0.02)
+                slow.lerp_(fast, 0.03)
         if step % 50 == 0:
             print(f"step {step:4d}: loss {loss.item():.3f}")
     ran = {call.op for call in calls}

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from shared import Scans, digits, ops_of, steps
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -54,11 +56,12 @@ class MaskedAutoencoder(nn.Module):
 def probe(encoder: vk.nn.VisionTransformer, train: Scans, test: Scans) -> float:
     """Share of held-out scans that a linear classifier on the frozen features names rightly, from a few labels."""
     learned, asked = (encoder.forward_features(scans.images)[:, 1:].mean(1).numpy() for scans in (train, test))
-    classifier = LogisticRegression(max_iter=1000).fit(learned[:LABELLED], train.labels[:LABELLED].numpy())
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    classifier.fit(learned[:LABELLED], train.labels[:LABELLED].numpy())
     return classifier.score(asked, test.labels.numpy())
 
 
-def main(steps: int = 600) -> None:
+def main(steps: int = 400) -> None:
     """Pre-train without labels, then probe."""
     torch.manual_seed(0)
     train, test = digits()
@@ -86,4 +89,4 @@ def main(steps: int = 600) -> None:
 
 
 if __name__ == "__main__":
-    main(steps(__doc__, default=600))
+    main(steps(__doc__, default=400))
