@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from shared import accuracy, digits, ops_of, steps
+from shared import accuracy, digits, ops_of, started, steps
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -32,8 +32,7 @@ def build(pool: str) -> vk.nn.VisionTransformer:
         mean=(0.3,),
         std=(0.35,),
     )
-    nn.init.normal_(model.pos_embed, std=0.2)  # as large as the tokens: so little data says little of where they stand
-    return model
+    return started(model)
 
 
 def resized(scans: Tensor, size: int) -> Tensor:
@@ -43,7 +42,7 @@ def resized(scans: Tensor, size: int) -> Tensor:
 
 def augmented(scans: Tensor) -> Tensor:
     """Each scan a little larger or smaller: a model that has seen one size of strokes knows no other."""
-    side = int(torch.randint(SIZE - 3, SIZE + 6, ()))
+    side = int(torch.randint(SIZE - 2, SIZE + 5, ()))
     larger = resized(scans, side)
     over = max(side - SIZE, 0)
     top, left = (int(torch.randint(over + 1, ())) for _ in range(2))

@@ -12,7 +12,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from shared import Scans, accuracy, digits, ops_of, steps
+from shared import Scans, accuracy, digits, ops_of, started, steps
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -39,7 +39,7 @@ class Model(nn.Module):
             mean=(0.3,),
             std=(0.35,),
         )
-        nn.init.normal_(self.backbone.pos_embed, std=0.2)
+        started(self.backbone)
         self.head = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, 32))
         self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, 32))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from shared import Scans, accuracy, digits, ops_of, steps
+from shared import Scans, accuracy, digits, ops_of, started, steps
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,8 +37,7 @@ def build() -> vk.nn.VisionTransformer:
         mean=(0.3,),
         std=(0.4,),
     )
-    nn.init.normal_(model.pos_embed, std=0.2)  # as large as the tokens
-    return model
+    return started(model)
 
 
 def ddp() -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from shared import Scans, digits, ops_of, steps
+from shared import Scans, digits, ops_of, started, steps
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -36,7 +36,7 @@ class MaskedAutoencoder(nn.Module):
             mean=(0.3,),
             std=(0.4,),
         )
-        nn.init.normal_(self.encoder.pos_embed, std=0.2)
+        started(self.encoder)
         self.mask_token = nn.Parameter(torch.zeros(WIDTH))
         self.places = nn.Parameter(torch.randn(1, 1 + self.encoder.patch_embed.num_patches, WIDTH) * 0.2)
         self.decoder = nn.Sequential(vk.nn.Block(WIDTH, HEADS, qkv_bias=True), nn.LayerNorm(WIDTH))

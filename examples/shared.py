@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 import vitkernels as vk
 
@@ -34,6 +34,15 @@ def digits(held_out: int = 360) -> tuple[Scans, Scans]:
     images = torch.from_numpy(source.images[order]).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(source.target[order]).long()
     return Scans(images[held_out:], labels[held_out:]), Scans(images[:held_out], labels[:held_out])
+
+
+def started(vit: Any) -> Any:
+    """The model with first weights for a narrow ViT and a short training; its own are for wide ones and long runs."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    nn.init.normal_(vit.pos_embed, std=0.2)
+    return vit
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

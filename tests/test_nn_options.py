@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import FLOORS, check
 from peers import SIZES
+from refused import check_refused
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -251,8 +252,10 @@ def test_a_hook_sees_each_block_of_a_packed_batch() -> None:
 def test_a_packed_call_refuses_a_mask_beside_it() -> None:
     block, x = Block(48, 3), torch.randn(5, 1, 48)
     packing = vk.nn.packing.Packing.of([2, 3], x.device)
-    with pytest.raises(ValueError, match="'attn_mask' is given with 'packing'; needs one of them"):
-        block(x, attn_mask=torch.ones(5, 5, dtype=torch.bool), packing=packing)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    for module in (block, block.attn):
+        words = ("'attn_mask' is given with 'packing'", "needs one of them")
+        check_refused(lambda module=module: module(x, attn_mask=mask, packing=packing), ValueError, words)
 
 
 # -------------------------------------------------------------------------------------------- samples that are dropped
@@ -365,9 +368,10 @@ def test_a_subset_takes_its_own_rows_of_a_mask(monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------------------------------------------------ compiled
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_compile_has_no_graph_break(packed: bool) -> None:
-    model = build(depth=1, use_rot_pos_emb=True, qk_norm=True, patch_drop_rate=0.3)
+@pytest.mark.parametrize(("packed", "subset"), [(False, True), (True, False)], ids=["batch, subset", "packed"])
+def test_compile_has_no_graph_break(packed: bool, subset: bool) -> None:
+    model = build(depth=1, use_rot_pos_emb=True, qk_norm=True, patch_drop_rate=0.3, drop_path_subset=subset)
+    model.blocks[0].drop_path1, model.blocks[0].drop_path2 = DropPath(0.3), DropPath(0.3)
     pixels: Any = [images(*size) for size in SIZES_OF_IMAGES] if packed else images()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -78,11 +78,16 @@ class Attention(nn.Module):
 
         Returns:
             x's shape.
+
+        Raises:
+            ValueError: an attn_mask with a packing, or what `ops.attention_qkv` and `ops.attention_varlen` refuse.
         """
         return self.branch(attn_mask=attn_mask, is_causal=is_causal, rope=rope, packing=packing).run(x, False)[0]
 
     def branch(self, rope: Rope | None = None, packing: Packing | None = None, **options: Any) -> Branch:
         """The module as the branch of a residual step; the options are forward's."""
+        if packing is not None and options.get("attn_mask") is not None:
+            raise ValueError("Attention: argument 'attn_mask' is given with 'packing'; needs one of them")
         why_not = why_not_linears(qkv=self.qkv, proj=self.proj)
         is_plain = rope is None and packing is None and self._has_no_norms()
 
@@ -106,8 +111,6 @@ class Attention(nn.Module):
         """The heads' outputs side by side, [B, N, D]."""
         if packing is None:
             return ops.attention_qkv(qkv, self.num_heads, attn_mask=attn_mask, is_causal=is_causal)
-        if attn_mask is not None:
-            raise ValueError("Attention: argument 'attn_mask' is given with 'packing'; needs one of them")
         packed = qkv.view(len(qkv), 3, self.num_heads, self.head_dim)
         out = ops.attention_varlen(packed, packing.cu_seqlens, max(packing.lengths), is_causal=is_causal)
         return out.flatten(1).unsqueeze(1)

@@ -119,7 +119,7 @@ class Block(nn.Module):
 
     def drops_samples(self) -> bool:
         """Whether sub-layers run on subsets of the samples now."""
-        drops = any(isinstance(each, DropPath) for each in (self.drop_path1, self.drop_path2))
+        drops = all(isinstance(each, DropPath) for each in (self.drop_path1, self.drop_path2))
         return self.training and self.drop_path_subset and drops
 
     def _on_subsets(self, x: Tensor, options: dict[str, Any]) -> Tensor:
