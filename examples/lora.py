@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shared import Scans, accuracy, digits, ops_of, steps
+from shared import Scans, accuracy, digits, ops_of, started, steps
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -58,7 +58,7 @@ def main(steps: int = 250) -> None:
     few = Scans(*(each[scans.labels < 5] for each in scans))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "five.pth"
-        model = vk.fuse(timm.create_model("vit_tiny_patch16_224", num_classes=5, **OPTIONS))
+        model = started(timm.create_model("vit_tiny_patch16_224", num_classes=5, **OPTIONS))
         train(model, few, steps, 3e-3)
         torch.save(model.state_dict(), path)
         model = timm.create_model("vit_tiny_patch16_224", num_classes=5, checkpoint_path=str(path), **OPTIONS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from shared import Scans, digits, ops_of, steps
+from shared import Scans, digits, ops_of, started, steps
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -40,8 +40,9 @@ class Reader(nn.Module):
             mean=(0.3,),
             std=(0.4,),
         )
+        started(self.encoder)
         self.letters = nn.Embedding(len(LETTERS), WIDTH)
-        self.positions = nn.Parameter(torch.randn(LONGEST, WIDTH) * 0.02)
+        self.positions = nn.Parameter(torch.randn(LONGEST, WIDTH) * 0.5)
         layer = nn.TransformerDecoderLayer(
             WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
