@@ -1,8 +1,8 @@
 """Masked autoencoding (He et al. 2021): a ViT learns without labels to draw what is hidden, then is asked for digits.
 
-The encoder reads half of the patches, and only these are projected; a small decoder gets the mask token on all
-other places and draws them. What the encoder has learned is measured by a linear probe on its frozen features, beside
-that of an encoder that has learned nothing.
+The encoder reads half of the patches, and only these are projected; a small decoder gets the mask token on all other
+places and draws them. Then a linear probe on the frozen features names scans of which half is hidden, beside the same
+probe on an encoder that has learned nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 
-PATCH, WIDTH, HEADS, LABELLED = 2, 64, 4, 50
+PATCH, WIDTH, HEADS, LABELLED = 2, 64, 4, 100
 
 
 class MaskedAutoencoder(nn.Module):
@@ -37,10 +37,11 @@ class MaskedAutoencoder(nn.Module):
             std=(0.4,),
         )
         self.mask_token = nn.Parameter(torch.zeros(WIDTH))
-        self.places = nn.Parameter(torch.randn(1, 1 + self.encoder.patch_embed.num_patches, WIDTH))
+        self.places = nn.Parameter(torch.randn(1, 1 + self.encoder.patch_embed.num_patches, WIDTH) * 2)
         self.decoder = nn.Sequential(vk.nn.Block(WIDTH, HEADS, qkv_bias=True), nn.LayerNorm(WIDTH))
         self.draw = nn.Linear(WIDTH, PATCH * PATCH)
-        started(self)
+        started(self.encoder)
+        started(self.decoder)
 
     def forward(self, images: Tensor, ratio: float = 0.5) -> Tensor:
         """[B, 1, 8, 8] uint8 to the mean squared error on hidden patches."""
@@ -54,11 +55,15 @@ class MaskedAutoencoder(nn.Module):
 
 @torch.no_grad()
 def probe(encoder: vk.nn.VisionTransformer, train: Scans, test: Scans) -> float:
-    """Share of held-out scans that a linear classifier on the frozen features names rightly, from a few labels."""
-    learned, asked = (encoder.forward_features(scans.images)[:, 1:].mean(1).numpy() for scans in (train, test))
+    """Share of half-hidden, held-out scans that a linear classifier on the frozen features, fed few labels, names."""
+    torch.manual_seed(0)  # the same halves before and after
+    features = []
+    for scans in (train, test):
+        keep = vk.nn.random_masking(len(scans.labels), encoder.patch_embed.num_patches, 0.5).keep
+        features.append(encoder.forward_features(scans.images, keep=keep)[:, 1:].mean(1).numpy())
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    classifier.fit(learned[:LABELLED], train.labels[:LABELLED].numpy())
-    return classifier.score(asked, test.labels.numpy())
+    classifier.fit(features[0][:LABELLED], train.labels[:LABELLED].numpy())
+    return classifier.score(features[1], test.labels.numpy())
 
 
 def main(steps: int = 800) -> None:
@@ -67,28 +72,28 @@ def main(steps: int = 800) -> None:
     train, test = digits()
     model = MaskedAutoencoder()
     before = probe(model.encoder, train, test)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.15)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     with vk.record() as calls:
-        for step, (images, _) in enumerate(train.batches(128, steps)):
+        for step, (images, _) in enumerate(train.batches(64, steps)):
             loss = model(images)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
             losses.append(loss.item())
             if step % 100 == 0:
                 print(f"step {step:4d}: mean squared error {loss.item():.4f}")
     assert {"patch_embed", "attention_qkv", "add_layer_norm", "mlp"} <= {call.op for call in calls}
     print(f"ran: {ops_of(calls)}")
     after = probe(model.encoder, train, test)
-    print(f"a linear probe on {LABELLED} labels names {after:.1%} rightly; before pre-training, {before:.1%}")
+    print(
+        f"a linear probe on {LABELLED} labels names {after:.1%} of half-hidden scans; before pre-training, {before:.1%}"
+    )
     drawn = sum(losses[-20:]) / 20
     blind = (train.images / 255 - (train.images / 255).mean(0)).square().mean().item()
     print(f"what is hidden is drawn with a mean squared error of {drawn:.4f}; by the mean scan, {blind:.4f}")
-    assert drawn < 0.9 * blind, "it did not learn to draw"
-    assert after > before + 0.03, "its features are not better than those of a random encoder"
+    assert drawn < 0.85 * blind, "it did not learn to draw"
+    assert after > before + 0.1, "its features are not better than those of a random encoder"
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ pytest.importorskip("sklearn", reason="the examples' data is scikit-learn's")
 # steps: enough to learn what the example asserts
 STEPS = {
     "vit_tutorial": 100,
-    "classification": 150,
-    "language_model": 250,
-    "reading": 200,
-    "mae": 200,
-    "dino": 100,
-    "lora": 100,
+    "classification": 120,
+    "language_model": 220,
+    "reading": 150,
+    "mae": 350,
+    "dino": 120,
+    "lora": 80,
 }
 TORCHRUN = {"distributed": 50}
 
