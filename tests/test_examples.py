@@ -24,7 +24,7 @@ STEPS = {
     "dino": 120,
     "lora": 80,
 }
-TORCHRUN = {"distributed": 50}
+TORCHRUN = {"distributed": 70}
 
 
 @pytest.mark.parametrize("name", STEPS)
