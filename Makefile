@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models lint check test test-asan clean
+.PHONY: help install demo examples bench bench-quick bench-host bench-cpu bench-scaling bench-memory bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,12 @@ install: .venv/.built ## .venv with everything, the extension built (demo and te
 demo: .venv/.built ## train a ViT on scikit-learn's digit scans, naive and fused, and compare (under 4 minutes)
 	$(PY) -m vitkernels demo
 
+EXAMPLES := vit_tutorial classification language_model reading mae dino lora
+
+examples: .venv/.built ## train every model of examples/ in full (a few minutes)
+	for name in $(EXAMPLES); do echo "== $$name" && $(PY) examples/$$name.py || exit 1; done
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
+
 bench: .venv/.built ## time ops, models and scaling against every peer that is installed, then report
 	$(PY) -m bench.run
 	$(PY) -m bench.report
@@ -50,6 +56,10 @@ bench-cpu: .venv/.built ## whole models on this machine against every library's
 
 bench-scaling: .venv/.built ## how cost grows with tokens, batch, width and depth
 	$(PY) -m bench.run --suite scaling
+	$(PY) -m bench.report
+
+bench-memory: .venv/.built ## memory against time: stock and fused models, with and without running blocks again
+	$(PY) -m bench.run --suite memory
 	$(PY) -m bench.report
 
 bench-demo: .venv/.built ## the demo with timm beside it, and the seconds to 97 % accuracy

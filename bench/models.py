@@ -40,6 +40,7 @@ class ModelBench:
         lanes: names from `zoo`.
         tokens: of a block, N.
         update: with an optimizer's step, AdamW; forward + backward alone where False.
+        kind: of the key, where it is no block.
         sweep: `sweep` and `at` of the key.
     """
 
@@ -55,6 +56,7 @@ class ModelBench:
         block: bool = False,
         tokens: int = 0,
         update: bool = False,
+        kind: str = "model",
         **sweep: Any,
     ) -> None:
         self.arguments = {"img_size": 224, "num_classes": 1000, **PRESETS.get(name, {}), **arguments}
@@ -67,7 +69,7 @@ class ModelBench:
         if not block:
             shape = f"B={batch} {self.arguments['img_size']} px, N={self.tokens}"
         self.key = Key(
-            "block" if block else "model",
+            "block" if block else kind,
             name,
             shape,
             str(dtype).removeprefix("torch."),

@@ -1,6 +1,6 @@
 """Writes every figure that this repository shows, from bench/results/: `python -m bench.report`; nobody types them.
 
-Between `<!-- figures: NAME -->` and `<!-- end -->`, in the README and in docs/scaling.md, stands what `BLOCKS[NAME]`
+Between `<!-- figures: NAME -->` and `<!-- end -->`, in the README and in pages of docs/, stands what `BLOCKS[NAME]`
 makes of the results files. bench/results/REPORT.md is made as a whole, with its pictures.
 """
 
@@ -20,7 +20,7 @@ from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md", ROOT / "docs" / "memory.md")
 REPORT = "REPORT.md"
 LEGEND = """Made by `python -m bench.report` from the JSON files beside it.
 
@@ -83,6 +83,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "coverage": lambda results: (
         "\n".join(coverage.table(content) for content in results.coverage.values()) or "Not yet measured.\n"
     ),
+    "memory": _for_each(tables.memory),
     "scaling": lambda results: scaling.page(list(results.devices.values())),
 }
 
@@ -117,6 +118,7 @@ def report(results: Results) -> str:
         sections = {
             "Blocks and models": tables.models(content),
             "Ops": tables.ops(content),
+            "Memory against time": tables.memory(content),
             "How cost grows": scaling.growth(content),
             "Every lane": f"{tables.lanes(content)}\n",
             "No figure, or one with a remark": f"{tables.wrong(content)}\n",

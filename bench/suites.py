@@ -4,6 +4,7 @@ quick      each op, a block and a small model: minutes
 ops        each op, forward and with its backward
 models     blocks and whole models against every library's
 scaling    how cost grows with tokens, batch, width and depth
+memory     memory against time: whole models, stock and fused, with and without running each block again in backward
 full       ops, models and scaling
 autotuned  one whole model, at the size of training, against the fastest that torch.compile makes
 smoke      seconds: what the tests run, too small to say anything
@@ -28,6 +29,7 @@ FORWARD, BOTH = False, True
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EAGER = (OURS, "vk.fuse(timm)", "naive", "timm")
 LIBRARIES = (*EAGER, "timm, compiled", "transformers", "torchvision")
+RECOMPUTE = ("timm", "timm, recompute", OURS, f"{OURS}, recompute", "vk.fuse(timm)", "vk.fuse(timm), recompute")
 EVERY = (*LIBRARIES, "naive, conv2d", f"{OURS}, compiled", "timm, max-autotune")
 
 
@@ -146,6 +148,14 @@ def scaling(device: torch.device) -> Iterator[Plan]:
         yield _model(effort, "vit", arguments, 4 * grown, dtype, device, lanes, sweep="depth", at=depth)
 
 
+def memory(device: torch.device) -> Iterator[Plan]:
+    gpu = device.type == "cuda"
+    batches = {"tiny": 512, "small": 256, "base": 128, "large": 64} if gpu else {"tiny": 16, "small": 8}
+    for dtype in (BF16,) if gpu else (F32, BF16):
+        for name, batch in batches.items():
+            yield _model(Effort(8, 5, 15), f"vit_{name}_patch16", {}, batch, dtype, device, RECOMPUTE, kind="memory")
+
+
 def autotuned(device: torch.device) -> Iterator[Plan]:
     gpu = device.type == "cuda"
     peer = "timm, max-autotune" if gpu else "timm, compiled"
@@ -166,6 +176,7 @@ SUITES: dict[str, Callable[[torch.device], Iterator[Plan]]] = {
     "ops": ops,
     "models": models,
     "scaling": scaling,
+    "memory": memory,
     "autotuned": autotuned,
     "smoke": smoke,
 }

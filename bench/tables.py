@@ -90,6 +90,27 @@ def models(content: Content) -> str:
     return "\n".join(_by_dtype(content, of_kind(content, "model", "block"), _model_table))
 
 
+def memory(content: Content) -> str:
+    """A table for each dtype: of each lane its time and its memory, and both over the stock model's."""
+    return "\n".join(_by_dtype(content, of_kind(content, "memory"), _memory_table))
+
+
+def _memory_table(cases: dict[Key, dict[str, Row]]) -> str:
+    rows = []
+    for key, lanes in cases.items():
+        stock = lanes.get("timm", {})
+        for name, row in lanes.items():
+            case = (key.name, key.shape, name)
+            if "seconds" not in row:
+                rows.append((*case, row["failed"].replace("|", "/"), "", "", ""))
+                continue
+            over = ("", "")
+            if "seconds" in stock:
+                over = f"{seconds(row) / seconds(stock):.2f}", f"{row['memory'] / stock['memory']:.2f}"
+            rows.append((*case, duration(seconds(row)), over[0], amount(row["memory"]), over[1]))
+    return grid(("", "shape", "", "forward + backward", "of stock's", "memory", "of stock's"), rows, numbers=4)
+
+
 def _by_dtype(content: Content, cases: dict[Key, dict[str, Row]], table: Any) -> Iterator[str]:
     for dtype in dict.fromkeys(key.dtype for key in cases):
         yield f"{title(content)}, {dtype}:\n\n{table({k: v for k, v in cases.items() if k.dtype == dtype})}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -199,21 +200,29 @@ COMPILED: dict[str, tuple[str, str | None]] = {
     "timm, compiled": ("timm", None),
     "timm, max-autotune": ("timm", "max-autotune"),
 }
+RECOMPUTED = {f"{name}, recompute": name for name in (OURS, "vk.fuse(timm)", "timm")}  # each block again in backward
 _NEEDS = {name: (name, "timm", "torchvision") for name in ("timm", "transformers", "torchvision")}
 _NEEDS["vk.fuse(timm)"] = _NEEDS["timm"]
 
 
+def _base(name: str) -> str:
+    """The lane whose model it is, compiled or recomputed or not."""
+    return COMPILED.get(name, (RECOMPUTED.get(name, name), None))[0]
+
+
 def build(name: str, vit: VisionTransformer, arguments: Mapping[str, Any]) -> Model:
     """The model of a lane with the weights of `vit`, which was made with these arguments."""
-    base, _ = COMPILED.get(name, (name, None))
-    model = MAKERS[base](vit, arguments)
+    model = MAKERS[_base(name)](vit, arguments)
     device = next(vit.parameters()).device
+    if name in RECOMPUTED:  # a copy: `vit` is every lane's
+        model = dataclasses.replace(model, module=copy.deepcopy(model.module))
+        model.module.set_grad_checkpointing()  # type: ignore[operator]
     return dataclasses.replace(model, module=model.module.to(device).train())
 
 
 def available(name: str) -> bool:
     """Whether a lane's packages are installed here and, of `vk.fuse`, whether this version has it."""
-    base, _ = COMPILED.get(name, (name, None))
+    base = _base(name)
     if base == "vk.fuse(timm)" and not hasattr(vk, "fuse"):
         return False
     return all(importlib.util.find_spec(package) is not None for package in _NEEDS.get(base, ()))

@@ -26,12 +26,12 @@ import vitkernels as vk
 from vitkernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench import machine, peers, zoo
+from bench import machine, peers, tables, zoo
 from bench.conftest import Session
 from bench.measure import LOOSE, OURS, Effort, Key, Lane, Truth, judge, measure
 from bench.models import ModelBench
 from bench.ops import OpBench, Size, of_size
-from bench.suites import NAMES, PARTS, plans
+from bench.suites import NAMES, PARTS, RECOMPUTE, plans
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -273,6 +273,19 @@ def test_inputs_are_random_and_of_several_sets(op: str) -> None:
             continue
         assert (tensor == 0).float().mean() < 0.05
         assert not torch.equal(tensor, other)
+
+
+def test_running_blocks_again_takes_less_memory() -> None:
+    model = {**ARGUMENTS, "depth": 4}
+    timed = measure(ModelBench("vit", model, 64, torch.float32, CPU, RECOMPUTE, kind="memory"), EFFORT)
+    rows = {name: each.row | {"seconds": 1.0} for name, each in timed.items()}
+    assert [row.get("failed") for row in rows.values()] == [None] * len(rows)
+    for name in RECOMPUTE[::2]:
+        assert rows[f"{name}, recompute"]["memory"] < 0.8 * rows[name]["memory"], name
+    content = {"rows": list(rows.values()), "device": "here", "versions": {"torch": "2"}}
+    table = tables.memory(content)
+    assert all(f"| {name} | 1 s | 1.00 |" in table for name in RECOMPUTE)
+    assert tables.models(content) == "", "it is a table of its own"
 
 
 def test_peak_memory_is_what_a_step_takes() -> None:

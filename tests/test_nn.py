@@ -235,8 +235,8 @@ def test_compile_has_no_graph_break(name: str, checkpointing: bool, images: Tens
             got = peers.output_and_gradients(compiled, images, autocast=autocast)
         names = {name.removeprefix("_orig_mod."): tensor for name, tensor in got.items()}
         assert_same(names, expected, 0.02 if autocast else 2e-5)
-        attention = {"attention"} if "qk_norm" in COMPILED[name] else {"attention_qkv"}
-        assert {call.op for call in calls} == FUSED - {"attention_qkv"} | attention
+        norms = {"rotary_qkv"} if "qk_norm" in COMPILED[name] else set()
+        assert {call.op for call in calls} == FUSED | norms
 
 
 def test_compile_with_inductor(images: Tensor) -> None:

@@ -20,7 +20,9 @@ from vitkernels.nn import (
     NaiveVisionTransformer,
     PatchEmbed,
     VisionTransformer,
+    random_masking,
     resize_pos_embed,
+    unshuffle,
 )
 
 
@@ -38,6 +40,8 @@ def loaded(table: torch.Tensor) -> None:
 
 
 IMAGE = torch.zeros(1, 3, 32, 32)
+KEEP = torch.tensor([[0, 3]])
+TOKENS = torch.zeros(1, 2, 8)
 CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # constructors
     (lambda: vit(embed_dim=50), ValueError, "'embed_dim' is 50; needs a multiple of num_heads, 3"),
@@ -71,6 +75,16 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: GluMlp(48, activation="glu"), ValueError, "'activation' is 'glu'; needs one of 'gelu', "),
     (lambda: Block(48, 3, norm="batch"), ValueError, "'norm' is 'batch'; needs one of 'layer', 'rms'"),
     (lambda: vit(norm=None), ValueError, "'norm' is None; needs one of 'layer', 'rms'"),
+    (lambda: vit(pos_embed="sincos"), ValueError, "'pos_embed' is 'sincos'; needs one of 'learn', 'none'"),
+    (lambda: vit(use_rot_pos_emb=True, num_heads=8), ValueError, "'embed_dim' is 48; needs a multiple of 4 .* 32"),
+    (
+        lambda: vit(use_rot_pos_emb=True, rope_temperature=0),
+        ValueError,
+        "'rope_temperature' is 0; needs more than 0",
+    ),
+    (lambda: vit(patch_drop_rate=1.0), ValueError, "'patch_drop_rate' is 1.0; needs a number from 0 to below 1"),
+    (lambda: random_masking(0, 4), ValueError, "'batch' is 0; needs an int of 1 or more"),
+    (lambda: random_masking(2, 4, 1.0), ValueError, "'ratio' is 1.0; needs a number from 0 to below 1"),
     (lambda: DropPath(-1), ValueError, "'drop_prob' is -1; needs a number from 0 to below 1"),
     (lambda: LayerScale(0), ValueError, "'dim' is 0; needs an int of 1 or more"),
     (lambda: PatchEmbed(30, 8), ValueError, "'img_size' is 30; needs a multiple of patch_size, 8"),
@@ -88,6 +102,22 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: vit()(IMAGE[..., :0]), ValueError, "'image' has a width of 0; needs a multiple of the patch size 8"),
     (lambda: vit()(IMAGE.int()), TypeError, "'image' has dtype torch.int32; needs uint8 or floating point"),
     (lambda: naive()(IMAGE[..., :24]), ValueError, r"'image' has shape \[1, 3, 32, 24\]; needs \[B, 3, 32, 32\]"),
+    # lists of batches, and patches to keep
+    (lambda: vit()([]), ValueError, "'image' is an empty list; needs a batch or more"),
+    (lambda: vit()([IMAGE, IMAGE[0]]), ValueError, r"'image' has shape \[3, 32, 32\]; needs 4 dimensions"),
+    (lambda: vit()([IMAGE], KEEP), ValueError, "'keep' is given with a list of images; needs one batch"),
+    (lambda: vit()(IMAGE, KEEP.tolist()), TypeError, "'keep' got list; needs a torch.Tensor"),
+    (lambda: vit()(IMAGE, KEEP.int()), TypeError, "'keep' has dtype torch.int32; needs int64"),
+    (lambda: vit()(IMAGE, KEEP[0]), ValueError, r"'keep' has shape \[2\]; needs \[1, M\]"),
+    (lambda: vit()(IMAGE, KEEP.expand(2, -1)), ValueError, r"'keep' has shape \[2, 2\]; needs \[1, M\]"),
+    (lambda: vit()(IMAGE, KEEP + 15), ValueError, "'keep' holds indices from 15 to 18; needs 0 to 15, the patches"),
+    (lambda: vit()(IMAGE, KEEP - 1), ValueError, "'keep' holds indices from -1 to 2; needs 0 to 15, the patches"),
+    (lambda: vit()(IMAGE, KEEP * 0 + 5), ValueError, "'keep' holds 5 twice for image 0; needs each patch once"),
+    (lambda: unshuffle(TOKENS[0], TOKENS[0, 0], KEEP), ValueError, r"'tokens' has shape \[2, 8\]; needs \[B, R \+ M"),
+    (lambda: unshuffle(TOKENS, TOKENS[0], KEEP), ValueError, "'mask_token' has 16 numbers; needs 8"),
+    (lambda: unshuffle(TOKENS, TOKENS[0, 0], KEEP[:, :1]), ValueError, r"'restore' has shape \[1, 1\]; needs \[1, N\]"),
+    (lambda: unshuffle(TOKENS, TOKENS[0, 0], KEEP, 3), ValueError, "'prefixes' is 3; needs 2 or less"),
+    (lambda: unshuffle(TOKENS, 0.0, KEEP), TypeError, "'mask_token' got float; needs a torch.Tensor"),
     # tables of positions
     (lambda: loaded(torch.full((1, 17, 48), math.nan)), ValueError, "'pos_embed' holds NaN; needs numbers"),
     (lambda: loaded(torch.zeros(1, 18, 48)), RuntimeError, "size mismatch for pos_embed"),

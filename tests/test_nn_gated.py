@@ -36,7 +36,7 @@ def test_as_timm(
     own = peers.output_and_gradients(stock, images, autocast=autocast)
     with vk.record() as calls:
         got = peers.output_and_gradients(model, images, autocast=autocast)
-    heads = {"attention", "linear"} if more else {"attention_qkv", "linear"}
+    heads = {"attention_qkv", "linear"} | ({"rotary_qkv"} if more else set())
     assert {call.op for call in calls} == {"patch_embed", *heads, *ops}
     exact = peers.truth(stock, images)
     check(got, own, exact, FLOORS[torch.float32])

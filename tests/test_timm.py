@@ -52,10 +52,10 @@ def test_output_and_every_gradient(name: str, backend: str) -> None:
     with vk.use(backend), vk.record() as calls:
         got = peers.output_and_gradients(ours, images)
     accuracy.check(got, peer, exact, FLOOR)
-    attention = "attention" if OPTIONS[name].get("qk_norm") else "attention_qkv"
+    norms = {"rotary_qkv"} if OPTIONS[name].get("qk_norm") else set()
     for direction in ("forward", "backward"):
         ran = {call.op for call in calls if call.direction == direction}
-        assert ran == {"patch_embed", "add_layer_norm", "linear", attention, "mlp"}
+        assert ran == {"patch_embed", "add_layer_norm", "linear", "attention_qkv", "mlp", *norms}
     assert {call.backend for call in calls} == {backend}
 
     ours.double()

@@ -4,6 +4,7 @@ from vitkernels.nn.attention import Attention
 from vitkernels.nn.block import Block
 from vitkernels.nn.drop_path import DropPath
 from vitkernels.nn.layer_scale import LayerScale
+from vitkernels.nn.masking import Masking, random_masking, unshuffle
 from vitkernels.nn.mlp import GluMlp, Mlp
 from vitkernels.nn.naive import NaiveVisionTransformer
 from vitkernels.nn.patch_embed import PatchEmbed
@@ -19,6 +20,7 @@ __all__ = [
     "DropPath",
     "GluMlp",
     "LayerScale",
+    "Masking",
     "Mlp",
     "MultiheadAttention",
     "NaiveVisionTransformer",
@@ -27,5 +29,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "VisionTransformer",
     "create_model",
+    "random_masking",
     "resize_pos_embed",
+    "unshuffle",
 ]

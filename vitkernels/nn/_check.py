@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitkernels.ops._check import integer, is_integer
@@ -69,6 +70,30 @@ def image(owner: str, value: Any, patch_size: tuple[int, int]) -> None:
             raise ValueError(
                 f"{owner}: argument 'image' has a {axis} of {size}; needs a multiple of the patch size {side}"
             )
+
+
+def keep(owner: str, value: Any, batch: int, patches: int) -> None:
+    """Indices of patches [B, M], int64, each within its image and once; the values are looked at on the CPU alone."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{owner}: argument 'keep' got {type(value).__name__}; needs a torch.Tensor")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{owner}: argument 'keep' has dtype {value.dtype}; needs int64")
+    if value.dim() != 2 or len(value) != batch:
+        raise ValueError(f"{owner}: argument 'keep' has shape {list(value.shape)}; needs [{batch}, M]")
+    if torch.compiler.is_compiling() or type(value) is not Tensor or value.device.type != "cpu" or not value.numel():
+        return
+    ordered = value.sort(dim=1).values
+    low, high = int(ordered[:, 0].min()), int(ordered[:, -1].max())
+    if low < 0 or high >= patches:
+        raise ValueError(
+            f"{owner}: argument 'keep' holds indices from {low} to {high}; needs 0 to {patches - 1}, the patches"
+        )
+    doubled = (ordered[:, 1:] == ordered[:, :-1]).nonzero().tolist()
+    if doubled:
+        image, place = doubled[0]
+        raise ValueError(
+            f"{owner}: argument 'keep' holds {ordered[image, place]} twice for image {image}; needs each patch once"
+        )
 
 
 def rate(owner: str, name: str, value: float) -> None:

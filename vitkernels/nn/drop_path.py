@@ -33,6 +33,10 @@ class DropPath(nn.Module):
         keep = 1 - self.drop_prob
         return branch.new_empty(branch.shape[0], dtype=dtype or branch.dtype).bernoulli_(keep).div_(keep)
 
+    def subset(self, samples: int, device: torch.device) -> Tensor:
+        """So many samples as stay on average, rounded down and 1 at least, [s] int64: drawn as DINOv2 draws them."""
+        return torch.randperm(samples, device=device)[: max(int(samples * (1 - self.drop_prob)), 1)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] to the same."""
         factor = self.factor(x)

@@ -290,6 +290,8 @@ def from_fused(vit: VisionTransformer, embedding: str = "dnn") -> NaiveVisionTra
         "activation": (block.mlp.activation, "gelu"),
         "gated_mlp": (isinstance(block.mlp, GluMlp), False),
         "no_embed_class": (vit.no_embed_class, False),
+        "use_rot_pos_emb": (vit.use_rot_pos_emb, False),
+        "patch_drop_rate": (vit.patch_drop_rate, 0.0),
         "drop_path_rate": (getattr(last.drop_path1, "drop_prob", 0.0), 0.0),
     }
     for name, (got, need) in needs.items():

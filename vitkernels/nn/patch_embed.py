@@ -54,16 +54,23 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"{owner}: argument 'std' is {self.std}; needs numbers other than 0")
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, bias=bias)
 
-    def forward(self, image: Tensor, prefix: Tensor | None = None, pos_embed: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        prefix: Tensor | None = None,
+        pos_embed: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """Turn a batch of images into tokens.
 
         Args:
             image: [B, C, H, W], floating point or uint8 (scaled to [0, 1] first).
             prefix: [R, D], tokens put before the patches.
             pos_embed: [R + N, D], or [N, D] for the patches alone.
+            keep: [B, M] int64, the patches of each image to read, by row-major index; the others are left out.
 
         Returns:
-            [B, R + N, D].
+            [B, R + N, D]; with keep, [B, R + M, D].
         """
         if parts.why_not_part("", self.proj, nn.Conv2d) is None:
             return ops.patch_embed(
@@ -74,9 +81,10 @@ class PatchEmbed(nn.Module):
                 std=self.std,
                 prefix=prefix,
                 pos_embed=pos_embed,
+                keep=keep,
             )
         tokens = self.proj(self._pixels(image)).flatten(2).transpose(1, 2)
-        return place(tokens, prefix, pos_embed)
+        return place(tokens, prefix, pos_embed, keep)
 
     def _pixels(self, image: Tensor) -> Tensor:
         """What the projection multiplies, for one that is a module of its own."""
@@ -91,13 +99,16 @@ class PatchEmbed(nn.Module):
         return pixels.to(weight.dtype)
 
 
-def place(tokens: Tensor, prefix: Tensor | None, pos_embed: Tensor | None) -> Tensor:
-    """Prefix tokens [R, D] before the patches' [B, N, D], and the position table ([R + N, D] or [N, D]) on them."""
-    if pos_embed is not None and len(pos_embed) == tokens.shape[1]:
-        tokens, pos_embed = tokens + pos_embed, None
-    if prefix is not None:
-        tokens = torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
-    return tokens if pos_embed is None else tokens + pos_embed
+def place(tokens: Tensor, prefix: Tensor | None, pos_embed: Tensor | None, keep: Tensor | None = None) -> Tensor:
+    """Prefix tokens [R, D] before the patches' [B, N, D], and the position table ([R + N, D] or [N, D]) on them; of the
+    patches, those in keep, [B, M], alone."""
+    if pos_embed is not None:
+        prefixes = len(pos_embed) - tokens.shape[1]
+        tokens = tokens + pos_embed[prefixes:]
+        prefix = prefix if prefix is None or not prefixes else prefix + pos_embed[:prefixes]
+    if keep is not None:
+        tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    return tokens if prefix is None else torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
 
 def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> tuple[float, ...] | None:

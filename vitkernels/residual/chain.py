@@ -28,12 +28,12 @@ def why_not_joined(block: nn.Module, x: Tensor) -> str | None:
 
 
 class Chain:
-    """Blocks that are run as one residual stream, or one of them by itself."""
+    """Blocks that are run as one residual stream, or one of them by itself; the options are of their `sublayers`."""
 
-    def __init__(self, blocks: Sequence[Any]) -> None:
+    def __init__(self, blocks: Sequence[Any], **options: Any) -> None:
         self.sublayers: list[Sublayer] = []
         for block in blocks:
-            self.sublayers += block.sublayers()
+            self.sublayers += block.sublayers(**options)
             self.sublayers[-1].ends = True  # gradients of a block's parameters do not wait for those of others
         self._weights = [next(block.parameters()) for block in blocks if any(True for _ in block.parameters())]
 
