@@ -96,6 +96,12 @@ def test_train_takes_every_setting(here: Path) -> None:
     assert {name: saved["training"][name] for name in expected} == expected
 
 
+def test_the_test_images_have_a_short_flag(here: Path) -> None:
+    make_images(here / "held_out", each=1)
+    assert main(tiny_words(here / "images", here / "run", "--val", str(here / "held_out"), "--epochs", "1")) == 0
+    assert json.loads((here / "run/result.json").read_text())["test_images"] == 3
+
+
 def test_demo_quick(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--quick", "--out", "run", "--backend", "ext,reference"]) == 0
     result = json.loads(Path("run/result.json").read_text())

@@ -106,6 +106,15 @@ def test_a_signal_among_the_imports_is_one_sentence(number: int, code: int) -> N
     assert process.stdout.read() == ""
 
 
+def test_importing_the_package_needs_torch_alone() -> None:
+    packages = ("rich", "PIL", "matplotlib", "safetensors", "sklearn", "timm", "torchvision", "transformers", "yaml")
+    code = f"import sys; sys.modules.update(dict.fromkeys({packages})); import vitkernels; print(vitkernels.load_model)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     ran = subprocess.run(
         f"{sys.executable} -m vitkernels info | head -n 1",
