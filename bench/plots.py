@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 10  # models in one picture
+BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}  # a label over a line
 
 
 def draw(content: Content, folder: Path, name: str) -> dict[str, Path]:
@@ -42,10 +44,12 @@ def _figure(content: Content, title: str, height: float = 4.5) -> tuple[Figure, 
     return figure, axes
 
 
-def _colour(lane: str) -> str:
-    """The same colour for a lane in every picture."""
+def _colours(lanes: Iterable[str]) -> dict[str, str]:
+    """A colour for each lane, the same in every picture for those that are in most, and no two alike in one."""
     known = (OURS, "naive", "timm", "timm, compiled", "transformers", "torchvision", "vk.fuse(timm)", "naive, conv2d")
-    return f"C{known.index(lane)}" if lane in known else f"C{8 + sum(map(ord, lane)) % 2}"
+    rest = [lane for lane in dict.fromkeys(lanes) if lane not in known]
+    palette = [*(f"C{number}" for number in range(10)), "black", "gold", "navy", "deeppink", "lime", "indigo"]
+    return {lane: palette[place % len(palette)] for place, lane in enumerate([*known, *rest])}
 
 
 def _bars(content: Content, title: str, label: str, figure_of: Callable[[Row, Row], float | None]) -> Figure | None:
@@ -59,21 +63,24 @@ def _bars(content: Content, title: str, label: str, figure_of: Callable[[Row, Ro
         lengths = {lane: length for lane, length in found.items() if length is not None}
         if not lengths or len(groups) == SHOWN:
             continue
-        groups[place + (len(lengths) - 1) / 2] = f"{key.name}, {key.dtype}\n{key.shape}"
+        groups[place + (len(lengths) - 1) / 2] = f"{key.name}, {key.dtype}\n{textwrap.fill(key.shape, 34)}"
         for lane, length in lengths.items():
             bars.setdefault(lane, {})[place] = length
             place += 1
         place += 1  # a gap
     if not bars:
         return None
-    figure, axes = _figure(content, title, 2 + 0.25 * place)
+    figure, axes = _figure(content, title, 2 + 0.28 * place)
+    colours = _colours(bars)
     for lane, values in bars.items():
-        drawn = axes.barh(list(values), list(values.values()), 0.9, label=lane, color=_colour(lane))
-        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
-    axes.set(xlabel=label, yticks=list(groups), yticklabels=list(groups.values()))
+        drawn = axes.barh(list(values), list(values.values()), 0.9, color=colours[lane])
+        axes.bar_label(
+            drawn, [f"{lane}: {length:.2f}" for length in values.values()], padding=3, fontsize=8, bbox=BEHIND
+        )
+    axes.margins(x=0.3, y=0.01)  # room for the names
+    axes.set(xlabel=f"{label} ({OURS}: 1)", yticks=list(groups), yticklabels=list(groups.values()))
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -123,11 +130,27 @@ def _roofline(content: Content) -> Figure | None:
     for key, lane, row in rows:
         if lane == OURS and key.direction != "forward":
             best.setdefault(key.name, row)
-    for name, row in best.items():
-        axes.annotate(name, (row["flops"] / row["bytes"], row["flops"] / seconds(row) / 1e9), fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
+    _name_points(
+        axes, {name: (row["flops"] / row["bytes"], row["flops"] / seconds(row) / 1e9) for name, row in best.items()}
+    )
     return figure
+
+
+def _name_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """A label at each point, in a column beside the axes, in the order of the points' heights: none lies on another."""
+    names = sorted(points, key=lambda name: points[name][1])
+    for number, name in enumerate(names):
+        axes.annotate(
+            name,
+            points[name],
+            xytext=(1.02, (number + 0.5) / len(names)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.6},
+        )
 
 
 def _tokens(content: Content) -> Figure | None:
@@ -135,17 +158,18 @@ def _tokens(content: Content) -> Figure | None:
     if not swept:
         return None
     figure, axes = _figure(content, "Time against tokens, and the exponent", 5)
+    colours = _colours(lane for lanes in swept.values() for lane in lanes)
     for line, (name, lanes) in zip(("-", "--", ":"), swept.items(), strict=False):
         for lane, points in lanes.items():
             times = {size: seconds(row) * 1e3 for size, row in sorted(points.items()) if "seconds" in row}
             if len(times) > 1:
                 label = f"{name}, {lane}: {exponent(times):.2f}"
-                axes.plot(list(times), list(times.values()), line, marker=".", color=_colour(lane), label=label)
+                axes.plot(list(times), list(times.values()), line, marker=".", color=colours[lane], label=label)
     sizes = sorted({size for lanes in swept.values() for points in lanes.values() for size in points})
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds, forward + backward")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitkernels import models, speed
+from vitkernels import libraries, models, speed
 from vitkernels.cli import main
 from vitkernels.fuse.swap import Fused
 from vitkernels.residual import stream
@@ -111,6 +111,12 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert f"\n{name} " in shown.out
         assert f"vitkernels: warming up {name}\n" in shown.err
     assert "forward, cross-entropy of output, backward and AdamW(fused=True), in bfloat16 autocast" in shown.out
+
+
+def test_rounds_that_disagree_are_said() -> None:
+    even, odd = speed.Lane("stock", [1.0, 1.01, 0.99, 1.0]), speed.Lane("fused", [0.5, 0.9, 0.5, 0.8])
+    assert "disagree" not in str(speed.Speed("it", 4, "", "", [even]))
+    assert "the rounds of fused disagree" in str(speed.Speed("it", 4, "", "", [even, odd]))
 
 
 def test_a_variant_that_fails_is_a_row(
@@ -215,29 +221,37 @@ def test_nothing_asks_the_network(config: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_torchvision_that_loads_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = list(models._declared)
-    assert models.import_torchvision().__name__ == "torchvision"
-    assert models._declared == declared
+    declared = list(libraries._declared)
+    assert libraries.import_torchvision().__name__ == "torchvision"
+    assert libraries._declared == declared
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
 def _missing(library: str) -> Callable[[pytest.MonkeyPatch], None]:
-    find = models.importlib.util.find_spec
+    find = libraries.importlib.util.find_spec
     return lambda patch: patch.setattr(
-        models.importlib.util, "find_spec", lambda name: None if name == library else find(name)
+        libraries.importlib.util, "find_spec", lambda name: None if name == library else find(name)
     )
 
 
 BAD: dict[str, tuple[list[str], str, Callable[[pytest.MonkeyPatch], None]]] = {
-    "no library": (["vit_small"], "argument 'model' got 'vit_small'; needs LIBRARY:NAME", lambda patch: None),
+    "no preset": (
+        ["vit_smal"],
+        "'model' got 'vit_smal'; needs a name that timm knows, such as vit_small",
+        lambda patch: None,
+    ),
     "another library": (
         ["keras:vit"],
         "with a library of timm, transformers, torchvision, vitkernels",
         lambda patch: None,
     ),
-    "a name of none": (["timm:"], "argument 'model' got 'timm:'; needs LIBRARY:NAME", lambda patch: None),
+    "a name of none": (
+        ["timm:"],
+        "argument 'model' got 'timm:'; needs a preset such as vit_small, or LIBRARY:NAME",
+        lambda patch: None,
+    ),
     "a typo": (["timm:test_vitt"], "needs a name that timm knows, such as test_vit", lambda patch: None),
     "a hub": (["timm:hf-hub:timm/vit"], "needs a name that timm knows", lambda patch: None),
     "another typo": (
@@ -245,7 +259,7 @@ BAD: dict[str, tuple[list[str], str, Callable[[pytest.MonkeyPatch], None]]] = {
         "needs a name that vitkernels knows, such as vit_small",
         lambda patch: None,
     ),
-    "not installed": (["timm:test_vit"], "'timm:test_vit': timm is not installed", _missing("timm")),
+    "not installed": (["timm:test_vit"], "'timm:test_vit', which needs timm: pip install timm", _missing("timm")),
     "a size that does not fit": (
         ["vitkernels:vit_tiny", "--image-size", "20"],
         "argument 'img_size' is 20; needs a multiple of",
@@ -253,10 +267,10 @@ BAD: dict[str, tuple[list[str], str, Callable[[pytest.MonkeyPatch], None]]] = {
     ),
     "a device that is not there": (
         ["timm:test_vit", "--device", "cuda:99"],
-        "argument 'device' got 'cuda:99'",
+        "argument --device got 'cuda:99'",
         lambda patch: None,
     ),
-    "no device": (["timm:test_vit", "--device", "gpu"], "argument 'device' got 'gpu'", lambda patch: None),
+    "no device": (["timm:test_vit", "--device", "gpu"], "argument --device got 'gpu'", lambda patch: None),
 }
 
 
@@ -283,7 +297,7 @@ def test_text_models_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_folder_of_the_figures_is_looked_for_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *SMALL, "--json", "/nowhere/speed.json"]) == 2
     shown = capsys.readouterr()
-    assert shown.err == "vitkernels: bench: argument 'json' got '/nowhere/speed.json', whose folder is not there\n"
+    assert shown.err == "vitkernels: bench: argument --json got '/nowhere/speed.json', whose folder is not there\n"
     assert shown.out == ""
 
 

@@ -40,6 +40,7 @@ def _history(out: Path) -> list[dict[str, Any]]:
     rows = list(metrics.read(out / "metrics.jsonl"))
     for row in rows:
         row.pop("ops", None)
+        row.pop("decoding", None)
         for figures in row.values():
             if isinstance(figures, dict):
                 figures.pop("seconds", None)
@@ -172,6 +173,16 @@ def test_other_settings_do_not_resume(change: dict[str, Any], sentence: str, fol
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+def test_a_stock_model_does_not_go_on_as_a_fused_one(folder: Path, tmp_path: Path) -> None:
+    """As runs of timm's models were once."""
+    out = tmp_path / "run"
+    _run(folder, out, epochs=1, warmup_epochs=0.0)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "lanes": {"timm": state["lanes"]["fused"]}}, out / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"'resume': the checkpoint in .* is of timm, and the run trains fused; needs"):
+        _run(folder, out, epochs=1, warmup_epochs=0.0, resume=True)
+
+
 def test_other_data_do_not_resume(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'resume': training images is 12, and 18 in the checkpoint"):
         _run(make_images(tmp_path / "images", each=5), whole, resume=True)
@@ -215,7 +226,7 @@ def test_options_may_be_given_again(
     out.rename(moved)
     before = (moved / "config.json").read_bytes()
     assert main(["train", "--resume", "--out", str(moved), "--lr", "0.5"]) == 2
-    assert "argument 'resume': lr is 0.5, and 0.003 in the checkpoint" in capsys.readouterr().err
+    assert "argument --resume: lr is 0.5, and 0.003 in the checkpoint" in capsys.readouterr().err
     assert (moved / "config.json").read_bytes() == before
     again = ["--lr", "3e-3", "--data", str(tmp_path / "images"), "--checkpoint-every", "5"]
     assert main(["train", "--resume", "--out", str(moved), *again]) == 0

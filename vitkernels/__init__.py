@@ -3,16 +3,22 @@
 Importing this package touches no device, patches nothing and sets no global.
 """
 
-from vitkernels import dispatch, ext, kernels, nn, ops
-from vitkernels.dispatch import BackendError, Call, backends, record, use
-from vitkernels.fuse import Explanation, Verification, explain, fuse, register_attention, unfuse, verify
+from vitkernels import cli
+
+__version__ = "0.1.0"
+
+cli.answer_at_once()  # before torch is imported
+
+from vitkernels import dispatch, ext, kernels, nn, ops  # noqa: E402
+from vitkernels.dispatch import BackendError, Call, backends, record, use  # noqa: E402
+from vitkernels.fuse import Explanation, Verification, explain, fuse, register_attention, unfuse, verify  # noqa: E402
 
 kernels.register()
 ext.register()
 dispatch.add_backend(dispatch.Backend("reference", None, lambda: None))
 dispatch.read_environment()
 
-__version__ = "0.1.0"
+from vitkernels.train.model import load_model  # noqa: E402
 
 __all__ = [
     "BackendError",
@@ -23,6 +29,7 @@ __all__ = [
     "backends",
     "explain",
     "fuse",
+    "load_model",
     "nn",
     "ops",
     "record",

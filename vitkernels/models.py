@@ -1,23 +1,51 @@
-"""Models by name for the command line: "timm:vit_small_patch16_224", from whichever library; nothing is downloaded."""
+"""Models by name, from whichever library: "vit_small", "timm:vit_small_patch16_224"; nothing is downloaded."""
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitkernels.nn import PRESETS, create_model
+from vitkernels.libraries import import_torchvision, needed
+from vitkernels.nn import create_model
+from vitkernels.nn.presets import PRESET_NAMES, preset_of
+
+__all__ = ["Asked", "Named", "build", "create", "import_torchvision", "library_of", "stir"]
 
 DEFAULT_SIZE = 224
-_declared: list[torch.library.Library] = []  # held: the declarations live as long as they do
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model shall be; None leaves it to the model.
+
+    Attributes:
+        image_size: height and width in pixels.
+        classes: width of the head.
+        channels: of an image.
+        drop_path: stochastic depth at the last block.
+        mean, std: of pixels, for a preset that normalises them itself.
+        arguments: more keywords of the model's own.
+    """
+
+    image_size: int | None = None
+    classes: int | None = None
+    channels: int | None = None
+    drop_path: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, **names: str) -> dict[str, Any]:
+        """Keywords for what is asked for, under the names that a library has for it."""
+        asked = {name: getattr(self, own) for own, name in names.items()}
+        return {**{name: value for name, value in asked.items() if value}, **self.arguments}
 
 
 @dataclass(frozen=True)
@@ -39,33 +67,58 @@ class Named:
         return torch.randn(batch, *self.image, dtype=torch.float32, device="cpu")
 
 
-def build(name: str, image_size: int | None = None) -> Named:
-    """Build a model with random weights, from torch's generator.
+def create(name: str, asked: Asked = Asked()) -> Named:
+    """Build a model as its library starts it.
 
     Args:
-        name: "timm:NAME", "torchvision:NAME", "transformers:TYPE" (a model type such as "vit" or "dinov2", or a path
-            to a config.json or its folder), or "vitkernels:NAME" (a preset; "vit_small" is "vit_small_patch16").
+        name: a preset ("vit_small" is "vit_small_patch16"), "timm:NAME", "torchvision:NAME", or "transformers:TYPE" (a
+            model type such as "vit" or "dinov2", or a path to a config.json or its folder).
+        asked: what it shall be.
+
+    Raises:
+        ValueError: no such model, or one that cannot be what is asked for.
+        ModuleNotFoundError: its library is not installed.
+    """
+    library, rest = library_of(name)
+    try:
+        module, image = _BUILDERS[library](rest, asked, name)
+    except (TypeError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
+        size = "" if asked.image_size is None else f" for images of {asked.image_size} x {asked.image_size}"
+        more = f" with {dict(asked.arguments)}" if asked.arguments else ""
+        raise ValueError(f"argument 'model' got {name!r}, which cannot be built{size}{more}: {error}") from error
+    return Named(name, module.train(), image)
+
+
+def build(name: str, image_size: int | None = None) -> Named:
+    """Build a model with random weights, from torch's generator, none of which is where it starts.
+
+    Args:
+        name: as in `create`.
         image_size: height and width in pixels; the model's own if None.
 
     Raises:
-        ValueError: no such model, or one that does not take images of that size.
-        ModuleNotFoundError: its library is not installed.
+        ValueError, ModuleNotFoundError: as `create`.
+    """
+    named = create(name, Asked(image_size))
+    stir(named.module)
+    return named
+
+
+def library_of(name: str) -> tuple[str, str]:
+    """The library of a model's name, and the name there; "vit_small_patch16_224", no preset, is one of timm's.
+
+    Raises:
+        ValueError: a library that is none of those, or no name.
     """
     library, colon, rest = name.partition(":")
-    if library not in _BUILDERS or not colon or not rest:
+    if not colon:
+        library, rest = ("timm" if preset_of(name) is None else "vitkernels"), name
+    if library not in _BUILDERS or not rest:
         raise ValueError(
-            f"argument 'model' got {name!r}; needs LIBRARY:NAME with a library of {', '.join(_BUILDERS)}, "
-            "as in timm:vit_small_patch16_224"
+            f"argument 'model' got {name!r}; needs a preset such as vit_small, or LIBRARY:NAME with a library of "
+            f"{', '.join(_BUILDERS)}, as in timm:vit_small_patch16_224"
         )
-    if library != "vitkernels" and importlib.util.find_spec(library) is None:
-        raise ModuleNotFoundError(f"argument 'model' got {name!r}: {library} is not installed")
-    try:
-        module, image = _BUILDERS[library](rest, image_size)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        asked = "" if image_size is None else f" for images of {image_size} x {image_size}"
-        raise ValueError(f"argument 'model' got {name!r}, which cannot be built{asked}: {error}") from error
-    stir(module)
-    return Named(name, module.train(), image)
+    return library, rest
 
 
 def stir(model: nn.Module, by: float = 0.02) -> None:
@@ -76,56 +129,40 @@ def stir(model: nn.Module, by: float = 0.02) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=by)
 
 
-def import_torchvision() -> ModuleType:
-    """torchvision; its models need nothing of its compiled part: where that does not load, its operators are declared.
-
-    The compiled part loads beside one torch alone, and without it the import stops at the first operator's name.
-    """
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)
-        import torchvision
-    return torchvision
-
-
 # ------------------------------------------------------------------------------------------------------ each library
 
 
-def _timm(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    if importlib.util.find_spec("torchvision") is not None:  # timm imports it
-        import_torchvision()
-    import timm
-
+def _timm(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    presets = [] if full.startswith("timm:") else PRESET_NAMES
+    near = difflib.get_close_matches(name, presets, n=1, cutoff=0.6)
+    timm = needed("timm", f"argument 'model' got {full!r}{f' (no preset; {near[0]} is one)' if near else ''}, which")
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(_unknown(f"timm:{name}", "timm", timm.list_models()))
+        raise ValueError(_unknown(full, "timm", [*presets, *timm.list_models()]))
     config = timm.get_pretrained_cfg(name)
     channels, height, width = config.input_size if config is not None else (3, DEFAULT_SIZE, DEFAULT_SIZE)
-    if image_size is None:
-        return timm.create_model(name, pretrained=False), (channels, height, width)
-    options: dict[str, Any] = {"img_size": image_size} if config is None or config.fixed_input_size else {}
-    return timm.create_model(name, pretrained=False, **options), (channels, image_size, image_size)
+    options = asked.options(classes="num_classes", channels="in_chans", drop_path="drop_path_rate")
+    if asked.image_size is not None:
+        height = width = asked.image_size
+        if config is None or config.fixed_input_size:
+            options = {"img_size": asked.image_size, **options}
+    return timm.create_model(name, pretrained=False, **options), (asked.channels or channels, height, width)
 
 
-def _torchvision(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    models: Any = import_torchvision().models
+def _torchvision(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    models = needed("torchvision.models", "argument 'model'")
     if name not in models.list_models(module=models):
-        raise ValueError(_unknown(f"torchvision:{name}", "torchvision", models.list_models(module=models)))
-    size = image_size or DEFAULT_SIZE
+        raise ValueError(_unknown(full, "torchvision", models.list_models(module=models)))
+    if asked.channels not in (None, 3):
+        raise ValueError(f"argument 'model' got {full!r}, which takes 3 channels; needs as many in 'data'")
+    size = asked.image_size or DEFAULT_SIZE
     # vit_* hand their keywords on to VisionTransformer, which is made for one size; others take any
-    options = {"image_size": size} if name.startswith("vit_") else {}
-    return models.get_model(name, weights=None, **options), (3, size, size)
+    own = {"image_size": size} if name.startswith("vit_") else {}
+    options = asked.options(classes="num_classes", drop_path="stochastic_depth_prob")
+    return models.get_model(name, weights=None, **{**own, **options}), (3, size, size)
 
 
-def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    if importlib.util.find_spec("torchvision") is not None:  # transformers' image processing imports it
-        import_torchvision()
-    import transformers
+def _transformers(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    transformers = needed("transformers", "argument 'model'")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if Path(name).exists():
@@ -133,46 +170,55 @@ def _transformers(name: str, image_size: int | None) -> tuple[nn.Module, tuple[i
     elif name in CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(name)
     else:
-        raise ValueError(
-            _unknown(f"transformers:{name}", "transformers", CONFIG_MAPPING.keys()) + ", or a path to a config.json"
-        )
-    if image_size is not None and hasattr(config, "image_size"):
-        config.image_size = image_size
-    auto = _auto_class(transformers, config)
+        raise ValueError(_unknown(full, "transformers", CONFIG_MAPPING.keys()) + ", or a path to a config.json")
+    auto = _auto_class(transformers, config, needs_classes=asked.classes is not None)
+    options = asked.options(channels="num_channels", drop_path="drop_path_rate")
+    if asked.image_size is not None and hasattr(config, "image_size"):
+        options = {"image_size": asked.image_size, **options}
+    if asked.classes is not None:
+        config.num_labels = asked.classes
+    for key, value in options.items():
+        if not hasattr(config, key):
+            raise TypeError(f"its config, {type(config).__name__}, has no {key!r}")
+        setattr(config, key, value)
     kind = auto._model_mapping[type(config)]
     forward = inspect.signature((kind[0] if isinstance(kind, tuple) else kind).forward)
-    needed = {
+    required = {
         name
         for name, each in forward.parameters.items()
         if each.default is each.empty and each.kind != each.VAR_KEYWORD
     }
-    if "pixel_values" not in forward.parameters or needed - {"self", "pixel_values"}:
+    if "pixel_values" not in forward.parameters or required - {"self", "pixel_values"}:
         raise ValueError(
-            f"argument 'model' got 'transformers:{name}', which takes {', '.join(list(forward.parameters)[1:4])}; "
+            f"argument 'model' got {full!r}, which takes {', '.join(list(forward.parameters)[1:4])}; "
             "needs one that takes pixel_values alone, such as vit, dinov2 or clip_vision_model"
         )
-    size = getattr(config, "image_size", None) or image_size or DEFAULT_SIZE
+    size = getattr(config, "image_size", None) or asked.image_size or DEFAULT_SIZE
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return auto.from_config(config), (getattr(config, "num_channels", 3), height, width)
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
+def _auto_class(transformers: Any, config: Any, needs_classes: bool) -> Any:
     """With a classifier's head where there is one for this type of model."""
-    for auto in (transformers.AutoModelForImageClassification, transformers.AutoModel):
+    for auto in (transformers.AutoModelForImageClassification, transformers.AutoModel)[: 1 if needs_classes else 2]:
         if type(config) in auto._model_mapping:
             return auto
-    raise ValueError(f"argument 'model' got the type {config.model_type!r}; needs one that AutoModel knows")
+    auto = "AutoModelForImageClassification" if needs_classes else "AutoModel"
+    raise ValueError(f"argument 'model' got the type {config.model_type!r}; needs one that {auto} knows")
 
 
-def _vitkernels(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    preset = name if name in PRESETS else f"{name}_patch16"
-    if preset not in PRESETS:
-        raise ValueError(_unknown(f"vitkernels:{name}", "vitkernels", PRESETS))
-    size = image_size or DEFAULT_SIZE
-    return create_model(preset, img_size=size), (3, size, size)
+def _vitkernels(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    preset = preset_of(name)
+    if preset is None:
+        raise ValueError(_unknown(full, "vitkernels", PRESET_NAMES))
+    size = asked.image_size or DEFAULT_SIZE
+    options = asked.options(
+        classes="num_classes", channels="in_chans", drop_path="drop_path_rate", mean="mean", std="std"
+    )
+    return create_model(preset, **{"img_size": size, **options}), (asked.channels or 3, size, size)
 
 
-_BUILDERS: dict[str, Callable[[str, int | None], tuple[nn.Module, tuple[int, int, int]]]] = {
+_BUILDERS: dict[str, Callable[[str, Asked, str], tuple[nn.Module, tuple[int, int, int]]]] = {
     "timm": _timm,
     "transformers": _transformers,
     "torchvision": _torchvision,
@@ -180,7 +226,7 @@ _BUILDERS: dict[str, Callable[[str, int | None], tuple[nn.Module, tuple[int, int
 }
 
 
-def _unknown(name: str, library: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.partition(":")[2], list(known), n=3, cutoff=0.5)
+def _unknown(full: str, library: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(full.rpartition(":")[2], list(known), n=3, cutoff=0.5)
     hint = f", such as {', '.join(near)}" if near else ""
-    return f"argument 'model' got {name!r}; needs a name that {library} knows{hint}"
+    return f"argument 'model' got {full!r}; needs a name that {library} knows{hint}"

@@ -30,6 +30,7 @@ from vitkernels.nn import VisionTransformer, naive
 from vitkernels.text import table
 from vitkernels.train import machine
 
+DISAGREE = 0.1  # quartiles further apart than this share of the median are told
 WARM_UP = 2  # steps; the first one compiles
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -111,6 +112,11 @@ class Speed:
                 rows.append((lane.name, "failed", "", "", "", ""))
                 continue
             middle, low, high = self.images_per_second(lane)
+            if high - low > DISAGREE * middle:
+                notes.append(
+                    f"the rounds of {lane.name} disagree by {(high - low) / middle:.0%} between their quartiles: "
+                    "something else ran here; needs a quiet machine, or more rounds"
+                )
             ratio, memory = self.ratio(lane), lane.memory
             rows.append(
                 (

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vitkernels.libraries import needed
 from vitkernels.nn.vision_transformer import VisionTransformer
 
 # Dosovitskiy et al. 2020 (base, large, huge); Touvron et al. 2021 (tiny, small); Zhai et al. 2022 (giant);
@@ -33,13 +34,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     for patch in (14, 16, 32)
 }
 
+PRESET_NAMES = [*(name.removesuffix("_patch16") for name in PRESETS if name.endswith("_patch16")), *PRESETS]
+
 
 def create_model(name: str, *, img_size: int = 224, num_classes: int = 1000, **kwargs: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
-        name: one of `PRESETS`, as "vit_small_patch16"; any other name, or "timm:NAME", is one of timm's, where timm is
-            installed.
+        name: one of `PRESETS`, as "vit_small_patch16", or "vit_small" for the patch of 16; any other name, or
+            "timm:NAME", is one of timm's, where timm is installed.
         img_size: in pixels; timm's models that take any size are built without it.
         num_classes: width of the head.
         kwargs: further arguments of `VisionTransformer`, over the preset's, or of `timm.create_model`.
@@ -47,12 +50,13 @@ def create_model(name: str, *, img_size: int = 224, num_classes: int = 1000, **k
     Raises:
         ValueError: an unknown name; the sentence holds the names nearest to it.
     """
-    if name in PRESETS:
-        return VisionTransformer(img_size=img_size, num_classes=num_classes, **{**PRESETS[name], **kwargs})
+    preset = preset_of(name)
+    if preset is not None:
+        return VisionTransformer(img_size=img_size, num_classes=num_classes, **{**PRESETS[preset], **kwargs})
     timm_name = name.removeprefix("timm:")
     try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision was built for another torch
+        timm = needed("timm", "that name")
+    except ModuleNotFoundError as error:
         raise ValueError(
             f"create_model: argument 'name' is {name!r}; needs {_known(name)} (timm's are not to be had: {error})"
         ) from error
@@ -62,6 +66,11 @@ def create_model(name: str, *, img_size: int = 224, num_classes: int = 1000, **k
     if config is not None and config.fixed_input_size:
         kwargs = {"img_size": img_size, **kwargs}
     return timm.create_model(timm_name, num_classes=num_classes, **kwargs)
+
+
+def preset_of(name: str) -> str | None:
+    """The preset that a name means, or None; "vit_small" is "vit_small_patch16"."""
+    return next((each for each in (name, f"{name}_patch16") if each in PRESETS), None)
 
 
 def _known(name: str) -> str:

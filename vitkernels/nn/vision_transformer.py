@@ -180,6 +180,13 @@ class VisionTransformer(nn.Module):
         """Names of parameters that optimizers should not decay."""
         return {"pos_embed", "cls_token", "reg_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers by the names of their parameters, as timm's layer-wise learning rates read them."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs and run each block again in backward: less memory, more time."""
         self.grad_checkpointing = enable

@@ -1,6 +1,6 @@
 """The trainer behind `python -m vitkernels train` and `demo`."""
 
-from vitkernels.train.config import TrainConfig, resume_config
+from vitkernels.settings import TrainConfig, resume_config
 from vitkernels.train.demo import demo_config
 from vitkernels.train.model import load_model
 from vitkernels.train.run import train

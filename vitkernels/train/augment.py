@@ -5,12 +5,17 @@ A view takes an image and a random.Random of the sample's own, so that it depend
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
+from collections.abc import Iterator
 from random import Random
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from vitkernels.libraries import needed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +29,8 @@ def upright(image: Image.Image) -> Image.Image:
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # a damaged EXIF block raises anything, and the pixels do without it
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; needs 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -87,6 +93,50 @@ def shake(image: Image.Image, rng: Random, *, degrees: float, zoom: float, shift
 def as_is(image: Image.Image, rng: Random) -> Image.Image:
     """The image itself: it has the model's size already."""
     return image
+
+
+class TimmView:
+    """timm's training transform, by its own augmentation string; drawn from the sample's generator.
+
+    Args:
+        policy: as `timm.data.create_transform` has `auto_augment`: "rand-m9-mstd0.5-inc1", "augmix-m5", "original".
+        size: side of the result in pixels.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: a policy that timm does not know.
+    """
+
+    def __init__(self, policy: str, size: int) -> None:
+        timm = needed("timm.data", "argument 'aug'")
+        try:
+            made = timm.create_transform(size, is_training=True, auto_augment=policy, use_prefetcher=True)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(f"train: argument 'aug' got {policy!r}, which timm does not take: {error}") from error
+        self.steps = made.transforms[:-1]  # the last one makes an array
+
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        with drawing_from(rng):
+            for step in self.steps:
+                image = step(image)
+        return image
+
+
+@contextlib.contextmanager
+def drawing_from(rng: Random) -> Iterator[None]:
+    """Let the generators of Python, numpy and torch (on the CPU) draw from `rng` for a while."""
+    import numpy as np
+
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(rng.getrandbits(64))
+        np.random.seed(rng.getrandbits(32))
+        torch.default_generator.manual_seed(rng.getrandbits(63))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def to_tensor(image: Image.Image) -> Tensor:

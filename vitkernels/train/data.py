@@ -1,4 +1,4 @@
-"""Where images come from, and how they reach the training loop: folders of images, or scikit-learn's digit scans.
+"""Where images come from, and how they reach the training loop: folders, stored data sets, or scikit-learn's digits.
 
 A sample's augmentation is a function of (seed, epoch, index) alone, and a batch is a list of such keys. So any worker
 can make any sample, and a run that resumes in the middle of an epoch sees the very images that it would have seen.
@@ -7,8 +7,8 @@ can make any sample, and a run that resumes in the middle of an epoch sees the v
 from __future__ import annotations
 
 import functools
-import os
-from collections import Counter
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from vitkernels.train import augment
-from vitkernels.train.config import TrainConfig, require_packages
+from vitkernels.settings import TrainConfig, require_packages
+from vitkernels.train import augment, stored
+from vitkernels.train.folders import HELD_OUT, halves, scan
+from vitkernels.train.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DIGITS = "digits"
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IGNORED = -100  # the label of an image that could not be read: cross_entropy's ignore_index
 SPLIT_SEED = 0  # not the run's: runs of different seeds are tested on the same images
 
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
     images: Tensor  # [B, C, S, S] uint8
     labels: Tensor  # [B] int64
     errors: list[str]
+    seconds: float  # that one process took to read and augment them
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Source:
 
 
 class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
-    """Images, read from their files or held in memory, each through a view, as uint8 tensors."""
+    """Images, by their paths, held in memory or read by a sequence, each through a view, as uint8 tensors."""
 
     def __init__(
         self,
@@ -77,15 +79,22 @@ class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
         from PIL import Image
 
         epoch, index = key
-        image = self.images[index]
+        name = f"image {index}"
         try:
+            image = self.images[index]
             if isinstance(image, str):
+                name = image
                 with Image.open(image) as file:
                     image = augment.upright(file)
             view = self.view(image, Random(f"{self.seed} {epoch} {index}"))
         except Exception as error:  # a decoder that is fed garbage may raise anything
-            return torch.zeros(self.shape, dtype=torch.uint8, device="cpu"), IGNORED, f"{self.images[index]} ({error})"
+            return torch.zeros(self.shape, dtype=torch.uint8, device="cpu"), IGNORED, f"{name} ({error})"
         return augment.to_tensor(view), self.labels[index], None
+
+    def __getitems__(self, keys: list[Key]) -> tuple[list[tuple[Tensor, int, str | None]], float]:
+        """A batch's samples, and the seconds that they took."""
+        start = time.perf_counter()
+        return [self[key] for key in keys], time.perf_counter() - start
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -111,8 +120,9 @@ def open_source(config: TrainConfig) -> Source:
     Raises:
         FileNotFoundError: a folder that is not there.
         ValueError: a folder without classes or images, or fewer images than a batch.
+        ModuleNotFoundError: the library of a stored data set is not installed.
     """
-    source = _digits(config) if config.data == DIGITS else _folder(config)
+    source = _digits(config) if config.data == DIGITS else _stored(config) or _folder(config)
     if len(source.train) < config.batch_size:
         raise ValueError(
             f"train: argument 'batch_size' got {config.batch_size}; needs {len(source.train)} or less, "
@@ -129,7 +139,7 @@ def train_loader(
         source.train, size, rank, shuffle=True, seed=config.seed, drop_last=True
     )
     batches = EpochBatches(sampler, config.batch_size // size)
-    return batches, _loader(source.train, config, pin, batch_sampler=batches)
+    return batches, loader(source.train, config.workers, pin, batch_sampler=batches)
 
 
 def held_out_loader(source: Source, config: TrainConfig, rank: int, size: int, pin: bool) -> DataLoader[Any] | None:
@@ -137,25 +147,35 @@ def held_out_loader(source: Source, config: TrainConfig, rank: int, size: int, p
     if source.test is None:
         return None
     keys = [(0, index) for index in range(rank, len(source.test), size)]
-    return _loader(source.test, config, pin, sampler=keys, batch_size=config.batch_size // size)
+    return loader(source.test, config.workers, pin, sampler=keys, batch_size=config.batch_size // size)
 
 
-def _loader(dataset: ImageSet, config: TrainConfig, pin: bool, **which: Any) -> DataLoader[Any]:
+def loader(dataset: ImageSet, workers: int, pin: bool, **which: Any) -> DataLoader[Any]:
+    """Batches of a data set; `which` says of which keys."""
     return DataLoader(
         dataset,
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=pin,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator("cpu"),  # else every epoch draws from torch's own, and a resumed one draws once more
         **which,
     )
 
 
-def _collate(samples: list[tuple[Tensor, int, str | None]]) -> Batch:
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Terminals and schedulers send signals to workers too; these end with the run, which takes its step to the end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _collate(read: Any) -> Batch:
+    """What `ImageSet.__getitems__` gave, side by side."""
+    samples, seconds = read
     images, labels, errors = zip(*samples, strict=True)
     named = [error for error in errors if error is not None]
-    return Batch(torch.stack(images), torch.tensor(labels, device="cpu"), named)
+    return Batch(torch.stack(images), torch.tensor(labels, device="cpu"), named, seconds)
 
 
 def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
@@ -173,113 +193,71 @@ def split(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
     return sorted(train), sorted(test)
 
 
-def scan(folder: str | Path, argument: str) -> tuple[list[str], list[str], list[int], list[str]]:
-    """The classes of a folder (its subfolders, sorted), the paths of its images, their labels, and notes.
-
-    Images lie in a class folder at any depth, behind links too. A note says what else lies there and is left out.
-
-    Raises:
-        FileNotFoundError, ValueError: as `open_source`.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"train: argument '{argument}' got {str(folder)!r}, which is no folder")
-    classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    if len(classes) < 2:
-        raise ValueError(
-            f"train: argument '{argument}' got {str(folder)!r}, which holds {len(classes)} class folders; "
-            "needs two or more, each with the images of one class"
-        )
-    paths: list[str] = []
-    labels: list[int] = []
-    others: Counter[str] = Counter()
-    for label, name in enumerate(classes):
-        found = []
-        for path in _files(folder / name, others):
-            kind = path.suffix.lower()
-            if kind in SUFFIXES and path.is_file():
-                found.append(path)
-            else:
-                others["link to nothing" if kind in SUFFIXES else kind or "file without a suffix"] += 1
-        if not found:
-            raise ValueError(
-                f"train: argument '{argument}' got {str(folder)!r}, whose class folder {name!r} holds no image; "
-                f"needs {', '.join(sorted(SUFFIXES))} files"
-            )
-        paths += map(str, sorted(found))
-        labels += [label] * len(found)
-    beside = sum(each.suffix.lower() in SUFFIXES and each.is_file() for each in folder.iterdir())
-    if beside:
-        others["image in no class folder"] = beside
-    return classes, paths, labels, [_left_out(folder, others)] if others else []
-
-
-def _left_out(folder: Path, others: Counter[str]) -> str:
-    most = sorted(others.items(), key=lambda each: (-each[1], each[0]))
-    counts = [f"{count} x {what}" for what, count in most[:6]]
-    if most[6:]:
-        counts.append(f"{sum(count for _, count in most[6:])} of other kinds")
-    return f"left out of {folder}: {', '.join(counts)}; needs {', '.join(sorted(SUFFIXES))} files"
-
-
-def _files(folder: Path, others: Counter[str]) -> Iterator[Path]:
-    """Every file below a folder, once: links to folders are followed, after what is there without them.
-
-    Args:
-        folder: where.
-        others: counts the folders that cannot be read.
-    """
-
-    def count(error: OSError) -> None:
-        others["folder that cannot be read"] += 1
-
-    # by what they are: links may lead in a circle, or up to where the other classes are
-    seen = {_identity(each) for each in (*folder.absolute().parents, *folder.resolve().parents)}
-    tops = [str(folder)]
-    for top in tops:
-        for here, folders, names in os.walk(top, onerror=count):
-            identity = _identity(here)
-            if identity in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            tops += [path for path in (os.path.join(here, name) for name in sorted(folders)) if os.path.islink(path)]
-            yield from (Path(here, name) for name in names)
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
 def _folder(config: TrainConfig) -> Source:
-    size = config.image_size
-    views = functools.partial(augment.random_crop, size=size), functools.partial(augment.centre_crop, size=size)
-    classes, paths, labels, notes = scan(config.data, "data")
-    if config.val_data is None:
-        train, test = split(labels, config.val_split)
-        test_paths, test_labels = [paths[index] for index in test], [labels[index] for index in test]
-        paths, labels = [paths[index] for index in train], [labels[index] for index in train]
+    data, val_data = Path(config.data), config.val_data
+    found = halves(data) if data.is_dir() else None
+    if found is not None:
+        data, val_data = found[0], val_data or str(found[1])
+    classes, paths, labels, notes = scan(data, "data")
+    if val_data is None:
+        train, test = _parts(paths, labels, config.val_split)
     else:
-        test_classes, test_paths, test_labels, test_notes = scan(config.val_data, "val_data")
+        test_classes, test_paths, test_labels, test_notes = scan(val_data, "val_data")
+        train, test = (paths, labels), (test_paths, test_labels)
         notes += test_notes
         if test_classes != classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise ValueError(
-                f"train: argument 'val_data' got {config.val_data!r}, whose classes are not those of {config.data!r}; "
+                f"train: argument 'val_data' got {str(val_data)!r}, whose classes are not those of {str(data)!r}; "
                 f"needs the same class folders ({', '.join(odd[:5])} in one alone)"
             )
-    # pixels as ImageNet's models have them
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    make = functools.partial(ImageSet, shape=(3, size, size), seed=config.seed)
+    return _source(config, classes, train, test, notes)
+
+
+def _stored(config: TrainConfig) -> Source | None:
+    """A data set that a library stored, or None."""
+    found = stored.find(config.data, "data")
+    if found is None:
+        return None
+    train: Any = found["train"]
+    held_out = next((found[name] for name in HELD_OUT if name in found), None)
+    if config.val_data is not None:
+        other = stored.find(config.val_data, "val_data")
+        if other is None:
+            raise ValueError(
+                f"train: argument 'val_data' got {config.val_data!r}; needs a data set stored as that of 'data' is"
+            )
+        held_out = next(iter(other.values()))
+    if held_out is None:
+        indices = split(train.labels, config.val_split)
+        train, held_out = (train.part(each) for each in indices)
+    elif held_out.classes != train.classes:
+        raise ValueError("train: argument 'val_data' has other classes than 'data'; needs the same")
+    pairs = [(each.images, each.labels) for each in (train, held_out)]
+    return _source(config, train.classes, pairs[0], pairs[1], [])
+
+
+def _parts(images: list[str], labels: list[int], share: float) -> list[tuple[list[str], list[int]]]:
+    return [([images[i] for i in part], [labels[i] for i in part]) for part in split(labels, share)]
+
+
+def _source(config: TrainConfig, classes: list[str], train: Any, test: Any, notes: list[str]) -> Source:
+    """From images and labels, twice."""
+    size = config.image_size
+    if config.aug is None:
+        training: View = functools.partial(augment.random_crop, size=size)
+    else:
+        training = augment.TimmView(config.aug, size)
+    make: Any = functools.partial(ImageSet, shape=(3, size, size), seed=config.seed)
     return Source(
         name=Path(config.data).resolve().name,
         classes=classes,
         channels=3,
-        mean=mean,
-        std=std,
-        train=make(paths, labels, views[0]),
-        test=make(test_paths, test_labels, views[1]) if test_paths else None,
+        # pixels as ImageNet's models have them
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        train=make(*train, training),
+        test=make(*test, functools.partial(augment.centre_crop, size=size)) if len(test[0]) else None,
         notes=notes,
     )
 
@@ -290,8 +268,9 @@ def _digits(config: TrainConfig) -> Source:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    if config.val_data is not None:
-        raise ValueError("train: argument 'val_data' is given with data='digits'; needs 'val_split' alone")
+    for name in ("val_data", "aug"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"train: argument '{name}' is given with data='digits'; needs a folder of images")
     scans = load_digits()
     size = config.image_size
     grey = (torch.from_numpy(scans.images) * (255 / 16)).round().to(torch.uint8)

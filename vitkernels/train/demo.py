@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vitkernels.train.config import TrainConfig
+from vitkernels.settings import TrainConfig
 
 # 64 patches of 4 x 4 pixels and a class token, width 192. A patch is one pixel of the scan: nearly all that it tells is
 # where it stands, so positions start large.

@@ -48,6 +48,12 @@ class World:
         return values
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether this says that another process of the group is gone: gloo and NCCL say it in words."""
+    words = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "socket", "broken pipe")
+    return any(each in str(error).lower() for each in words)
+
+
 @contextlib.contextmanager
 def world(device: str | None) -> Iterator[World]:
     """The world that torchrun set up (gloo on CPUs, NCCL on GPUs), or a world of one.

@@ -11,20 +11,25 @@ import contextlib
 import math
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vitkernels import dispatch
-from vitkernels.train import checkpoint
-from vitkernels.train.config import TrainConfig
+from vitkernels.settings import TrainConfig
+from vitkernels.train import checkpoint, metrics
 from vitkernels.train.data import Batch, Source, held_out_loader, train_loader
 from vitkernels.train.distributed import World
-from vitkernels.train.lane import Lane
+from vitkernels.train.from_timm import Mix
+from vitkernels.train.lane import FIGURES, Lane
+from vitkernels.train.logs import Log
 from vitkernels.train.metrics import Metrics
-from vitkernels.train.model import WEIGHTS_FILE, ModelSpec, build_all, core
-from vitkernels.train.progress import Bar
+from vitkernels.train.model import WEIGHTS, ModelSpec, build_all, core, freeze_all_but_head
+from vitkernels.train.progress import progress
+from vitkernels.train.start import load_weights
+from vitkernels.train.stopping import Stop
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,10 +38,22 @@ CHECKPOINT = "checkpoint.pt"
 
 
 class Trainer:
-    """A run of `config` on `source`: built, given a checkpoint's state where it resumes, and run once."""
+    """A run of `config` on `source`: built, given a checkpoint's state where it resumes, and run once.
 
-    def __init__(self, config: TrainConfig, world: World, source: Source, folder: Path, console: Console) -> None:
+    `stop` is looked at after each step: whoever sets its number gets a checkpoint of that step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        source: Source,
+        folder: Path,
+        console: Console,
+        stop: Stop | None = None,
+    ) -> None:
         self.config, self.world, self.source, self.folder, self.console = config, world, source, folder, console
+        self.stop, self.stopped = stop or Stop(), 0
         pin = world.device.type == "cuda"
         self.batches, self.loader = train_loader(source, config, world.rank, world.size, pin)
         self.test_batches = held_out_loader(source, config, world.rank, world.size, pin)
@@ -46,9 +63,17 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.spec = ModelSpec.of(config, source)
         models = build_all(self.spec, config.position_std, config.compare)
+        self.notes: list[str] = []
+        if config.init_from is not None and not config.resume:
+            self.notes += load_weights(core(models["fused"]), Path(config.init_from))
+        if config.freeze:
+            self.notes.append(
+                f"trains {', '.join(freeze_all_but_head(core(models['fused']), len(source.classes)))} alone"
+            )
         self.lanes = {name: Lane(model, config, world, self.steps_per_epoch) for name, model in models.items()}
+        self.mix = Mix(config, source, config.batch_size // world.size, world.device)
         torch.manual_seed(config.seed + world.rank)  # processes draw different DropPath masks
-        self.step = 0
+        self.step, self.best, self.is_best = 0, -1.0, False
 
     @property
     def main(self) -> Lane:
@@ -59,14 +84,17 @@ class Trainer:
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
 
-    def run(self) -> None:
-        """Take the steps that are left."""
+    def run(self) -> int:
+        """Take the steps that are left; the number of the signal that stopped it, or 0."""
+        self.best = max(
+            (self._score(row["test"]) for row in metrics.read(self.metrics_file, self.step, "test")), default=-1.0
+        )
         record_ops = True
-        with (
-            Metrics(self.metrics_file, self.step) if self.world.is_first else contextlib.nullcontext() as self.metrics,
-            Bar(self.console, self.total, self.step, self.config.batch_size) as self.bar,
-        ):
-            while self.step < self.total:
+        with contextlib.ExitStack() as stack:
+            self.metrics = stack.enter_context(Metrics(self.metrics_file, self.step)) if self.world.is_first else None
+            self.log = stack.enter_context(Log(self.config.log if self.world.is_first else None, self.folder))
+            self.bar = stack.enter_context(progress(self.console, self.total, self.step, self.config))
+            while self.step < self.total and not self.stopped:
                 epoch, self.batches.start = divmod(self.step, self.steps_per_epoch)
                 self.batches.epoch = epoch
                 for batch in self.loader:
@@ -77,18 +105,25 @@ class Trainer:
                         self._test(epoch)
                     # only here: a checkpoint of a step comes after every row of that step
                     every = self.config.checkpoint_every
-                    if ended or (every and self.step % every == 0):
+                    if ended or self.stopped or (every and self.step % every == 0):
                         self._save()
+                    if self.stopped:
+                        break
+        return self.stopped if self.step < self.total else 0
 
     def _step(self, batch: Batch, epoch: int, record_ops: bool) -> None:
         images, labels = self._to_device(batch)
+        seed = f"{self.config.seed} {self.step} {self.world.rank}"
+        images, targets = self.mix(images, labels, Random(seed))
         # whoever goes second finds the batch in the cache: they take turns
         lanes = list(self.lanes.items())[:: -1 if self.step % 2 else 1]
         row: dict[str, Any] = {"step": self.step + 1, "epoch": epoch + 1, "lr": lanes[0][1].lr}
         with contextlib.ExitStack() as stack:
             calls = stack.enter_context(dispatch.record()) if record_ops else []
-            taken = {name: lane.step(images, labels) for name, lane in lanes}
-        figures = self._figures({name: sums for name, (_, sums) in taken.items()})
+            taken = {name: lane.step(images, labels, targets, self.step) for name, lane in lanes}
+        figures, (self.stopped, decoding) = self._figures(
+            {name: sums for name, (_, sums) in taken.items()}, (self.stop.number, batch.seconds)
+        )
         self.step += 1
         for name in self.lanes:
             if not math.isfinite(figures[name]["loss"]):
@@ -97,6 +132,7 @@ class Trainer:
                     f"needs a lower 'lr' or a longer warm-up; {self.kept}"
                 )
             row[name] = {**figures[name], "seconds": taken[name][0]}
+        row["decoding"] = decoding
         skipped = self._skipped(batch.errors, figures, self.config.batch_size)
         if skipped:
             row["skipped"] = skipped
@@ -109,25 +145,41 @@ class Trainer:
     def _test(self, epoch: int) -> None:
         if self.test_batches is None or self.source.test is None:
             return
-        sums = {name: torch.zeros(3, dtype=torch.float64, device=self.world.device) for name in self.lanes}
+        models = {name: (lane, lane.model) for name, lane in self.lanes.items()}
+        if self.main.ema is not None:
+            models["ema"] = (self.main, self.main.ema.module)
+        sums = {name: torch.zeros(FIGURES, dtype=torch.float64, device=self.world.device) for name in models}
         errors: list[str] = []
-        for lane in self.lanes.values():
-            lane.model.eval()
+        for _, model in models.values():
+            model.eval()
         for batch in self.test_batches:
             images, labels = self._to_device(batch)
             errors += batch.errors
-            for name, lane in self.lanes.items():
-                sums[name] += lane.test(images, labels)
+            for name, (lane, model) in models.items():
+                sums[name] += lane.test(images, labels, model)
         for lane in self.lanes.values():
             lane.model.train()
-        figures = self._figures(sums)
+        figures, _ = self._figures(sums)
         row = {"step": self.step, "epoch": epoch + 1, "test": figures}
         skipped = self._skipped(errors, figures, len(self.source.test))
         if skipped:
             row["skipped"] = skipped
         self._log(row)
-        accuracies = ", ".join(f"{name} {figures[name]['accuracy']:.2%}" for name in self.lanes)
-        self.console.print(f"epoch {epoch + 1} of {self.config.epochs}: test accuracy {accuracies}", highlight=False)
+        score = self._score(figures)
+        self.is_best = score > self.best
+        self.best = max(score, self.best)
+        accuracies = ", ".join(f"{name} {each['accuracy']:.2%}" for name, each in figures.items())
+        five = f", top-5 {figures['fused']['top5']:.2%}" if len(self.source.classes) > 5 else ""
+        self.console.print(
+            f"epoch {epoch + 1} of {self.config.epochs}: test accuracy {accuracies}{five}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    @staticmethod
+    def _score(figures: dict[str, Any]) -> float:
+        """What the best weights are best at: the accuracy of the model, or of its average where there is one."""
+        return float(figures["ema" if "ema" in figures else list(figures)[-1]]["accuracy"])
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.config.strict and batch.errors:
@@ -135,13 +187,27 @@ class Trainer:
         device = self.world.device
         return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
 
-    def _figures(self, sums: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-        """Mean loss and accuracy over all processes, and how many images they are of."""
-        rows = self.world.sum(torch.stack([each.double() for each in sums.values()])).tolist()
-        return {
-            name: {"loss": loss / max(images, 1), "accuracy": right / max(images, 1), "images": int(images)}
-            for name, (loss, right, images) in zip(sums, rows, strict=True)
+    def _figures(
+        self, sums: dict[str, Tensor], more: tuple[float, float] = (0, 0)
+    ) -> tuple[dict[str, dict[str, float]], tuple[int, float]]:
+        """Over all processes: mean loss and accuracy, how many images they are of; and `more`, a signal and seconds.
+
+        A signal may reach processes at different steps: all stop where the first of them knows of it.
+        """
+        table = torch.stack([each.double() for each in sums.values()])
+        number, seconds = more
+        last = table.new_tensor([number, number > 0, seconds, 0.0])
+        *rows, (numbers, asked, seconds, _) = self.world.sum(torch.cat([table, last[None]])).tolist()
+        figures = {
+            name: {
+                "loss": loss / max(images, 1),
+                "accuracy": right / max(images, 1),
+                "top5": five / max(images, 1),
+                "images": int(images),
+            }
+            for name, (loss, right, five, images) in zip(sums, rows, strict=True)
         }
+        return figures, (round(numbers / asked) if asked else 0, seconds)
 
     def _skipped(self, errors: list[str], figures: dict[str, dict[str, float]], expected: int) -> list[str]:
         """The images that some process could not read, each named on the screen."""
@@ -160,6 +226,7 @@ class Trainer:
     def _log(self, row: dict[str, Any]) -> None:
         if self.metrics is not None:
             self.metrics.append(row)
+        self.log.add(row)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -175,7 +242,6 @@ class Trainer:
         return {
             **self.config.fixed(),
             "model_args": self.spec.arguments,
-            "processes": self.world.size,
             "classes": self.source.classes,
             "training images": len(self.source.train),
         }
@@ -185,9 +251,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.sync()
             lanes = {name: lane.state_dict() for name, lane in self.lanes.items()}
-            state = {"step": self.step, "settings": self.settings(), "lanes": lanes, "random": random}
+            settings = {**self.settings(), "epochs": self.config.epochs}
+            state = {"step": self.step, "settings": settings, "lanes": lanes, "random": random}
+            if self.is_best:
+                kept = self.main.model if self.main.ema is None else self.main.ema.module
+                checkpoint.write_weights(self.folder / WEIGHTS["best"], core(kept))
             checkpoint.save(self.folder / CHECKPOINT, state)
-            checkpoint.write_weights(self.folder / WEIGHTS_FILE, core(self.main.model))
+            checkpoint.write_weights(self.folder / WEIGHTS["last"], core(self.main.model))
+            if self.main.ema is not None:
+                checkpoint.write_weights(self.folder / WEIGHTS["ema"], core(self.main.ema.module))
+        self.is_best = False
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint.
@@ -195,16 +268,42 @@ class Trainer:
         Raises:
             ValueError: it is of a run with other settings or other data.
         """
+        if set(state["lanes"]) != set(self.lanes):
+            raise ValueError(
+                f"train: argument 'resume': the checkpoint in {self.folder} is of {', '.join(state['lanes'])}, and the "
+                f"run trains {', '.join(self.lanes)}; needs the same (models of timm were trained stock once)"
+            )
+        # a setting that is younger than the checkpoint was what its default is
+        kept = {**TrainConfig(data="").fixed(), **state["settings"]}
         for name, value in self.settings().items():
-            if state["settings"].get(name) != value:
+            if kept.get(name) != value:
                 raise ValueError(
-                    f"train: argument 'resume': {name} is {value!r}, and {state['settings'].get(name)!r} in the "
+                    f"train: argument 'resume': {name} is {value!r}, and {kept.get(name)!r} in the "
                     f"checkpoint in {self.folder}; needs the same"
                 )
+        epochs = kept.get("epochs", self.config.epochs)
+        if state["step"] > self.total:
+            raise ValueError(
+                f"train: argument 'epochs' got {self.config.epochs}; needs more than the {state['step']} steps of the "
+                f"checkpoint in {self.folder}, {self.steps_per_epoch} an epoch"
+            )
+        other = epochs != self.config.epochs
         for name, lane in self.lanes.items():
-            lane.load_state_dict(state["lanes"][name])
-        checkpoint.set_random_state(state["random"][self.world.rank], self.world.device)
+            lane.load_state_dict(state["lanes"][name], state["step"] if other else None)
         self.step = state["step"]
+        if other:
+            self.notes.append(
+                f"the run had {epochs} epochs and has {self.config.epochs} now: from step {self.step} on the learning "
+                f"rate is that of a run of {self.config.epochs}, {self.main.lr:.2e}"
+            )
+        if len(state["random"]) == self.world.size:
+            checkpoint.set_random_state(state["random"][self.world.rank], self.world.device)
+        else:
+            torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)
+            self.notes.append(
+                f"the run had {len(state['random'])} processes and has {self.world.size} now: the same batches, other "
+                "random numbers of DropPath and dropout"
+            )
 
 
 def _summary(calls: list[dispatch.Call]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """What a run measured, as JSON lines: one row a step, one an epoch. They outlive a kill, and hold no step twice.
 
-A step's row: {"step", "epoch", "lr", MODEL: {"loss", "accuracy", "seconds"}, ...}, "skipped" where images could not be
-read, and "ops" at the first step of every process. An epoch's row: {"step", "epoch", "test": {MODEL: {...}}}.
+A step's row: {"step", "epoch", "lr", MODEL: {"loss", "accuracy", "top5", "images", "seconds"}, ..., "decoding": seconds
+that reading its images took}, "skipped" where images could not be read, and "ops" at the first step of every process.
+An epoch's row: {"step", "epoch", "test": {MODEL: {...}}}.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [row for row in read(path) if row["step"] <= step] if step else []
+        kept = list(read(path, step)) if step else []
         atomic_write(path, lambda file: file.writelines(_line(row) for row in kept))
         self.file = path.open("ab")
 
@@ -48,15 +49,17 @@ class Metrics:
         os.fsync(self.file.fileno())
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, up to a half-written one."""
+def read(path: Path, step: int | None = None, key: str = "step") -> Iterator[dict[str, Any]]:
+    """The rows of a file that have `key`, up to a half-written one, or to those after `step`."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            row = json.loads(line)
+            if key in row and (step is None or row["step"] <= step):
+                yield row
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -12,20 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkernels.nn import PRESETS, VisionTransformer, create_model
+from vitkernels.fuse import explain, fuse
+from vitkernels.models import Asked, create, library_of
+from vitkernels.nn import VisionTransformer
 from vitkernels.nn.naive import from_fused
-from vitkernels.train.config import CONFIG_FILE, TrainConfig
+from vitkernels.settings import CONFIG_FILE, TrainConfig
 from vitkernels.train.data import Source
 
 WEIGHTS_FILE = "model.safetensors"
+WEIGHTS = {"last": WEIGHTS_FILE, "best": "best.safetensors", "ema": "ema.safetensors"}
+PAST = 0.05  # how far bicubic resizing goes past 0 and 1
 _UNDECAYED = frozenset({"pos_embed", "cls_token", "reg_token"})
 
 
 class Normalised(nn.Module):
-    """A model that takes normalised floats, fed with pixels: (image / 255 - mean) / std in front of it.
+    """A model that takes normalised images, fed with pixels: (image - mean) / std in front of it, the logits behind.
 
     Args:
-        model: takes [B, C, H, W] floating point.
+        model: takes [B, C, H, W] floating point; gives logits, or an output with `.logits`.
         mean, std: C numbers each, in [0, 1] pixel units.
     """
 
@@ -38,8 +42,48 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 -> what the model gives."""
-        return self.model((image.to(self.mean.dtype) / 255 - self.mean) / self.std)
+        """[B, C, H, W], uint8 or floating point from 0 to 1 -> [B, classes]."""
+        pixels = image.to(self.mean.dtype)
+        if image.dtype == torch.uint8:
+            pixels = pixels / 255
+        output = self.model((pixels - self.mean) / self.std)
+        return getattr(output, "logits", output)
+
+
+class Trained(nn.Module):
+    """A trained model as `load_model` gives it.
+
+    Attributes:
+        model: the classifier, fused; it takes pixels.
+        classes: names of its classes, in the order of the logits.
+        spec: what it was built from: image size, channels, mean and std.
+    """
+
+    def __init__(self, model: nn.Module, classes: list[str], spec: ModelSpec) -> None:
+        super().__init__()
+        self.model, self.classes, self.spec = model, classes, spec
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of a batch of images.
+
+        Args:
+            image: [B, C, S, S], uint8, or floating point from 0 to 1. The run's mean and std are applied here.
+
+        Returns:
+            [B, classes].
+
+        Raises:
+            ValueError: floats that are not from 0 to 1, or a twentieth past: bytes as floats, or images that are
+                normalised already.
+        """
+        if image.is_floating_point() and not torch.compiler.is_compiling() and image.numel():
+            low, high = (each.item() for each in image.detach().aminmax())
+            if low < -PAST or high > 1 + PAST:
+                raise ValueError(
+                    f"load_model: argument 'image' holds floats from {low:.3g} to {high:.3g}; needs uint8, or floats "
+                    "from 0 to 1, which are normalised by the model"
+                )
+        return self.model(image)
 
 
 @dataclass(frozen=True)
@@ -63,29 +107,32 @@ class ModelSpec:
             config.image_size,
             len(source.classes),
             source.channels,
-            source.mean,
-            source.std,
+            tuple(source.mean),
+            tuple(source.std),
             config.drop_path,
             dict(config.model_args or {}),
         )
 
     def build(self) -> nn.Module:
-        """The model with fresh weights; it takes uint8 pixels.
+        """The model with fresh weights, fused; it takes uint8 pixels, or floats from 0 to 1.
 
         Raises:
-            ValueError: an unknown name, or arguments that the model does not take.
+            ValueError: an unknown name, arguments that the model does not take, or one of which nothing can be fused.
+            ModuleNotFoundError: its library is not installed.
         """
-        arguments: dict[str, Any] = {"in_chans": self.channels, **self.arguments}
-        if self.drop_path:
-            arguments["drop_path_rate"] = self.drop_path
-        pixels = {"mean": self.mean, "std": self.std} if self.name in PRESETS else {}
+        own = library_of(self.name)[0] == "vitkernels"
+        pixels = {"mean": tuple(self.mean), "std": tuple(self.std)} if own else {}
+        asked = Asked(
+            self.image_size, self.num_classes, self.channels, self.drop_path, arguments=self.arguments, **pixels
+        )
+        model = create(self.name, asked).module
+        if own:
+            return model
         try:
-            model = create_model(
-                self.name, img_size=self.image_size, num_classes=self.num_classes, **{**pixels, **arguments}
-            )
-        except (ImportError, RuntimeError, TypeError) as error:
-            raise ValueError(f"train: cannot build model {self.name!r} with {arguments}: {error}") from error
-        return model if self.name in PRESETS else Normalised(model, self.mean, self.std)
+            fuse(model)
+        except ValueError as error:
+            raise ValueError(f"train: argument 'model' got {self.name!r}: {error}") from error
+        return Normalised(model, tuple(self.mean), tuple(self.std))
 
 
 def build_all(spec: ModelSpec, position_std: float | None, compare: str | None) -> dict[str, nn.Module]:
@@ -104,13 +151,34 @@ def build_all(spec: ModelSpec, position_std: float | None, compare: str | None) 
             )
         nn.init.normal_(table, std=position_std)
     if compare is None:
-        return {"fused" if spec.name in PRESETS else "timm": model}
+        return {"fused": model}
     if not isinstance(model, VisionTransformer):
         raise ValueError(
             f"train: argument 'compare' got {compare!r} with model {spec.name!r}; needs a preset of vitkernels, "
             "as vit_small_patch16"
         )
     return {"naive": from_fused(model), "fused": model}
+
+
+def freeze_all_but_head(model: nn.Module, classes: int) -> list[str]:
+    """Let the last Linear as wide as there are classes train alone; the names of its parameters.
+
+    Raises:
+        ValueError: there is none.
+    """
+    heads = [
+        name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each.out_features == classes
+    ]
+    if not heads:
+        raise ValueError("train: argument 'freeze' is set, and no Linear of the model gives the classes; needs a head")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(f"{heads[-1]}."))
+    return [name for name, _ in _trained(model)]
+
+
+def fused_blocks(model: nn.Module) -> str:
+    """In words: "12 of 12 blocks fused", with the reason of what is not."""
+    return explain(core(model)).summary
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -133,26 +201,32 @@ def core(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, Normalised) else model
 
 
-def load_model(folder: str | Path) -> tuple[nn.Module, list[str]]:
+def load_model(folder: str | Path, weights: str = "last") -> tuple[Trained, list[str]]:
     """Read a trained model back: `load_model("runs/digits")`.
 
     Args:
         folder: a run's folder.
+        weights: "last", "best" (of the highest test accuracy) or "ema" (their average, where the run kept one).
 
     Returns:
-        The model in eval mode on the CPU, which takes uint8 images [B, C, S, S], and the names of its classes.
+        The model in eval mode on the CPU, fused, and the names of its classes. It takes images [B, C, S, S] of uint8,
+        or of floats from 0 to 1; the run's mean and std are applied inside.
 
     Raises:
-        FileNotFoundError: the folder holds no trained model.
+        FileNotFoundError: the folder holds no trained model, or not those weights.
+        ValueError: another word for `weights`.
     """
-    from safetensors.torch import load_file
-
+    if weights not in WEIGHTS:
+        raise ValueError(f"load_model: argument 'weights' got {weights!r}; needs {' or '.join(map(repr, WEIGHTS))}")
     folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, WEIGHTS[weights]):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load_model: argument 'folder' got {str(folder)!r}, which holds no {name}")
+    from safetensors.torch import load_file
+
     saved = json.loads((folder / CONFIG_FILE).read_text())
+    spec = ModelSpec(**saved["model"])
     with torch.device("cpu"):
-        model = ModelSpec(**saved["model"]).build()
-    core(model).load_state_dict(load_file(folder / WEIGHTS_FILE))
-    return model.eval(), saved["classes"]
+        model = spec.build()
+    core(model).load_state_dict(load_file(folder / WEIGHTS[weights]))
+    return Trained(model, saved["classes"], spec).eval(), saved["classes"]

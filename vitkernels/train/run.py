@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vitkernels import dispatch
-from vitkernels.train import checkpoint
-from vitkernels.train.config import CONFIG_FILE, TrainConfig, require_packages
-from vitkernels.train.data import open_source
-from vitkernels.train.distributed import World, world
+from vitkernels.settings import CONFIG_FILE, TrainConfig, require_packages
+from vitkernels.train import checkpoint, machine
+from vitkernels.train.data import DIGITS, open_source
+from vitkernels.train.distributed import World, is_lost, world
 from vitkernels.train.loop import CHECKPOINT, Trainer
+from vitkernels.train.model import fused_blocks
 from vitkernels.train.report import report
+from vitkernels.train.stopping import Stop, Stopped, listening
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +44,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         OSError: a file that cannot be written (a full disk); what was saved before is kept.
         BackendError: none of config.backend's can serve a call.
         FloatingPointError: the loss is no longer a number.
-        KeyboardInterrupt: on Ctrl-C, with a sentence on how to continue.
+        Stopped: on Ctrl-C or SIGTERM (a KeyboardInterrupt), after a checkpoint, with a sentence on how to continue.
+        ConnectionError: another of the run's processes is gone.
     """
     require_packages()
     from rich.console import Console
@@ -58,15 +61,16 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         if config.backends:
             stack.enter_context(dispatch.use(*config.backends))
             _check_backends(config.backends)
+        stop = stack.enter_context(listening())
         quiet = Console(quiet=True)
-        return _run(config, here, (console or Console()) if here.is_first else quiet)
+        return _run(config, here, (console or Console()) if here.is_first else quiet, stop)
 
 
-def _run(config: TrainConfig, here: World, console: Console) -> dict[str, Any]:
+def _run(config: TrainConfig, here: World, console: Console, stop: Stop) -> dict[str, Any]:
     state = _find_checkpoint(config)
     source = open_source(config)
     folder = Path(config.out or f"runs/{source.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    trainer = Trainer(config, here, source, folder, console)
+    trainer = Trainer(config, here, source, folder, console, stop)
     if state is not None:
         trainer.load_state_dict(state)
     if here.is_first:
@@ -74,16 +78,53 @@ def _run(config: TrainConfig, here: World, console: Console) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"train: argument 'out': cannot make the folder {folder}: {error.strerror}") from error
-        settings = {"model": asdict(trainer.spec), "classes": source.classes, "training": asdict(config)}
+        # paths from the root: the run may go on from another folder
+        where = {name: _absolute(getattr(config, name)) for name in ("data", "val_data")}
+        settings = {"model": asdict(trainer.spec), "classes": source.classes, "training": {**asdict(config), **where}}
         checkpoint.write_json(folder / CONFIG_FILE, settings)
-        for note in source.notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"writing to {folder}", markup=False, highlight=False, soft_wrap=True)
+        for line in opening(trainer):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     try:
-        trainer.run()
+        number = trainer.run()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted at step {trainer.step}; {trainer.kept}") from None
+        raise Stopped(f"interrupted at step {trainer.step}; {trainer.kept}") from None
+    except RuntimeError as error:
+        if here.size == 1 or not is_lost(error):
+            raise
+        raise ConnectionError(
+            f"train: process {here.rank} of {here.size} lost another one at step {trainer.step}; {trainer.kept}"
+        ) from error
+    if number:
+        raise Stopped(f"stopped at step {trainer.step}; {trainer.kept}", number)
     return report(trainer, console) if here.is_first else {}
+
+
+def opening(trainer: Trainer) -> list[str]:
+    """The first lines of a run: what it trains on, what it trains, for how long, on what."""
+    config, source, model = trainer.config, trainer.source, trainer.main.model
+    parameters = list(model.parameters())
+    trained = sum(each.numel() for each in parameters if each.requires_grad)
+    total = sum(each.numel() for each in parameters)
+    of_these = "" if trained == total else f", {trained:,} of them trained"
+    device = machine.device_name(trainer.world.device)
+    processes = f", {trainer.world.size} processes" if trainer.world.size > 1 else ""
+    there = [name for name in dispatch.order(trainer.world.device.type) if dispatch.why_not(name) is None]
+    lines = [
+        f"images: {len(source.train):,} to train on, {len(source.test or ()):,} to test on, in {len(source.classes)} "
+        f"classes, from {config.data}",
+        *source.notes,
+        f"model: {trainer.spec.name}, {total:,} parameters{of_these}; {fused_blocks(model)}",
+        f"steps: {trainer.total:,} of {config.batch_size} images, {trainer.steps_per_epoch:,} an epoch"
+        + (f"; goes on from step {trainer.step:,}" if trainer.step else ""),
+        f"device: {device}{processes}; ops run on {', or else '.join(there)}",
+        *trainer.notes,
+        f"writing to {trainer.folder}",
+    ]
+    return lines
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path in (None, DIGITS) else str(Path(str(path)).absolute())
 
 
 def _check_backends(names: tuple[str, ...]) -> None:

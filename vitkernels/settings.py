@@ -1,21 +1,23 @@
-"""Every setting of a training run: its name, default, meaning and bounds, once, for Python and the command line."""
+"""Every setting of a training run: its name, default, meaning and bounds, once, for Python and the command line.
+
+This page and `cli` import no torch, so that `--help` and a misspelt word are answered at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitkernels.dispatch import BACKENDS
-from vitkernels.ops._check import integer
-
 CONFIG_FILE = "config.json"  # in a run's folder: its model, classes and settings
+RECIPES = Path(__file__).parent / "train" / "recipes"
 PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "safetensors": "safetensors"}
 
 
@@ -31,13 +33,20 @@ AT_LEAST_1 = Bound("1 or more", lambda value: value >= 1)
 AT_LEAST_0 = Bound("0 or more", lambda value: value >= 0)
 ABOVE_0 = Bound("more than 0", lambda value: value > 0)
 SHARE = Bound("0 or more and less than 1", lambda value: 0 <= value < 1)
+PART = Bound("more than 0 and 1 at most", lambda value: 0 < value <= 1)
 
 
 def _option(
-    default: Any, help: str, *, bound: Bound | None = None, choices: tuple[str, ...] | None = None, free: bool = False
+    default: Any,
+    help: str,
+    *,
+    bound: Bound | None = None,
+    choices: tuple[str, ...] | None = None,
+    free: bool = False,
+    flags: tuple[str, ...] = (),
 ) -> Any:
-    """`free`: a resumed run may change it, since it leaves the training's numbers alone."""
-    metadata = {"help": help, "bound": bound, "choices": choices, "free": free}
+    """`free`: a resumed run may change it; `flags`: more names of it on the command line."""
+    metadata = {"help": help, "bound": bound, "choices": choices, "free": free, "flags": flags}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,32 +63,58 @@ class TrainConfig:
 
     data: str = _option(
         dataclasses.MISSING,
-        "folder with one subfolder of images (JPEG, PNG, WebP, BMP, PNM, TIFF) per class; or 'digits': scikit-learn's",
+        "folder with one subfolder of images per class, or with train/ and val/ of such folders; a data set that "
+        "Hugging Face's `datasets` saved; a folder of webdataset's .tar shards; or 'digits': scikit-learn's",
         free=True,
     )
-    val_data: str | None = _option(None, "folder of test images, laid out as --data; instead of --val-split", free=True)
+    val_data: str | None = _option(
+        None, "test images, laid out as --data; instead of --val-split", free=True, flags=("--val",)
+    )
     val_split: float = _option(0.1, "share of each class held out for testing; 0 for none", bound=SHARE)
-    model: str = _option("vit_small_patch16", "a preset of vitkernels, or any model name of timm")
+    model: str = _option(
+        "vit_small_patch16",
+        "a preset of vitkernels (vit_small), timm:NAME, transformers:TYPE (or a path to a config.json), or "
+        "torchvision:NAME; its blocks run fused",
+    )
     model_args: Mapping[str, Any] | None = _option(None, "more arguments of the model, as in depth=6 embed_dim=192")
+    init_from: str | None = _option(
+        None, "weights to start from, a local file (.safetensors, .pt, .bin): timm's, transformers' or a run's"
+    )
+    freeze: bool = _option(False, "train the head alone")
     image_size: int = _option(224, "side of the square that the model sees, in pixels", bound=AT_LEAST_1)
-    epochs: int = _option(100, "passes over the training images", bound=AT_LEAST_1)
+    epochs: int = _option(
+        100, "passes over the training images; a resumed run may be given more", bound=AT_LEAST_1, free=True
+    )
     batch_size: int = _option(128, "images per step, over all processes together", bound=AT_LEAST_1)
-    lr: float = _option(5e-4, "AdamW's highest learning rate, after the warm-up", bound=ABOVE_0)
-    weight_decay: float = _option(0.05, "AdamW's weight decay, on matrices alone", bound=AT_LEAST_0)
+    accumulate: int = _option(1, "parts that a step's images go through the model in, to save memory", bound=AT_LEAST_1)
+    lr: float = _option(5e-4, "the highest learning rate, after the warm-up", bound=ABOVE_0)
+    weight_decay: float = _option(0.05, "weight decay, on matrices alone", bound=AT_LEAST_0)
     warmup_epochs: float | None = _option(
         None, "epochs of linear warm-up before the cosine (default: a tenth of all, at most 5)", bound=AT_LEAST_0
     )
+    opt: str | None = _option(None, "an optimizer of timm, such as lamb or lion (default: torch's fused AdamW)")
+    layer_decay: float | None = _option(
+        None, "factor of the learning rate from each layer to the one before it, by timm", bound=PART
+    )
+    sched: str | None = _option(None, "a schedule of timm, such as step or poly (default: a cosine)")
+    clip_grad: float | None = _option(None, "largest norm of all gradients", bound=ABOVE_0)
     label_smoothing: float = _option(0.0, "share of the target spread over all classes", bound=SHARE)
     drop_path: float = _option(0.0, "stochastic depth at the last block, growing linearly", bound=SHARE)
+    aug: str | None = _option(None, "timm's augmentation of training images, such as rand-m9-mstd0.5-inc1")
+    erase: float = _option(0.0, "probability of timm's random erasing", bound=SHARE)
+    mixup: float = _option(0.0, "alpha of timm's Mixup", bound=AT_LEAST_0)
+    cutmix: float = _option(0.0, "alpha of timm's CutMix", bound=AT_LEAST_0)
+    ema: float | None = _option(None, "decay of an average of the weights (timm's ModelEmaV3), tested too", bound=SHARE)
     position_std: float | None = _option(
         None,
         "deviation that positions start with; a small data set wants more than the usual 0.02",
         bound=AT_LEAST_0,
     )
-    amp: str | None = _option(None, "autocast's type; float32 throughout if not given", choices=("bf16",))
-    backend: str | None = _option(
-        None, f"backends to ask, in order, as in ext,reference: {', '.join(BACKENDS)}", free=True
+    amp: str | None = _option(
+        None, "autocast's type, fp16 with a gradient scaler; float32 throughout if not given", choices=("bf16", "fp16")
     )
+    compile: bool = _option(False, "run the model through torch.compile", free=True)
+    backend: str | None = _option(None, "backends to ask, in order, of triton, ext and reference", free=True)
     compare: str | None = _option(
         None, "train this model too: same weights, same batches, a step of each in turn", choices=("naive",)
     )
@@ -89,6 +124,9 @@ class TrainConfig:
         2, "processes that decode images; 0 decodes in the training process", bound=AT_LEAST_0, free=True
     )
     strict: bool = _option(False, "stop at a corrupt image; otherwise it is named, counted and skipped", free=True)
+    log: str | None = _option(
+        None, "write curves there too, beside metrics.jsonl", choices=("tensorboard", "wandb"), free=True
+    )
     out: str | None = _option(None, "folder of the run (default: runs/DATA-DATE-TIME)", free=True)
     resume: bool = _option(False, "continue the run in --out, with its options, from its checkpoint", free=True)
     checkpoint_every: int = _option(
@@ -96,6 +134,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        from vitkernels.dispatch import BACKENDS
+
         types = typing.get_type_hints(TrainConfig)
         for field in dataclasses.fields(self):
             value = _as_plain(getattr(self, field.name))
@@ -108,6 +148,12 @@ class TrainConfig:
         if self.compare and self.drop_path:
             raise ValueError(
                 f"train: argument 'drop_path' got {self.drop_path}; needs 0 with compare='naive', which has none"
+            )
+        if self.compare and (self.freeze or self.init_from):
+            raise ValueError("train: argument 'compare' is set with 'init_from' or 'freeze'; needs neither")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"train: argument 'accumulate' got {self.accumulate}; needs at most 'batch_size', {self.batch_size}"
             )
         if self.resume and self.out is None:
             raise ValueError("train: argument 'resume' is set without 'out'; needs the folder of the run to continue")
@@ -154,6 +200,46 @@ def resume_config(out: str, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**kept, **changes, "out": out, "resume": True})
 
 
+def recipe(name: str, **changes: Any) -> dict[str, Any]:
+    """The settings of a recipe, with `changes` over them: `TrainConfig(**recipe("deit", data="photos"))`.
+
+    Args:
+        name: "deit", "finetune", "probe", or the path of a YAML file with settings by their names.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: a file that does not hold settings.
+        ModuleNotFoundError: pyyaml is not installed.
+    """
+    require_packages({"yaml": "pyyaml"})
+    import yaml
+
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    path = RECIPES / f"{name}.yaml" if name in known else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"train: argument 'recipe' got {name!r}; needs {', '.join(known)}, or the path of a YAML file"
+        )
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"train: argument 'recipe' got {name!r}, which is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"train: argument 'recipe' got {name!r}; needs lines such as 'lr: 0.001'")
+    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    unknown = [key for key in settings if key not in fields]
+    if unknown:
+        raise ValueError(f"train: argument 'recipe' got {name!r}{near(unknown[0], fields, 'setting')}")
+    return {**settings, **changes}
+
+
+def near(word: str, known: Iterable[str], kind: str) -> str:
+    """As in: , whose setting 'lrr' is unknown; did you mean lr?"""
+    found = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f", whose {kind} {word!r} is unknown" + (f"; did you mean {' or '.join(found)}?" if found else "")
+
+
 def value_type(hint: Any) -> Any:
     """The type inside `X | None`, or X itself."""
     return next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint) if _is_optional(hint) else hint
@@ -165,6 +251,8 @@ def _is_optional(hint: Any) -> bool:
 
 def _as_plain(value: Any) -> Any:
     """Integers of any kind as ints, alone or in a mapping: a run's settings are written as JSON."""
+    from vitkernels.ops._check import integer
+
     return {name: integer(each) for name, each in value.items()} if isinstance(value, Mapping) else integer(value)
 
 
@@ -192,7 +280,7 @@ def require_packages(extra: Mapping[str, str] | None = None) -> None:
     """
     missing = [package for module, package in {**PACKAGES, **(extra or {})}.items() if not _is_installed(module)]
     if missing:
-        raise ModuleNotFoundError(f'{", ".join(missing)} not installed; needs: pip install "vitkernels[train]"')
+        raise ModuleNotFoundError(f"{', '.join(missing)} not installed; needs: pip install {' '.join(missing)}")
 
 
 def _is_installed(module: str) -> bool:
