@@ -4,15 +4,15 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models lint check test test-asan clean
+.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models docs wheel lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-.venv/.packages: requirements-dev.txt requirements-peers.txt
+.venv/.packages: requirements-dev.txt requirements-docs.txt requirements-peers.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-docs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
 	touch $@
 
@@ -100,6 +100,10 @@ gpu-cuda: ## there: build the extension's CUDA C++ with the machine's toolkit, i
 gpu-models: ## there: a training step of ViT-B against torch.compile's max-autotune (9 minutes)
 	python3 -m bench.gpu models $(if $(OUT),--out $(OUT))
 
+# built anew, so that every page's warnings are seen
+docs: .venv/.built ## the site, in build/docs: a warning fails it
+	$(PY) -m sphinx -E -n -W --keep-going -q -b html -d build/doctrees docs build/docs
+
 lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -109,7 +113,7 @@ check: .venv/.built lint ## lint, and the tests that break first (about a minute
 	$(PY) -m pytest -n $(WORKERS) -q tests/test_ops_reference.py tests/test_steps.py tests/test_tape.py tests/test_kept.py \
 		tests/test_contributing.py tests/test_fuse_timm.py
 
-test: .venv/.built .venv/.cuda lint audit-short ## ruff, mypy, the short audit and all tests (under 20 minutes on 2 cores)
+test: .venv/.built .venv/.cuda lint docs audit-short ## ruff, mypy, the site, the short audit and all tests (under 20 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 

@@ -1,0 +1,112 @@
+"""On which Pythons and torches the wheel runs: `python -m bench.versions` tries each pair that is to be had here.
+
+Each pair gets a folder of packages of its own; the wheel of `make wheel` is installed there without its dependencies,
+beside torch and what the trainer imports, and a model is trained for ten steps on the extension. Nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench import machine, tables
+from bench.store import RESULTS
+
+ROOT = Path(__file__).parent.parent
+FILE = RESULTS / "versions.json"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TORCHES = ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
+# ten steps of a small model on the extension's kernels; the loss falls
+TEN_STEPS = """
+import torch, vitkernels as vk
+
+torch.manual_seed(0)
+model = vk.nn.VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=4)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
+losses = []
+with vk.record() as calls:
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+assert {call.backend for call in calls} == {"ext"}, vk.backends()
+print(f"trained ten steps with {vk.__file__}")
+"""
+
+
+def wheel() -> Path:
+    """The newest wheel in dist/.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted((ROOT / "dist").glob("vitkernels-*.whl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"versions: no wheel in {ROOT / 'dist'}; run make wheel")
+    return found[-1]
+
+
+def trial(python: str, torch: str, index: str | None) -> str:
+    """What came of one pair, "ten steps" or why not; the folder is gone afterwards."""
+    interpreter = shutil.which(f"python{python}")
+    if interpreter is None:
+        return f"no Python {python} here"
+    with tempfile.TemporaryDirectory() as folder:
+        install = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
+        sources = ["--index-url", index] if index else []
+        for packages in ([*sources, "--no-cache-dir", f"torch=={torch}", "numpy"], ["--no-deps", str(wheel())]):
+            done = subprocess.run([*install, *packages], capture_output=True, text=True)
+            if done.returncode:
+                return f"does not install: {_last(done.stderr)}"
+        run = [
+            interpreter,
+            "-P" if python != "3.10" else "-I",
+            "-c",
+            f"import sys; sys.path.insert(0, {folder!r})\n{TEN_STEPS}",
+        ]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=folder)
+        return "ten steps" if done.returncode == 0 else _last(done.stderr)
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].replace("|", "/") if lines else "no output"
+
+
+def table(content: dict[str, Any]) -> str:
+    """A line for each Python, a column for each torch."""
+    found = content["trials"]
+    torches = list(dict.fromkeys(torch for row in found.values() for torch in row))
+    rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in found.items())
+    return (
+        f"{tables.grid(('', *(f'torch {torch}' for torch in torches)), rows)}\n\nMeasured at {content['revision']}.\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try every pair and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", nargs="+", default=PYTHONS, help="versions, as in 3.11 (default: %(default)s)")
+    parser.add_argument("--torch", nargs="+", default=TORCHES, help="versions, as in 2.13.0 (default: %(default)s)")
+    parser.add_argument("--index-url", help="where pip finds CPU builds of torch; pip's own setting if not given")
+    parser.add_argument("--out", type=Path, default=FILE, help="file for what came of it")
+    known = parser.parse_args(arguments)
+    found = {python: {torch: trial(python, torch, known.index_url) for torch in known.torch} for python in known.python}
+    content = {"revision": machine.revision(), "wheel": wheel().name, "trials": found}
+    known.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
