@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models docs wheel lint check test test-asan clean
+.PHONY: help install demo bench bench-quick bench-host bench-cpu bench-scaling bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models docs wheel versions lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -103,6 +103,19 @@ gpu-models: ## there: a training step of ViT-B against torch.compile's max-autot
 # built anew, so that every page's warnings are seen
 docs: .venv/.built ## the site, in build/docs: a warning fails it
 	$(PY) -m sphinx -E -n -W --keep-going -q -b html -d build/doctrees docs build/docs
+
+# the source archive, then the wheel from it, so that it lacks nothing; torch's libraries come with torch
+LIBTORCH := libc10.so libtorch.so libtorch_cpu.so
+wheel: .venv/.packages ## a wheel for all Pythons from 3.10 on, and a source archive, in dist/ (compiles anew)
+	rm -rf build/dist
+	VITKERNELS_BUILD_CUDA=0 PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m build --no-isolation --outdir build/dist .
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair $(LIBTORCH:%=--exclude %) --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist/
+
+# PYTHONS="python3.10 /opt/python3.13/bin/python" and TORCHES="2.11.0 2.13.0" name them; dist/ must hold a wheel
+versions: .venv/.packages ## install the wheel beside each Python and torch that is to be had, and train ten steps there
+	$(PY) -m bench.versions $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TORCHES),--torch $(TORCHES))
+	$(PY) -m bench.report
 
 lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff check .

@@ -7,7 +7,6 @@ beside torch and what the trainer imports, and a model is trained for ten steps 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from bench import machine, tables
 from bench.store import RESULTS
+from vitkernels.train.checkpoint import write_json
 
 ROOT = Path(__file__).parent.parent
 FILE = RESULTS / "versions.json"
@@ -56,24 +56,26 @@ def wheel() -> Path:
     return found[-1]
 
 
-def trial(python: str, torch: str, index: str | None) -> str:
+def found(name: str) -> tuple[str, str] | None:
+    """(version, interpreter) of "3.11" or a path; None where no such Python runs here."""
+    interpreter = shutil.which(f"python{name}") or shutil.which(name)
+    if interpreter is not None:
+        asked = "import sys; print('{}.{}'.format(*sys.version_info))"
+        done = subprocess.run([interpreter, "-c", asked], capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip(), interpreter
+    return None
+
+
+def trial(interpreter: str, torch: str) -> str:
     """What came of one pair, "ten steps" or why not; the folder is gone afterwards."""
-    interpreter = shutil.which(f"python{python}")
-    if interpreter is None:
-        return f"no Python {python} here"
     with tempfile.TemporaryDirectory() as folder:
         install = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
-        sources = ["--index-url", index] if index else []
-        for packages in ([*sources, "--no-cache-dir", f"torch=={torch}", "numpy"], ["--no-deps", str(wheel())]):
+        for packages in ([f"torch=={torch}", "numpy"], ["--no-deps", str(wheel())]):
             done = subprocess.run([*install, *packages], capture_output=True, text=True)
             if done.returncode:
                 return f"does not install: {_last(done.stderr)}"
-        run = [
-            interpreter,
-            "-P" if python != "3.10" else "-I",
-            "-c",
-            f"import sys; sys.path.insert(0, {folder!r})\n{TEN_STEPS}",
-        ]
+        run = [interpreter, "-I", "-c", f"import sys; sys.path.insert(0, {folder!r})\n{TEN_STEPS}"]
         done = subprocess.run(run, capture_output=True, text=True, cwd=folder)
         return "ten steps" if done.returncode == 0 else _last(done.stderr)
 
@@ -85,25 +87,29 @@ def _last(text: str) -> str:
 
 def table(content: dict[str, Any]) -> str:
     """A line for each Python, a column for each torch."""
-    found = content["trials"]
-    torches = list(dict.fromkeys(torch for row in found.values() for torch in row))
-    rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in found.items())
+    trials = content["trials"]
+    torches = list(dict.fromkeys(torch for row in trials.values() for torch in row))
+    rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in trials.items())
     return (
         f"{tables.grid(('', *(f'torch {torch}' for torch in torches)), rows)}\n\nMeasured at {content['revision']}.\n"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Try every pair and write what came of it."""
+    """Try every pair and write what came of it, after each one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", nargs="+", default=PYTHONS, help="versions, as in 3.11 (default: %(default)s)")
-    parser.add_argument("--torch", nargs="+", default=TORCHES, help="versions, as in 2.13.0 (default: %(default)s)")
-    parser.add_argument("--index-url", help="where pip finds CPU builds of torch; pip's own setting if not given")
+    parser.add_argument("--python", nargs="+", default=PYTHONS, help="versions or paths (default: %(default)s)")
+    parser.add_argument("--torch", nargs="+", default=TORCHES, help="versions (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=FILE, help="file for what came of it")
     known = parser.parse_args(arguments)
-    found = {python: {torch: trial(python, torch, known.index_url) for torch in known.torch} for python in known.python}
-    content = {"revision": machine.revision(), "wheel": wheel().name, "trials": found}
-    known.out.write_text(json.dumps(content, indent=1) + "\n")
+    content: dict[str, Any] = {"revision": machine.revision(), "wheel": wheel().name, "trials": {}}
+    for name in known.python:
+        python = found(name)
+        row = content["trials"].setdefault(python[0] if python else name, {})
+        for torch in known.torch:
+            row[torch] = trial(python[1], torch) if python else "no such Python here"
+            print(f"Python {name}, torch {torch}: {row[torch]}", flush=True)
+            write_json(known.out, content)
     print(table(content))
     return 0
 
