@@ -21,17 +21,24 @@ from pathlib import Path
 from typing import NoReturn
 
 from setuptools import Command, Extension, setup
-from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
 WITHOUT = "VITKERNELS_BUILD_EXT=0 installs without the extension (GPUs by Triton; CPUs then run on plain torch, slowly)"
+COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}  # commands, pip's among them
 
 
 def stop(sentence: str) -> NoReturn:
     """End the build; a traceback would hide the sentence."""
     raise SystemExit(f"vitkernels: {sentence}")
+
+
+def require_compiler() -> None:
+    """Before anything is copied: what would stop at the first source file has told of hundreds by then."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        stop(f"there is no C++ compiler {compiler!r}; needs gcc 9 or later (CXX names another one), or: {WITHOUT}")
 
 
 def import_torch() -> None:
@@ -74,6 +81,8 @@ if sanitizers:
 extensions: list[Extension] = []
 commands: dict[str, type[Command]] = {}
 if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
+    if COMPILING & set(sys.argv):
+        require_compiler()
     import_torch()
     import nvcc
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -100,25 +109,8 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
     else:
         print(f"vitkernels: CUDA C++ is not built: {reason}", file=sys.stderr)
 
-    def require_compiler() -> None:
-        """Before anything is copied or compiled."""
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler.split()[0]) is None:
-            stop(f"there is no C++ compiler {compiler!r}; needs gcc 9 or later (CXX names another one), or: {WITHOUT}")
-
-    class Build(build):
-        """Everything; build_ext would come after hundreds of lines about copies."""
-
-        def run(self) -> None:
-            require_compiler()
-            super().run()
-
     class BuildExtensions(BuildExtension):
         """Compiles the CUDA half by csrc/nvcc.py, as the audit and the tests do."""
-
-        def build_extensions(self) -> None:
-            require_compiler()
-            super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
             if ext.name != "vitkernels._cuda":
@@ -128,6 +120,6 @@ if os.environ.get("VITKERNELS_BUILD_EXT", "1") != "0":
             objects = nvcc.compile_all(toolkit, nvcc.targets(), Path(self.build_temp) / "cuda")
             nvcc.link(toolkit, objects, Path(self.get_ext_fullpath(ext.name)), (*nvcc.TORCH, *nvcc.RUNTIME))
 
-    commands = {"build": Build, "build_ext": BuildExtensions.with_options(use_ninja=True)}
+    commands = {"build_ext": BuildExtensions.with_options(use_ninja=True)}
 
 setup(ext_modules=extensions, cmdclass=commands, options={"bdist_wheel": {"py_limited_api": "cp310"}})
