@@ -29,6 +29,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False  # what is returned reads on: "An `Explanation`: printed, a table"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
