@@ -15,7 +15,7 @@ from bench.tables import Content, of_kind
 FUSED, STOCK = "vk.fuse(timm)", "timm"
 FILE = "steps.svg"
 
-_WIDTH, _LABEL, _BAR, _ROW = 760, 250, 190, 30  # pixels; a bar of the longest ratio is _BAR long
+_WIDTH, _LABEL, _BAR, _ROW = 780, 330, 165, 24  # pixels; a bar of the longest ratio is _BAR long
 _STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 11.5px; fill: #59636e }
 .time { fill: #d2691e } .memory { fill: #2a7fc9 } .one { stroke: #59636e; stroke-dasharray: 3 3 }
@@ -69,7 +69,7 @@ def picture(contents: Iterable[Content]) -> str:
     devices = dict.fromkeys(gain.device for gain in found)
     height = 50 + _ROW * len(found) + 26 * len(devices)
     unit = _BAR / longest
-    columns = {"time": _LABEL, "memory": _LABEL + _BAR + 70}
+    columns = {"time": _LABEL, "memory": _LABEL + _BAR + 60}
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
         'aria-label="Time and memory of timm\'s models over those of the same models fused">',
@@ -82,8 +82,8 @@ def picture(contents: Iterable[Content]) -> str:
         parts.append(f'<text x="0" y="{y + 14}" class="small">{escape(device)}</text>')
         y += 26
         for gain in (each for each in found if each.device == device):
-            parts.append(f'<text x="0" y="{y + 13}">{escape(gain.model)}, {escape(gain.dtype)}</text>')
-            parts.append(f'<text x="0" y="{y + 25}" class="small">{escape(gain.shape)}</text>')
+            shape = f'<tspan class="small">{escape(gain.shape)}</tspan>'
+            parts.append(f'<text x="0" y="{y + 14}">{escape(gain.model)}, {escape(gain.dtype)}, {shape}</text>')
             for kind, value in (("time", gain.time), ("memory", gain.memory)):
                 if value is not None:
                     x, length = columns[kind], value * unit
