@@ -7,6 +7,8 @@ beside torch and what the trainer imports, and a model is trained for ten steps 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -80,6 +82,10 @@ def trial(interpreter: str, torch: str) -> str:
         return "ten steps" if done.returncode == 0 else _last(done.stderr)
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+
+
 def _last(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return lines[-1].replace("|", "/") if lines else "no output"
@@ -96,13 +102,16 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Try every pair and write what came of it, after each one."""
+    """Try every pair and write what came of it, after each one; those that this wheel has behind it are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", nargs="+", default=PYTHONS, help="versions or paths (default: %(default)s)")
     parser.add_argument("--torch", nargs="+", default=TORCHES, help="versions (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=FILE, help="file for what came of it")
     known = parser.parse_args(arguments)
-    content: dict[str, Any] = {"revision": machine.revision(), "wheel": wheel().name, "trials": {}}
+    content: dict[str, Any] = {"wheel": f"{wheel().name} {_digest(wheel())}", "trials": {}}
+    if known.out.exists() and (before := json.loads(known.out.read_text()))["wheel"] == content["wheel"]:
+        content["trials"] = before["trials"]
+    content["revision"] = machine.revision()
     for name in known.python:
         python = found(name)
         row = content["trials"].setdefault(python[0] if python else name, {})
