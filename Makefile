@@ -139,4 +139,4 @@ test-asan: .venv/.packages ## the op cases on the C++ kernels under AddressSanit
 		$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_ops.py -k "test_accuracy and not reference"
 
 clean: ## remove .venv and every build product
-	rm -rf .venv build vitkernels.egg-info vitkernels/*.so
+	rm -rf .venv build dist vitkernels.egg-info vitkernels/*.so

@@ -94,8 +94,8 @@ def _last(text: str) -> str:
 def table(content: dict[str, Any]) -> str:
     """A line for each Python, a column for each torch."""
     trials = content["trials"]
-    torches = list(dict.fromkeys(torch for row in trials.values() for torch in row))
-    rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in trials.items())
+    torches = sorted({torch for row in trials.values() for torch in row})
+    rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in sorted(trials.items()))
     return (
         f"{tables.grid(('', *(f'torch {torch}' for torch in torches)), rows)}\n\nMeasured at {content['revision']}.\n"
     )

@@ -18,7 +18,7 @@ from vitkernels.nn import PRESETS, VisionTransformer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench_results import MODEL, OP, case, content, failed, row, swept
 
-from bench import headline, report, scaling, tables, training, versions
+from bench import headline, report, scaling, tables, training
 from bench.measure import OURS
 
 ROWS = [
@@ -113,14 +113,6 @@ def test_what_an_op_must_do_at_the_least() -> None:
     expected = row(key, "", 1.0)
     assert f"| {key.name} | {key.shape} | {expected['flops'] / 1e9:,.2f} | " in told
     assert tables.work([content(*case(OP, 0.010))]) == "Not yet measured.\n"
-
-
-def test_versions_are_told_as_a_grid() -> None:
-    trials = {"3.10": {"2.11.0": "ten steps", "2.13.0": "ten steps"}, "3.13": {"2.11.0": "no such Python here"}}
-    told = versions.table({"revision": "abc", "trials": trials})
-    assert "|  | torch 2.11.0 | torch 2.13.0 |" in told
-    assert "| Python 3.13 | no such Python here |  |" in told
-    assert told.endswith("Measured at abc.\n")
 
 
 def test_a_gpu_in_the_results_takes_the_place_of_not_yet_measured() -> None:
