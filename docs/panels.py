@@ -1,4 +1,4 @@
-"""What the drawings show, an op at a time: the Triton kernels, whose tiles `vitkernels/kernels/configs.py` picks.
+"""What the drawings show, an op at a time: the Triton kernels, whose tiles `vitkernels/kernels/configs` picks.
 
 `attention` is drawn with attention_qkv's packed projection, and `add_layer_norm` stands for add_rms_norm too.
 """
