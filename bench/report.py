@@ -20,7 +20,7 @@ from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("figures", "coverage", "scaling", "backends", "ops/index")
+DOCS = ("index", "figures", "coverage", "scaling", "backends", "ops/index")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 REPORT = "REPORT.md"
 LEGEND = """Made by `python -m bench.report` from the JSON files beside it.
