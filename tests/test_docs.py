@@ -72,9 +72,9 @@ def test_the_readme_in_a_fresh_interpreter(tmp_path: Path) -> None:
     blocks = list(pages.snippets(README))
     code = "from vitkernels.models import import_torchvision\nimport_torchvision()\n"
     code += "".join(each.text for each in blocks if each.kind == "python")
-    environment = {**os.environ, "PYTHONPATH": str(pages.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(pages.ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert all(each.text in done.stdout for each in blocks if each.kind == "text"), done.stdout
