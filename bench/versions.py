@@ -96,9 +96,7 @@ def table(content: dict[str, Any]) -> str:
     trials = content["trials"]
     torches = sorted({torch for row in trials.values() for torch in row})
     rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in sorted(trials.items()))
-    return (
-        f"{tables.grid(('', *(f'torch {torch}' for torch in torches)), rows)}\n\nMeasured at {content['revision']}.\n"
-    )
+    return f"{tables.grid(('', *(f'torch {torch}' for torch in torches)), rows)}\n\nTried at {content['revision']}; empty: not tried.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -57,4 +57,4 @@ def test_trials_are_told_as_a_grid() -> None:
     told = versions.table({"revision": "abc", "trials": trials})
     assert "|  | torch 2.11.0 | torch 2.13.0 |" in told
     assert "| Python 3.13 |  | no such Python here |" in told
-    assert told.endswith("Measured at abc.\n")
+    assert told.endswith("Tried at abc; empty: not tried.\n")
