@@ -96,7 +96,8 @@ def table(content: dict[str, Any]) -> str:
     trials = content["trials"]
     torches = sorted({torch for row in trials.values() for torch in row})
     rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in sorted(trials.items()))
-    return f"{tables.grid(('', *(f'torch {torch}' for torch in torches)), rows)}\n\nTried at {content['revision']}; empty: not tried.\n"
+    grid = tables.grid(("", *(f"torch {torch}" for torch in torches)), rows)
+    return f"{grid}\n\nTried at {content['revision']}; empty: not tried.\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
