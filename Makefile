@@ -4,15 +4,15 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo examples bench bench-quick bench-host bench-cpu bench-scaling bench-memory bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models lint check test test-asan clean
+.PHONY: help install demo examples bench bench-quick bench-host bench-cpu bench-scaling bench-memory bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models docs wheel versions lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-.venv/.packages: requirements-dev.txt requirements-peers.txt
+.venv/.packages: requirements-dev.txt requirements-docs.txt requirements-peers.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-docs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
 	touch $@
 
@@ -110,6 +110,23 @@ gpu-cuda: ## there: build the extension's CUDA C++ with the machine's toolkit, i
 gpu-models: ## there: a training step of ViT-B against torch.compile's max-autotune (9 minutes)
 	python3 -m bench.gpu models $(if $(OUT),--out $(OUT))
 
+# built anew, so that every page's warnings are seen
+docs: .venv/.built ## the site, in build/docs: a warning fails it
+	$(PY) -m sphinx -E -n -W --keep-going -q -b html -d build/doctrees docs build/docs
+
+# the source archive, then the wheel from it, so that it lacks nothing; torch's libraries come with torch
+LIBTORCH := libc10.so libtorch.so libtorch_cpu.so
+wheel: .venv/.packages ## a wheel for all Pythons from 3.10 on, and a source archive, in dist/ (compiles anew)
+	rm -rf build/dist
+	VITKERNELS_BUILD_CUDA=0 PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m build --no-isolation --outdir build/dist .
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair $(LIBTORCH:%=--exclude %) --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist/
+
+# PYTHONS="python3.10 /opt/python3.13/bin/python" and TORCHES="2.11.0 2.13.0" name them; dist/ must hold a wheel
+versions: .venv/.packages ## install the wheel beside each Python and torch that is to be had, and train ten steps there
+	$(PY) -m bench.versions $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TORCHES),--torch $(TORCHES))
+	$(PY) -m bench.report
+
 lint: .venv/.packages ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -119,7 +136,7 @@ check: .venv/.built lint ## lint, and the tests that break first (about a minute
 	$(PY) -m pytest -n $(WORKERS) -q tests/test_ops_reference.py tests/test_steps.py tests/test_tape.py tests/test_kept.py \
 		tests/test_contributing.py tests/test_fuse_timm.py
 
-test: .venv/.built .venv/.cuda lint audit-short ## ruff, mypy, the short audit and all tests (under 20 minutes on 2 cores)
+test: .venv/.built .venv/.cuda lint docs audit-short ## ruff, mypy, the site, the short audit and all tests (under 20 minutes on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 
@@ -132,4 +149,4 @@ test-asan: .venv/.packages ## the op cases on the C++ kernels under AddressSanit
 		$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_ops.py -k "test_accuracy and not reference"
 
 clean: ## remove .venv and every build product
-	rm -rf .venv build vitkernels.egg-info vitkernels/*.so
+	rm -rf .venv build dist vitkernels.egg-info vitkernels/*.so

@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,13 @@ NO_BLOCKS = "no Transformer block of a kind that is known"
 OUTCOMES = ("whole", "around", "partly", "none", "failed")
 FOLDER = Path(__file__).parent / "results"
 RESULTS = {library: FOLDER / f"{library}-coverage.json" for library in ("timm", "transformers")}
+_TOLD = {
+    "whole": "Whole",
+    "around": "Around their own attention",
+    "partly": "Some of their blocks",
+    "none": "None of their blocks",
+    "failed": "Could not be built here",
+}
 _SUBJECT = {"timm": "models that timm {} registers", "transformers": "vision towers of transformers {}"}
 
 
@@ -104,8 +111,20 @@ def table(content: dict[str, Any]) -> str:
             *rows,
             f"| others | {others} |",
             "",
+            *_listed(library, content["models"]),
+            "",
         ]
     )
+
+
+def _listed(library: str, models: dict[str, dict[str, str]]) -> Iterator[str]:
+    """A line for each outcome, with its models: timm's by family, the first word of a name, with their number."""
+    for kind, told in _TOLD.items():
+        chosen = [name for name, each in models.items() if each["outcome"] == kind and each["reason"] != NO_BLOCKS]
+        families = collections.Counter(name.split("_")[0] if library == "timm" else name for name in sorted(chosen))
+        listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in families.items())
+        if listed:
+            yield f"- {told}: {listed}."
 
 
 def main(arguments: list[str] | None = None) -> int:

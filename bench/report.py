@@ -1,7 +1,7 @@
 """Writes every figure that this repository shows, from bench/results/: `python -m bench.report`; nobody types them.
 
-Between `<!-- figures: NAME -->` and `<!-- end -->`, in the README and in pages of docs/, stands what `BLOCKS[NAME]`
-makes of the results files. bench/results/REPORT.md is made as a whole, with its pictures.
+Between `<!-- figures: NAME -->` and `<!-- end -->`, in the README and in the pages of docs, stands what `BLOCKS[NAME]`
+makes of the results files. bench/results/REPORT.md is made as a whole, with its pictures, and so is the README's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import coverage, host, plots, scaling, tables
+from bench import coverage, headline, host, plots, scaling, tables, versions
 from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "scaling.md", ROOT / "docs" / "memory.md")
+DOCS = ("index", "figures", "coverage", "scaling", "memory", "backends", "ops/index")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 REPORT = "REPORT.md"
 LEGEND = """Made by `python -m bench.report` from the JSON files beside it.
 
@@ -41,6 +42,7 @@ class Results:
     demo: dict[str, Any] | None = None
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -54,6 +56,8 @@ class Results:
                 found.coverage[path.stem.removesuffix("-coverage")] = content
             elif path.stem == host.FILE.stem:
                 found.host = content
+            elif path.stem == versions.FILE.stem:
+                found.versions = content
             elif isinstance(content, dict) and {"device", "kind", "versions", "rows"} <= content.keys():
                 found.devices[path.stem] = content
         return found
@@ -63,19 +67,23 @@ class Results:
         return any(content["kind"] == "cuda" for content in self.devices.values())
 
 
+def _with_gpu(text: str, results: Results) -> str:
+    """Text, and a word where no figure is a GPU's."""
+    return text if results.has_gpu else f"{text}\n{NOT_MEASURED}\n"
+
+
 def _for_each(table: Callable[[Content], str]) -> Callable[[Results], str]:
     """A block with a part for each device, and a word where none is a GPU."""
 
     def block(results: Results) -> str:
-        parts = [part for content in results.devices.values() if (part := table(content))]
-        if not results.has_gpu:
-            parts.append(f"{NOT_MEASURED}\n")
-        return "\n".join(parts)
+        parts = "\n".join(part for content in results.devices.values() if (part := table(content)))
+        return _with_gpu(parts, results)
 
     return block
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "headline": lambda results: _with_gpu(headline.sentence(results.devices.values()), results),
     "models": _for_each(tables.models),
     "ops": _for_each(tables.ops),
     "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
@@ -84,6 +92,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         "\n".join(coverage.table(content) for content in results.coverage.values()) or "Not yet measured.\n"
     ),
     "memory": _for_each(tables.memory),
+    "work": lambda results: tables.work(list(results.devices.values())),
+    "versions": lambda results: versions.table(results.versions) if results.versions else "Not yet measured.\n",
     "scaling": lambda results: scaling.page(list(results.devices.values())),
 }
 
@@ -132,9 +142,17 @@ def report(results: Results) -> str:
     return "\n".join(parts)
 
 
+def _whole(results: Results, folder: Path) -> dict[Path, str]:
+    """The files that are made as a whole."""
+    return {
+        folder / REPORT: report(results),
+        folder / headline.FILE: headline.picture(results.devices.values()),
+    }
+
+
 def stale(results: Results, folder: Path, pages: tuple[Path, ...] = PAGES) -> list[Path]:
     """The files whose figures are not those of the results."""
-    made = {page: render(page.read_text(), results) for page in pages} | {folder / REPORT: report(results)}
+    made = {page: render(page.read_text(), results) for page in pages} | _whole(results, folder)
     return [path for path, text in made.items() if not path.exists() or path.read_text() != text]
 
 
@@ -150,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         old = stale(results, known.results)
         print("\n".join(f"{path}: differs from the results; run python -m bench.report" for path in old))
         return int(bool(old))
-    (known.results / REPORT).write_text(report(results))
+    for path, text in _whole(results, known.results).items():
+        path.write_text(text)
     for name, content in results.devices.items():
         plots.draw(content, known.results, name)
     if known.results == RESULTS:

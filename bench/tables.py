@@ -147,6 +147,22 @@ def _model_table(cases: dict[Key, dict[str, Row]]) -> str:
     )
 
 
+def work(contents: list[Content]) -> str:
+    """What each op must do at the least, at the first size that was measured both ways in bfloat16."""
+    found: dict[str, tuple[Key, Row]] = {}
+    for content in contents:
+        for key, lanes in of_kind(content, "op").items():
+            if key.dtype == "bfloat16" and key.direction == "forward + backward" and OURS in lanes:
+                found.setdefault(key.name, (key, lanes[OURS]))
+    if not any("flops" in row for _, row in found.values()):
+        return "Not yet measured.\n"
+    rows = (
+        (name, key.shape, f"{row['flops'] / 1e9:,.2f}", amount(row["bytes"]), f"{row['flops'] / row['bytes']:,.0f}")
+        for name, (key, row) in found.items()
+    )
+    return grid(("op", "shape", "GFLOP", "memory touched", "FLOP a byte"), rows, numbers=3) + "\n"
+
+
 def lanes(content: Content) -> str:
     """Every lane by itself: time and spread, share of the limit, memory."""
     return grid(

@@ -58,7 +58,15 @@ def test_a_count_is_told_with_its_reasons() -> None:
         "Of the 4 vision towers of transformers 5.23, `vk.fuse` fuses 1 at all their blocks, 1 more at all but an"
     )
     assert "| no rule for A | 1 |" in told
+    assert told.endswith("- Whole: 0.\n- Around their own attention: 1.\n- None of their blocks: 2.\n")
     assert "windows" not in told
+
+
+def test_models_are_listed_by_family() -> None:
+    names = {"vit_base": "whole", "vit_tiny": "whole", "swin_tiny": "around", "xcit_nano": "none"}
+    models = {name: {"outcome": kind, "reason": ""} for name, kind in names.items()}
+    told = coverage.table({"timm": "1.0", "models": models})
+    assert "- Whole: vit (2).\n- Around their own attention: swin.\n- None of their blocks: xcit.\n" in told
 
 
 def test_the_files_are_those_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

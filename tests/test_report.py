@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from vitkernels.nn import PRESETS, VisionTransformer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench_results import MODEL, OP, case, content, failed, row, swept
 
-from bench import report, scaling, tables, training
+from bench import headline, report, scaling, tables, training
 from bench.measure import OURS
 
 ROWS = [
@@ -91,6 +93,26 @@ def test_ours_on_the_reference_is_said() -> None:
     ours = row(OP, OURS, 1.0, backends=["ext", "reference"])
     assert tables.wrong(content(ours)) == f"- {OP}: {OURS}: ran on the plain-torch reference"
     assert tables.wrong(content(row(OP, OURS, 1.0))) == "None."
+
+
+def test_the_readme_shows_stock_over_fused() -> None:
+    fused, stock = row(MODEL, "vk.fuse(timm)", 2.0, memory=2**20), row(MODEL, "timm", 3.0, memory=2**21)
+    told = report.BLOCKS["headline"](report.Results({"abacus": content(fused, stock)}))
+    assert "takes 1.50 to 1.50 times as long as the same model after `vk.fuse`, and 2.00 to 2.00 times the m" in told
+    assert told.endswith("GPU: not yet measured.\n")
+    drawn = headline.picture([content(fused, stock)])
+    lengths = {kind: float(length) for length, kind in re.findall(r'width="([\d.]+)" height="14" class="(\w+)"', drawn)}
+    assert lengths["memory"] / lengths["time"] == pytest.approx(2.0 / 1.5, rel=1e-2)
+    assert ">1.50<" in drawn
+    assert headline.sentence([content(stock)]) == "Not yet measured.\n"
+
+
+def test_what_an_op_must_do_at_the_least() -> None:
+    key = dataclasses.replace(OP, dtype="bfloat16", direction="forward + backward")
+    told = tables.work([content(*case(key, 0.010))])
+    expected = row(key, "", 1.0)
+    assert f"| {key.name} | {key.shape} | {expected['flops'] / 1e9:,.2f} | " in told
+    assert tables.work([content(*case(OP, 0.010))]) == "Not yet measured.\n"
 
 
 def test_a_gpu_in_the_results_takes_the_place_of_not_yet_measured() -> None:

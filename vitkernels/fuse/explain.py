@@ -61,7 +61,7 @@ class Explanation:
 
     @property
     def summary(self) -> str:
-        """The last line: "11 of 12 blocks fused; block 7: LoRA on qkv".
+        """The last line, for instance 11 of 12 blocks fused, and what keeps block 7 from it.
 
         Blocks of `around` are counted apart: "12 of 12 blocks: residual and feed-forward fused, attention its own".
         """

@@ -24,7 +24,7 @@ class Block(nn.Module):
     """x = x + drop_path(ls1(attn(norm1(x)))); x = x + drop_path(ls2(mlp(norm2(x)))).
 
     Args:
-        dim: D.
+        dim: D, the width of the tokens.
         num_heads: H; must divide D.
         mlp_ratio: the feed-forward's hidden width over D; of a gated one, that of gate and up together.
         qkv_bias, qk_norm: of the attention.

@@ -33,7 +33,7 @@ class Mlp(nn.Module):
     """fc2(activation(fc1(x))), with the activation inside the products.
 
     Args:
-        in_features: D.
+        in_features: D, the width of the tokens.
         hidden_features: F; in_features by default.
         out_features: O; in_features by default.
         activation: "gelu" (exact), "gelu_tanh", "quick_gelu", "relu" or "silu".
@@ -78,7 +78,7 @@ class GluMlp(nn.Module):
     """fc2(activation(gate) * up), gate and up the halves of fc1(x): SwiGLU and GEGLU, as timm's GluMlp has them.
 
     Args:
-        in_features: D.
+        in_features: D, the width of the tokens.
         hidden_features: 2 * F, of gate and up together; in_features by default.
         out_features: O; in_features by default.
         activation: of the gate, as in `Mlp`.

@@ -89,10 +89,10 @@ class NaiveVisionTransformer(nn.Module):
 
     Args:
         img_size, patch_size: in pixels; the image is square and a multiple of the patch.
-        in_chans: C.
+        in_chans: C, the channels of the image.
         num_classes: width of the head.
         global_pool: "token" classifies the class token, "avg" the mean of the patches.
-        embed_dim: D.
+        embed_dim: D, the width of the tokens.
         depth, num_heads, mlp_ratio: of the encoder.
         class_token: whether there is one; "token" needs it.
         embedding: "dnn" (unfold and multiply) or "cnn" (convolve).

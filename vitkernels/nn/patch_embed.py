@@ -19,8 +19,8 @@ class PatchEmbed(nn.Module):
         img_size: the usual image size in pixels, int or (height, width), a multiple of patch_size: `grid_size` and
             `num_patches` are of it. Images of other multiples work as well. None: no usual size.
         patch_size: P, int or (height, width).
-        in_chans: C.
-        embed_dim: D.
+        in_chans: C, the channels of the image.
+        embed_dim: D, the width of the tokens.
         bias: whether the projection has one.
         mean, std: C numbers each, in [0, 1] pixel units; pixels become (pixel - mean) / std on their way in.
 

@@ -40,7 +40,7 @@ class VisionTransformer(nn.Module):
         num_classes: width of the head; 0 for none.
         global_pool: what the head sees: "token" (the class token), "avg" (the mean of the patches, then the
             norm `fc_norm`) or "" (every token).
-        embed_dim: D.
+        embed_dim: D, the width of the tokens.
         depth: blocks.
         num_heads: H; must divide D.
         mlp_ratio: the feed-forward's hidden width over D.

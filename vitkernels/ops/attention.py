@@ -45,7 +45,7 @@ def attention(
         scale: factor on the scores, 1 / sqrt(K) by default.
 
     Returns:
-        [B, H, Nq, K] in q's dtype, laid out in memory as [B, Nq, H, K]: merging the heads costs no copy.
+        [B, H, Nq, K] in q's dtype, laid out in memory as [B, Nq, H, K], so that merging the heads costs no copy.
 
     Raises:
         TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.

@@ -166,7 +166,7 @@ def _watched() -> str | None:
         mode = _acting_mode()
         if mode is not None:
             return f"an active {mode}"
-    if _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _symbolic_trace.is_fx_symbolic_tracing():
         return "traced by torch.fx"
     return None
 
