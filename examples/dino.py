@@ -80,7 +80,7 @@ def named_by_neighbours(model: Model, train: Scans, test: Scans, count: int = 10
     return accuracy(F.one_hot(nearest, 10).sum(1), test.labels)
 
 
-def main(steps: int = 400) -> None:
+def main(steps: int = 250) -> None:
     """Train without labels, then ask for neighbours."""
     torch.manual_seed(0)
     train, test = digits()
@@ -115,4 +115,4 @@ def main(steps: int = 400) -> None:
 
 
 if __name__ == "__main__":
-    main(steps(__doc__, default=400))
+    main(steps(__doc__, default=250))

@@ -66,7 +66,7 @@ def probe(encoder: vk.nn.VisionTransformer, train: Scans, test: Scans) -> float:
     return classifier.score(features[1], test.labels.numpy())
 
 
-def main(steps: int = 800) -> None:
+def main(steps: int = 450) -> None:
     """Pre-train without labels, then probe."""
     torch.manual_seed(0)
     train, test = digits()
@@ -97,4 +97,4 @@ def main(steps: int = 800) -> None:
 
 
 if __name__ == "__main__":
-    main(steps(__doc__, default=800))
+    main(steps(__doc__, default=450))
