@@ -22,6 +22,27 @@ def attention_of(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor] | 
     return branch if served else dataclasses.replace(branch, own=True)
 
 
+def attention_within(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:
+    """The attention of a block that calls it on tokens laid out anew (windows), where it runs fused by itself.
+
+    Args:
+        name: what the block calls it.
+        attn: the attention.
+        call: from the normed tokens to what is added to the stream.
+        kind: as in `own_attention`, where no rule knows the attention.
+    """
+    from vitkernels.fuse import rules
+
+    if not isinstance(attn, Fused):
+        known = rules.match(attn) is not None
+        return branch_of(name, attn, call) if known else own_attention(name, attn, call, kind)
+
+    def why_not() -> str | None:
+        return next((part.why_not for part in attn.parts() if part.why_not is not None), None)
+
+    return Branch(lambda x, bias_apart: (call(x), None), attn.parts()[0].ops, None, why_not)
+
+
 def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:
     """The attention of a block that runs its own code, with what the block does around it (windows, pooling).
 
