@@ -70,6 +70,25 @@ def _hiera_det(width: int, window_size: int = 4, **more: Any) -> nn.Module:
     return _made("hieradet_sam2", "MultiScaleBlock", D, width, HEADS, 2.0, window_size=window_size, **more)
 
 
+def _class(file: str, cls: str, **more: Any) -> nn.Module:
+    return _made(file, cls, D, HEADS, mlp_ratio=2.0, **more)
+
+
+def _parallel(cls: str, **more: Any) -> nn.Module:
+    return _made("vision_transformer", cls, D, HEADS, 2.0, init_values=0.5, **more)
+
+
+class Tokens(nn.Module):
+    """CaiT's block, its class token the first of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _class("cait", "LayerScaleBlockClassAttn", init_values=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x[:, 1:], x[:, :1])  # type: ignore[no-any-return]
+
+
 class Queried(nn.Module):
     """GCViT's block with queries that are the same for all windows."""
 
@@ -138,6 +157,36 @@ BLOCKS: dict[str, Row] = {
     "tinyvit": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 6, 7, D), {}, APART),
     "tinyvit, one window": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 4, 4, D), {}, APART),
     "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
+    "cait, class token": (Tokens, TOKENS, {}, APART),
+    "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),
+    "xcit, class token, all normed": (
+        lambda: _class("xcit", "ClassAttentionBlock", eta=None, tokens_norm=True),
+        TOKENS,
+        {},
+        APART,
+    ),
+    "volo, class token": (lambda: _class("volo", "ClassBlock"), TOKENS, {}, APART),
+    "volo": (lambda: _made("volo", "Transformer", D, HEADS, 2.0), IMAGE, {}, PACKED),
+    "volo, outlook": (lambda: _made("volo", "Outlooker", D, 3, 1, 2, HEADS, 2.0), IMAGE, {}, OWN),
+    "side by side": (lambda: _parallel("ParallelScalingBlock"), TOKENS, {}, PACKED - {"mlp"}),
+    "side by side, qk-norm, one product behind": (
+        lambda: _parallel("ParallelScalingBlock", qk_norm=True, qkv_bias=True, fuse_out_proj=True),
+        TOKENS,
+        {},
+        APART - {"mlp"},
+    ),
+    "several side by side": (
+        lambda: _made("vision_transformer", "ParallelThingsBlock", D, HEADS, init_values=0.5),
+        TOKENS,
+        {},
+        PACKED,
+    ),
+    "deepseek": (
+        lambda: _made("deepseek_vit", "DeepseekVitBlock", D, HEADS),
+        TOKENS,
+        {},
+        {"add_rms_norm", "glu_mlp", "linear", "attention"},
+    ),
     "a norm behind": (lambda: _made("vision_transformer", "ResPostBlock", D, HEADS, 2.0), TOKENS, {}, PACKED),
     "a norm behind, relative bias": (
         lambda: _made("vision_transformer_relpos", "ResPostRelPosBlock", D, HEADS, 2.0, **_RELPOS),

@@ -14,22 +14,13 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.rules.timm import FusedAttention, FusedMlp
-from vitkernels.fuse.rules.timm_window_attention import FusedInnerAttention, from_windows, to_windows
+from vitkernels.fuse.rules.timm import FusedMlp
+from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention, from_windows, to_windows
 from vitkernels.fuse.rules.timm_windows import FusedOwnBlock, Names
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import genuine, parts
 from vitkernels.residual.stream import Branch, Part, added_now, pre_norm
 from vitkernels.residual.sublayers import join_heads, mlp_branch
-
-
-class FusedPlainAttention(FusedInnerAttention):
-    """What they share: a call with tokens alone."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if self.declines(x, self.why_not_now):
-            return super(FusedAttention, self).forward(x)
-        return self.run(x)
 
 
 class FusedUnitAttention(FusedPlainAttention):

@@ -53,6 +53,15 @@ class FusedInnerAttention(FusedAttention):
         return Branch(lambda x, bias_apart: (self.run(x, **options), None), self.steps, None, why_not)
 
 
+class FusedPlainAttention(FusedInnerAttention):
+    """What they share: a call with tokens alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if self.declines(x, self.why_not_now):
+            return super(FusedAttention, self).forward(x)
+        return self.run(x)
+
+
 class FusedSwinAttention(FusedInnerAttention):
     """Swin's WindowAttention."""
 
@@ -160,6 +169,15 @@ class FusedGlobalQueryAttention(FusedInnerAttention):
         return join_heads(ops.attention(q.transpose(1, 2).to(v.dtype), k, v, attn_mask=bias))
 
 
+class FusedImageAttention(FusedPlainAttention):
+    """VOLO's Attention: of all tokens of [B, H, W, D]."""
+
+    axes = None
+
+    def attend(self, qkv: Tensor) -> Tensor:  # type: ignore[override]
+        return ops.attention_qkv(qkv.flatten(1, -2), self.num_heads).unflatten(1, qkv.shape[1:-1])  # type: ignore[arg-type]
+
+
 class FusedLocalAttention(FusedInnerAttention):
     """Twins' LocallyGroupedAttn: windows of an image that is padded to whole ones."""
 
@@ -263,6 +281,7 @@ RULES = (
     ),
     _rule(FusedPartitionAttention, "maxxvit.AttentionCl", ("x", "shared_rel_pos"), (), ("rel_pos",)),
     _rule(FusedGlobalQueryAttention, "gcvit.WindowAttentionGlobal", ("x", "q_global"), ("rel_pos",)),
+    _rule(FusedImageAttention, "volo.Attention", ("x",)),
     _rule(FusedLocalAttention, "twins.LocallyGroupedAttn", ("x", "size")),
     _rule(FusedReducedAttention, "twins.GlobalSubSampleAttn", ("x", "size"), (), ("sr", "norm")),
     _rule(FusedPvtAttention, "pvt_v2.Attention", ("x", "feat_size"), (), ("sr", "norm", "pool", "act")),

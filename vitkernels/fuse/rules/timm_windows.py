@@ -182,6 +182,16 @@ class FusedPvtBlock(FusedOwnBlock):
         return [attention, feed_forward]
 
 
+class FusedVoloBlock(FusedOwnBlock):
+    """VOLO's Transformer: attention of all tokens of an image."""
+
+
+class FusedOutlooker(FusedOwnBlock):
+    """VOLO's Outlooker (Yuan et al. 2021)."""
+
+    kind = "its weights come from one token each"
+
+
 class FusedGlobalContextBlock(FusedOwnBlock):
     """GlobalContextVitBlock."""
 
@@ -301,6 +311,8 @@ RULES = (
         frozenset({"timm.models.pvt_v2.MlpWithDepthwiseConv"}),
         lambda mlp: differs(mlp, ("x", "feat_size"), ("fc1", "relu", "dwconv", "act", "fc2", "drop")),
     ),
+    _rule(FusedOutlooker, "volo.Outlooker"),
+    _rule(FusedVoloBlock, "volo.Transformer"),
     _rule(FusedGlobalContextBlock, "gcvit.GlobalContextVitBlock", ("x", "q_global")),
     _rule(FusedSamBlock, "vision_transformer_sam.Block"),
     Rule(
