@@ -81,6 +81,7 @@ TOWERS: dict[str, Row] = {
     "chinese_clip": (QKV, {}),
     "cohere_compass": (PACKED, {"deepstack_visual_indexes": [0]}),
     "cosmos3_edge": (BARE, {}),
+    "data2vec.data2vec_vision": (QKV, {"use_relative_position_bias": True}),
     "donut.donut_swin": (QKV, _SWIN),
     "dpt": (QKV, {}),
     "eomt": (QKV, {}),
