@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.around import attention_within
+from vitkernels.fuse.around import attention_within, from_windows, to_windows
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedMlp
-from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention, from_windows, to_windows
+from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention
 from vitkernels.fuse.rules.timm_windows import FusedOwnBlock, Names
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import genuine, parts
@@ -177,8 +177,9 @@ class FusedTinyBlock(Fused):
         block: Any = self
         if self.declines(x):
             return super().forward(x)
-        windows, counts = to_windows(x, block.window_size)
-        x = x + block.drop_path1(from_windows(block.attn(windows), block.window_size, counts, x.shape[1:3]))
+        size = (block.window_size, block.window_size)
+        windows, counts = to_windows(x, size)
+        x = x + block.drop_path1(from_windows(block.attn(windows), size, counts, x.shape[1:3]))
         image = block.local_conv(x.permute(0, 3, 1, 2))
         tokens = image.flatten(2).transpose(1, 2)
         return (tokens + block.drop_path2(block.mlp(tokens))).unflatten(1, image.shape[2:])

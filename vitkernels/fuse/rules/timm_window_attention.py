@@ -8,7 +8,7 @@ which serve in turn. The blocks are in `timm_windows` and `timm_post_norm`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -16,27 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
+from vitkernels.fuse.around import from_windows, to_windows
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import owner_name
 from vitkernels.residual.stream import Branch
 from vitkernels.residual.sublayers import join_heads, projected, split_heads, why_not_linears
-
-
-def to_windows(image: Tensor, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """[B, H, W, D], padded with zeros to whole windows, to [B * R * C, side * side, D] and (R, C)."""
-    height, width = image.shape[1:3]
-    image = F.pad(image, (0, 0, 0, -width % side, 0, -height % side))
-    rows, columns = image.shape[1] // side, image.shape[2] // side
-    windows = image.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
-    return windows.reshape(-1, side * side, image.shape[-1]), (rows, columns)
-
-
-def from_windows(windows: Tensor, side: int, counts: tuple[int, int], size: Sequence[int]) -> Tensor:
-    """The way back, to an image of this height and width."""
-    image = windows.unflatten(1, (side, side)).unflatten(0, (-1, *counts)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return image[:, : size[0], : size[1]]
 
 
 class FusedInnerAttention(FusedAttention):
@@ -188,10 +174,11 @@ class FusedLocalAttention(FusedInnerAttention):
 
     def run(self, x: Tensor, size: tuple[int, int] = (0, 0)) -> Tensor:  # type: ignore[override]
         attn: Any = self
+        side = (attn.ws, attn.ws)
         with self.backend():
-            windows, counts = to_windows(x.unflatten(1, tuple(size)), attn.ws)
+            windows, counts = to_windows(x.unflatten(1, tuple(size)), side)
             heads = ops.attention_qkv(self.project(windows), attn.num_heads)
-            return self.output(x, from_windows(heads, attn.ws, counts, size).flatten(1, 2), False)[0]
+            return self.output(x, from_windows(heads, side, counts, size).flatten(1, 2), False)[0]
 
 
 class FusedReducedAttention(FusedInnerAttention):
