@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import peers
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 
@@ -32,6 +34,13 @@ def _maxvit(kind: str, **more: Any) -> nn.Module:
     sizes = {"dim_head": 16, "window_size": (4, 4), "grid_size": (4, 4), "init_values": 0.5, **more}
     config = _made("maxxvit", "MaxxVitTransformerCfg", **sizes)
     return _made("maxxvit", "PartitionAttentionCl", D, kind, config)
+
+
+def _coatnet(stride: int, **more: Any) -> nn.Module:
+    sizes = {"dim_head": 16, "init_values": 0.5, "norm_layer": "layernorm2d", "rel_pos_type": "bias", **more}
+    bias = functools.partial(_layer, "RelPosBias", window_size=(8, 8))
+    config = _made("maxxvit", "MaxxVitTransformerCfg", **sizes)
+    return _made("maxxvit", "TransformerBlock2d", D, D, stride, bias, config)
 
 
 Row = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], set[str]]
@@ -109,6 +118,8 @@ BLOCKS: dict[str, Row] = {
     "maxvit, windows": (lambda: _maxvit("block"), IMAGE, {}, APART),
     "maxvit, grid": (lambda: _maxvit("grid", head_first=False, rel_pos_type="bias_tf"), IMAGE, {}, PACKED),
     "maxvit, a network's bias": (lambda: _maxvit("grid", rel_pos_type="mlp"), IMAGE, {}, APART),
+    "coatnet": (lambda: _coatnet(1), (2, D, 8, 8), {}, APART),
+    "coatnet, a smaller image": (lambda: _coatnet(2, init_values=None), (2, D, 16, 16), {}, APART),
     "xcit": (lambda: _made("xcit", "XCABlock", D, HEADS, 2.0, eta=0.5), TOKENS, {"H": 4, "W": 4}, OWN),
     "cait": (lambda: _made("cait", "LayerScaleBlock", D, HEADS, 2.0, init_values=0.5), TOKENS, {}, OWN),
     "twins, windows": (lambda: _made("twins", "Block", D, HEADS, 2.0, ws=3), TOKENS, {"size": (4, 4)}, PACKED),
@@ -254,3 +265,35 @@ def test_the_report_says_both_counts() -> None:
     assert explanation.to_dict()["around"] == explanation.unfused
     with pytest.raises(RuntimeError, match="heads that talk to each other"):
         vk.fuse(vk.unfuse(model), strict=True)
+
+
+def _ways(name: str) -> tuple[nn.Module, torch.Tensor]:
+    build, size, _, _ = BLOCKS[name]
+    torch.manual_seed(0)
+    block = build()
+    fused.stir(block)
+    return vk.fuse(block), torch.randn(size, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", ["swin", "swin v2", "hiera, wider", "volo, class token", "side by side"])
+def test_compiled_and_checkpointed(name: str) -> None:
+    block, tokens = _ways(name)
+    own = fused.output_and_gradients(block, (tokens,))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    checkpointed = Checkpointed(block)
+    for other in (compiled, checkpointed):
+        with vk.record() as calls:
+            got = fused.output_and_gradients(other, (tokens,))
+        assert "add_layer_norm" in {call.op for call in calls if call.direction == "backward"}
+        fused.check_same({key.removeprefix("_orig_mod.").removeprefix("block."): got[key] for key in got}, own)
+
+
+class Checkpointed(nn.Module):
+    """A block in a checkpoint."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)  # type: ignore[no-any-return]

@@ -24,6 +24,18 @@ from vitkernels.residual.genuine import owner_name
 from vitkernels.residual.stream import Branch
 from vitkernels.residual.sublayers import join_heads, projected, split_heads, why_not_linears
 
+_BIASES = frozenset(f"timm.layers.pos_embed_rel.{name}" for name in ("RelPosBias", "RelPosMlp", "RelPosBiasTf"))
+
+
+def why_not_bias(attn: nn.Module) -> str | None:
+    """Why the module that makes an attention's bias must be called, not asked for it; None where it may be asked."""
+    bias = attn._modules.get("rel_pos")
+    if bias is None:
+        return None
+    if owner_name(bias) not in _BIASES:
+        return f"its rel_pos is {owner_name(bias)}, of which nothing is known"
+    return parts.why_not_part("rel_pos", bias)
+
 
 class FusedInnerAttention(FusedAttention):
     """What they share: a call is the projections, the heads and what follows them, each on its own."""
@@ -31,8 +43,7 @@ class FusedInnerAttention(FusedAttention):
     linears: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def why_not_now(self) -> str | None:
-        bias = self._modules.get("rel_pos")
-        return (None if bias is None else parts.why_not_part("rel_pos", bias)) or super().why_not_now()
+        return why_not_bias(self) or super().why_not_now()
 
     def branch(self, **options: Any) -> Branch:
         why_not = why_not_linears(**{name: getattr(self, name) for name in self.linears})
@@ -225,7 +236,6 @@ class FusedPvtAttention(FusedReducedAttention):
         return self.run(x, (feat_size[0], feat_size[1]))
 
 
-_BIASES = frozenset(f"timm.layers.pos_embed_rel.{name}" for name in ("RelPosBias", "RelPosMlp", "RelPosBiasTf"))
 _OUT = ("attn_drop", "proj", "proj_drop")
 
 
@@ -238,9 +248,6 @@ def _rule(
     parameters: Collection[str] = (),
 ) -> Rule:
     def contract(attn: nn.Module) -> str | None:
-        given = getattr(attn, "rel_pos", None)
-        if given is not None and owner_name(given) not in _BIASES:
-            return f"its rel_pos is {owner_name(given)}, of which nothing is known"
         inputs = [name for name in mixin.linears if name != "proj"]
         return differs(attn, arguments, (*inputs, *_OUT, *children), optional, parameters)
 
