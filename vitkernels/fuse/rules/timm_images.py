@@ -1,5 +1,6 @@
-"""timm: CoAtNet's Transformer blocks (Dai et al. 2021), whose tokens are an image and whose Linears are convolutions of
-one pixel. Read from timm 1.0.31. The ops see the image channels last, which is how its memory lies from the first op on.
+"""timm: CoAtNet's Transformer blocks (Dai et al. 2021), whose tokens are an image and whose Linears are convolutions.
+
+The ops see the image channels last, which is how its memory lies from the first op on. Read from timm 1.0.31.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class FusedImageBlock(Fused):
         if self.declines(x):
             return super().forward(x, shared_rel_pos)
         with self.backend():
-            first = block.norm1
+            first: Any = block.norm1
             normed = first.down(_normed(first.norm, x)) if isinstance(first, nn.Sequential) else _normed(first, x)
             out = block.attn(normed, shared_rel_pos=shared_rel_pos)
             x = block.shortcut(x) + block.drop_path1(block.ls1(out))

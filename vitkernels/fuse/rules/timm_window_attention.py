@@ -126,7 +126,7 @@ class FusedCosineCrAttention(FusedCosineAttention):
 class FusedPartitionAttention(FusedInnerAttention):
     """MaxViT's AttentionCl: tokens as [B, ..., D]."""
 
-    axes = None
+    axes: ClassVar[int | None] = None
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if self.declines(x, self.why_not_now, shared_rel_pos):
