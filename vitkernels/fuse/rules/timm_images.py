@@ -75,8 +75,8 @@ class FusedImageBlock(Fused):
         if self.declines(x):
             return super().forward(x, shared_rel_pos)
         with self.backend():
-            first: Any = block.norm1
-            normed = first.down(_normed(first.norm, x)) if isinstance(first, nn.Sequential) else _normed(first, x)
+            first, strided = block.norm1, isinstance(block.norm1, nn.Sequential)
+            normed = first.down(_normed(first.norm, x)) if strided else _normed(first, x)
             out = block.attn(normed, shared_rel_pos=shared_rel_pos)
             x = block.shortcut(x) + block.drop_path1(block.ls1(out))
             return x + block.drop_path2(block.ls2(self._fed(_normed(block.norm2, x))))
