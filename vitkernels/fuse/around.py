@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.residual import parts
 from vitkernels.residual.genuine import stock_type
 from vitkernels.residual.stream import Branch
 
@@ -41,7 +42,10 @@ def attention_within(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor
     def why_not() -> str | None:
         return next((part.why_not for part in attn.parts() if part.why_not is not None), None)
 
-    return Branch(lambda x, bias_apart: (call(x), None), attn.parts()[0].ops, None, why_not)
+    # what is laid out anew is rounded as the attention's first product would round it
+    reader = attn.reader() if parts.why_not_part(name, attn) is None else None
+    linear = reader if isinstance(reader, nn.Linear) else None
+    return Branch(lambda x, bias_apart: (call(x), None), attn.parts()[0].ops, linear, why_not)
 
 
 def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:

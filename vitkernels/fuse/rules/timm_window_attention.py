@@ -198,6 +198,9 @@ class FusedReducedAttention(FusedInnerAttention):
     linears = ("q", "kv", "proj")
     reads = ("q",)
 
+    def reader(self) -> object:
+        return None if getattr(self, "pool", None) is not None else self.q  # a mean is of what is not rounded
+
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         if self.declines(x, self.why_not_now):
             return super(FusedAttention, self).forward(x, size)
