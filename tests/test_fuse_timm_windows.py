@@ -160,7 +160,7 @@ BLOCKS: dict[str, Row] = {
     "convit": (lambda: _made("convit", "Block", D, HEADS, 2.0, use_gpsa=True), TOKENS, {}, OWN),
     "hiera": (lambda: _made("hiera", "HieraBlock", D, D, HEADS, 2.0, init_values=0.5), TOKENS, {}, PACKED),
     "hiera, units": (lambda: _hiera(D), TOKENS, {}, PACKED),
-    "hiera, wider": (lambda: _hiera(2 * D, q_stride=4), (2, 32, D), {}, APART),
+    "hiera, wider": (lambda: _hiera(2 * D, q_stride=4, init_values=0.5), (2, 32, D), {}, APART),
     "hiera, wider by the mean": (lambda: _hiera(2 * D, q_stride=4, use_expand_proj=False), (2, 32, D), {}, APART),
     "sam 2": (lambda: _hiera_det(D), (2, 6, 7, D), {}, PACKED),
     "sam 2, whole": (lambda: _hiera_det(D, window_size=0, init_values=0.5), IMAGE, {}, PACKED),

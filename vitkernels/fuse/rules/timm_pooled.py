@@ -78,6 +78,13 @@ class FusedPoolingBlock(FusedOwnBlock):
         """What the attention of the normed tokens is added to."""
         raise NotImplementedError
 
+    def parts(self) -> list[Part]:
+        block: Any = self
+        steps = self.sublayers()
+        if block.dim != block.dim_out:
+            steps[0].scale = None  # of the features behind, where the norm has those before
+        return [part for step in steps for part in step.parts()]
+
     def run(self, x: Tensor, **options: Any) -> Tensor:
         block: Any = self
         if block.dim == block.dim_out:
