@@ -241,6 +241,11 @@ ATTENTION = [
         attention(f"mask gradient, {shape}", 2, 3, 5, 9, mask=T(shape))
         for shape in itertools.product((2, 1), (3, 1), (5, 1), (9, 1))
     ),
+    attention("masks in turn", 4, 2, 9, mask=T((2, 2, 9, 9))),
+    attention("masks in turn, cross, for all heads", 4, 2, 5, 17, mask=T((2, 1, 5, 17))),
+    attention("bool masks in turn", 4, 1, 9, mask=T((2, 1, 9, 9), convert=keep_some)),
+    attention("key padding in turn", 4, 1, 9, mask=T((2, 1, 1, 9), convert=keep_some)),
+    attention("masks in turn, grouped keys", 4, 2, 5, keys_heads=1, mask=T((2, 2, 5, 5))),
     attention("scale 0", mask=T((2, 1, 1, 7), convert=keep_some), options={"scale": 0.0}),
     attention("grouped keys", 2, 6, 33, keys_heads=2),
     attention("one head of keys", 2, 4, 9, keys_heads=1),
@@ -303,6 +308,9 @@ ATTENTION_QKV = [
     attention_qkv("rows fully masked", tokens=33, mask=T((2, 1, 33, 33), convert=drop_rows)),
     attention_qkv("-inf rows", tokens=33, mask=T((2, 1, 33, 33), convert=filled(drop_rows))),
     attention_qkv("relative position bias", 3, 2, 17, 16, mask=T((1, 2, 17, 17))),
+    attention_qkv("relative position bias, many windows", 17, 1, 5, 8, mask=T((1, 1, 5, 5))),
+    attention_qkv("masks in turn", 6, 2, 9, mask=T((3, 2, 9, 9))),
+    attention_qkv("masks in turn, no gradient", 6, 1, 9, mask=T((3, 1, 9, 9), dtype=F32, grad=False)),
     attention_qkv("mask gradient, key bias", tokens=33, mask=T((2, 1, 1, 33))),
     *HUGE_SCORES_QKV,
 ]

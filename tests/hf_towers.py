@@ -67,6 +67,7 @@ _PVT = {
     "patch_sizes": [7],
     "mlp_ratios": [2],
 }
+_PVT_V2 = {"num_encoder_blocks": 1, "sr_ratios": [2], "linear_attention": False}
 _GROUPED = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}
 _SQUARE = {"image_size": [32, 32]}
 Row = tuple[set[str], dict[str, Any]]
@@ -80,6 +81,8 @@ TOWERS: dict[str, Row] = {
     "chinese_clip": (QKV, {}),
     "cohere_compass": (PACKED, {"deepstack_visual_indexes": [0]}),
     "cosmos3_edge": (BARE, {}),
+    "data2vec.data2vec_vision": (QKV, {"use_relative_position_bias": True}),
+    "donut.donut_swin": (QKV, _SWIN),
     "dpt": (QKV, {}),
     "eomt": (QKV, {}),
     "ernie4_5_vl_moe": (PACKED, {}),
@@ -93,6 +96,7 @@ TOWERS: dict[str, Row] = {
     "glm5_next": (rms(PACKED) - {"mlp"}, {}),
     "glm_image": (BARE, {}),
     "glm_ocr": (gated(rms(PACKED)) | {"add_rms_norm"}, {}),
+    "glpn": (APART - {"mlp"}, _PVT | {"sr_ratios": [2]}),
     "got_ocr2": (OWN, _WINDOWS),
     "hunyuan_vl": (BARE, {}),
     "idefics2": (QKV, {}),
@@ -104,6 +108,7 @@ TOWERS: dict[str, Row] = {
     "kosmos2_5": (gated(rms(QKV)), {}),
     "llama4": (ROPED, {"vision_output_dim": 96}),
     "lw_detr": (QKV, {"num_windows": 4, "window_block_indices": [0], "out_features": None}),
+    "maskformer.maskformer_swin": (QKV, _SWIN),
     "mgp_str": (OWN, {**_RATIO, **_SQUARE, "drop_path_rate": 0.0}),
     "minicpmv4_6": (BARE, {}),
     "minimax_m3_vl": (PACKED, {}),
@@ -118,7 +123,8 @@ TOWERS: dict[str, Row] = {
     "pix2struct": (gated(rms(QKV)), {"vocab_size": 50}),
     "pixio": (QKV, {}),
     "pixtral": (gated(rms(ROPED)), {}),
-    "pvt": (OWN, _PVT),
+    "pvt": (APART, _PVT),
+    "pvt_v2": (APART - {"mlp"}, _PVT | _PVT_V2),
     "qianfan_ocr": (QKV, {"drop_path_rate": 0.0, **_SQUARE, "patch_size": [8, 8]}),
     "qwen2_5_omni": (gated(rms(PACKED)), {}),
     "qwen2_5_vl": (gated(rms(PACKED)), {}),
@@ -129,9 +135,12 @@ TOWERS: dict[str, Row] = {
     "sam": (OWN, _WINDOWS),
     "sam3": (ROPED, {"window_size": 2, "global_attn_indexes": [1]}),
     "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {}),
+    "segformer": (APART - {"mlp"}, _PVT | {"sr_ratios": [2], "num_hidden_layers": 1}),
     "smolvlm": (QKV, {}),
     "step3p7": (ROPED, _RATIO),
-    "swin": (OWN, _SWIN),
+    "swin": (QKV, _SWIN),
+    "swin2sr": (APART, {**_SWIN, "embed_dim": D, "image_size": 16, "patch_size": 1, "window_size": 4}),
+    "swinv2": (APART, _SWIN),
     "video_llama_3": (PACKED, {}),
     "videomae": (QKV, {}),
     "videomt": (QKV, {}),

@@ -18,6 +18,10 @@ def reason_of(case: Case) -> str | None:
             return "has no weights or scales by sample yet"
     if case.op == "attention" and _shape(case, "q")[1] != _shape(case, "k")[1]:
         return "has no heads of q that share heads of k and v yet"
+    if case.op in ("attention", "attention_qkv") and case.tensors.get("attn_mask") is not None:
+        mask, batch = _shape(case, "attn_mask"), _shape(case, "q" if case.op == "attention" else "qkv")[0]
+        if len(mask) == 4 and mask[0] not in (1, batch):
+            return "has no masks of some sequences that serve others in turn yet"
     return None
 
 

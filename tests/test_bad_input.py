@@ -141,6 +141,7 @@ ATTENTION = [
     Bad("attention", {"v": _meta(2, 3, 9, 8)}, ValueError, ("'v'", "meta", "'q' is on cpu")),
     Bad("attention", {"attn_mask": _zeros(7, 8)}, ValueError, ("'attn_mask'", "[7, 8]", "broadcasts", "[2, 3, 7, 9]")),
     Bad("attention", {"attn_mask": _zeros(3, 1, 7, 9)}, ValueError, ("'attn_mask'", "[3, 1, 7, 9]", "[2, 3, 7, 9]")),
+    Bad("attention", {"attn_mask": _zeros(0, 1, 7, 9)}, ValueError, ("'attn_mask'", "[0, 1, 7, 9]", "a divisor of B")),
     Bad(
         "attention", {"attn_mask": _zeros(1, 2, 3, 7, 9)}, ValueError, ("'attn_mask'", "[1, 2, 3, 7, 9]", "broadcasts")
     ),

@@ -12,7 +12,7 @@ import pytest
 from bench import coverage, towers
 
 peers.import_timm()
-_SWIN = "{} is {}, its own: a relative bias on its scores"
+_BIASED = "{} is {}, its own: a relative bias on its scores"
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,10 @@ _SWIN = "{} is {}, its own: a relative bias on its scores"
     [
         ("timm", "vit_tiny_patch16_224", ("whole", "")),
         ("timm", "resnet18", ("none", coverage.NO_BLOCKS)),
-        ("timm", "swin_tiny_patch4_window7_224", ("around", _SWIN.format("attn", "WindowAttention"))),
-        ("transformers", "vit", ("whole", "")),
-        ("transformers", "swin", ("around", _SWIN.format("attention", "SwinAttention"))),
+        ("timm", "swin_tiny_patch4_window7_224", ("whole", "")),
+        ("timm", "samvit_base_patch16_224", ("around", _BIASED.format("attn", "Attention"))),
+        ("transformers", "swin", ("whole", "")),
+        ("transformers", "vitdet", ("around", _BIASED.format("attention", "VitDetAttention"))),
     ],
 )
 def test_models_are_judged(library: str, name: str, expected: tuple[str, str]) -> None:

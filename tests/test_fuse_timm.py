@@ -171,9 +171,18 @@ def test_the_residual_add_runs_with_the_next_norm_from_block_to_block() -> None:
 
 
 def test_blocks_that_no_rule_knows_are_named() -> None:
-    model = timm.models.VisionTransformer(**peers.SIZES, block_fn=timm.models.vision_transformer.ResPostBlock)
+    class Bare(nn.Module):
+        def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
+            super().__init__()
+            block = timm.models.vision_transformer.Block(dim, num_heads)
+            self.attn, self.mlp = block.attn, block.mlp
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mlp(self.attn(x))  # type: ignore[no-any-return]
+
+    model = timm.models.VisionTransformer(**peers.SIZES, block_fn=Bare)
     explanation = vk.explain(vk.fuse(model))
-    reason = "no rule for timm.models.vision_transformer.ResPostBlock"
+    reason = f"no rule for {Bare.__module__}.{Bare.__qualname__}"
     assert explanation.summary == f"0 of 2 blocks fused; block 0: {reason}; block 1: {reason}"
     served = {row.module for row in explanation.rows if row.ops}
     assert {"blocks.0.attn", "blocks.0.mlp", "patch_embed.proj"} <= served

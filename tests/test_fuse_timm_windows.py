@@ -1,7 +1,8 @@
-"""vk.fuse on timm's blocks whose attention runs its own code, and on NesT's, each held to its own numbers."""
+"""vk.fuse on timm's blocks with windows, pooled keys or norms behind their branches, each held to its own numbers."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import peers
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 
@@ -28,64 +30,207 @@ def _made(file: str, cls: str, *sizes: Any, **options: Any) -> nn.Module:
     return getattr(importlib.import_module(f"timm.models.{file}"), cls)(*sizes, **options)  # type: ignore[no-any-return]
 
 
-def _maxvit(kind: str) -> nn.Module:
-    sizes = {"dim_head": 16, "window_size": (4, 4), "grid_size": (4, 4), "init_values": 0.5}
+def _maxvit(kind: str, **more: Any) -> nn.Module:
+    sizes = {"dim_head": 16, "window_size": (4, 4), "grid_size": (4, 4), "init_values": 0.5, **more}
     config = _made("maxxvit", "MaxxVitTransformerCfg", **sizes)
     return _made("maxxvit", "PartitionAttentionCl", D, kind, config)
 
 
-Row = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]
+def _coatnet(stride: int, **more: Any) -> nn.Module:
+    sizes = {"dim_head": 16, "init_values": 0.5, "norm_layer": "layernorm2d", "rel_pos_type": "bias", **more}
+    bias = functools.partial(_layer, "RelPosBias", window_size=(8, 8))
+    config = _made("maxxvit", "MaxxVitTransformerCfg", **sizes)
+    return _made("maxxvit", "TransformerBlock2d", D, D, stride, bias, config)
+
+
+Row = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], set[str]]
 IMAGE, TOKENS = (2, 8, 8, D), (2, 16, D)
+PACKED = {*OWN, "linear", "attention_qkv"}
+APART = {*OWN, "linear", "attention"}
+_RELPOS = {"rel_pos_cls": lambda **options: _layer("RelPosBias", window_size=(4, 4), **options)}
+
+
+def _layer(cls: str, **options: Any) -> nn.Module:
+    return getattr(importlib.import_module("timm.layers"), cls)(**options)  # type: ignore[no-any-return]
+
+
+def _swin(
+    version: str = "swin_transformer", cls: str = "SwinTransformerBlock", shift: int = 2, **more: Any
+) -> nn.Module:
+    return _made(version, cls, D, (8, 8), HEADS, window_size=4, shift_size=shift, **more)
+
+
+def _swin_v2(shift: int = 2) -> nn.Module:
+    return _made("swin_transformer_v2", "SwinTransformerV2Block", D, (8, 8), HEADS, window_size=4, shift_size=shift)
+
+
+def _swin_cr(**more: Any) -> nn.Module:
+    return _made(
+        "swin_transformer_v2_cr", "SwinTransformerV2CrBlock", D, HEADS, (8, 8), (4, 4), shift_size=(2, 2), **more
+    )
+
+
+def _hiera(width: int, **more: Any) -> nn.Module:
+    units = {"use_mask_unit_attn": True, "window_size": 4, **more}
+    return _made("hiera", "HieraBlock", D, width, HEADS, 2.0, **units)
+
+
+def _hiera_det(width: int, window_size: int = 4, **more: Any) -> nn.Module:
+    return _made("hieradet_sam2", "MultiScaleBlock", D, width, HEADS, 2.0, window_size=window_size, **more)
+
+
+def _class(file: str, cls: str, **more: Any) -> nn.Module:
+    return _made(file, cls, D, HEADS, mlp_ratio=2.0, **more)
+
+
+def _parallel(cls: str, **more: Any) -> nn.Module:
+    return _made("vision_transformer", cls, D, HEADS, 2.0, init_values=0.5, **more)
+
+
+class Tokens(nn.Module):
+    """CaiT's block, its class token the first of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _class("cait", "LayerScaleBlockClassAttn", init_values=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x[:, 1:], x[:, :1])  # type: ignore[no-any-return]
+
+
+class Queried(nn.Module):
+    """GCViT's block with queries that are the same for all windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _made("gcvit", "GlobalContextVitBlock", D, (8, 8), HEADS, (4, 4), use_global=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x, x[:, :4, ::2].flatten(1, 2))  # type: ignore[no-any-return]
+
+
 BLOCKS: dict[str, Row] = {
-    "swin": (
-        lambda: _made("swin_transformer", "SwinTransformerBlock", D, (8, 8), HEADS, window_size=4, shift_size=2),
-        IMAGE,
-        {},
+    "swin": (_swin, IMAGE, {}, PACKED),
+    "swin, windows that are not shifted": (lambda: _swin(shift=0), IMAGE, {}, PACKED),
+    "swin, masks by the call": (lambda: _swin(dynamic_mask=True), IMAGE, {}, PACKED),
+    "swin v2": (_swin_v2, IMAGE, {}, APART),
+    "swin v2 cr, a norm of the stream": (lambda: _swin_cr(extra_norm=True), IMAGE, {}, APART),
+    "maxvit, windows": (lambda: _maxvit("block"), IMAGE, {}, APART),
+    "maxvit, grid": (lambda: _maxvit("grid", head_first=False, rel_pos_type="bias_tf"), IMAGE, {}, PACKED),
+    "maxvit, a network's bias": (lambda: _maxvit("grid", rel_pos_type="mlp"), IMAGE, {}, APART),
+    "coatnet": (lambda: _coatnet(1), (2, D, 8, 8), {}, APART),
+    "coatnet, a smaller image": (lambda: _coatnet(2, init_values=None), (2, D, 16, 16), {}, APART),
+    "xcit": (lambda: _made("xcit", "XCABlock", D, HEADS, 2.0, eta=0.5), TOKENS, {"H": 4, "W": 4}, OWN),
+    "cait": (lambda: _made("cait", "LayerScaleBlock", D, HEADS, 2.0, init_values=0.5), TOKENS, {}, OWN),
+    "twins, windows": (lambda: _made("twins", "Block", D, HEADS, 2.0, ws=3), TOKENS, {"size": (4, 4)}, PACKED),
+    "twins, a smaller image": (
+        lambda: _made("twins", "Block", D, HEADS, 2.0, ws=1, sr_ratio=2),
+        TOKENS,
+        {"size": (4, 4)},
+        APART,
     ),
-    "maxvit, windows": (lambda: _maxvit("block"), IMAGE, {}),
-    "maxvit, grid": (lambda: _maxvit("grid"), IMAGE, {}),
-    "xcit": (lambda: _made("xcit", "XCABlock", D, HEADS, 2.0, eta=0.5), TOKENS, {"H": 4, "W": 4}),
-    "cait": (lambda: _made("cait", "LayerScaleBlock", D, HEADS, 2.0, init_values=0.5), TOKENS, {}),
-    "twins": (lambda: _made("twins", "Block", D, HEADS, 2.0, ws=2), TOKENS, {"size": (4, 4)}),
+    "pvt v2": (
+        lambda: _made("pvt_v2", "Block", D, HEADS, 2.0, sr_ratio=2),
+        TOKENS,
+        {"feat_size": [4, 4]},
+        APART - {"mlp"},
+    ),
+    "pvt v2, a pooled image": (
+        lambda: _made("pvt_v2", "Block", D, HEADS, 2.0, linear_attn=True),
+        TOKENS,
+        {"feat_size": [4, 4]},
+        APART - {"mlp"},
+    ),
+    "pvt v2, whole": (lambda: _made("pvt_v2", "Block", D, HEADS, 2.0), TOKENS, {"feat_size": [4, 4]}, APART - {"mlp"}),
     "gcvit": (
         lambda: _made("gcvit", "GlobalContextVitBlock", D, (8, 8), HEADS, (4, 4), use_global=False, layer_scale=0.5),
         IMAGE,
         {},
+        PACKED,
     ),
+    "gcvit, queries of the image": (lambda: Queried(), IMAGE, {}, APART),
     "sam": (
         lambda: _made(
             "vision_transformer_sam", "Block", D, HEADS, 2.0, use_rel_pos=True, window_size=3, init_values=0.5
         ),
         IMAGE,
         {},
+        OWN,
     ),
-    "convit": (lambda: _made("convit", "Block", D, HEADS, 2.0, use_gpsa=True), TOKENS, {}),
-    "hiera": (lambda: _made("hiera", "HieraBlock", D, D, HEADS, 2.0, init_values=0.5), TOKENS, {}),
-    "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}),
+    "convit": (lambda: _made("convit", "Block", D, HEADS, 2.0, use_gpsa=True), TOKENS, {}, OWN),
+    "hiera": (lambda: _made("hiera", "HieraBlock", D, D, HEADS, 2.0, init_values=0.5), TOKENS, {}, PACKED),
+    "hiera, units": (lambda: _hiera(D), TOKENS, {}, PACKED),
+    "hiera, wider": (lambda: _hiera(2 * D, q_stride=4, init_values=0.5), (2, 32, D), {}, APART),
+    "hiera, wider by the mean": (lambda: _hiera(2 * D, q_stride=4, use_expand_proj=False), (2, 32, D), {}, APART),
+    "sam 2": (lambda: _hiera_det(D), (2, 6, 7, D), {}, PACKED),
+    "sam 2, whole": (lambda: _hiera_det(D, window_size=0, init_values=0.5), IMAGE, {}, PACKED),
+    "sam 2, wider": (lambda: _hiera_det(2 * D, q_stride=(2, 2)), (2, 6, 10, D), {}, APART),
+    "tinyvit": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 6, 7, D), {}, APART),
+    "tinyvit, one window": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 4, 4, D), {}, APART),
+    "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
+    "cait, class token": (Tokens, TOKENS, {}, APART),
+    "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),
+    "xcit, class token, all normed": (
+        lambda: _class("xcit", "ClassAttentionBlock", eta=None, tokens_norm=True),
+        TOKENS,
+        {},
+        APART,
+    ),
+    "volo, class token": (lambda: _class("volo", "ClassBlock"), TOKENS, {}, APART),
+    "volo": (lambda: _made("volo", "Transformer", D, HEADS, 2.0), IMAGE, {}, PACKED),
+    "volo, outlook": (lambda: _made("volo", "Outlooker", D, 3, 1, 2, HEADS, 2.0), IMAGE, {}, OWN),
+    "side by side": (lambda: _parallel("ParallelScalingBlock"), TOKENS, {}, PACKED - {"mlp"}),
+    "side by side, qk-norm, one product behind": (
+        lambda: _parallel("ParallelScalingBlock", qk_norm=True, qkv_bias=True, fuse_out_proj=True),
+        TOKENS,
+        {},
+        APART - {"mlp"},
+    ),
+    "several side by side": (
+        lambda: _made("vision_transformer", "ParallelThingsBlock", D, HEADS, init_values=0.5),
+        TOKENS,
+        {},
+        PACKED,
+    ),
+    "deepseek": (
+        lambda: _made("deepseek_vit", "DeepseekVitBlock", D, HEADS),
+        TOKENS,
+        {},
+        {"add_rms_norm", "glu_mlp", "linear", "attention"},
+    ),
+    "a norm behind": (lambda: _made("vision_transformer", "ResPostBlock", D, HEADS, 2.0), TOKENS, {}, PACKED),
+    "a norm behind, relative bias": (
+        lambda: _made("vision_transformer_relpos", "ResPostRelPosBlock", D, HEADS, 2.0, **_RELPOS),
+        TOKENS,
+        {},
+        PACKED,
+    ),
+    "a norm behind, eva": (lambda: _made("eva", "EvaBlockPostNorm", D, HEADS, mlp_ratio=2.0), TOKENS, {}, APART),
 }
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_output_and_every_gradient(name: str, autocast: bool) -> None:
-    build, size, keywords = BLOCKS[name]
+    build, size, keywords, ops = BLOCKS[name]
     torch.manual_seed(0)
     block = build()
     fused.stir(block)
-    # batch statistics are rounded by themselves, and parity is the rest's
-    block = block.eval() if name == "xcit" else block.train()
+    block.train("network" not in name and "cr" not in name)  # their bias draws a dropout
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):  # its statistics are rounded by themselves, and parity is the rest's
+            module.eval()
     inputs = (torch.randn(size, requires_grad=True),)
-    ops = {*OWN, "linear", "attention_qkv"} if name == "nest" else OWN
     explanation = fused.check_parity(
         block, inputs, keywords, ops=ops, autocast=autocast, absolute=4e-3 if autocast else None
     )
-    assert explanation.summary == ("1 of 1 blocks fused" if name == "nest" else AROUND)
+    assert explanation.summary == (AROUND if ops == OWN else "1 of 1 blocks fused")
     assert not explanation.fallbacks
 
 
-@pytest.mark.parametrize("name", ["swin", "sam", "hiera"])
+@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera"])
 def test_drop_path_draws_as_ever(name: str) -> None:
-    build, size, keywords = BLOCKS[name]
+    build, size, keywords, _ = BLOCKS[name]
     block = build()
     fused.stir(block)
     for place in ("drop_path1", "drop_path2"):
@@ -120,3 +265,35 @@ def test_the_report_says_both_counts() -> None:
     assert explanation.to_dict()["around"] == explanation.unfused
     with pytest.raises(RuntimeError, match="heads that talk to each other"):
         vk.fuse(vk.unfuse(model), strict=True)
+
+
+def _ways(name: str) -> tuple[nn.Module, torch.Tensor]:
+    build, size, _, _ = BLOCKS[name]
+    torch.manual_seed(0)
+    block = build()
+    fused.stir(block)
+    return vk.fuse(block), torch.randn(size, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", ["swin", "swin v2", "hiera, wider", "volo, class token", "side by side"])
+def test_compiled_and_checkpointed(name: str) -> None:
+    block, tokens = _ways(name)
+    own = fused.output_and_gradients(block, (tokens,))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    checkpointed = Checkpointed(block)
+    for other in (compiled, checkpointed):
+        with vk.record() as calls:
+            got = fused.output_and_gradients(other, (tokens,))
+        assert "add_layer_norm" in {call.op for call in calls if call.direction == "backward"}
+        fused.check_same({key.removeprefix("_orig_mod.").removeprefix("block."): got[key] for key in got}, own)
+
+
+class Checkpointed(nn.Module):
+    """A block in a checkpoint."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)  # type: ignore[no-any-return]

@@ -210,3 +210,46 @@ def test_checkpoint(reentrant: bool) -> None:
         out = checkpoint(block, out, use_reentrant=reentrant)
     encoder.ln(out).square().sum().backward()  # type: ignore[operator]
     torch.testing.assert_close(x.grad, expected)
+
+
+WINDOWS = {
+    "SwinTransformerBlock": {"linear", "attention_qkv", "add_layer_norm", "mlp"},
+    "SwinTransformerBlockV2": {"linear", "attention", "add_layer_norm", "mlp"},
+}
+
+
+def swin(cls: str, shift: list[int], **options: Any) -> nn.Module:
+    block = getattr(torchvision.models.swin_transformer, cls)(48, 3, [4, 3], shift, 2.0, **options)
+    fused.stir(block)
+    return block
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("shift", [[0, 0], [2, 1], [0, 1]], ids=str)
+@pytest.mark.parametrize("cls", WINDOWS)
+def test_windows(cls: str, shift: list[int], autocast: bool) -> None:
+    tokens = torch.randn(2, 8, 7, 48, requires_grad=True)  # padded in one direction
+    explanation = fused.check_parity(swin(cls, shift), (tokens,), ops=WINDOWS[cls], autocast=autocast, absolute=4e-3)
+    assert explanation.summary == "1 of 1 blocks fused"
+    assert not explanation.fallbacks
+
+
+@pytest.mark.parametrize(("cls", "mode"), [(name, "row") for name in WINDOWS] + [("SwinTransformerBlock", "batch")])
+def test_stochastic_depth_draws_as_ever(cls: str, mode: str) -> None:
+    block, tokens, found = swin(cls, [2, 1], stochastic_depth_prob=0.5), torch.randn(8, 8, 6, 48), []
+    block.stochastic_depth.mode = mode
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append((fused.output_and_gradients(block, (tokens,)), torch.get_rng_state()))
+        vk.fuse(block)
+    (own, state), (got, after) = found
+    assert torch.equal(state, after)
+    fused.check_same(got, own)
+
+
+def test_a_hook_on_a_projection_of_windows_runs_torchvisions_function() -> None:
+    block = swin("SwinTransformerBlock", [2, 1])
+    block.attn.proj.register_forward_hook(lambda module, args, output: None)
+    assert vk.explain(vk.fuse(block)).summary == "0 of 1 blocks fused; block 0: a hook on proj"
+    block(torch.randn(2, 8, 6, 48))
+    assert list(vk.explain(block).fallbacks) == ["attn"]

@@ -46,6 +46,14 @@ def test_bf16_autocast_errs_no_more_than_twice_as_much(name: str) -> None:
     fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0], autocast=True, absolute=4e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in TOWERS if "swin" in name])
+def test_shifted_windows(name: str) -> None:
+    model = tower(name)
+    layer = next(each for each in model.modules() if getattr(each, "shift_size", 0))
+    inputs, keywords = call_of(layer)
+    assert fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0]).summary == WHOLE
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "glm_image", "minimax_m3_vl"])
 def test_images_of_many_sizes(name: str, lengths: tuple[int, ...]) -> None:

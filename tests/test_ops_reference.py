@@ -39,6 +39,8 @@ def _patch_embed(image, weight, bias=None, mean=None, std=None, prefix=None, pos
 
 
 def _attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
+    if attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) > 1:  # in turn
+        attn_mask = attn_mask[torch.arange(len(q)) % len(attn_mask)]
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -139,9 +139,12 @@ def _why_not_norm(args: tuple[Any, ...]) -> str | None:
 
 
 def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> str | None:
-    """For (q, k, ...), (dout, q, k, ...), (qkv, num_heads, ...) and (dout, qkv, out, stats, num_heads, ...)."""
+    """For (q, k, v, mask, ...), (dout, q, k, v, out, stats, mask, ...), (qkv, num_heads, mask, ...) and, backward,
+    (dout, qkv, out, stats, num_heads, mask, ...)."""
     first, second, third = args[:3]
-    if isinstance(second, int) or second.dim() == 3:
+    packed = isinstance(second, int) or second.dim() == 3
+    mask = args[(2 if isinstance(second, int) else 5) if packed else 6 if len(args) > 6 else 3]
+    if packed:
         qkv, heads = (first, second) if isinstance(second, int) else (second, args[4])
         rows, tokens, width = qkv.shape[0] * heads, qkv.shape[1], qkv.shape[2] // (3 * heads)
     else:
@@ -150,6 +153,8 @@ def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> st
             return "the extension's CUDA C++ has no heads of q that share heads of k and v yet"
         rows, width = first.shape[0] * first.shape[1], first.shape[3]
         tokens = max(each.shape[2] for each in (first, second, third))
+    if mask is not None and mask.shape[0] not in (1, first.shape[0]):
+        return "the extension's CUDA C++ has no masks of some sequences that serve others in turn yet"
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
     if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:

@@ -91,22 +91,42 @@ void forward(const Sequences& p, const Heads& out, const Tensor& stats) {
   });
 }
 
-// Returns dmask. Heads that add into the same part of it, or of dk and dv, run one after the other, in order: no
-// atomics, and the same bits every time.
+// The units of a backward: heads of sequences that add into one part of dmask are one unit, and run one after the other,
+// in order: no atomics, and the same bits every time. Where that leaves few, the sequences that share a mask are halved
+// again and again, each part with sums of its own; into how many does not depend on the threads.
+struct Units {
+  int64_t masks, repeats, parts, head_units;
+  Units(int64_t spans, int64_t key_heads, const Maybe& mask) {
+    constexpr int64_t wanted = 16;
+    masks = mask ? mask->size(0) : spans;
+    repeats = masks > 0 ? spans / masks : 0;
+    head_units = mask && mask->size(1) == 1 ? std::min<int64_t>(1, key_heads) : key_heads;
+    for (parts = 1; parts < repeats && 2 * parts <= repeats && parts * masks * head_units < wanted;) parts *= 2;
+  }
+  // f(span) for the sequences of a part and a mask, in order.
+  template <class F>
+  void spans_of(int64_t part, int64_t m, const F& f) const {
+    for (int64_t r = part * repeats / parts; r < (part + 1) * repeats / parts; ++r) f(r * masks + m);
+  }
+};
+
+// Returns dmask.
 Tensor backward(const Sequences& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
                 const Heads& dk, const Heads& dv, const Maybe& mask, bool needs_mask) {
   return with_accumulate(stats.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Tensor stats_packed = packed(stats);
     const A* stats_data = reinterpret_cast<const A*>(bytes(stats_packed));
-    Maybe dmask;
+    const Units units(p.spans.size(), p.key_heads, needs_mask ? mask : Maybe());
+    Maybe dmask;  // of each part
     if (needs_mask) {
-      dmask = empty(shape_of(*mask), stats.scalar_type());
+      Shape shape = shape_of(*mask);
+      shape[0] *= units.parts;
+      dmask = empty(shape, stats.scalar_type());
       torch::stable::zero_(*dmask);
     }
     const Mask sums(dmask);
-    const auto run = [&](int64_t span, int64_t h, A* scratch) {
-      const Rows to = sums.rows(span, h);
+    const auto run = [&](int64_t span, int64_t h, const Rows& to, A* scratch) {
       const Span& s = p.spans[span];
       const int64_t shared = h / p.group();
       kernels<A>().attention_backward(p.head(span, h), out.rows(s.q, h), dout.rows(s.q, h),
@@ -114,22 +134,32 @@ Tensor backward(const Sequences& p, const Heads& out, const Heads& dout, const T
                                       dv.out(s.k, shared), reinterpret_cast<A*>(const_cast<char*>(to.data)), to.row,
                                       to.col, scratch);
     };
-    const int64_t spans = p.spans.size();
-    const int64_t parts = needs_mask && mask->size(0) == 1 ? std::min<int64_t>(1, spans) : spans;
-    const int64_t head_parts = needs_mask && mask->size(1) == 1 ? std::min<int64_t>(1, p.key_heads) : p.key_heads;
-    std::vector<int64_t> scores(parts);
-    for (int64_t i = 0; i < spans; ++i) scores[i % parts] += scores_of(p.spans[i]);
-    balanced(scores, head_parts, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> scores(units.parts * units.masks);
+    for (int64_t i = 0; i < units.parts * units.masks; ++i) {
+      units.spans_of(i / units.masks, i % units.masks, [&](int64_t span) { scores[i] += scores_of(p.spans[span]); });
+    }
+    balanced(scores, units.head_units, [&](int64_t begin, int64_t end) {
       Buffer<A> scratch(p.scratch<A>(true));
       for (int64_t i = begin; i < end; ++i) {
-        for (int64_t span = i / head_parts; span < spans; span += parts) {
-          for (int64_t shared = i % head_parts; shared < p.key_heads; shared += head_parts) {
-            for (int64_t m = 0; m < p.group(); ++m) run(span, shared * p.group() + m, scratch.get());
+        const int64_t at = i / units.head_units;
+        units.spans_of(at / units.masks, at % units.masks, [&](int64_t span) {
+          for (int64_t shared = i % units.head_units; shared < p.key_heads; shared += units.head_units) {
+            for (int64_t m = 0; m < p.group(); ++m) {
+              const int64_t h = shared * p.group() + m;
+              run(span, h, sums.rows(at, h), scratch.get());
+            }
           }
-        }
+        });
       }
     });
-    return needs_mask ? cast(*dmask, mask->scalar_type()) : nothing(stats);
+    if (!needs_mask) return nothing(stats);
+    const int64_t count = mask->numel();
+    A* const sum = reinterpret_cast<A*>(bytes(*dmask));
+    for (int64_t part = 1; part < units.parts; ++part) {
+      for (int64_t j = 0; j < count; ++j) sum[j] += sum[part * count + j];
+    }
+    return units.parts == 1 ? cast(*dmask, mask->scalar_type())
+                            : from_values(shape_of(*mask), mask->scalar_type(), sum);
   });
 }
 

@@ -1,6 +1,7 @@
 // attention and attention_qkv: the schemas of vitkernels/ops/attention.py, for both halves of the extension.
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace vk {
@@ -38,6 +39,7 @@ Mask::Mask(const Maybe& mask) {
   data = bytes(*mask);
   dtype = dtype_of(*mask);
   const auto stride = [&](int64_t axis) { return mask->size(axis) == 1 ? 0 : mask->stride(axis); };
+  masks = std::max<int64_t>(mask->size(0), 1);
   batch = stride(0);
   head = stride(1);
   query = stride(2);

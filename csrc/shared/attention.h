@@ -16,15 +16,15 @@ struct Heads {
   OutRows out(int64_t b, int64_t h) const { return {of(b, h), dtype, token, col}; }
 };
 
-// A [B or 1, H or 1, Nq or 1, Nk or 1] mask; strides are 0 along its axes of size 1.
+// A [M, H or 1, Nq or 1, Nk or 1] mask; strides are 0 along its axes of size 1. M divides B, and sequence b has mask b % M.
 struct Mask {
   char* data = nullptr;
   DType dtype = DType::f32;
-  int64_t batch = 0, head = 0, query = 0, key = 0;
+  int64_t masks = 1, batch = 0, head = 0, query = 0, key = 0;
   explicit Mask(const Maybe& mask);
   bool added() const { return data && dtype != DType::boolean; }
   Rows rows(int64_t b, int64_t h) const {
-    return {data ? data + (b * batch + h * head) * size_of(dtype) : nullptr, dtype, query, key};
+    return {data ? data + (b % masks * batch + h * head) * size_of(dtype) : nullptr, dtype, query, key};
   }
 };
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.residual import parts
 from vitkernels.residual.genuine import stock_type
 from vitkernels.residual.stream import Branch
 
@@ -22,6 +24,30 @@ def attention_of(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor] | 
     return branch if served else dataclasses.replace(branch, own=True)
 
 
+def attention_within(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:
+    """The attention of a block that calls it on tokens laid out anew (windows), where it runs fused by itself.
+
+    Args:
+        name: what the block calls it.
+        attn: the attention.
+        call: from the normed tokens to what is added to the stream.
+        kind: as in `own_attention`, where no rule knows the attention.
+    """
+    from vitkernels.fuse import rules
+
+    if not isinstance(attn, Fused):
+        known = rules.match(attn) is not None
+        return branch_of(name, attn, call) if known else own_attention(name, attn, call, kind)
+
+    def why_not() -> str | None:
+        return next((part.why_not for part in attn.parts() if part.why_not is not None), None)
+
+    # what is laid out anew is rounded as the attention's first product would round it
+    reader = attn.reader() if parts.why_not_part(name, attn) is None else None
+    linear = reader if isinstance(reader, nn.Linear) else None
+    return Branch(lambda x, bias_apart: (call(x), None), attn.parts()[0].ops, linear, why_not)
+
+
 def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], kind: str) -> Branch:
     """The attention of a block that runs its own code, with what the block does around it (windows, pooling).
 
@@ -33,3 +59,18 @@ def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], 
     """
     why_not = f"{name} is {stock_type(attn).__name__}, its own: {kind}"
     return Branch(lambda x, bias_apart: (call(x), None), "", None, why_not, own=True)
+
+
+def to_windows(image: Tensor, size: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    """[B, H, W, D], padded with zeros to whole windows of h x w, to [B * R * C, h * w, D] and (R, C)."""
+    height, width = image.shape[1:3]
+    image = F.pad(image, (0, 0, 0, -width % size[1], 0, -height % size[0]))
+    rows, columns = image.shape[1] // size[0], image.shape[2] // size[1]
+    windows = image.unflatten(2, (columns, size[1])).unflatten(1, (rows, size[0])).transpose(2, 3)
+    return windows.reshape(-1, size[0] * size[1], image.shape[-1]), (rows, columns)
+
+
+def from_windows(windows: Tensor, size: Sequence[int], counts: tuple[int, int], sides: Sequence[int]) -> Tensor:
+    """The way back, to an image of this height and width."""
+    image = windows.unflatten(1, (size[0], size[1])).unflatten(0, (-1, *counts)).transpose(2, 3)
+    return image.flatten(3, 4).flatten(1, 2)[:, : sides[0], : sides[1]]

@@ -169,7 +169,8 @@ def _backend(module: nn.Module) -> str:
 
 def _looks_like_block(module: nn.Module) -> bool:
     """Whether a module that no rule knows is a Transformer block by the names of its children."""
-    if "pool" in type(module).__name__.lower():  # a head over one token
+    kind = type(module).__name__.lower()
+    if "pool" in kind or kind == "globalcontext":  # a head over one token, a gate of convolutional networks
         return False
     names = {name.lower() for name, _ in module.named_children()}
     return any("att" in name for name in names) and any(

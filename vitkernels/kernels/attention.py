@@ -19,7 +19,7 @@ from vitkernels.kernels.attention_variants import variants
 from vitkernels.kernels.common import processors
 from vitkernels.kernels.launch import cdiv, launch
 from vitkernels.ops._amp import nothing
-from vitkernels.ops.attention import _heads_last, _unpack, score_units
+from vitkernels.ops.attention import _heads_last, _unpack, score_units, sum_to_mask
 
 __all__ = ["backward", "backward_qkv", "forward", "forward_qkv", "variants", "why_not", "why_not_qkv"]
 
@@ -130,13 +130,18 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]
     return values, strides, {"MASK": kind, "MASK_ROWS": mask.shape[2] > 1}
 
 
+def _in_turn(mask: Tensor | None, batch: int) -> int | None:
+    """How many sequences have masks of their own, where others have the same in turn; None where none has."""
+    return None if mask is None or mask.shape[0] in (1, batch) else mask.shape[0]
+
+
 def _short(
     direction: str, q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> configs.AttentionTile | None:
     """The row of the short kernels where they serve: many heads, and masks that hide keys from all queries alike."""
     if scale <= 0 or (mask is not None and (mask.dtype != torch.bool or mask.shape[2] > 1)):
         return None
-    if k.shape[1] != q.shape[1] or q.dtype == torch.float32:
+    if k.shape[1] != q.shape[1] or q.dtype == torch.float32 or _in_turn(mask, q.shape[0]) is not None:
         return None
     if q.shape[0] * q.shape[1] < configs.SHORT_PROGRAMS * processors(q.device):
         return None
@@ -206,6 +211,7 @@ def long_forward(
         attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, values, out, stats, of.cu_q, of.cu_k, *_strides(q, align), *_strides(k, align), *_strides(v, align),
         *mask_strides, *_strides(out, align)[:3], of.heads, of.rows, of.keys, of.longest(of.queries),
+        _in_turn(mask, of.batch),
         *_units(mask, scale), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants,
         CAUSAL=is_causal, PLAIN=mask is None and scale > 0, GROUP=of.heads // k.shape[1], BM=tile.queries, BN=tile.keys,
         **_launch_options(tile),
@@ -271,7 +277,7 @@ def long_backward(
     launch(
         attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_dq,
-        of.heads, of.rows, of.keys, of.longest(of.queries), scale, factor, unit,
+        of.heads, of.rows, of.keys, of.longest(of.queries), _in_turn(mask, of.batch), scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=tile.queries,
         BN=tile.keys, **_launch_options(tile),
     )  # fmt: skip
@@ -279,10 +285,10 @@ def long_backward(
     launch(
         attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, tile.keys),),
         q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides, *strides_dk, *strides_dv,
-        of.heads, of.rows, of.keys, of.longest(of.keys), scale, factor, unit,
+        of.heads, of.rows, of.keys, of.longest(of.keys), _in_turn(mask, of.batch), scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, GROUP=group, BM=tile.queries, BN=tile.keys,
         **_launch_options(tile),
     )  # fmt: skip
     if mask is None or ds is None:
         return nothing(q)
-    return ds.sum_to_size(mask.shape).to(mask.dtype).contiguous()
+    return sum_to_mask(ds, mask)

@@ -21,6 +21,7 @@ from vitkernels.kernels.attention_tiles import (
     hidden,
     load,
     load_stats,
+    mask_of,
     masked,
     row_dot,
     rows_of,
@@ -66,7 +67,7 @@ def forward_kernel(
     p_q, p_k, p_v, p_mask, p_out, p_stats, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_ob, stride_oh, stride_on, H, NQ, NK, LONGEST, factor, unit,
+    stride_ob, stride_oh, stride_on, H, NQ, NK, LONGEST, MASKS, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, PLAIN: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +85,7 @@ def forward_kernel(
     p_k = head_of(p_k, i_k, i_h // GROUP, stride_kb, stride_kh, ALIGN)
     p_v = head_of(p_v, i_k, i_h // GROUP, stride_vb, stride_vh, ALIGN)
     if MASK != "none":
-        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+        p_mask = mask_of(p_mask, i_b, i_h, stride_mb, stride_mh, MASKS)
     state = (tl.full([BM], -INF, tl.float32), tl.zeros([BM], tl.float32), zeros(BM, WIDTHS))
     n_seen = n_k  # by some query of the tile
     n_plain = n_k // BN * BN  # by every query, in whole tiles
@@ -164,7 +165,7 @@ def _queries_step(
 def _head_step(
     grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q, i_b, i_bh, i_h, i_q, o_n, i_n,
     stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+    stride_qb, stride_gb, MASKS, NQ, n_q, n_k, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +173,7 @@ def _head_step(
     p_q = head_of(p_q, i_q, i_h, stride_qb, stride_qh, ALIGN)
     p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
     if MASK != "none":
-        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+        p_mask = mask_of(p_mask, i_b, i_h, stride_mb, stride_mh, MASKS)
     p_stats = rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2)
     p_delta = rows_of(p_delta, p_cu_q, i_bh, i_h, i_q, NQ, 1)
     begin = 0
@@ -202,7 +203,7 @@ def dkdv_kernel(
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, LONGEST, scale, factor, unit,
+    stride_dvb, stride_dvh, stride_dvn, H, NQ, NK, LONGEST, MASKS, scale, factor, unit,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +226,7 @@ def dkdv_kernel(
         grads = _head_step(
             grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q, i_b, i_bh, i_kh, i_q, o_n, i_n,
             stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm,
-            stride_mn, stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+            stride_mn, stride_qb, stride_gb, MASKS, NQ, n_q, n_k, factor, unit,
             K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, BN,
         )  # fmt: skip
     else:
@@ -234,7 +235,7 @@ def dkdv_kernel(
                 grads, k, v, p_q, p_dout, p_mask, p_stats, p_delta, p_cu_q,
                 i_b, i_bh * GROUP + i_group, i_kh * GROUP + i_group, i_q, o_n, i_n,
                 stride_qh, stride_qn, stride_qk, stride_gh, stride_gn, stride_gk, stride_mb, stride_mh, stride_mm,
-                stride_mn, stride_qb, stride_gb, NQ, n_q, n_k, factor, unit,
+                stride_mn, stride_qb, stride_gb, MASKS, NQ, n_q, n_k, factor, unit,
                 K, ALIGN, WIDTHS, MASK, MASK_ROWS, CAUSAL, BM, BN,
             )  # fmt: skip
     dk, dv = grads
@@ -278,8 +279,9 @@ def dq_kernel(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_ds, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
-    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, LONGEST, scale, factor,
-    unit, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn, H, NQ, NK, LONGEST, MASKS,
+    scale, factor, unit,
+    K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr, STORE_DS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BM queries; `STORE_DS` also writes delta and the gradient of the scores, [B, H, NQ, NK]."""
@@ -297,7 +299,7 @@ def dq_kernel(
     p_v = head_of(p_v, i_k, i_h // GROUP, stride_vb, stride_vh, ALIGN)
     p_dout = head_of(p_dout, i_q, i_h, stride_gb, stride_gh, ALIGN)
     if MASK != "none":
-        p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
+        p_mask = mask_of(p_mask, i_b, i_h, stride_mb, stride_mh, MASKS)
     q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
     dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
     b_max, b_log = load_stats(rows_of(p_stats, p_cu_q, i_bh, i_h, i_q, NQ, 2), o_m, m_m, NQ)

@@ -49,6 +49,15 @@ def head_of(p, i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def mask_of(p_mask, i_b, i_h, stride_b, stride_h, MASKS):
+    """Pointer to a head's mask: of its own sequence, or of so many in turn."""
+    i_mask = i_b
+    if MASKS is not None:
+        i_mask = i_b % MASKS
+    return head_of(p_mask, i_mask, i_h, stride_b, stride_h, 1)
+
+
+@triton.jit
 def load(p, o_row, m_row, stride_n, stride_k, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr):
     """Rows of a head [rows, K]; zeros past K and, where `m_row` is given, in rows outside of it."""
     tile = ()

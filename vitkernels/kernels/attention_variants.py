@@ -21,6 +21,7 @@ _MASKS: dict[str, dict[str, Any]] = {
     "key padding": {"MASK": "bool", "PLAIN": False},
     "bool": {"MASK": "bool", "MASK_ROWS": True, "PLAIN": False},
     "additive": {"MASK": "add", "MASK_ROWS": True, "PLAIN": False},
+    "additive in turn": {"MASK": "add", "MASK_ROWS": True, "PLAIN": False},
     "additive, gradient": {"MASK": "add", "MASK_ROWS": True, "PLAIN": False, "STORE_DS": True},
 }
 _UNMASKED: dict[str, Any] = {"MASK": "none", "MASK_ROWS": False, "CAUSAL": False, "PLAIN": True, "STORE_DS": False}
@@ -110,6 +111,7 @@ class _Shape:
         known |= {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name[-1] == "k"}
         known |= {"stride_mn": 1} if known["MASK"] != "none" else {}
         known |= {"p_mask": None} if known["MASK"] == "none" else {}
+        known |= {} if "in turn" in self.mask else {"MASKS": None}
         known |= {"GROUP": self.group} | ({} if self.packed else dict.fromkeys(_OF_SEQUENCES))
         known |= {} if known["STORE_DS"] else {"p_ds": None}
         known = {name: value for name, value in known.items() if name in kernel.arg_names}

@@ -39,8 +39,9 @@ def attention(
         q: [B, H, Nq, K], floating point, any strides.
         k, v: [B, Hk, Nk, K], q's dtype (autocast casts all three); Hk divides H, and each head of k and v serves H / Hk
             neighbours of q without being repeated.
-        attn_mask: broadcastable to [B, H, Nq, Nk]: bool (True takes part) or floating point, added to the scores; its
-            gradient is given when it asks for one. A row with nothing to attend to gives zeros and zero gradients.
+        attn_mask: broadcastable to [B, H, Nq, Nk], or of M sequences where M divides B, for b % M in turn (windows of
+            images): bool (True takes part) or floating point, added to the scores; its gradient is given when it asks
+            for one. A row with nothing to attend to gives zeros and zero gradients.
         is_causal: query i sees keys 0 to i; not together with a mask.
         scale: factor on the scores, 1 / sqrt(K) by default.
 
@@ -150,7 +151,7 @@ def check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
 
 
 def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[int, ...]) -> None:
-    """Up to four axes, each of size 1 or the scores'."""
+    """Up to four axes, each of size 1 or the scores', or of four the first one a divisor."""
     if mask is None:
         return
     if is_causal:
@@ -159,14 +160,16 @@ def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[i
         if not mask.is_floating_point():
             raise TypeError(f"{name}: argument 'attn_mask' has dtype {mask.dtype}; needs bool or floating point")
         _check.is_floating(name, attn_mask=mask)
+    inner = mask.shape[1:] if mask.dim() == 4 else mask.shape
     fits = mask.dim() <= 4 and all(
         size == 1 or size == score  # not `in`: dynamo finds no traced size in a tuple
-        for size, score in zip(reversed(mask.shape), reversed(scores), strict=False)
+        for size, score in zip(reversed(inner), reversed(scores), strict=False)
     )
-    if not fits:
+    count = mask.shape[0] if mask.dim() == 4 else 1
+    if not fits or (count != scores[0] and (count == 0 or scores[0] % count)):
         raise ValueError(
             f"{name}: argument 'attn_mask' has shape {list(mask.shape)}; "
-            f"needs one that broadcasts to [B, H, Nq, Nk] = {list(scores)}"
+            f"needs one that broadcasts to [B, H, Nq, Nk] = {list(scores)}, or masks of some sequences, a divisor of B"
         )
 
 
@@ -253,12 +256,26 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, factor: 
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
         return scores
+    mask = _of_each(mask, len(scores))
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
 def _weights(scores: Tensor, stats: Tensor, unit: float) -> Tensor:
     largest, log_sum = stats.unsqueeze(-1).unbind(2)
     return (unit * (scores - largest) - log_sum).exp()
+
+
+def _of_each(mask: Tensor, batch: int) -> Tensor:
+    """Masks that serve in turn, one for each sequence."""
+    return mask if mask.dim() < 4 or len(mask) in (1, batch) else mask.repeat(batch // len(mask), 1, 1, 1)
+
+
+def sum_to_mask(dscores: Tensor, mask: Tensor) -> Tensor:
+    """The gradient of an additive mask, from that of the scores, [B, H, Nq, Nk]."""
+    count = len(mask)
+    if count not in (1, len(dscores)):
+        dscores = dscores.unflatten(0, (-1, count)).sum(0)
+    return dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:
@@ -291,7 +308,7 @@ def _reference_backward(dout, q, k, v, out, stats, mask, is_causal, scale, needs
     if groups != q.shape[:2]:
         dk, dv = (grad.unflatten(1, (groups[1], -1)).sum(2) for grad in (dk, dv))
     dq, dk, dv = (grad.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2) for grad in (dq, dk, dv))
-    dmask = dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous() if needs_mask else nothing(q)
+    dmask = sum_to_mask(dscores, mask) if needs_mask else nothing(q)
     return dq, dk, dv, dmask
 
 

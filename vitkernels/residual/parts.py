@@ -222,7 +222,8 @@ def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:
 
 def drop_path_factor(module: nn.Module | None, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
     """DropPath's factor of each sample, [B], drawn as the module would draw it; None where nothing is dropped."""
-    if module is None or not module.training or not getattr(module, "drop_prob", None):
+    rate = getattr(module, "drop_prob", None) or getattr(module, "p", None)  # torchvision has the second
+    if module is None or not module.training or not rate:
         return None
     draw = known.drop_path_draw(module)
     assert draw is not None, "asked before: why_not_drop_path"

@@ -203,7 +203,7 @@ def pre_norm(
         if joins:
             x, added = _waiting(x, gamma, sublayer.drop_path, out, bias, widen=dtype is None)
         else:
-            x, added = _added_now(x, sublayer, out, widen=dtype is None), None
+            x, added = added_now(x, sublayer, out, widen=dtype is None), None
         place = end
     if last_norm is None:
         return x
@@ -268,11 +268,23 @@ def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | Non
         norm = _fitting(read.norm, x)
         if norm is None or not read.adds:
             out, _ = sublayer.branch.run(x, False)
-            x = parts.layer_norm(sublayer.norm, _added_now(x, sublayer, out, widen=dtype is None))
+            x = parts.layer_norm(sublayer.norm, added_now(x, sublayer, out, widen=dtype is None))
             continue
         out, bias = sublayer.branch.run(x, True)
         x, added = _waiting(x, read.gamma, sublayer.drop_path, out, bias, widen=dtype is None)
         x = _steps.add_norm(x, added, norm, dtype or parts.operand_dtype(None, x))[1]
+    return x
+
+
+def added_norms(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | None = None) -> Tensor:
+    """x = x + drop_path(scale(norm(branch(x)))) for each sub-layer, [B, ..., D] to the same; dtype as in `pre_norm`."""
+    dtype = _stream_dtype(x, dtype)
+    if dtype is not None:
+        x = x.to(dtype)
+    for sublayer in sublayers:
+        out, _ = sublayer.branch.run(x, False)
+        out = parts.layer_norm(sublayer.norm, out, parts.operand_dtype(None, out))
+        x = added_now(x, sublayer, out, widen=dtype is None)
     return x
 
 
@@ -311,7 +323,7 @@ def _waiting(
     return x, Added(out, bias, gamma, parts.drop_path_factor(drop_path, out, dtype))
 
 
-def _added_now(x: Tensor, sublayer: Sublayer, out: Tensor, widen: bool) -> Tensor:
+def added_now(x: Tensor, sublayer: Sublayer, out: Tensor, widen: bool) -> Tensor:
     """The sum by the modules themselves."""
     scale, drop_path = sublayer.scale, sublayer.drop_path
     if isinstance(scale, Tensor):

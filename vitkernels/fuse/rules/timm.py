@@ -50,8 +50,9 @@ def _why_not_heads(attn: Any) -> str | None:
     width = getattr(attn.proj, "in_features", 0)
     if width % attn.num_heads:
         return f"{attn.num_heads} heads do not make up its width"
-    head_dim = getattr(attn, "head_dim", None) or width // attn.num_heads or 1
-    return None if attn.fused_attn or attn.scale == head_dim**-0.5 else "a scale of its own"
+    usual = (getattr(attn, "head_dim", None) or width // attn.num_heads or 1) ** -0.5
+    plain = getattr(attn, "fused_attn", False) or getattr(attn, "scale", usual) == usual
+    return None if plain else "a scale of its own"
 
 
 def why_not_two_masks(attn_mask: Tensor | None, is_causal: bool) -> str | None:
@@ -63,7 +64,7 @@ class FusedAttention(Fused):
     """timm.layers.attention.Attention on `ops.attention_qkv`; its relatives change how q, k and v are made."""
 
     steps: ClassVar[str] = sublayers.ATTENTION
-    reads = ("qkv", "q_proj")
+    reads: ClassVar[tuple[str, ...]] = ("qkv", "q_proj")
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.declines(x, lambda: self.why_not_now() or why_not_two_masks(attn_mask, is_causal), attn_mask):
@@ -171,7 +172,7 @@ ATTENTION = Rule(
 class FusedMlp(Fused):
     """timm.layers.mlp.Mlp on `ops.mlp`; its gated relatives change what happens between the products."""
 
-    reads = ("fc1", "fc1_g", "w0")
+    reads: ClassVar[tuple[str, ...]] = ("fc1", "fc1_g", "w0")
     axes = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -169,6 +169,23 @@ class FusedEvaBlock(FusedBlock):
         ]
 
 
+class FusedRopeBlock(FusedEvaBlock):
+    """DeepseekVitBlock: without factors of its own."""
+
+    passes: ClassVar[dict[str, Any]] = {"rope": None}
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return _stepped(self, x, rope=rope)
+
+    def sublayers(self, **options: Any) -> list[Sublayer]:
+        block: Any = self
+        attention = attention_of("attn", block.attn, **(self.passes | options))
+        return [
+            Sublayer("attn", block.norm1, attention, None, block.drop_path1),
+            Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), None, block.drop_path2),
+        ]
+
+
 class FusedBeitBlock(FusedEvaBlock):
     """timm.models.beit.Block."""
 
@@ -200,6 +217,11 @@ RULES = (
         FusedEvaBlock,
         frozenset({"timm.models.eva.EvaBlock"}),
         lambda block: differs(block, _ROPE, _BLOCK, (), _GAMMAS),
+    ),
+    Rule(
+        FusedRopeBlock,
+        frozenset({"timm.models.deepseek_vit.DeepseekVitBlock"}),
+        lambda block: differs(block, ("x", "rope"), _BLOCK),
     ),
     Rule(
         FusedBeitBlock,

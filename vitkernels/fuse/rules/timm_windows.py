@@ -1,26 +1,26 @@
-"""timm: blocks whose attention is of a kind that no op serves, and NesT's (read from timm 1.0.31).
+"""timm: blocks that lay their tokens out anew around their attention, or have one of a kind that no op serves.
 
-Swin, MaxViT and CoAtNet, XCiT, CaiT, Twins, GCViT, SAM, ConViT, Hiera: attention runs its own code, with the windows
-that its block makes around it; the residual steps, their norms and the feed-forward are fused.
+Swin, MaxViT, Twins, PVT v2, GCViT, NesT: the attention runs fused by itself (`timm_window_attention`). XCiT, CaiT, SAM,
+ConViT: it runs its own code; the residual steps, their norms and the feed-forward are fused. Read from timm 1.0.31.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.around import own_attention
+from vitkernels.fuse.around import attention_within, own_attention
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock
-from vitkernels.fuse.swap import PreNormBlock, branch_of
-from vitkernels.residual import genuine
-from vitkernels.residual.stream import Step, Sublayer
-from vitkernels.residual.sublayers import linear_step
+from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.residual import genuine, parts
+from vitkernels.residual.stream import Branch, Part, Step, Sublayer
+from vitkernels.residual.sublayers import dropped, joined, linear_step, why_not_linears
 
 _BIAS = "a relative bias on its scores"
 
@@ -37,7 +37,7 @@ class FusedOwnBlock(PreNormBlock):
     """A pre-norm block called with tokens [B, ..., D] and keywords for its attention, which runs its own code."""
 
     reads = ("norm1",)
-    axes = None
+    axes: ClassVar[int | None] = None
     names: ClassVar[Names] = Names()
     kind: ClassVar[str] = _BIAS
 
@@ -51,7 +51,7 @@ class FusedOwnBlock(PreNormBlock):
         names = self.names
         scales = (None, None) if names.scales is None else [getattr(block, name) for name in names.scales]
         one, two = (getattr(block, name) for name in names.drop_paths)
-        attention = own_attention("attn", block.attn, lambda x: self.own(x, **options), self.kind)
+        attention = attention_within("attn", block.attn, lambda x: self.own(x, **options), self.kind)
         return [
             Sublayer("attn", block.norm1, attention, scales[0], one),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), scales[1], two),
@@ -98,13 +98,6 @@ class FusedConvitBlock(FusedOwnBlock):
     kind = "it is gated by position, or written out"
 
 
-class FusedHieraBlock(FusedOwnBlock):
-    """HieraBlock that leaves the number of its tokens as it is."""
-
-    names = Names(("ls1", "ls2"))
-    kind = "units of a mask"
-
-
 class FusedXcaBlock(FusedOwnBlock):
     """XCABlock: attention among features (El-Nouby et al. 2021), and a step of convolutions between neighbours."""
 
@@ -138,6 +131,65 @@ class FusedTwinsBlock(FusedOwnBlock):
     def own(self, x: Tensor, **options: Any) -> Tensor:
         block: Any = self
         return block.attn(x, options["size"])
+
+
+class FusedConvMlp(Fused):
+    """PVT v2's MlpWithDepthwiseConv: between its products, a convolution of each feature between neighbours."""
+
+    reads = ("fc1",)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        if self.declines(x):
+            return super().forward(x, feat_size)
+        with self.backend():
+            return self.branch(feat_size=feat_size).run(x, False)[0]
+
+    def branch(self, feat_size: Sequence[int] = (), **options: Any) -> Branch:
+        mlp: Any = self
+
+        def finish(hidden: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            image = mlp.dwconv(mlp.relu(hidden.transpose(1, 2).unflatten(2, tuple(feat_size))))
+            return parts.last_linear(mlp.fc2, mlp.drop(mlp.act(image.flatten(2).transpose(1, 2))), bias_apart)
+
+        why_not = why_not_linears(fc1=mlp.fc1, fc2=mlp.fc2)
+        branch = Branch(
+            lambda x, bias_apart: finish(parts.linear(mlp.fc1, x), bias_apart),
+            "linear, convolution of torch, linear",
+            mlp.fc1,
+            why_not,
+            step=linear_step(lambda: joined(mlp.fc1), finish) if why_not is None else None,
+        )
+        return dropped(branch, mlp.drop)
+
+    def parts(self) -> list[Part]:
+        return [self.branch().part("")]
+
+
+class FusedPvtBlock(FusedOwnBlock):
+    """PVT v2's Block."""
+
+    kind = "keys of an image that a convolution makes smaller"
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:  # type: ignore[override]
+        if self.declines(x):
+            return super(FusedOwnBlock, self).forward(x, feat_size)
+        return self.run(x, feat_size=tuple(feat_size))
+
+    def sublayers(self, feat_size: tuple[int, ...] = ()) -> list[Sublayer]:  # type: ignore[override]
+        block: Any = self
+        attention, feed_forward = super().sublayers(feat_size=feat_size)
+        feed_forward.branch = branch_of("mlp", block.mlp, lambda x: block.mlp(x, feat_size), feat_size=feat_size)
+        return [attention, feed_forward]
+
+
+class FusedVoloBlock(FusedOwnBlock):
+    """VOLO's Transformer: attention of all tokens of an image."""
+
+
+class FusedOutlooker(FusedOwnBlock):
+    """VOLO's Outlooker (Yuan et al. 2021)."""
+
+    kind = "its weights come from one token each"
 
 
 class FusedGlobalContextBlock(FusedOwnBlock):
@@ -234,8 +286,6 @@ def _rule(
     owner: str,
     arguments: tuple[str, ...] = ("x",),
     children: tuple[str, ...] = (),
-    why_not: Callable[[Any], str | None] = lambda block: None,
-    optional: tuple[str, ...] = (),
 ) -> Rule:
     names = mixin.names
     scales = names.scales or ()
@@ -243,13 +293,9 @@ def _rule(
     def contract(block: nn.Module) -> str | None:
         modules = {name for name in scales if name in block._modules}
         own = {*_STEPS, *names.drop_paths, *children, *modules}
-        return differs(block, arguments, own, optional, {*scales, "gamma3"} - modules) or why_not(block)
+        return differs(block, arguments, own, (), {*scales, "gamma3"} - modules)
 
     return Rule(mixin, frozenset({f"timm.models.{owner}"}), contract)
-
-
-def _why_not_same_tokens(block: Any) -> str | None:
-    return "it takes the largest of several tokens" if block.do_expand else None
 
 
 RULES = (
@@ -257,9 +303,16 @@ RULES = (
     _rule(FusedPartitionBlock, "maxxvit.PartitionAttentionCl"),
     _rule(FusedCaitBlock, "cait.LayerScaleBlock"),
     _rule(FusedConvitBlock, "convit.Block"),
-    _rule(FusedHieraBlock, "hiera.HieraBlock", why_not=_why_not_same_tokens, optional=("proj",)),
     _rule(FusedXcaBlock, "xcit.XCABlock", ("x", "H", "W"), ("norm3", "local_mp", "drop_path3")),
     _rule(FusedTwinsBlock, "twins.Block", ("x", "size")),
+    _rule(FusedPvtBlock, "pvt_v2.Block", ("x", "feat_size")),
+    Rule(
+        FusedConvMlp,
+        frozenset({"timm.models.pvt_v2.MlpWithDepthwiseConv"}),
+        lambda mlp: differs(mlp, ("x", "feat_size"), ("fc1", "relu", "dwconv", "act", "fc2", "drop")),
+    ),
+    _rule(FusedOutlooker, "volo.Outlooker"),
+    _rule(FusedVoloBlock, "volo.Transformer"),
     _rule(FusedGlobalContextBlock, "gcvit.GlobalContextVitBlock", ("x", "q_global")),
     _rule(FusedSamBlock, "vision_transformer_sam.Block"),
     Rule(

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners, why_not_inside
 from vitkernels.residual import parts
+from vitkernels.residual.genuine import owner_name
 from vitkernels.residual.stream import Branch
 from vitkernels.residual.sublayers import dropped, mlp_branch
 
@@ -91,6 +93,78 @@ class FusedMobileAttention(FusedWrittenAttention):
         return self.attended(hidden_states)
 
 
+class FusedData2VecAttention(FusedAttention):
+    """Data2VecVisionAttention: a bias of relative positions of its own, of the model, or both."""
+
+    spelling = Spelling(
+        _QUERIES,
+        "output.dense",
+        "attention.num_attention_heads",
+        None,
+        "attention.dropout",
+        last="output.dropout",
+        inside=("attention", "output"),
+    )
+    has_functions = False
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        output_attentions: bool = False,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        options = {
+            "output_attentions": output_attentions,
+            "relative_position_bias": relative_position_bias,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+            "resolution": resolution,
+        }
+        if self.leaves(hidden_states, **options):
+            return super(FusedAttention, self).forward(hidden_states, **options)
+        return (self.attended(hidden_states, **options), *self.weights())
+
+    def weights(self) -> tuple[None, ...]:
+        """What stands beside the tokens in its result."""
+        return (None,) if "Sdpa" in owner_name(self.attention) else ()  # type: ignore[arg-type]
+
+    def why_not_alone(self) -> str | None:
+        return self.why_not_now()
+
+    def leaves(self, x: Tensor, **options: Any) -> bool:
+        return self.declines(x, lambda: self.why_not_alone() or self.why_not_given(**options))
+
+    def why_not_given(self, resolution: Any = None, **options: Any) -> str | None:
+        """`why_not_call`, and whether what a bias needs is there: the module's own error is the one to see."""
+        inner: Any = self.attention
+        if inner.has_relative_position_bias and resolution is None:
+            return "called without a resolution"
+        return self.why_not_call(**options)
+
+    def why_not_call(self, attention_mask: Any = None, output_attentions: bool = False, **options: Any) -> str | None:
+        return "called with output_attentions" if output_attentions else None
+
+    def is_plain(self) -> bool:
+        return False
+
+    def attend(  # type: ignore[override]
+        self,
+        packed: Tensor,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        inner: Any = self.attention
+        bias = relative_position_bias
+        if inner.has_relative_position_bias:
+            window = tuple(size // inner.config.patch_size for size in resolution)  # type: ignore[union-attr]
+            own = inner.relative_position_bias(window, interpolate_pos_encoding, dim_size=packed.shape[1])
+            bias = own if bias is None else own + bias
+        return ops.attention_qkv(packed, inner.num_attention_heads, attn_mask=bias)
+
+
 # ---------------------------------------------------------------------------------------------------------- layers
 
 
@@ -140,6 +214,43 @@ class FusedFlavaLayer(FusedSpreadLayer):
 
     def why_not_call(self, output_attentions: bool = False, **options: Any) -> str | None:
         return "called with output_attentions" if output_attentions else super().why_not_call(**options)
+
+
+class FusedData2VecLayer(FusedSpreadLayer):
+    """Data2VecVisionLayer."""
+
+    names = Names(
+        ("layernorm_before", "layernorm_after"),
+        "attention",
+        "output",
+        scales=("lambda_1", "lambda_2"),
+        drop_paths=("drop_path", "drop_path"),
+    )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        output_attentions: bool = False,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        attn: Any = self.attention
+        options = {
+            "output_attentions": output_attentions,
+            "relative_position_bias": relative_position_bias,
+            "interpolate_pos_encoding": interpolate_pos_encoding,
+            "resolution": resolution,
+        }
+        if self.leaves(hidden_states, **options):
+            return super(FusedLayer, self).forward(hidden_states, **options)
+        return (self.run(hidden_states, **options), *attn.weights())
+
+    def why_not_call(self, **options: Any) -> str | None:
+        attn = self.attention
+        if not isinstance(attn, FusedData2VecAttention):
+            return "its attention may return weights"
+        return attn.why_not_given(**options) or super().why_not_call()
 
 
 class FusedMobileLayer(FusedSpreadLayer):
@@ -200,6 +311,8 @@ def _nested(mixin: type[FusedAttention], names: str, inner: str, arguments: tupl
 
 
 _TUPLE = ("hidden_states", "attention_mask", "output_attentions")
+_BIASED = ("hidden_states", "output_attentions", "relative_position_bias", "interpolate_pos_encoding", "resolution")
+_DATA = "data2vec.data2vec_vision.Data2VecVision"
 RULES = (
     _nested(
         FusedNestedAttention,
@@ -224,6 +337,16 @@ RULES = (
             "output": owners("mobilevit.MobileViTSelfOutput"),
         },
     ),
+    attention_rule(
+        FusedData2VecAttention,
+        owners(f"{_DATA}Attention"),
+        _BIASED,
+        inside={
+            "attention": owners(f"{_DATA}SelfAttention {_DATA}SdpaSelfAttention"),
+            "output": owners(f"{_DATA}SelfOutput"),
+        },
+    ),
+    layer_rule(FusedData2VecLayer, owners(f"{_DATA}Layer"), _BIASED, ("intermediate",)),
     _spread(
         FusedDptLayer, owners("dpt.DPTViTLayer videomae.VideoMAELayer yolos.YolosLayer"), ("hidden_states", "kwargs")
     ),

@@ -1,7 +1,7 @@
 """Hugging Face transformers: layers that lay their tokens out anew around their attention (read from 5.23).
 
-Windows of an image (SAM, SAM 3, Swin, ViTDet, LW-DETR, RF-DETR), a token for each frame (X-CLIP). The norms work on
-each token by itself, so that the residual stream keeps one layout throughout. A relative bias would be a mask of N x N
+Windows of an image (SAM, SAM 3, ViTDet, LW-DETR, RF-DETR), a token for each frame (X-CLIP). The norms work on each
+token by itself, so that the residual stream keeps one layout throughout. A relative bias would be a mask of N x N
 elements for each image; attention with one runs its own code.
 """
 
@@ -240,50 +240,6 @@ class FusedVitDetLayer(FusedOwnLayer):
         return own.window_unpartition(attn(x)[0], size, padded, sides)
 
 
-class FusedSwinLayer(FusedOwnLayer):
-    """SwinLayer: windows, shifted in every other layer."""
-
-    names = Names(
-        ("layernorm_before", "layernorm_after"),
-        "attention",
-        drop_paths=("drop_path", "drop_path"),
-        dropouts=("dropout", "dropout"),
-    )
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        layer: Any = self
-        if self.leaves(hidden_states):
-            return super(FusedLayer, self).forward(hidden_states, input_dimensions, always_partition, **kwargs)
-        if not always_partition:
-            layer.set_shift_and_window_size(input_dimensions)
-        weights: list[Tensor | None] = []
-        x = self.run(hidden_states, sides=input_dimensions, weights=weights, given=kwargs)
-        return x, weights[0]
-
-    def sublayers(self, **options: Any) -> list[Sublayer]:
-        attention, feed_forward = super().sublayers(**options)
-        return [attention, dataclasses.replace(feed_forward, drop_path=None)]
-
-    def call(  # type: ignore[override]
-        self, attn: nn.Module, x: Tensor, sides: tuple[int, int], weights: list[Any], given: dict[str, Any]
-    ) -> Tensor:
-        layer: Any = self
-        own, size, (batch, _, width) = _functions(self), layer.window_size, x.shape
-        image, pads = layer.maybe_pad(x.view(batch, *sides, width), *sides)
-        padded = image.shape[1:3]
-        windows = own.window_partition(layer.cyclic_shift(image), size).view(-1, size * size, width)
-        mask = layer.get_attn_mask(*padded, dtype=x.dtype, device=windows.device)
-        out, found = attn(windows, mask, **given)
-        weights.append(found)
-        image = own.window_reverse(out.view(-1, size, size, width), size, *padded)
-        image = layer.cyclic_shift(image, reverse=True)
-        if pads[3] > 0 or pads[5] > 0:
-            image = image[:, : sides[0], : sides[1]].contiguous()
-        return image.view(batch, -1, width)
-
-
 class FusedTupleLayer(FusedOwnLayer):
     """MgpstrLayer: the attention's weights are returned beside the tokens."""
 
@@ -300,26 +256,6 @@ class FusedTupleLayer(FusedOwnLayer):
         out, found = attn(x)
         weights.append(found)
         return out
-
-
-class FusedPvtLayer(FusedOwnLayer):
-    """PvtLayer: keys and values of a smaller image."""
-
-    names = Names(("layer_norm_1", "layer_norm_2"), "attention", drop_paths=("drop_path", "drop_path"))
-    kind = "keys and values of an image that a convolution makes smaller"
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
-    ) -> tuple[Tensor, ...]:
-        options = {"height": height, "width": width}
-        if self.leaves(hidden_states, output_attentions=output_attentions):
-            return super(FusedLayer, self).forward(hidden_states, height, width, output_attentions)
-        return (self.run(hidden_states, **options),)
-
-    why_not_call = FusedVitDetLayer.why_not_call
-
-    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        return attn(hidden_states=x, output_attentions=False, **options)[0]
 
 
 _SAM3 = ("hidden_states", "kwargs")
@@ -349,11 +285,5 @@ RULES = (
         ("hidden_states",),
     ),
     layer_rule(FusedVitDetLayer, owners("vitdet.VitDetLayer"), ("hidden_states", "output_attentions"), ("residual",)),
-    layer_rule(
-        FusedSwinLayer,
-        owners("swin.SwinLayer"),
-        ("hidden_states", "input_dimensions", "always_partition", "kwargs"),
-    ),
     layer_rule(FusedTupleLayer, owners("mgp_str.MgpstrLayer"), ("hidden_states",)),
-    layer_rule(FusedPvtLayer, owners("pvt.PvtLayer"), ("hidden_states", "height", "width", "output_attentions")),
 )
