@@ -265,13 +265,13 @@ Norm add_layer_norm(const Tensor& x, const Maybe& branch, const Maybe& given_wei
   const Launches launches("add_layer_norm", x, {given(branch), &weight});
   if (width > kWarpColumns) {
     launches("layer_norm_forward", aligned ? layer_norm_forward<1, true, true> : layer_norm_forward<1, false, true>,
-             dim3(rows), dim3(threads_for(width)), 0, a);
+             {rows}, dim3(threads_for(width)), 0, a);
   } else {
     const auto kernel = !aligned       ? layer_norm_forward<4, false, false>
                         : width <= 256 ? layer_norm_forward<1, true, false>
                         : width <= 512 ? layer_norm_forward<2, true, false>
                                        : layer_norm_forward<4, true, false>;
-    launches("layer_norm_forward", kernel, dim3(blocks(rows, kRowsPerBlock)), dim3(kWarp, kRowsPerBlock), 0, a);
+    launches("layer_norm_forward", kernel, {blocks(rows, kRowsPerBlock)}, dim3(kWarp, kRowsPerBlock), 0, a);
   }
   return {total, normed, mean, rstd};
 }
@@ -327,7 +327,7 @@ NormBackward add_layer_norm_backward(const Maybe& dtotal, const Maybe& dnormed, 
                                    {a.dx, a.dbranch});
   const auto kernel = in_registers ? (aligned ? layer_norm_backward<true, true> : layer_norm_backward<false, true>)
                                    : (aligned ? layer_norm_backward<true, false> : layer_norm_backward<false, false>);
-  launches("layer_norm_backward", kernel, dim3(parts), dim3(threads_for(width)), 0, a);
+  launches("layer_norm_backward", kernel, {parts}, dim3(threads_for(width)), 0, a);
 
   if (needs[2] || needs[3] || needs[4] || needs[5]) {
     const Rows in{bytes(partial), DType::f32, sums * width, 1};

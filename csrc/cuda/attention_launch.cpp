@@ -49,7 +49,7 @@ Attention described(const Problem& p, const Tensor& stats) {
 void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, const Problem& p,
             int64_t tokens, const Attention& a) {
   const int64_t count = p.batch * p.heads * blocks(tokens, kernel.rows);
-  launches(name, kernel.kernel, dim3(unsigned(count)), dim3(threads), kernel.shared(a), a);
+  launches(name, kernel.kernel, {count}, dim3(threads), kernel.shared(a), a);
 }
 
 // The mask's gradient: the gradients of all scores that an element was added to.

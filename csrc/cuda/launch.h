@@ -13,6 +13,11 @@
 
 namespace vk {
 
+// Blocks of a launch, not yet cut to what a launch can have.
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
 // One call of an op, for as long as it launches: its device is the current one until then.
 class Launches {
  public:
@@ -25,7 +30,7 @@ class Launches {
   // kernel<<<grid, block, shared>>>(args...); nothing where the grid is empty. Dynamic shared memory may be all that
   // the device gives a block.
   template <class... Parameters, class... Args>
-  void operator()(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+  void operator()(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared,
                   Args&&... args) const {
     static_assert(sizeof...(Parameters) == sizeof...(Args), "a kernel gets as many arguments as it has parameters");
     launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared,
@@ -37,13 +42,13 @@ class Launches {
 
  private:
   template <class Tuple, size_t... index>
-  void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, Tuple&& args,
+  void launch(const char* name, const void* kernel, Grid grid, dim3 block, size_t shared, Tuple&& args,
               std::index_sequence<index...>) const {
     void* pointers[] = {&std::get<index>(args)...};
     launch(name, kernel, grid, block, shared, pointers);
   }
-  void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void** args) const;
-  void check(cudaError_t error, const char* what, dim3 grid, dim3 block, size_t shared) const;
+  void launch(const char* name, const void* kernel, Grid grid, dim3 block, size_t shared, void** args) const;
+  void check(cudaError_t error, const char* what, Grid grid, dim3 block, size_t shared) const;
 
   const char* op_;
   std::vector<const Tensor*> tensors_;
