@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from case import Case, T
 
 from vitkernels import ext_cuda
@@ -18,6 +19,18 @@ def reason_of(case: Case) -> str | None:
             return "has no weights or scales by sample yet"
     if case.op == "attention" and _shape(case, "q")[1] != _shape(case, "k")[1]:
         return "has no heads of q that share heads of k and v yet"
+    return None
+
+
+def why_not_on(capability: tuple[int, int], case: Case, dtype: torch.dtype) -> str | None:
+    """The same for a dtype on GPUs of one capability."""
+    reason = reason_of(case)
+    if reason is not None or capability >= (8, 0):
+        return reason
+    if case.op in ext_cuda.ATTENTION and dtype != torch.float32:
+        return "needs compute capability 8.0 or later"
+    if case.op in ext_cuda.PRODUCTS and dtype == torch.bfloat16:
+        return "bfloat16 products need compute capability 8.0 or later"
     return None
 
 

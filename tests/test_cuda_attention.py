@@ -48,7 +48,7 @@ def _trials() -> Iterator[Any]:
             yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
 
 
-def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Record:
+def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Launched:
     """Hold a case to the tolerance rule on the machine; gives what was launched, in which nothing was found."""
     with cuda.activate(capability) as record:
         check_case(case, dtype, **{"forward": "ext", **backends})
@@ -56,7 +56,7 @@ def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0
     return record
 
 
-def kernels(record: cuda.Record) -> list[str]:
+def kernels(record: cuda.Launched) -> list[str]:
     return [next(kernel for kernel in KERNELS if kernel in name) for name in record.names]
 
 
