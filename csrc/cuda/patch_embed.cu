@@ -10,7 +10,7 @@ namespace vk {
 namespace {
 
 constexpr int64_t kTokensAtOnce = 8192;  // their product fills any chip; 13 MB of rows in ViT-B and 16 bits
-constexpr int64_t kImagesPerPart = 16;
+constexpr int64_t kImagesPerPart = 16, kMostParts = 65535;  // along a grid's y
 constexpr Rows kNoRows{nullptr, DType::f32, 0, 0};
 
 struct Patches : PatchGrid {
@@ -110,9 +110,10 @@ Tensor position_sums(const Launches& launches, const Tensor& dout, const Patches
     const Tensor samples = torch::stable::reshape(dout, {grid.batch, rows * width});
     return torch::stable::reshape(column_sums(Matrix(samples), ScalarType::Float), {rows, width});
   }
-  const int64_t parts = std::max<int64_t>(blocks(grid.batch, kImagesPerPart), 1);
+  const int64_t images = std::max(kImagesPerPart, blocks(grid.batch, kMostParts));
+  const int64_t parts = std::max<int64_t>(blocks(grid.batch, images), 1);
   const Tensor partial = empty(dout, {parts, rows, width}, ScalarType::Float);
-  const PositionSums a{grid, prefixes, kImagesPerPart, int(width), Operand(dout).rows, out_rows(partial)};
+  const PositionSums a{grid, prefixes, images, int(width), Operand(dout).rows, out_rows(partial)};
   const bool aligned = is_aligned(a.dout, width) && is_aligned(a.out, width);
   launches("sum_by_position", aligned ? sum_by_position<true> : sum_by_position<false>, {rows, parts},
            threads_for(width), 0, a);

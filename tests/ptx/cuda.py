@@ -116,6 +116,11 @@ def _load(architecture: int) -> Any:
     return stand_in
 
 
+def stand_in() -> Any:
+    """The stand-in for CUDA's runtime, as a library."""
+    return _load(ARCHITECTURE)
+
+
 @functools.lru_cache(maxsize=64)
 def _texts(address: int) -> tuple[str, ...]:
     """The PTX texts of a fat binary; its header is a magic number, a version, its own size, the size of the rest."""
