@@ -5,7 +5,7 @@
 Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, registers of an HGMMA written before
 its wait, copies that an HGMMA reads unfenced, more shared memory than the chip gives a program, and a row that does not
 compile. The roofline columns are estimates for an H100. CUDA C++ (csrc/cuda) is compiled for sm_75, 80, 86, 89 and 90
-with warnings as errors; its shared memory is what a kernel has before a launch gives it more.
+with warnings as errors; its shared memory is the most that a launch gives it.
 """
 
 from __future__ import annotations
