@@ -17,11 +17,12 @@ LOWEST_CAPABILITY = (7, 5)
 ATTENTION = ("attention", "attention_qkv")
 WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
 FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a launch
-MOST_COLUMNS = 6144  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
+MOST_TOKENS = 2**31 - 256  # of attention, which counts them in 32 bits to the end of a tile
+NORMS = ("add_layer_norm", "add_rms_norm")
+MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their own: csrc/cuda/add_layer_norm.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
 ABSENT = {  # ops that are C++ for CPUs alone
-    "add_rms_norm": "RMSNorm",
     "attention_varlen": "attention of packed sequences",
     "glu_mlp": "gated feed-forward",
     "rotary_qkv": "rotary embedding of packed q and k",
@@ -119,7 +120,7 @@ def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
         return f"bfloat16 products need compute capability 8.0 or later, and {device} has {major}.{minor}"
     if op == "patch_embed" and (reason := _why_not_channels(args)):
         return reason
-    if op == "add_layer_norm" and (reason := _why_not_norm(args)):
+    if op in NORMS and (reason := _why_not_norm(args)):
         return reason
     return None
 
@@ -129,10 +130,9 @@ def _why_not_norm(args: tuple[Any, ...]) -> str | None:
     weight, mean, rstd, branch_bias, scale, ...)."""
     forward = isinstance(args[4], float)
     rows, weight, scale = (args[each] for each in ((0, 2, 6) if forward else (2, 4, 8)))
-    if weight is None:
-        return "the extension's CUDA C++ has no LayerNorm without a weight yet"
-    if weight.dim() == 2 or (scale is not None and scale.dim() == 2):
-        return "the extension's CUDA C++ has no weights or scales by sample yet"
+    by_sample = any(each is not None and each.dim() == 2 for each in (weight, scale))
+    if by_sample and rows.shape[0] > MOST_SAMPLES:
+        return f"the CUDA C++ kernels take weights or scales of up to {MOST_SAMPLES} samples; got {rows.shape[0]}"
     if rows.shape[-1] > MOST_COLUMNS:
         return f"the CUDA C++ kernels take rows of up to {MOST_COLUMNS} columns; got {rows.shape[-1]}"
     return None
@@ -145,13 +145,12 @@ def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> st
         qkv, heads = (first, second) if isinstance(second, int) else (second, args[4])
         rows, tokens, width = qkv.shape[0] * heads, qkv.shape[1], qkv.shape[2] // (3 * heads)
     else:
-        heads = {each.shape[1] for each in (first, second, third)}
-        if len(heads) > 1:
-            return "the extension's CUDA C++ has no heads of q that share heads of k and v yet"
         rows, width = first.shape[0] * first.shape[1], first.shape[3]
         tokens = max(each.shape[2] for each in (first, second, third))
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
+    if tokens > MOST_TOKENS:
+        return f"the CUDA C++ kernels take up to {MOST_TOKENS} tokens; got {tokens}"
     if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:
         return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {rows} x {tokens} tokens are more"
     if capability >= (8, 0):

@@ -67,9 +67,10 @@ bool is_aligned(const AnyRows& r, int64_t width) {
   return !r.data || (r.col == 1 && r.row % 8 == 0 && width % 8 == 0 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0);
 }
 
-// A vector argument as rows that are all the same one; null where it is absent.
+// A vector argument as rows: all the same one, or of [B, D] one a sample; null where it is absent.
 inline Rows vector_rows(const Maybe& t) {
-  return t ? Rows{bytes(*t), dtype_of(*t), 0, t->stride(0)} : Rows{nullptr, DType::f32, 0, 0};
+  if (!t) return {nullptr, DType::f32, 0, 0};
+  return {bytes(*t), dtype_of(*t), t->dim() == 2 ? t->stride(0) : 0, t->stride(t->dim() - 1)};
 }
 
 }  // namespace vk

@@ -32,6 +32,7 @@ from ptx import cuda, driver
 from ptx.call import Call, Record, emulated
 from ptx.findings import Fault
 from ptx.operands import Unsupported
+from vitkernels.dispatch import BackendError
 
 CAPABILITIES = ((9, 0), (8, 0), (8, 9), (8, 6))
 CUDA_CAPABILITIES = ((8, 0), (7, 5), (9, 0), (8, 6), (8, 9))
@@ -133,6 +134,8 @@ def attempt(trial: Trial) -> Outcome:
             outcome.faults.append(str(error))
         except Unsupported as error:
             outcome.faults.append(f"not supported: {error}")
+        except BackendError as error:
+            outcome.faults.append(f"declined: {error}")
     outcome.faults += [str(finding) for finding in made.findings]
     outcome.launches, outcome.seconds = len(made.launches), time.perf_counter() - begin
     return outcome
@@ -154,7 +157,7 @@ def _on_cuda(cases: list[Case], dtypes: tuple[torch.dtype, ...], capability: tup
     for case in cases:
         for dtype in dtypes:
             if dtype in case.dtypes and why_not_on(capability, case, dtype) is None:
-                for processors in (1, 132) if case.op == "add_layer_norm" else (1,):
+                for processors in (1, 132) if "norm" in case.op else (1,):
                     yield Trial(case, dtype, capability, processors, "cuda")
 
 
