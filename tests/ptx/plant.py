@@ -1,7 +1,7 @@
 """Which kernels get planted faults, one of each kind, and what comes of them.
 
-The statements that no fault shows, with the reason, are listed beside this file, in REDUNDANT.md and, of CUDA C++, in
-REDUNDANT-cuda.md; `python -m ptx.emulate --faults --write` makes them anew.
+`python -m ptx.emulate --faults --write` lists the statements that no fault shows, with the reason, beside this file: in
+REDUNDANT.md, those of CUDA C++ in REDUNDANT-cuda.md.
 """
 
 from __future__ import annotations
