@@ -139,6 +139,13 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   store_rows(cores, q_tile, a.dq.of<T>(b, h), a.dq, q0, a.queries);
 }
 
+// blockIdx.x, which the compiler may not keep.
+__device__ inline unsigned block_number() {
+  unsigned number;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+  return number;
+}
+
 template <class Cores>
 struct KeyTiles : BackwardTiles<Cores, 3> {  // largest, log_sum and delta of each query
   static constexpr int kMaskRow = Cores::kRows + 4;  // read down its columns: so do these lanes find other banks
@@ -155,11 +162,13 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
   constexpr int kKeys = Cores::kRows, kQueries = Cores::kCols;
   extern __shared__ __align__(16) char shared[];
   const int tiles = (a.keys + kKeys - 1) / kKeys, key_heads = a.heads / a.group;
-  const int64_t head = blockIdx.x / tiles, b = head / key_heads, key_head = head % key_heads;
+  // asked anew at each tile: kept, they would take registers that sums need
+  const auto sample = [&] { return int(block_number() / tiles) / key_heads; };
+  const auto key_head = [&] { return int(block_number() / tiles) % key_heads; };
   const int k0 = blockIdx.x % tiles * kKeys;
   const int first = a.causal ? min(a.queries, k0) / kQueries : 0;  // tile of queries that sees one of these keys
   const unsigned each = (a.queries + kQueries - 1) / kQueries - first;  // of a head
-  const auto head_of = [&](int i) { return key_head * a.group + unsigned(i) / each; };
+  const auto head_of = [&](int i) { return key_head() * a.group + unsigned(i) / each; };
   const auto query_of = [&](int i) { return (first + unsigned(i) % each) * kQueries; };
 
   const Cores cores(a.width, reinterpret_cast<float*>(shared + Tiles::scratch(a.width)));
@@ -173,10 +182,11 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
     return reinterpret_cast<float*>(shared + Tiles::numbers(a.width)) + stage * 3 * kQueries;
   };
 
-  load_rows<kKeys>(cores, k_tile, a.k.of<T>(b, key_head), a.k, k0, a.keys);
-  load_rows<kKeys>(cores, v_tile, a.v.of<T>(b, key_head), a.v, k0, a.keys);
+  load_rows<kKeys>(cores, k_tile, a.k.of<T>(sample(), key_head()), a.k, k0, a.keys);
+  load_rows<kKeys>(cores, v_tile, a.v.of<T>(sample(), key_head()), a.v, k0, a.keys);
   const auto load = [&](int i, int stage) {
-    const int64_t h = head_of(i), rows = (b * a.heads + h) * a.queries;
+    const int b = sample(), h = head_of(i);
+    const int64_t rows = (int64_t(b) * a.heads + h) * a.queries;
     const int q0 = query_of(i);
     const float *const stats = a.stats + 2 * rows, *const delta = a.delta + rows;
     load_rows<kQueries>(cores, q_tile(stage), a.q.of<T>(b, h), a.q, q0, a.queries);
@@ -193,7 +203,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
   float dk[Cores::kR][Cores::kA] = {}, dv[Cores::kR][Cores::kA] = {};
   const auto step = [&](int i, int stage) {
     const int q0 = query_of(i);
-    load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, b, head_of(i), q0, k0);
+    load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, sample(), head_of(i), q0, k0);
     float p[Cores::kR][Cores::kC], ds[Cores::kR][Cores::kC];
     cores.across(p, k_tile, q_tile(stage));
     to_scores<true, Tiles::kMaskRow>(cores, p, mask_tile, a, q0, k0);
@@ -219,8 +229,8 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
   for (float& each : scale) each = a.scale;
   cores.put(k_tile, dk, scale);
   cores.put(v_tile, dv, one);
-  store_rows(cores, k_tile, a.dk.of<T>(b, key_head), a.dk, k0, a.keys);
-  store_rows(cores, v_tile, a.dv.of<T>(b, key_head), a.dv, k0, a.keys);
+  store_rows(cores, k_tile, a.dk.of<T>(sample(), key_head()), a.dk, k0, a.keys);
+  store_rows(cores, v_tile, a.dv.of<T>(sample(), key_head()), a.dv, k0, a.keys);
 }
 
 }  // namespace vk
