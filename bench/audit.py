@@ -5,7 +5,7 @@
 Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, registers of an HGMMA written before
 its wait, copies that an HGMMA reads unfenced, more shared memory than the chip gives a program, and a row that does not
 compile. The roofline columns are estimates for an H100. CUDA C++ (csrc/cuda) is compiled for sm_75, 80, 86, 89 and 90
-with warnings as errors; its shared memory is what a kernel has before a launch gives it more.
+with warnings as errors; its shared memory is the most that a launch gives it.
 """
 
 from __future__ import annotations
@@ -43,22 +43,24 @@ class Chip:
     shared: int  # bytes
     warps: int
     programs: int
+    reserved: int = 1024  # bytes of shared memory that the driver keeps of each program, from 8.0 on
 
     @property
     def shared_of_program(self) -> int:
-        return self.shared - 1024  # the driver's own
+        return self.shared - self.reserved
 
     def programs_at_once(self, reading: Reading) -> int:
         """How many programs of a kernel fit, by threads, registers and shared memory; 0 if not even one."""
         warps = reading.threads // 32
         registers = -(-reading.registers * 32 // 256) * 256  # of a warp; handed out 256 at a time
         by_registers = 4 * (16384 // registers) // warps  # four partitions, each with its own
-        return min(self.programs, self.warps // warps, by_registers, self.shared // (reading.shared + 1024))
+        by_shared = self.shared // max(1, reading.shared + self.reserved)
+        return min(self.programs, self.warps // warps, by_registers, by_shared)
 
 
 KIB = 1024
 CHIPS = {
-    75: Chip(64 * KIB, 32, 16),
+    75: Chip(64 * KIB, 32, 16, reserved=0),
     80: Chip(164 * KIB, 64, 32),
     86: Chip(100 * KIB, 48, 16),
     89: Chip(100 * KIB, 48, 24),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.sass import Reading
+import torch
+from ptx import cuda as machine  # the tests' own: launches without a GPU
+from ptx.cuda import nvcc
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
-import nvcc
+import vitkernels as vk
+from bench.sass import Reading
+from vitkernels.ext_cuda import WIDEST_HEAD, WIDEST_TURING_HEAD
 
 ARCHITECTURES = nvcc.ARCHITECTURES
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
@@ -40,12 +43,32 @@ def read_all(
         jobs: compilers at once.
     """
     sources = [each for each in nvcc.sources() if each.suffix == ".cu"]
+    given = {each: given_by_launches(each >= 80) for each in architectures}
     with ThreadPoolExecutor(jobs) as pool:
-        for found in pool.map(lambda source: _read(source, architectures), sources):
+        for found in pool.map(lambda source: _read(source, given), sources):
             yield from (each for each in found if only in each[0])
 
 
-def _read(source: Path, architectures: Sequence[int]) -> list[tuple[str, int, Reading | None, str]]:
+@functools.cache
+def given_by_launches(ampere: bool) -> dict[str, int]:
+    """The most bytes of shared memory that launches give a kernel beside its own, by its mangled name.
+
+    Attention's alone do: the launchers say it, asked for a mask with a row for each query in every width of heads.
+    """
+    most: dict[str, int] = {}
+    with machine.activate((8, 0) if ampere else (7, 5), take=lambda call, record: None) as record, vk.use("ext"):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16) if ampere else (torch.float32,):
+            for width in (*range(16, 113, 16), WIDEST_HEAD) if ampere else (WIDEST_TURING_HEAD,):
+                q, mask = torch.zeros(1, 1, 2, width, dtype=dtype), torch.zeros(1, 1, 2, 2, dtype=dtype)
+                vk.ops.attention(q.requires_grad_(), q, q, attn_mask=mask).sum().backward()
+    for name, (_, _, shared) in zip(record.names, record.shapes, strict=True):
+        most[name] = max(shared, most.get(name, 0))
+    return most
+
+
+def _read(source: Path, given: Mapping[int, Mapping[str, int]]) -> list[tuple[str, int, Reading | None, str]]:
+    """Of one file; `given` is what launches give kernels, by architecture and name."""
+    architectures = list(given)
     toolkit = nvcc.find()
     assert toolkit is not None, why_not()
     targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
@@ -57,10 +80,11 @@ def _read(source: Path, architectures: Sequence[int]) -> list[tuple[str, int, Re
         except RuntimeError as error:
             reason = next((line for line in str(error).splitlines() if "error" in line), str(error).splitlines()[-1])
             return [(f"{source.stem} (CUDA C++)", each, None, reason) for each in architectures]
-        bodies = _bodies(next(Path(folder).glob("*.ptx")).read_text())
+        texts = [each.read_text() for each in Path(folder).glob("*.ptx")]
+        bodies = {architecture_of(text): bodies_of(text) for text in texts}
     found = []
     for name, architecture, text in _entries(printed):
-        threads, body = bodies[name]
+        threads, body = bodies[architecture][name]
         stack = [int(number) for each in _STACK.findall(text) for number in each[:1]]
         shared = _SHARED.search(text)
         registers = _USED.search(text)
@@ -70,7 +94,7 @@ def _read(source: Path, architectures: Sequence[int]) -> list[tuple[str, int, Re
             threads=threads,
             registers=int(registers[1]),
             spilled=sum(stack),
-            shared=int(shared[1]) if shared else 0,
+            shared=(int(shared[1]) if shared else 0) + given[architecture].get(name, 0),
             matrix={"mma.sync": matrix} if matrix else {},
             widest=max((int(count or 1) * int(bits) for count, bits in _LOAD.findall(body)), default=0),
             scratch=0,
@@ -87,7 +111,14 @@ def _entries(printed: str) -> Iterator[tuple[str, int, str]]:
         yield start[1], int(start[2]), printed[start.end() : following.start() if following else None]
 
 
-def _bodies(ptx: str) -> dict[str, tuple[int, str]]:
+def architecture_of(ptx: str) -> int:
+    """80 where the text is for sm_80."""
+    found = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
+    assert found is not None, ptx[:200]
+    return int(found[1])
+
+
+def bodies_of(ptx: str) -> dict[str, tuple[int, str]]:
     """The most threads of a block, and the text, of each kernel."""
     found = {}
     for part in ptx.split(".entry ")[1:]:

@@ -116,7 +116,8 @@ class OpBench:
         }
 
     def _has_cuda_cpp(self) -> bool:
-        return self.device.type == "cuda" and ext_cuda.Cuda().why_not() is None
+        there = self.case.op not in ext_cuda.ABSENT
+        return there and self.device.type == "cuda" and ext_cuda.Cuda().why_not() is None
 
     def _in_cuda_cpp(self, **tensors: Any) -> tuple[Tensor, ...]:
         with dispatch.scope(("ext",)):

@@ -194,6 +194,46 @@ def test_sound_kernels_end_with_0_on_every_chip() -> None:
     assert all(kind in done.stdout for kind in ("HGMMA", "HMMA", "UTCHMMA"))
 
 
+TEXTS = """.version 9.0
+.target sm_{architecture}
+.visible .entry first(
+)
+.maxntid 32, 4, 1
+{{
+	{product} {{%f1}};
+}}
+.visible .entry second(
+)
+.maxntid 64
+{{
+}}
+"""
+
+
+def test_what_is_read_of_cuda_cpp_is_its_own_architecture_s() -> None:
+    from bench.cuda import architecture_of, bodies_of
+
+    old, new = (TEXTS.format(architecture=each, product=what) for each, what in ((75, "nop"), (80, "mma.sync")))
+    assert [architecture_of(each) for each in (old, new)] == [75, 80]
+    assert {name: threads for name, (threads, _) in bodies_of(new).items()} == {"first": 128, "second": 64}
+    assert ["mma.sync" in bodies_of(each)["first"][1] for each in (old, new)] == [False, True]
+    with pytest.raises(ValueError, match="second: has no __launch_bounds__"):
+        bodies_of(new.replace(".maxntid 64", ""))
+
+
+def test_shared_memory_of_cuda_cpp_is_what_launches_give() -> None:
+    """Two tiles of queries and two stages of keys and values at the least, and 99 KiB at the most: 64 on 7.5."""
+    from bench import cuda
+
+    if cuda.why_not() is not None:
+        pytest.skip(str(cuda.why_not()))
+    ampere, turing = cuda.given_by_launches(True), cuda.given_by_launches(False)
+    assert len([name for name in ampere if "TensorCores" in name]) == 2 * 3 * 6, "two dtypes, three kernels, six widths"
+    assert 16 << 10 < min(ampere.values()) <= max(ampere.values()) <= 99 << 10
+    assert len(turing) == 3
+    assert max(turing.values()) <= 64 << 10
+
+
 def test_short_compiles_each_kernel_once() -> None:
     done = audit("--page", "planted", "--short")
     assert done.returncode == 0, done.stdout + done.stderr

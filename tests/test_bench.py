@@ -23,14 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels as vk
-from vitkernels import dispatch
+from vitkernels import dispatch, ext_cuda
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import machine, peers, tables, zoo
 from bench.conftest import Session
 from bench.measure import LOOSE, OURS, Effort, Key, Lane, Truth, judge, measure
 from bench.models import ModelBench
-from bench.ops import OpBench, Size, of_size
+from bench.ops import CUDA_CPP, OpBench, Size, of_size
 from bench.suites import NAMES, PARTS, RECOMPUTE, plans
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +109,16 @@ def test_bytes_are_arguments_results_and_gradients() -> None:
     # in bfloat16, its sines and cosines in float32: x and out, then the two gradients
     positions = 2 * 4 * TINY.tokens * TINY.width // TINY.heads
     assert _op("rotary", torch.bfloat16).bytes == 2 * (2 * 2 * x + positions)
+
+
+def test_cuda_cpp_is_timed_where_it_has_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, and nowhere else: an op that it leaves to others is no lane that failed."""
+    monkeypatch.setattr(ext_cuda.Cuda, "why_not", lambda self: None)
+    cases = {case.op: case for case in of_size(TINY)}
+    for op, case in cases.items():
+        lanes = [OpBench(case, torch.float32, torch.device(kind), True).lanes() for kind in ("cuda", "cpu")]
+        assert [CUDA_CPP in each for each in lanes] == [op not in ext_cuda.ABSENT, False]
+    assert set(ext_cuda.ABSENT) < set(cases)
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["model", "block"])

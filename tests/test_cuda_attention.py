@@ -48,7 +48,7 @@ def _trials() -> Iterator[Any]:
             yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
 
 
-def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Record:
+def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Launched:
     """Hold a case to the tolerance rule on the machine; gives what was launched, in which nothing was found."""
     with cuda.activate(capability) as record:
         check_case(case, dtype, **{"forward": "ext", **backends})
@@ -56,7 +56,7 @@ def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0
     return record
 
 
-def kernels(record: cuda.Record) -> list[str]:
+def kernels(record: cuda.Launched) -> list[str]:
     return [next(kernel for kernel in KERNELS if kernel in name) for name in record.names]
 
 
@@ -134,9 +134,13 @@ def test_declined(width: int, dtype: torch.dtype, capability: tuple[int, int], r
     assert not record.names
 
 
-def test_too_many_tiles_are_declined() -> None:
-    q = torch.zeros(1, dtype=BF16).expand(2**20, 2**11, 33, 16)  # takes no memory
-    with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match="2147483647 tiles"):
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((2**20, 2**11, 33, 16), "2147483647 tiles"), ((1, 1, 2**31, 1), "up to 2147483392 tokens; got 2147483648")],
+)
+def test_too_many_tokens_are_declined(shape: tuple[int, ...], reason: str) -> None:
+    q = torch.zeros(1, dtype=BF16).expand(shape)  # takes no memory
+    with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
         vk.ops.attention(q, q, q)
 
 

@@ -12,6 +12,7 @@ from accuracy import check_case
 from case import Case
 from cases import (
     ADD_LAYER_NORM,
+    ADD_RMS_NORM,
     CASES,
     LINEAR,
     MLP,
@@ -49,7 +50,7 @@ LONG = [
 ]
 # a minute on the machine, for what "two parts, kept" shows
 SLOW = ("many tokens kept",)
-PLAIN = [*ADD_LAYER_NORM, *LINEAR, *MLP, *PATCH_EMBED, *ROTARY, *WIDE, *LONG]
+PLAIN = [*ADD_LAYER_NORM, *ADD_RMS_NORM, *LINEAR, *MLP, *PATCH_EMBED, *ROTARY, *WIDE, *LONG]
 
 
 def _trials() -> list[tuple[Case, torch.dtype]]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +19,7 @@ from ptx import cuda
 
 import vitkernels as vk
 from vitkernels import dispatch, ext, ext_cuda
+from vitkernels.kernels import device
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
 import nvcc
@@ -128,6 +135,12 @@ class Gpu(ext_cuda.Cuda):
 HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 
 
+def declined(gpu: Gpu, op: str, **given: Any) -> str | None:
+    """Why a forward call with these arguments alone is not served."""
+    empty = dispatch.OPS[op].call("forward", ())
+    return ext_cuda.why_not_call(gpu, op, empty._replace(**{key: given[key] for key in given if key in empty._fields}))
+
+
 @pytest.mark.parametrize(
     ("op", "dtype", "gpu", "reason"),
     [
@@ -145,26 +158,18 @@ HALF, FLOAT, DOUBLE = torch.bfloat16, torch.float32, torch.float64
     ],
 )
 def test_who_is_declined(op: str, dtype: torch.dtype, gpu: Gpu, reason: str | None) -> None:
-    tensors = next(case for case in SMALL if case.op == op).build(dtype)
-    args: tuple[Any, ...] = tuple(tensors.values())
-    if op == "add_layer_norm":  # some of its arguments are no tensors, or not there
-        args = (tensors["x"], None, tensors["weight"], None, 1e-6, None, None, None, dtype)
-    assert ext_cuda.why_not_call(gpu, op, args) == reason
+    case = next(case for case in SMALL if case.op == op)
+    assert declined(gpu, op, **case.build(dtype), **case.options) == reason
 
 
 def test_rows_and_channels_beyond_what_kernels_take() -> None:
     gpu = Gpu((8, 0))
-    rows = torch.zeros(1, 6145)
-    norm: tuple[Any, ...] = (rows, None, rows[0], None, 1e-6, None, None, None, rows.dtype)
-    assert ext_cuda.why_not_call(gpu, "add_layer_norm", norm) == (
-        "the CUDA C++ kernels take rows of up to 6144 columns; got 6145"
-    )
+    reason = declined(gpu, "add_layer_norm", x=torch.zeros(1, 6145), weight=torch.zeros(6145))
+    assert reason == "the CUDA C++ kernels take rows of up to 6144 columns; got 6145"
     image, weight = torch.zeros(1, 65, 4, 4), torch.zeros(8, 65, 4, 4)
-    arguments: tuple[Any, ...] = (image, weight, None, [0.5] * 65, None, None, None, None)
-    assert ext_cuda.why_not_call(gpu, "patch_embed", arguments) == (
-        "the CUDA C++ kernels normalise up to 64 channels; got 65"
-    )
-    assert ext_cuda.why_not_call(gpu, "patch_embed", (image, weight, None, None, None, None, None, None)) is None
+    reason = declined(gpu, "patch_embed", image=image, weight=weight, mean=[0.5] * 65)
+    assert reason == "the CUDA C++ kernels normalise up to 64 channels; got 65"
+    assert declined(gpu, "patch_embed", image=image, weight=weight) is None
 
 
 def test_backends_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +206,121 @@ def test_a_launch_that_fails_raises() -> None:
         record.refuses = False
         _, normed = vk.ops.add_layer_norm(x, None, weight)
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x, (64,), weight, None, 1e-6))
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("refuses", [False, True])
+def test_devices_that_were_entered_are_left(refuses: bool) -> None:
+    """A launch without a guard of the device, or past torch's current stream, fails on the stand-in for the runtime."""
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    runtime = cuda.stand_in()
+    with cuda.activate() as record, vk.use("ext"), contextlib.suppress(RuntimeError):
+        record.refuses = refuses
+        vk.ops.add_layer_norm(x, None, weight)
+    assert record.names
+    assert runtime.vitkernels_guards() == 0
+
+
+@NO_COMPILER
+def test_parts_of_a_sum_fit_a_grid() -> None:
+    """However many rows and images there are; nothing is run, for it would take minutes."""
+    rows, images = 2**26, 2**21
+    dy = torch.zeros(rows, 1, dtype=torch.float16)
+    dout, image, keep = torch.zeros(images, 1, 1), torch.zeros(images, 1, 1, 1), torch.zeros(images, 1).long()
+    with cuda.activate(take=lambda call, record: None) as record, vk.use("ext"):
+        dispatch.OPS["linear"].backward(dy, dy, dy[:1], [False, False, True])
+        needs = [False, False, False, False, True]
+        dispatch.OPS["patch_embed"].backward(dout, image, image[:1], None, None, None, dout[0], keep, needs)
+    most = {"column_sums_kernel": 0, "sum_by_position": 0}
+    for name, (grid, _, _) in zip(record.names, record.shapes, strict=True):
+        kernel = next(each for each in most if each in name)
+        most[kernel] = max(most[kernel], *grid[1:])
+    assert all(30_000 < each <= 65_535 for each in most.values()), most
+
+
+@NO_COMPILER
+def test_nothing_waits_for_the_device_or_allocates() -> None:
+    """So that CUDA graphs can capture every op: of CUDA's runtime the module calls nothing else."""
+    _, module = cuda.build()
+    listed = subprocess.run(["nm", "-D", "--undefined-only", module], capture_output=True, text=True, check=True).stdout
+    called = set(re.findall(r"\bU (cuda\w+)", listed))
+    assert called == {
+        "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError", "cudaLaunchKernel",
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- where Triton cannot serve
+
+
+def _has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> device.Device:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return device.Cuda()
+
+
+def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> device.Device:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    return _has_a_gpu(monkeypatch)
+
+
+def _without_triton(monkeypatch: pytest.MonkeyPatch) -> device.Device:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    return _has_a_gpu(monkeypatch)
+
+
+def _with_another_triton(monkeypatch: pytest.MonkeyPatch) -> device.Device:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="4.0.0"))
+    return _has_a_gpu(monkeypatch)
+
+
+@NO_COMPILER
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        (_without_a_compiler, "triton finds no C compiler for its launchers; needs gcc or clang, or one that CC names"),
+        (_without_triton, "triton did not import (import of triton halted; None in sys.modules)"),  # as on Windows
+        (_with_another_triton, "triton is 4.0.0; needs 3.6 to 3.9"),
+    ],
+)
+def test_it_serves_where_triton_is_not_there(
+    machine: Callable[[pytest.MonkeyPatch], device.Device], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the default order of CUDA, and `vk.backends()` says why."""
+    assert dispatch.order("cuda") == ("triton", "ext", "reference")
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    with cuda.activate() as record, device.stand_in(machine(monkeypatch)):
+        assert vk.backends()["triton"] == reason
+        assert vk.backends()["ext"] == "available"
+        with dispatch.scope(("triton", "ext", "reference")), vk.record() as calls:
+            vk.ops.add_layer_norm(x, None, weight)
+    assert [(call.backend, call.declined) for call in calls] == [("ext", (("triton", reason),))]
+    assert record.names
+
+
+class Turing(device.Interpreter):
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return (7, 5)
+
+
+@NO_COMPILER
+def test_it_serves_capability_7_5() -> None:
+    pytest.importorskip("triton")
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    order = dispatch.scope(("triton", "ext", "reference"))
+    with cuda.activate((7, 5)) as record, device.stand_in(Turing()), order, vk.record() as calls:
+        vk.ops.add_layer_norm(x, None, weight)
+    reason = "the kernels need compute capability 8.0 or later, and cpu has 7.5"
+    assert [(call.backend, call.declined) for call in calls] == [("ext", (("triton", reason),))]
+    assert record.names
+
+
+def test_backends_say_what_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dispatch.why_not("ext") is not None:
+        pytest.skip(f"ext: {dispatch.why_not('ext')}")
+    monkeypatch.setitem(sys.modules, "vitkernels._cuda", SimpleNamespace(TARGETS="sm_80 compute_90"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ext, "_CUDA", ext_cuda.Cuda())
+    assert "CUDA C++ for sm_80, compute_90" in str(vk.backends())
 
 
 @NO_COMPILER

@@ -20,8 +20,10 @@ pytest.importorskip("triton", reason="the machine executes what triton compiles"
 if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-from ptx import alike  # noqa: E402  # needs triton
-from ptx.trials import BF16, Trial, attempt, named, quick  # noqa: E402
+from ptx import alike, cuda  # noqa: E402  # needs triton
+from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Trial, attempt, everything, named, quick  # noqa: E402
+
+NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
 
 
 @pytest.mark.parametrize("trial", quick(), ids=str)
@@ -48,6 +50,33 @@ def test_trials_that_are_alike() -> None:
     assert digest("patch_embed: patch 4") != digest("patch_embed: large mean")  # other numbers
     assert digest(copied[0]) != digest("linear: strides, 16 bits, x expanded")
     assert digest("attention: key padding, cross") != digest("attention: relative position bias")
+
+
+def test_cuda_cpp_is_all_there() -> None:
+    """Each op that it has, in every dtype that it serves on every capability; what it declines is no trial."""
+    found = {(each.capability, each.case.op, each.dtype) for each in everything("cuda")}
+    ops = {"add_layer_norm", "attention", "attention_qkv", "linear", "mlp", "patch_embed", "rotary"}
+    assert {op for _, op, _ in found} >= ops
+    assert {capability for capability, _, _ in found} == set(CUDA_CAPABILITIES)
+    for op in ops:
+        assert {dtype for capability, each, dtype in found if (capability, each) == ((8, 6), op)} >= {BF16, F32}
+    turing = {(op, dtype) for capability, op, dtype in found if capability == (7, 5)}
+    assert ("linear", BF16) not in turing
+    assert ("attention", BF16) not in turing
+    assert ("add_layer_norm", BF16) in turing
+
+
+@NO_COMPILER
+def test_trials_of_cuda_cpp_that_are_alike() -> None:
+    """What the launches give the machine decides, not what lies between the fields of an argument."""
+
+    def told(name: str, processors: int = 1) -> str:
+        (case,) = named(name)
+        return alike.digest(Trial(case, BF16, (8, 0), processors, "cuda"))
+
+    causal = "attention_qkv: causal"
+    assert told(causal) == told(causal) != ""
+    assert told("add_layer_norm: 197 tokens") != told("add_layer_norm: 197 tokens", 132)  # another grid
 
 
 def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -78,3 +107,10 @@ def test_the_command() -> None:
     assert again.returncode == 0
     assert written() == before, "what was done is done again"
     assert emulate("--only", "no such case").returncode == 2
+
+
+@NO_COMPILER
+def test_the_command_runs_cuda_cpp() -> None:
+    done = emulate("--backend", "cuda", "--only", "sm_80 x1 float32 linear: one row")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cuda sm_80" in done.stdout

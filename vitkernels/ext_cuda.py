@@ -17,11 +17,12 @@ LOWEST_CAPABILITY = (7, 5)
 ATTENTION = ("attention", "attention_qkv")
 WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
 FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a launch
-MOST_COLUMNS = 6144  # of add_layer_norm: csrc/cuda/add_layer_norm.cu
+MOST_TOKENS = 2**31 - 256  # of attention, which counts them in 32 bits to the end of a tile
+NORMS = ("add_layer_norm", "add_rms_norm")
+MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their own: csrc/cuda/add_layer_norm.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
 ABSENT = {  # ops that are C++ for CPUs alone
-    "add_rms_norm": "RMSNorm",
     "attention_varlen": "attention of packed sequences",
     "glu_mlp": "gated feed-forward",
     "rotary_qkv": "rotary embedding of packed q and k",
@@ -97,14 +98,14 @@ def _runs_on(target: str, capability: tuple[int, int]) -> bool:
     return capability >= built and (kind == "compute" or capability[0] == built[0])
 
 
-def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
+def why_not_call(gpu: Gpu, op: str, call: Any) -> str | None:
     """A sentence that says why the CUDA kernels cannot serve a call, or None."""
     reason = gpu.why_not()
     if reason is not None:
         return f"the extension has no CUDA kernels here: {reason}"
     if op in ABSENT:
         return f"the extension's CUDA C++ has no {ABSENT[op]} yet"
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    tensors = [arg for arg in call if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     major, minor = capability = gpu.capability(device)
     if capability < LOWEST_CAPABILITY:
@@ -114,49 +115,40 @@ def why_not_call(gpu: Gpu, op: str, args: tuple[Any, ...]) -> str | None:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "the CUDA C++ kernels have no float64"
     if op in ATTENTION:
-        return _why_not_attention(args, capability)
+        return _why_not_attention(call, capability)
     if op in PRODUCTS and capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         return f"bfloat16 products need compute capability 8.0 or later, and {device} has {major}.{minor}"
-    if op == "patch_embed" and (reason := _why_not_channels(args)):
+    if op == "patch_embed" and (reason := _why_not_channels(call)):
         return reason
-    if op == "add_layer_norm" and (reason := _why_not_norm(args)):
+    if op in NORMS and (reason := _why_not_norm(call)):
         return reason
     return None
 
 
-def _why_not_norm(args: tuple[Any, ...]) -> str | None:
-    """For (x, branch, weight, bias, eps, branch_bias, scale, ...) or, backward, (dtotal, dnormed, total, branch,
-    weight, mean, rstd, branch_bias, scale, ...)."""
-    forward = isinstance(args[4], float)
-    rows, weight, scale = (args[each] for each in ((0, 2, 6) if forward else (2, 4, 8)))
-    if weight is None:
-        return "the extension's CUDA C++ has no LayerNorm without a weight yet"
-    if weight.dim() == 2 or (scale is not None and scale.dim() == 2):
-        return "the extension's CUDA C++ has no weights or scales by sample yet"
-    if rows.shape[-1] > MOST_COLUMNS:
-        return f"the CUDA C++ kernels take rows of up to {MOST_COLUMNS} columns; got {rows.shape[-1]}"
+def _why_not_norm(call: Any) -> str | None:
+    samples, *_, width = (call.x if "x" in call._fields else call.total).shape
+    by_sample = any(each is not None and each.dim() == 2 for each in (call.weight, call.scale))
+    if by_sample and samples > MOST_SAMPLES:
+        return f"the CUDA C++ kernels take weights or scales of up to {MOST_SAMPLES} samples; got {samples}"
+    if width > MOST_COLUMNS:
+        return f"the CUDA C++ kernels take rows of up to {MOST_COLUMNS} columns; got {width}"
     return None
 
 
-def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> str | None:
-    """For (q, k, v, mask, ...), (dout, q, k, v, out, stats, mask, ...), (qkv, num_heads, mask, ...) and, backward,
-    (dout, qkv, out, stats, num_heads, mask, ...)."""
-    first, second, third = args[:3]
-    packed = isinstance(second, int) or second.dim() == 3
-    mask = args[(2 if isinstance(second, int) else 5) if packed else 6 if len(args) > 6 else 3]
-    if packed:
-        qkv, heads = (first, second) if isinstance(second, int) else (second, args[4])
-        rows, tokens, width = qkv.shape[0] * heads, qkv.shape[1], qkv.shape[2] // (3 * heads)
+def _why_not_attention(call: Any, capability: tuple[int, int]) -> str | None:
+    if "qkv" in call._fields:
+        first, heads = call.qkv, call.num_heads
+        tokens, width = first.shape[1], first.shape[2] // (3 * heads)
     else:
-        heads = {each.shape[1] for each in (first, second, third)}
-        if len(heads) > 1:
-            return "the extension's CUDA C++ has no heads of q that share heads of k and v yet"
-        rows, width = first.shape[0] * first.shape[1], first.shape[3]
-        tokens = max(each.shape[2] for each in (first, second, third))
-    if mask is not None and mask.shape[0] not in (1, first.shape[0]):
+        first, (_, heads, tokens, width) = call.q, call.q.shape
+        tokens = max(tokens, call.k.shape[2])
+    if call.attn_mask is not None and call.attn_mask.shape[0] not in (1, first.shape[0]):
         return "the extension's CUDA C++ has no masks of some sequences that serve others in turn yet"
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
+    if tokens > MOST_TOKENS:
+        return f"the CUDA C++ kernels take up to {MOST_TOKENS} tokens; got {tokens}"
+    rows = first.shape[0] * heads
     if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:
         return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {rows} x {tokens} tokens are more"
     if capability >= (8, 0):
@@ -169,11 +161,9 @@ def _why_not_attention(args: tuple[Any, ...], capability: tuple[int, int]) -> st
     return None
 
 
-def _why_not_channels(args: tuple[Any, ...]) -> str | None:
-    """For (image, weight, bias, mean, std, ...) and (dout, image, weight, mean, std, ...)."""
-    image = next(arg for arg in args if arg.dim() == 4)
-    channels = image.shape[1]
-    normalises = image.dtype == torch.uint8 or args[3] is not None or args[4] is not None
+def _why_not_channels(call: Any) -> str | None:
+    channels = call.image.shape[1]
+    normalises = call.image.dtype == torch.uint8 or call.mean is not None or call.std is not None
     if normalises and channels > MOST_CHANNELS:
         return f"the CUDA C++ kernels normalise up to {MOST_CHANNELS} channels; got {channels}"
     return None

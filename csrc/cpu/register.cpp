@@ -17,8 +17,6 @@ int64_t configure(const std::string& name, int64_t value) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   vk::implement(m);
-  m.impl("add_rms_norm", TORCH_BOX(&vk::add_rms_norm));
-  m.impl("add_rms_norm_backward", TORCH_BOX(&vk::add_rms_norm_backward));
   m.impl("attention_varlen", TORCH_BOX(&vk::attention_varlen));
   m.impl("attention_varlen_backward", TORCH_BOX(&vk::attention_varlen_backward));
   m.impl("glu_mlp", TORCH_BOX(&vk::glu_mlp));

@@ -34,7 +34,7 @@ struct DeviceMask {
 };
 
 struct Attention {
-  int32_t heads, queries, keys, width;
+  int32_t heads, group, queries, keys, width;  // heads of q, so many of which share one of k and v
   bool causal;
   float scale;   // of dq and dk
   float factor;  // score = factor * q k^T + mask

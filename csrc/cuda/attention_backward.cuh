@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   }
 
   float acc[Cores::kR][Cores::kA] = {};
-  const T *const k = a.k.of<T>(b, h), *const v = a.v.of<T>(b, h);
+  const T *const k = a.k.of<T>(b, h / a.group), *const v = a.v.of<T>(b, h / a.group);
   const auto load = [&](int i, int stage) {
     const int k0 = (i < before ? i : i - before) * kKeys;
     load_rows<kKeys>(cores, k_tile(stage), k, a.k, k0, a.keys);
@@ -139,6 +139,13 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   store_rows(cores, q_tile, a.dq.of<T>(b, h), a.dq, q0, a.queries);
 }
 
+// blockIdx.x, which the compiler may not keep.
+__device__ inline unsigned block_number() {
+  unsigned number;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+  return number;
+}
+
 template <class Cores>
 struct KeyTiles : BackwardTiles<Cores, 3> {  // largest, log_sum and delta of each query
   static constexpr int kMaskRow = Cores::kRows + 4;  // read down its columns: so do these lanes find other banks
@@ -146,7 +153,7 @@ struct KeyTiles : BackwardTiles<Cores, 3> {  // largest, log_sum and delta of ea
 };
 
 // Rows of its tiles are keys: scores are turned, [keys, queries], so that weights are where a product with dout, and
-// gradients of scores where one with q, wants them.
+// gradients of scores where one with q, wants them. A block goes over the queries of all heads that share its keys.
 template <class Cores, int kBlocks>
 __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const __grid_constant__ Attention a) {
   if (!Cores::kThere) return;
@@ -154,11 +161,15 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
   using Tiles = KeyTiles<Cores>;
   constexpr int kKeys = Cores::kRows, kQueries = Cores::kCols;
   extern __shared__ __align__(16) char shared[];
-  const int tiles = (a.keys + kKeys - 1) / kKeys;
-  const int64_t head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
+  const int tiles = (a.keys + kKeys - 1) / kKeys, key_heads = a.heads / a.group;
+  // asked anew at each tile: kept, they would take registers that sums need
+  const auto sample = [&] { return int(block_number() / tiles) / key_heads; };
+  const auto key_head = [&] { return int(block_number() / tiles) % key_heads; };
   const int k0 = blockIdx.x % tiles * kKeys;
   const int first = a.causal ? min(a.queries, k0) / kQueries : 0;  // tile of queries that sees one of these keys
-  const int count = (a.queries + kQueries - 1) / kQueries - first;
+  const unsigned each = (a.queries + kQueries - 1) / kQueries - first;  // of a head
+  const auto head_of = [&](int i) { return key_head() * a.group + unsigned(i) / each; };
+  const auto query_of = [&](int i) { return (first + unsigned(i) % each) * kQueries; };
 
   const Cores cores(a.width, reinterpret_cast<float*>(shared + Tiles::scratch(a.width)));
   float* const mask_tile = reinterpret_cast<float*>(shared + Tiles::mask(a.width));
@@ -171,14 +182,15 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
     return reinterpret_cast<float*>(shared + Tiles::numbers(a.width)) + stage * 3 * kQueries;
   };
 
-  load_rows<kKeys>(cores, k_tile, a.k.of<T>(b, h), a.k, k0, a.keys);
-  load_rows<kKeys>(cores, v_tile, a.v.of<T>(b, h), a.v, k0, a.keys);
-  const T *const q = a.q.of<T>(b, h), *const dout = a.dout.of<T>(b, h);
-  const float *const stats = a.stats + head * 2 * a.queries, *const delta = a.delta + head * a.queries;
+  load_rows<kKeys>(cores, k_tile, a.k.of<T>(sample(), key_head()), a.k, k0, a.keys);
+  load_rows<kKeys>(cores, v_tile, a.v.of<T>(sample(), key_head()), a.v, k0, a.keys);
   const auto load = [&](int i, int stage) {
-    const int q0 = (first + i) * kQueries;
-    load_rows<kQueries>(cores, q_tile(stage), q, a.q, q0, a.queries);
-    load_rows<kQueries>(cores, dout_tile(stage), dout, a.dout, q0, a.queries);
+    const int b = sample(), h = head_of(i);
+    const int64_t rows = (int64_t(b) * a.heads + h) * a.queries;
+    const int q0 = query_of(i);
+    const float *const stats = a.stats + 2 * rows, *const delta = a.delta + rows;
+    load_rows<kQueries>(cores, q_tile(stage), a.q.of<T>(b, h), a.q, q0, a.queries);
+    load_rows<kQueries>(cores, dout_tile(stage), a.dout.of<T>(b, h), a.dout, q0, a.queries);
     for (int j = threadIdx.x; j < kQueries; j += Cores::kThreads) {
       const bool there = q0 + j < a.queries;  // zeros add nothing: dout and q are zeros there too
       const int query = there ? q0 + j : 0;
@@ -190,8 +202,8 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
 
   float dk[Cores::kR][Cores::kA] = {}, dv[Cores::kR][Cores::kA] = {};
   const auto step = [&](int i, int stage) {
-    const int q0 = (first + i) * kQueries;
-    load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, b, h, q0, k0);
+    const int q0 = query_of(i);
+    load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, sample(), head_of(i), q0, k0);
     float p[Cores::kR][Cores::kC], ds[Cores::kR][Cores::kC];
     cores.across(p, k_tile, q_tile(stage));
     to_scores<true, Tiles::kMaskRow>(cores, p, mask_tile, a, q0, k0);
@@ -210,15 +222,15 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
     cores.along(dv, p, dout_tile(stage));
     cores.along(dk, ds, q_tile(stage));
   };
-  for_tiles<Cores::kStages>(count, load, step);
+  for_tiles<Cores::kStages>(each * a.group, load, step);
 
   float one[Cores::kR], scale[Cores::kR];
   for (float& each : one) each = 1;
   for (float& each : scale) each = a.scale;
   cores.put(k_tile, dk, scale);
   cores.put(v_tile, dv, one);
-  store_rows(cores, k_tile, a.dk.of<T>(b, h), a.dk, k0, a.keys);
-  store_rows(cores, v_tile, a.dv.of<T>(b, h), a.dv, k0, a.keys);
+  store_rows(cores, k_tile, a.dk.of<T>(sample(), key_head()), a.dk, k0, a.keys);
+  store_rows(cores, v_tile, a.dv.of<T>(sample(), key_head()), a.dv, k0, a.keys);
 }
 
 }  // namespace vk

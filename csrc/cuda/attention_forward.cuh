@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_forward(co
   const auto v_tile = [&](int stage) { return k_tile(stage) + kKeys * cores.row(); };
 
   load_rows<kQueries>(cores, q_tile, a.q.of<T>(b, h), a.q, q0, a.queries);
-  const T *const k = a.k.of<T>(b, h), *const v = a.v.of<T>(b, h);
+  const T *const k = a.k.of<T>(b, h / a.group), *const v = a.v.of<T>(b, h / a.group);
   const auto load = [&](int i, int stage) {
     load_rows<kKeys>(cores, k_tile(stage), k, a.k, i * kKeys, a.keys);
     load_rows<kKeys>(cores, v_tile(stage), v, a.v, i * kKeys, a.keys);

@@ -30,6 +30,7 @@ const AttentionKernels& kernels_for(const Problem& p) {
 Attention described(const Problem& p, const Tensor& stats) {
   Attention a{};
   a.heads = int32_t(p.heads);
+  a.group = int32_t(p.heads / std::max<int64_t>(p.key_heads, 1));
   a.queries = int32_t(p.queries);
   a.keys = int32_t(p.keys);
   a.width = int32_t(p.width);
@@ -45,11 +46,11 @@ Attention described(const Problem& p, const Tensor& stats) {
   return a;
 }
 
-// One block for each tile of `tokens` of each head.
-void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, const Problem& p,
+// One block for each tile of `tokens` of each head of queries or of keys.
+void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, int64_t heads,
             int64_t tokens, const Attention& a) {
-  const int64_t count = p.batch * p.heads * blocks(tokens, kernel.rows);
-  launches(name, kernel.kernel, dim3(unsigned(count)), dim3(threads), kernel.shared(a), a);
+  const int64_t count = heads * blocks(tokens, kernel.rows);
+  launches(name, kernel.kernel, {count}, dim3(threads), kernel.shared(a), a);
 }
 
 // The mask's gradient: the gradients of all scores that an element was added to.
@@ -68,7 +69,7 @@ void attend(const Problem& p, const Heads& out, const Tensor& stats) {
   Attention a = described(p, stats);
   a.out = on_device(out, p.width);
   const Launches launches("attention", p.tensor, {given(p.given_mask)});
-  launch(launches, "attention_forward", kernels.forward, kernels.threads, p, p.queries, a);
+  launch(launches, "attention_forward", kernels.forward, kernels.threads, p.batch * p.heads, p.queries, a);
 }
 
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
@@ -85,8 +86,8 @@ Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, co
   a.delta = reinterpret_cast<float*>(bytes(delta));
   a.dscores = needs_mask ? reinterpret_cast<float*>(bytes(dscores)) : nullptr;
   const Launches launches("attention_backward", p.tensor, {given(p.given_mask)});
-  launch(launches, "attention_dq", kernels.dq, kernels.threads, p, p.queries, a);
-  launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p, p.keys, a);
+  launch(launches, "attention_dq", kernels.dq, kernels.threads, p.batch * p.heads, p.queries, a);
+  launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p.batch * p.key_heads, p.keys, a);
   return needs_mask ? sum_to(dscores, *p.given_mask) : nothing(stats);
 }
 

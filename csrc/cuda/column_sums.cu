@@ -9,6 +9,7 @@ namespace vk {
 // way at once.
 constexpr int kTileColumns = 64, kTileRows = 32;
 constexpr int64_t kRowsPerPart = 512;  // 16 steps of a block, and enough blocks for the chip at any number of columns
+constexpr int64_t kMostParts = 65535;  // along a grid's y
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kTileColumns / kLanes* kTileRows)
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kTileColumns / kLanes* kTileRows)
 void column_sums(const Launches& launches, const ColumnSums& a, int matrices) {
   const bool aligned = is_aligned(a.in, a.width) && a.apart % kLanes == 0;
   launches("column_sums_kernel", aligned ? column_sums_kernel<true> : column_sums_kernel<false>,
-           dim3(blocks(a.width, kTileColumns), std::max<int64_t>(blocks(a.rows, a.rows_per_part), 1), matrices),
+           {blocks(a.width, kTileColumns), std::max<int64_t>(blocks(a.rows, a.rows_per_part), 1), matrices},
            dim3(kTileColumns / kLanes, kTileRows), 0, a);
 }
 
@@ -51,13 +52,13 @@ Tensor column_sums(const Matrix& m, ScalarType dtype) {
   const int64_t rows = m.rows, width = m.cols;
   const Rows in{m.data, dtype_of(m.tensor), m.row, m.col};
   Tensor out = empty(m.tensor, {width}, dtype);
-  const int64_t parts = blocks(rows, kRowsPerPart);
+  const int64_t each = std::max(kRowsPerPart, blocks(rows, kMostParts)), parts = blocks(rows, each);
   if (parts <= 1) {
     column_sums(launches, {in, 0, rows, std::max<int64_t>(rows, 1), int(width), {out_rows(out)}}, 1);
     return out;
   }
   const Tensor partial = empty(m.tensor, {parts, width}, ScalarType::Float);
-  column_sums(launches, {in, 0, rows, kRowsPerPart, int(width), {out_rows(partial)}}, 1);
+  column_sums(launches, {in, 0, rows, each, int(width), {out_rows(partial)}}, 1);
   const Rows sums{bytes(partial), DType::f32, width, 1};
   column_sums(launches, {sums, 0, parts, parts, int(width), {out_rows(out)}}, 1);
   return out;

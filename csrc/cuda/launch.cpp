@@ -6,8 +6,14 @@ namespace vk {
 namespace {
 
 constexpr size_t kSharedAlways = 48 << 10;  // bytes of dynamic shared memory that need not be asked for
+constexpr int64_t kMostAlongX = 2147483647, kMostAlongYZ = 65535;
 
-std::ostream& operator<<(std::ostream& out, dim3 d) { return out << d.x << " x " << d.y << " x " << d.z; }
+template <class Sizes>
+std::string text(const Sizes& d) {
+  std::ostringstream out;
+  out << d.x << " x " << d.y << " x " << d.z;
+  return out.str();
+}
 
 }  // namespace
 
@@ -20,17 +26,19 @@ Launches::Launches(const char* op, const Tensor& like, std::initializer_list<con
 
 Launches::~Launches() { aoti_torch_delete_cuda_guard(guard_); }
 
-void Launches::launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void** args) const {
-  if (int64_t(grid.x) * grid.y * grid.z == 0) return;
+void Launches::launch(const char* name, const void* kernel, Grid grid, dim3 block, size_t shared, void** args) const {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const bool fits = grid.x <= kMostAlongX && grid.y <= kMostAlongYZ && grid.z <= kMostAlongYZ;
+  check(fits ? cudaSuccess : cudaErrorInvalidConfiguration, name, grid, block, shared);
   if (shared > kSharedAlways) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name, grid, block,
           shared);
   }
-  check(cudaLaunchKernel(kernel, grid, block, args, shared, static_cast<cudaStream_t>(stream_)), name, grid, block,
-        shared);
+  check(cudaLaunchKernel(kernel, dim3(grid.x, grid.y, grid.z), block, args, shared, static_cast<cudaStream_t>(stream_)),
+        name, grid, block, shared);
 }
 
-void Launches::check(cudaError_t error, const char* what, dim3 grid, dim3 block, size_t shared) const {
+void Launches::check(cudaError_t error, const char* what, Grid grid, dim3 block, size_t shared) const {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is told here, and not once more by who launches next
   std::ostringstream shapes;
@@ -40,16 +48,14 @@ void Launches::check(cudaError_t error, const char* what, dim3 grid, dim3 block,
     for (int64_t i = 0; i < t->dim(); ++i) shapes << (i ? ", " : "") << t->size(i);
     shapes << "]";
   }
-  std::ostringstream text;
-  text << op_ << ": kernel " << what << " did not launch: " << cudaGetErrorString(error) << " (grid " << grid
-       << ", block " << block << ", " << shared << " bytes of shared memory; tensors " << shapes.str() << ")";
-  STD_TORCH_CHECK(false, text.str());
+  STD_TORCH_CHECK(false, op_, ": kernel ", what, " did not launch: ", cudaGetErrorString(error), " (grid ", text(grid),
+                  ", block ", text(block), ", ", shared, " bytes of shared memory; tensors ", shapes.str(), ")");
 }
 
 int Launches::multiprocessors() const {
   int count = 1;
   const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_);
-  check(error, "(multiprocessors)", 0, 0, 0);
+  check(error, "(multiprocessors)", {0}, 0, 0);
   return count;
 }
 

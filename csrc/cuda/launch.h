@@ -13,6 +13,11 @@
 
 namespace vk {
 
+// Blocks of a launch, not yet cut to what a launch can have.
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
 // One call of an op, for as long as it launches: its device is the current one until then.
 class Launches {
  public:
@@ -25,7 +30,7 @@ class Launches {
   // kernel<<<grid, block, shared>>>(args...); nothing where the grid is empty. Dynamic shared memory may be all that
   // the device gives a block.
   template <class... Parameters, class... Args>
-  void operator()(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+  void operator()(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared,
                   Args&&... args) const {
     static_assert(sizeof...(Parameters) == sizeof...(Args), "a kernel gets as many arguments as it has parameters");
     launch(name, reinterpret_cast<const void*>(kernel), grid, block, shared,
@@ -37,13 +42,13 @@ class Launches {
 
  private:
   template <class Tuple, size_t... index>
-  void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, Tuple&& args,
+  void launch(const char* name, const void* kernel, Grid grid, dim3 block, size_t shared, Tuple&& args,
               std::index_sequence<index...>) const {
     void* pointers[] = {&std::get<index>(args)...};
     launch(name, kernel, grid, block, shared, pointers);
   }
-  void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void** args) const;
-  void check(cudaError_t error, const char* what, dim3 grid, dim3 block, size_t shared) const;
+  void launch(const char* name, const void* kernel, Grid grid, dim3 block, size_t shared, void** args) const;
+  void check(cudaError_t error, const char* what, Grid grid, dim3 block, size_t shared) const;
 
   const char* op_;
   std::vector<const Tensor*> tensors_;
@@ -62,9 +67,10 @@ bool is_aligned(const AnyRows& r, int64_t width) {
   return !r.data || (r.col == 1 && r.row % 8 == 0 && width % 8 == 0 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0);
 }
 
-// A vector argument as rows that are all the same one; null where it is absent.
+// A vector argument as rows: all the same one, or of [B, D] one a sample; null where it is absent.
 inline Rows vector_rows(const Maybe& t) {
-  return t ? Rows{bytes(*t), dtype_of(*t), 0, t->stride(0)} : Rows{nullptr, DType::f32, 0, 0};
+  if (!t) return {nullptr, DType::f32, 0, 0};
+  return {bytes(*t), dtype_of(*t), t->dim() == 2 ? t->stride(0) : 0, t->stride(t->dim() - 1)};
 }
 
 }  // namespace vk

@@ -94,7 +94,7 @@ void launch(const Launches& launches, ActivationCall& a, bool backward) {
   const auto kernel = backward ? (aligned ? activate_backward<true> : activate_backward<false>)
                                : (aligned ? activate_forward<true> : activate_forward<false>);
   launches(backward ? "activate_backward" : "activate_forward", kernel,
-           dim3(blocks(a.rows, a.rows_per_part), blocks(a.width, kTileColumns)), dim3(kWarp, kTileRows), 0, a);
+           {blocks(a.rows, a.rows_per_part), blocks(a.width, kTileColumns)}, dim3(kWarp, kTileRows), 0, a);
 }
 
 }  // namespace

@@ -10,12 +10,12 @@ namespace vk {
 namespace {
 
 constexpr int64_t kTokensAtOnce = 8192;  // their product fills any chip; 13 MB of rows in ViT-B and 16 bits
-constexpr int64_t kImagesPerPart = 16;
+constexpr int64_t kImagesPerPart = 16, kMostParts = 65535;  // along a grid's y
 constexpr Rows kNoRows{nullptr, DType::f32, 0, 0};
 
-struct Grid : PatchGrid {
+struct Patches : PatchGrid {
   Tensor keep_tensor;
-  Grid(const Tensor& image, const Tensor& weight, const Maybe& keep_)
+  Patches(const Tensor& image, const Tensor& weight, const Maybe& keep_)
       : PatchGrid(patch_grid(image, weight, keep_)), keep_tensor(keep_ ? packed(*keep_) : image) {
     keep = keep_ ? static_cast<const int64_t*>(keep_tensor.data_ptr()) : nullptr;
   }
@@ -26,14 +26,14 @@ dim3 threads_for(int64_t width) {
   return dim3(unsigned(std::min<int64_t>(round_up(blocks(width, kLanes), kWarp), 256)));
 }
 
-void check_channels(const Grid& grid, const MaybeNumbers& mean, const MaybeNumbers& std, DType dtype) {
+void check_channels(const Patches& grid, const MaybeNumbers& mean, const MaybeNumbers& std, DType dtype) {
   STD_TORCH_CHECK((!mean && !std && dtype != DType::u8) || grid.channels <= kMostChannels,
                   "patch_embed: the CUDA C++ kernels normalise up to ", kMostChannels, " channels; got ",
                   grid.channels);
 }
 
 // Patches of images [begin, end) as rows in weight's dtype.
-Tensor gather(const Launches& launches, const Grid& grid, const Tensor& image, const Tensor& weight,
+Tensor gather(const Launches& launches, const Patches& grid, const Tensor& image, const Tensor& weight,
               const MaybeNumbers& mean, const MaybeNumbers& std, int64_t begin, int64_t end) {
   const Tensor out = empty(weight, {(end - begin) * grid.tokens, grid.patch_size()});
   const DType dtype = dtype_of(image);
@@ -50,7 +50,7 @@ Tensor gather(const Launches& launches, const Grid& grid, const Tensor& image, c
     a.factor[c] = float(scale.factor);
     a.offset[c] = float(scale.offset);
   }
-  launches("gather_patches", aligned ? gather_patches<true> : gather_patches<false>, dim3(out.size(0)),
+  launches("gather_patches", aligned ? gather_patches<true> : gather_patches<false>, {out.size(0)},
            threads_for(grid.patch_size()), 0, a);
   return out;
 }
@@ -59,7 +59,7 @@ Tensor gather(const Launches& launches, const Grid& grid, const Tensor& image, c
 
 Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias, const MaybeNumbers& mean,
                    const MaybeNumbers& std, const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep) {
-  const Grid grid(image, weight, keep);
+  const Patches grid(image, weight, keep);
   check_channels(grid, mean, std, dtype_of(image));
   const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0, each = prefixes + grid.tokens;
   // one product and nothing to add: its result is the op's
@@ -88,7 +88,7 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias,
                    out_rows(out)};
     const bool aligned = is_aligned(a.tokens, width) && is_aligned(a.prefix, width) && is_aligned(a.table, width) &&
                          is_aligned(a.out, width);
-    launches("lay_out_tokens", aligned ? lay_out_tokens<true> : lay_out_tokens<false>, dim3((end - begin) * each),
+    launches("lay_out_tokens", aligned ? lay_out_tokens<true> : lay_out_tokens<false>, {(end - begin) * each},
              threads_for(width), 0, a);
   }
   return out;
@@ -104,17 +104,18 @@ Tensor copied(const Tensor& t, ScalarType dtype) {
 
 // Sums of dout over the batch by row of a full position table (prefix rows first), [prefixes + patches, D] in float32:
 // the gradients of positions, prefix and bias are all read off it. dout is packed.
-Tensor position_sums(const Launches& launches, const Tensor& dout, const Grid& grid, int64_t prefixes) {
+Tensor position_sums(const Launches& launches, const Tensor& dout, const Patches& grid, int64_t prefixes) {
   const int64_t width = dout.size(2), rows = prefixes + grid.patches();
   if (!grid.keep) {
     const Tensor samples = torch::stable::reshape(dout, {grid.batch, rows * width});
     return torch::stable::reshape(column_sums(Matrix(samples), ScalarType::Float), {rows, width});
   }
-  const int64_t parts = std::max<int64_t>(blocks(grid.batch, kImagesPerPart), 1);
+  const int64_t images = std::max(kImagesPerPart, blocks(grid.batch, kMostParts));
+  const int64_t parts = std::max<int64_t>(blocks(grid.batch, images), 1);
   const Tensor partial = empty(dout, {parts, rows, width}, ScalarType::Float);
-  const PositionSums a{grid, prefixes, kImagesPerPart, int(width), Operand(dout).rows, out_rows(partial)};
+  const PositionSums a{grid, prefixes, images, int(width), Operand(dout).rows, out_rows(partial)};
   const bool aligned = is_aligned(a.dout, width) && is_aligned(a.out, width);
-  launches("sum_by_position", aligned ? sum_by_position<true> : sum_by_position<false>, dim3(rows, parts),
+  launches("sum_by_position", aligned ? sum_by_position<true> : sum_by_position<false>, {rows, parts},
            threads_for(width), 0, a);
   if (parts == 1) return torch::stable::reshape(partial, {rows, width});
   const Tensor samples = torch::stable::reshape(partial, {parts, rows * width});
@@ -122,20 +123,20 @@ Tensor position_sums(const Launches& launches, const Tensor& dout, const Grid& g
 }
 
 // The rows of dout that belong to patches of images [begin, end), in weight's dtype.
-Matrix patch_rows(const Tensor& dout, const Tensor& weight, const Grid& grid, int64_t begin, int64_t end) {
+Matrix patch_rows(const Tensor& dout, const Tensor& weight, const Patches& grid, int64_t begin, int64_t end) {
   Tensor images = dout;  // `narrow` takes its tensor as one that may change
   Tensor some = torch::stable::narrow(images, 0, begin, end - begin);
   return Matrix(cast(torch::stable::narrow(some, 1, dout.size(1) - grid.tokens, grid.tokens), weight.scalar_type()));
 }
 
 // Adds the patches' gradients back into images [begin, end).
-void scatter(const Launches& launches, const Tensor& dimage, const Tensor& dpatches, const Grid& grid,
+void scatter(const Launches& launches, const Tensor& dimage, const Tensor& dpatches, const Patches& grid,
              const MaybeNumbers& std, int64_t begin, int64_t end) {
   PatchGradients a{grid, begin, Operand(dpatches).rows, bytes(dimage), dtype_of(dimage), std.has_value(), {}};
   for (int64_t c = 0; std && c < grid.channels; ++c) a.factor[c] = float(1 / (*std)[c]);
   const bool aligned = is_aligned(a.dpatches, grid.patch_size());
   launches("scatter_patches", aligned ? scatter_patches<true> : scatter_patches<false>,
-           dim3((end - begin) * grid.patches()), threads_for(grid.patch_size()), 0, a);
+           {(end - begin) * grid.patches()}, threads_for(grid.patch_size()), 0, a);
 }
 
 }  // namespace
@@ -143,7 +144,7 @@ void scatter(const Launches& launches, const Tensor& dimage, const Tensor& dpatc
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     const Tensor& dout_, const Tensor& image, const Tensor& weight, const MaybeNumbers& mean, const MaybeNumbers& std,
     const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep, const std::vector<bool>& needs) {
-  const Grid grid(image, weight, keep);
+  const Patches grid(image, weight, keep);
   check_channels(grid, mean, std, dtype_of(image));
   const Tensor dout = packed(dout_);
   const int64_t width = weight.size(0), prefixes = prefix ? prefix->size(0) : 0;

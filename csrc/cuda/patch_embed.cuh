@@ -160,8 +160,11 @@ struct PatchGradients {
 template <bool kAligned>
 __global__ void __launch_bounds__(256) scatter_patches(const __grid_constant__ PatchGradients a) {
   const PatchGrid& grid = a.grid;
-  const int64_t sample = blockIdx.x / grid.patches(), patch = blockIdx.x % grid.patches();
+  // what counts blocks fits 32 bits; a division of 64 is a call, around which registers spill
+  const unsigned patches = unsigned(grid.patches()), in_line = unsigned(grid.across), patch = blockIdx.x % patches;
+  const int64_t sample = blockIdx.x / patches, top = patch / in_line * grid.rows, left = patch % in_line * grid.columns;
   const int64_t height = grid.down * grid.rows, across = grid.across * grid.columns;
+  const int64_t corner = ((a.first + sample) * grid.channels * height + top) * across + left;
   const int size = int(grid.patch_size()), rows = int(grid.rows), columns = int(grid.columns);
   for (int from = 0; from < size; from += blockDim.x * kLanes) {
     const int column = from + threadIdx.x * kLanes;
@@ -174,8 +177,7 @@ __global__ void __launch_bounds__(256) scatter_patches(const __grid_constant__ P
     int line = column / columns, x = column % columns;
     for (int i = 0; i < kLanes && column + i < size; ++i) {
       const int channel = line / rows;
-      const int64_t y = grid.top(patch) + line % rows;
-      const int64_t at = (((a.first + sample) * grid.channels + channel) * height + y) * across + grid.left(patch) + x;
+      const int64_t at = corner + (channel * height + line % rows) * across + x;
       store(a.dimage, a.dtype, at, a.scaled ? sum[i] * a.factor[channel] : sum[i]);
       if (++x == columns) {
         x = 0;

@@ -101,7 +101,7 @@ Tensor turned(const Tensor& x, const Tensor& sin, const Tensor& cos, int64_t pre
   const int64_t work = heads * blocks(span, kLanes);
   const Launches launches("rotary", x, {&sin, &cos});
   launches("rotary_kernel", aligned ? rotary_kernel<true> : rotary_kernel<false>,
-           dim3(work > 0 ? x.size(0) * tokens : 0), dim3(std::min<int64_t>(round_up(work, kWarp), 256)), 0, a);
+           {work > 0 ? x.size(0) * tokens : 0}, dim3(std::min<int64_t>(round_up(work, kWarp), 256)), 0, a);
   return out;
 }
 

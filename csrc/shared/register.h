@@ -14,6 +14,8 @@ void implement(Library& m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
   m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
   m.impl("patch_embed", TORCH_BOX(&patch_embed));

@@ -14,16 +14,16 @@ import torch
 from accuracy import run
 from case import Case
 
-from ptx.driver import Described, Gpu, activate
-from ptx.trials import Trial
+from ptx.call import described
+from ptx.trials import Trial, in_package
 
 
 def digest(trial: Trial) -> str:
     """Equal for trials that are alike; "" where the launches cannot be told without running them."""
     tensors = trial.case.build(trial.dtype)
-    with activate(Gpu(trial.capability, trial.processors), Described) as made:
+    with trial.launching(described) as made:
         try:
-            run(trial.case, tensors, forward="triton")
+            run(trial.case, tensors, forward=in_package(trial.backend))
         except Exception:  # the trial itself will say what is wrong
             return ""
     told = _draws(trial.case, trial.dtype, tensors), made.launches

@@ -18,6 +18,7 @@ import fcntl
 import functools
 import hashlib
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptx.findings import Finding
-from ptx.launch import Loaded, Packed, program, run
+from ptx.call import Call, Record, emulated
+from ptx.launch import Packed, program
 from vitkernels import dispatch, ext
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,6 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import nvcc  # noqa: E402
 
 CACHE = ROOT / "build" / "ptx-cuda"
-NAMESPACE = "vitkernels_on_the_machine"
 ARCHITECTURE = 80
 _LAUNCH = ctypes.CFUNCTYPE(  # cudart.cpp's Launch
     ctypes.c_int,
@@ -56,25 +56,41 @@ def why_not() -> str | None:
     return None if nvcc.find() else "no CUDA toolkit: pip install -r requirements-cuda.txt, or set CUDA_HOME"
 
 
+def _namespace(architecture: int) -> str:
+    return f"vitkernels_on_the_machine_{architecture}"
+
+
 @functools.cache
-def build() -> tuple[Path, Path]:
-    """Compile the module and the stand-in for its runtime, or find them compiled; gives the two libraries."""
+def build(architecture: int = ARCHITECTURE) -> tuple[Path, Path]:
+    """Compile the module and the stand-in for its runtime, or find them compiled; gives the two libraries.
+
+    Args:
+        architecture: whose PTX the module holds, 80 for sm_80.
+    """
     toolkit = nvcc.find()
     assert toolkit is not None, why_not()
-    flags = [*nvcc.WARNINGS, *nvcc.ptx(ARCHITECTURE), f"-DVITKERNELS_NAMESPACE={NAMESPACE}", "-DVITKERNELS_KEY=CPU"]
+    name = f"-DVITKERNELS_NAMESPACE={_namespace(architecture)}"
+    flags = [*nvcc.WARNINGS, *nvcc.ptx(architecture), name, "-DVITKERNELS_KEY=CPU"]
     source = Path(__file__).with_name("cudart.cpp")
     with _locked(CACHE):
-        objects = nvcc.compile_all(toolkit, flags, CACHE)
-        names = b"".join(each.name.encode() for each in objects) + source.read_bytes()
-        key = hashlib.sha256(names).hexdigest()[:16]
-        runtime, module = CACHE / f"libcudart-{key}.so", CACHE / f"cuda-{key}.so"
-        if not module.exists():
-            for old in CACHE.glob("*.so"):
-                old.unlink()
+        objects = nvcc.compile_all(toolkit, flags, CACHE / f"sm_{architecture}")
+        # one runtime for all architectures: torch makes the symbols of what it loads everybody's
+        runtime = _current("libcudart", source.read_bytes())
+        module = _current(f"sm_{architecture}/cuda", b"".join(each.name.encode() for each in objects))
+        if not runtime.exists():
             subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", runtime], check=True)
+        if not module.exists():
             libraries = ["-cudart=none", *nvcc.TORCH[:3], str(runtime), f"-Xlinker=-rpath={CACHE}"]
             nvcc.link(toolkit, objects, module, libraries)
     return runtime, module
+
+
+def _current(name: str, contents: bytes) -> Path:
+    """Where a library of these contents lies; what was made of others goes."""
+    path = CACHE / f"{name}-{hashlib.sha256(contents).hexdigest()[:16]}.so"
+    for old in set(CACHE.glob(f"{name}-*.so")) - {path}:
+        old.unlink()
+    return path
 
 
 @contextlib.contextmanager
@@ -87,10 +103,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _load() -> Any:
+def _load(architecture: int) -> Any:
     """The stand-in; the ops of the module are there after it."""
-    runtime, module = build()
-    library = torch.library.Library(NAMESPACE, "DEF")
+    runtime, module = build(architecture)
+    library = torch.library.Library(_namespace(architecture), "DEF")
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             library.define(f"{name}{schema}")
@@ -98,6 +114,11 @@ def _load() -> Any:
     torch.ops.load_library(str(module))
     stand_in.keep = library
     return stand_in
+
+
+def stand_in() -> Any:
+    """The stand-in for CUDA's runtime, as a library."""
+    return _load(ARCHITECTURE)
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,21 +129,27 @@ def _texts(address: int) -> tuple[str, ...]:
     return tuple(".version " + part.split(b"\0")[0].decode() for part in parts)
 
 
+@functools.lru_cache(maxsize=256)
+def _own(text: str, kernel: str) -> str:
+    """A text without its other kernels, and without variables of headers that nobody reads."""
+    head, *entries = re.split(r"(?m)^(?=(?:\.visible |\.weak )?\.entry )", text)
+    kept = (each if f" {kernel}(" in each.split("\n", 1)[0] else each.partition("\n}\n")[2] for each in entries)
+    own = head + "".join(kept)
+    for line, name in re.findall(r"(?m)^(\.global \.align \d+ \.b8 (\w+)\[\d+\];\n)", own):
+        own = own.replace(line, "") if own.count(name) == 1 else own
+    return own
+
+
 @dataclass
-class Record:
+class Launched(Record):
     """What was launched while the machine stood in for a GPU."""
 
-    launches: list[Loaded] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of their kernels, mangled
+    names: list[str] = field(default_factory=list)  # of the kernels, mangled
     shapes: list[tuple[tuple[int, ...], tuple[int, ...], int]] = field(
         default_factory=list
     )  # grid, block, shared bytes
     refuses: bool = False  # every launch, as a GPU refuses an impossible one
     errors: list[BaseException] = field(default_factory=list)  # that a launch raised: C++ lets none through
-
-    @property
-    def findings(self) -> list[Finding]:
-        return [each for launch in self.launches for each in launch.findings]
 
 
 class _Watch(TorchDispatchMode):
@@ -175,7 +202,7 @@ def _arguments(text: str, kernel: str, pointers: Any) -> list[Packed]:
     """The arguments of a launch. Words of eight bytes that lie in a tensor's memory are pointers to it."""
     found = []
     for parameter, address in zip(program(text, kernel).kernel.parameters, pointers, strict=False):
-        raw = ctypes.string_at(address, parameter.size)
+        raw = _without_padding(ctypes.string_at(address, parameter.size), text, parameter.name)
         owners = {}
         for at in range(0, parameter.size - 7, 8):
             owner = _watching[-1].owner(int.from_bytes(raw[at : at + 8], "little"))
@@ -185,11 +212,29 @@ def _arguments(text: str, kernel: str, pointers: Any) -> list[Packed]:
     return found
 
 
-def _on_launch(record: Record, edit: Callable[[str], str]) -> Callable[..., int]:
+@functools.lru_cache(maxsize=256)
+def _loaded(text: str, name: str) -> frozenset[int] | None:
+    """The bytes of a parameter that a kernel loads; None where that is not to be seen."""
+    loads = re.findall(rf"\bld\.param(?:\.v(\d))?\.\w(\d+)\s[^;]*\[{name}(?:\+(\d+))?\]", text)
+    if len(loads) + 1 != len(re.findall(rf"\b{name}\b", text)):  # beside its declaration
+        return None
+    spans = ((int(at or 0), int(count or 1) * int(bits) // 8) for count, bits, at in loads)
+    return frozenset(byte for at, size in spans for byte in range(at, at + size))
+
+
+def _without_padding(raw: bytes, text: str, name: str) -> bytes:
+    """What no kernel loads may be anything; equal launches shall look equal."""
+    loaded = _loaded(text, name)
+    return raw if loaded is None else bytes(byte if at in loaded else 0 for at, byte in enumerate(raw))
+
+
+def _on_launch(
+    record: Launched, edit: Callable[[str], str], take: Callable[[Call, Record], None]
+) -> Callable[..., int]:
     def launch(name: bytes, code: int, grid: Any, block: Any, shared: int, pointers: Any) -> int:
         kernel = name.decode()
         try:
-            text = edit(next(each for each in _texts(code) if f"{kernel}(" in each))
+            text = edit(_own(next(each for each in _texts(code) if f"{kernel}(" in each), kernel))
             sizes = tuple(grid.contents), tuple(block.contents), shared
             record.names.append(kernel)
             record.shapes.append(sizes)
@@ -197,7 +242,7 @@ def _on_launch(record: Record, edit: Callable[[str], str]) -> Callable[..., int]
             if record.refuses or too_large:
                 return 9  # cudaErrorInvalidConfiguration, as of a GPU
             with torch._C._DisableTorchDispatch():
-                record.launches.append(run(text, kernel, *sizes, _arguments(text, kernel, pointers)))
+                take(Call(text, kernel, *sizes, _arguments(text, kernel, pointers)), record)
         except BaseException as error:
             record.errors.append(error)
             return 719  # cudaErrorLaunchFailure
@@ -206,8 +251,8 @@ def _on_launch(record: Record, edit: Callable[[str], str]) -> Callable[..., int]
     return launch
 
 
-def _launcher(name: str, record: Record) -> Callable[..., Any]:
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+def _launcher(name: str, record: Launched, architecture: int) -> Callable[..., Any]:
+    overload = getattr(getattr(torch.ops, _namespace(architecture)), name).default
 
     def launch(*args: Any) -> Any:
         watch = _Watch(args)
@@ -225,12 +270,13 @@ def _launcher(name: str, record: Record) -> Callable[..., Any]:
     return launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """The machine as the package sees it: `vitkernels.ext_cuda.Gpu`."""
 
-    record: Record
-    capability_: tuple[int, int] = (ARCHITECTURE // 10, ARCHITECTURE % 10)
+    record: Launched
+    capability_: tuple[int, int]
+    architecture: int
     kind: str = "cpu"
 
     def why_not(self) -> str | None:
@@ -243,28 +289,32 @@ class Machine:
         return True
 
     def launcher(self, name: str) -> Callable[..., Any]:
-        return _launcher(name, self.record)
-
-    def __hash__(self) -> int:
-        return id(self)
+        return _launcher(name, self.record, self.architecture)
 
 
 @contextlib.contextmanager
 def activate(
-    capability: tuple[int, int] = (8, 0), processors: int = 1, edit: Callable[[str], str] = str
-) -> Iterator[Record]:
+    capability: tuple[int, int] = (8, 0),
+    processors: int = 1,
+    edit: Callable[[str], str] = str,
+    architecture: int = ARCHITECTURE,
+    take: Callable[[Call, Record], None] = emulated,
+) -> Iterator[Launched]:
     """Let the package take the machine for the extension's GPU, inside the block.
 
     Args:
-        capability: what it says it is; the PTX is sm_80's.
+        capability: what it says it is.
         processors: multiprocessors that it says it has.
         edit: what to make of a kernel's PTX before it runs: faults for tests.
+        architecture: whose PTX runs, 80 for sm_80.
+        take: what to do with a launch.
     """
-    record = Record()
-    callback = _LAUNCH(_on_launch(record, edit))
-    _load().vitkernels_stand_in(callback, processors, *capability)
+    record = Launched()
+    callback = _LAUNCH(_on_launch(record, edit, take))
+    stand_in = _load(architecture).vitkernels_stand_in
+    stand_in(callback, processors, *capability)
     try:
-        with ext.stand_in(Machine(record, capability)):
+        with ext.stand_in(Machine(record, capability, architecture)):
             yield record
     finally:
-        _load().vitkernels_stand_in(_LAUNCH(0), 1, *capability)
+        stand_in(_LAUNCH(0), 1, *capability)

@@ -31,6 +31,8 @@ std::map<const void*, Kernel>& kernels() {
 Launch launch = nullptr;
 int processors = 1;
 int last_error = 0;
+int guards = 0;  // of the device, open now
+int stream;      // whose address is torch's current stream
 constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;  // of cudaDeviceAttr
 int capability[2] = {9, 0};
 
@@ -58,7 +60,10 @@ int __cudaGetKernel(void**, const void*) { return 0; }
 int __cudaPopCallConfiguration(Size*, Size*, size_t*, void*) { return 1; }
 int __cudaLaunchKernel(void*, Size, Size, void**, size_t, void*) { return 1; }
 
-int cudaLaunchKernel(const void* host, Size grid, Size block, void** arguments, size_t shared, void*) {
+int cudaLaunchKernel(const void* host, Size grid, Size block, void** arguments, size_t shared,
+                     void* on_stream) {
+  if (guards == 0) return last_error = 201;           // invalid device context: of whose device?
+  if (on_stream != &stream) return last_error = 400;  // invalid resource handle: not the current stream
   const auto found = kernels().find(host);
   if (found == kernels().end() || !launch) return last_error = 98;  // invalid device function
   return last_error = launch(found->second.name.c_str(), found->second.code, &grid.x, &block.x, shared, arguments);
@@ -75,14 +80,20 @@ int cudaGetLastError() {
 }
 const char* cudaGetErrorString(int error) { return error == 98 ? "invalid device function" : "invalid configuration argument"; }
 
+int vitkernels_guards() { return guards; }
+
 // torch's own, which only its CUDA builds have
 int aoti_torch_create_cuda_guard(int, void** guard) {
-  *guard = nullptr;
+  *guard = &guards;
+  ++guards;
   return 0;
 }
-int aoti_torch_delete_cuda_guard(void*) { return 0; }
-int aoti_torch_get_current_cuda_stream(int, void** stream) {
-  *stream = nullptr;
+int aoti_torch_delete_cuda_guard(void* guard) {
+  --*static_cast<int*>(guard);
+  return 0;
+}
+int aoti_torch_get_current_cuda_stream(int, void** current) {
+  *current = &stream;
   return 0;
 }
 }

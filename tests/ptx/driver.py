@@ -4,15 +4,15 @@
         check_case(case, torch.bfloat16, "triton")
     assert not record.findings
 
-The launcher is an argument: `Emulated` runs the PTX on the machine, `Nothing` stops where a GPU would begin.
+The launcher is an argument: `EMULATED` runs the PTX on the machine, `Nothing` stops where a GPU would begin.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,95 +22,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as runtime
 
+from ptx.call import Call, Record, emulated
 from ptx.copies import TensorMap
-from ptx.findings import Finding
-from ptx.launch import Loaded, run
-from ptx.order import Order
-from ptx.text import without_comments
 from vitkernels.kernels.device import stand_in
 
 SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a program may have
-ALIGNMENT = 64  # of what torch allocates on a CPU
 CACHE = Path(__file__).parents[2] / "build" / "ptx-cache"
-
-
-@dataclass(eq=False)
-class Call:
-    """A launch that can be made again."""
-
-    ptx: str
-    kernel: str
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    arguments: list[Any]
-    names: list[str]
-
-    def run(self, ptx: str = "", order: type[Order] = Order) -> tuple[Loaded, list[Any]]:
-        """Launch it, with other PTX if given; gives the launch and its arguments as they are after it."""
-        arguments = copied(self.arguments)
-        text = ptx or self.ptx
-        launch = run(text, self.kernel, self.grid, (self.threads,), self.shared, arguments, self.names, order)
-        return launch, arguments
-
-    def description(self) -> tuple[Any, ...]:
-        """All that the machine is given, but the elements of tensors; of the text what is executed."""
-        storages: dict[int, int] = {}
-        lines = map(str.strip, without_comments(self.ptx, []).split("\n"))
-        text = "\n".join(line for line in lines if line and not line.startswith((".version", ".target")))
-        kinds = [_kind(each, storages) for each in self.arguments]
-        return text, self.kernel, self.grid, self.threads, self.shared, kinds
-
-
-def _kind(argument: Any, storages: dict[int, int]) -> Any:
-    """What a launch depends on of a tensor beside its elements: others in the same storage count."""
-    if isinstance(argument, TensorMap):
-        return argument.box, argument.swizzle, _kind(torch.from_numpy(argument.matrix), storages)
-    if not isinstance(argument, torch.Tensor):
-        return argument
-    start = argument.untyped_storage().data_ptr()
-    number = storages.setdefault(start, len(storages))
-    offset = argument.data_ptr() - start
-    return number, offset, start % ALIGNMENT, argument.dtype, tuple(argument.shape), argument.stride()
-
-
-def copied(arguments: list[Any]) -> list[Any]:
-    """Copies of tensors that keep strides and alignment."""
-    return [_copy(each) for each in arguments]
-
-
-def _copy(argument: Any) -> Any:
-    if isinstance(argument, TensorMap):
-        return dataclasses.replace(argument, matrix=_copy_tensor(torch.from_numpy(argument.matrix)).numpy())
-    return _copy_tensor(argument) if isinstance(argument, torch.Tensor) else argument
-
-
-def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.numel():
-        return tensor
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = tensor.data_ptr() % ALIGNMENT // tensor.element_size()
-    flat = torch.zeros(start + span, dtype=tensor.dtype)
-    flat[start:] = torch.as_strided(tensor.detach(), (span,), (1,))
-    return torch.as_strided(flat, tensor.shape, tensor.stride(), start)
-
-
-@dataclass
-class Record:
-    """What was launched while a driver was active.
-
-    Attributes:
-        launches: what the launchers gave, in order.
-        calls: what each launch was given, where `keeps` is set: tensors as they were before it.
-    """
-
-    launches: list[Any] = field(default_factory=list)
-    keeps: bool = False
-    calls: list[Call] = field(default_factory=list)
-
-    @property
-    def findings(self) -> list[Finding]:
-        return [each for launch in self.launches if isinstance(launch, Loaded) for each in launch.findings]
 
 
 class Nothing:
@@ -125,6 +42,8 @@ class Nothing:
 
 class Launcher:
     """Takes apart what Triton gives a launcher, and hands it to `take` as a call."""
+
+    take: Callable[[Call, Record], None]
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = dict(source.signature)
@@ -144,27 +63,16 @@ class Launcher:
                 arguments.append(each)
         kernel, ptx = function
         arguments += [None, None]  # scratch memory, which no kernel here has
-        self.take(Call(ptx, kernel, (x, y, z), self.threads, self.shared, arguments, names), runtime.active.record)
-
-    def take(self, call: Call, record: Record) -> None:
-        raise NotImplementedError
+        self.take(Call(ptx, kernel, (x, y, z), (self.threads,), self.shared, arguments, names), runtime.active.record)
 
 
-class Emulated(Launcher):
-    """A launcher that runs the PTX on the machine, on tensors of the CPU."""
-
-    def take(self, call: Call, record: Record) -> None:
-        if record.keeps:
-            record.calls.append(dataclasses.replace(call, arguments=copied(call.arguments)))
-        launch = run(call.ptx, call.kernel, call.grid, (call.threads,), call.shared, call.arguments, call.names)
-        record.launches.append(launch)
+@functools.cache  # Triton keeps kernels by launcher
+def taking(take: Callable[[Call, Record], None]) -> type[Launcher]:
+    """The launcher that has `take` do what is to be done with a launch, such as `call.emulated`."""
+    return type("Taking", (Launcher,), {"take": staticmethod(take)})
 
 
-class Described(Launcher):
-    """A launcher that launches nothing and records what the machine would be given."""
-
-    def take(self, call: Call, record: Record) -> None:
-        record.launches.append(call.description())
+EMULATED = taking(emulated)  # runs the PTX on the machine, on tensors of the CPU
 
 
 def _flat(name: str, kind: Any, value: Any, maps: Iterator[Any]) -> Iterator[tuple[str, Any]]:
@@ -247,7 +155,7 @@ def _only_ptx(self: Any = None, stages: Any = None, options: Any = None, languag
 
 
 @contextlib.contextmanager
-def activate(gpu: Gpu, launcher: Callable[[Any, Any], Any] = Emulated) -> Iterator[Record]:
+def activate(gpu: Gpu, launcher: Callable[[Any, Any], Any] = EMULATED) -> Iterator[Record]:
     """Let Triton and the package believe in a GPU, inside the block."""
     try:
         before = runtime.active

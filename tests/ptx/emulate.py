@@ -1,10 +1,12 @@
 """Run everything on the machine: `make emulate`, `make emulate TRITON=3.6.0`.
 
-    python -m ptx.emulate [--only TEXT] [--capability 80 90] [--quick] [--faults | --no-faults] [--fresh]
+    python -m ptx.emulate [--backend triton cuda] [--only TEXT] [--capability 80 90] [--quick] [--faults | --no-faults]
+                          [--fresh]
 
-Every case in every layout and dtype on every capability, launches of real models last, then planted faults. What was
-done is kept under build/ and not done again while the code is the same. Of trials that are alike (`alike`) one is run,
-and the others have its outcome. Two processes, progress, a table at the end; exit code 1 where something failed.
+Every case in every layout and dtype on every capability, launches of real models last, then planted faults: of Triton's
+kernels, and of the extension's CUDA C++ where there is a toolkit. What was done is kept under build/ and not done again
+while the code is the same. Of trials that are alike (`alike`) one is run, and the others have its outcome. Two
+processes, progress, a table at the end; exit code 1 where something failed.
 """
 
 from __future__ import annotations
@@ -29,33 +31,44 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ptx import alike
+from ptx import alike, cuda
 from ptx.plant import KERNELS, Planted, listing, plant
-from ptx.trials import Outcome, Trial, attempt, everything, quick
+from ptx.trials import BACKENDS, Outcome, Trial, attempt, everything, name_of, quick
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 ENOUGH = 0.95  # of the planted faults that are not redundant
 SOURCES = (
-    "vitkernels/kernels/**/*.py",
-    "vitkernels/ops/*.py",
-    "vitkernels/accuracy.py",
-    "tests/ptx/*.py",
-    "tests/ca*.py",
-)
+    "vitkernels/ops/*.py", "vitkernels/accuracy.py", "tests/ptx/*.py", "tests/ca*.py", "tests/layouts.py",
+    "tests/draws.py",
+)  # fmt: skip
+KERNEL_SOURCES = {
+    "triton": ("vitkernels/kernels/**/*.py",),
+    "cuda": ("vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", "tests/ptx/*.cpp"),
+}
+LISTS = {"triton": "REDUNDANT.md", "cuda": "REDUNDANT-cuda.md"}
 
 
-def code() -> str:
+def code(backend: str) -> str:
     """A digest of what decides the outcomes."""
-    files = sorted(path for pattern in (*SOURCES, "tests/layouts.py", "tests/draws.py") for path in ROOT.glob(pattern))
+    files = sorted(path for pattern in (*SOURCES, *KERNEL_SOURCES[backend]) for path in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-class Store:
-    """Outcomes by name, a line each in a file of this code and triton."""
+def compiler(backend: str) -> str:
+    """What compiles a backend's kernels, with its version."""
+    if backend == "triton":
+        return f"triton-{triton.__version__}"
+    toolkit = cuda.nvcc.find()
+    assert toolkit is not None, cuda.why_not()
+    return f"nvcc-{toolkit.version}"
 
-    def __init__(self, fresh: bool) -> None:
-        self.path = ROOT / "build" / f"emulate-{triton.__version__}-{code()}.jsonl"
+
+class Store:
+    """Outcomes by name, a line each in a file of this code and compiler."""
+
+    def __init__(self, backend: str, fresh: bool) -> None:
+        self.path = ROOT / "build" / f"emulate-{compiler(backend)}-{code(backend)}.jsonl"
         self.path.parent.mkdir(exist_ok=True)
         if fresh:
             self.path.unlink(missing_ok=True)
@@ -84,26 +97,30 @@ def _prepare() -> None:
 
 
 @functools.cache
-def _trials(short: bool) -> list[Trial]:
-    return quick() if short else everything()
+def _trials(backend: str, short: bool) -> list[Trial]:
+    if short:  # what make test runs of CUDA C++ stands in test files of its own
+        return quick() if backend == "triton" else []
+    return everything(backend)
 
 
-def _attempt(numbers: list[int], short: bool, known: frozenset[str]) -> list[dict[str, Any]]:
+def _attempt(backend: str, short: bool, numbers: list[int], known: frozenset[str]) -> list[dict[str, Any]]:
     """Trials by their numbers, for cases hold functions that do not travel between processes.
 
     Args:
+        backend, short: whose list they are numbers of.
+        numbers: of trials.
         known: digests of trials that were run; those alike have no outcome of their own.
     """
     outcomes = []
     for number in numbers:
-        trial = _trials(short)[number]
+        trial = _trials(backend, short)[number]
         key = alike.digest(trial)
         outcomes.append({"key": key} if key in known else asdict(attempt(trial)) | {"key": key})
         known |= {key} - {""}
     return outcomes
 
 
-def _plant(numbers: list[int], short: bool, known: frozenset[str]) -> list[dict[str, Any]]:
+def _plant(numbers: list[int], known: frozenset[str]) -> list[dict[str, Any]]:
     return [asdict(plant(KERNELS[number])) for number in numbers]
 
 
@@ -120,8 +137,7 @@ def together(trials: list[tuple[int, Trial]]) -> list[Job]:
 def work(
     store: Store,
     jobs: list[Job],
-    run: Callable[[list[int], bool, frozenset[str]], list[dict[str, Any]]],
-    short: bool,
+    run: Callable[[list[int], frozenset[str]], list[dict[str, Any]]],
     console: Console,
 ) -> None:
     """Do what is not done yet, in order, on two processes."""
@@ -138,7 +154,7 @@ def work(
 
         def start() -> None:
             for names, numbers in waiting:
-                running[pool.submit(run, numbers, short, frozenset(store.ran))] = names
+                running[pool.submit(run, numbers, frozenset(store.ran))] = names
                 return
 
         for _ in range(WORKERS + 1):
@@ -159,9 +175,8 @@ def table_of_trials(trials: list[Trial], store: Store) -> tuple[Table, int]:
     table = Table("GPU", "op", "dtype", "trials", "alike", "launches", "failed", "seconds")
     rows: dict[tuple[str, str, str], list[tuple[Outcome, bool]]] = defaultdict(list)
     for trial in trials:
-        major, minor = trial.capability
         dtype = str(trial.dtype).removeprefix("torch.")
-        rows[f"sm_{major}{minor}", trial.case.op, dtype].append(store.outcome(trial))
+        rows[name_of(trial.capability, trial.backend), trial.case.op, dtype].append(store.outcome(trial))
     total = [0] * 5
     for row, outcomes in rows.items():
         own = [each for each, itself in outcomes if itself]
@@ -180,16 +195,16 @@ def _cells(counts: list[int]) -> list[str]:
     return [str(count), str(alike or ""), str(launches), str(failed or ""), str(seconds)]
 
 
-def planted_of(store: Store) -> dict[str, Planted]:
-    done = {str(each): store.done[str(each)] for each in KERNELS}
+def planted_of(backend: str, store: Store) -> dict[str, Planted]:
+    done = {str(each): store.done[str(each)] for each in KERNELS if each.backend == backend}
     return {name: Planted(each["counts"], each["open"]) for name, each in done.items()}
 
 
-def table_of_faults(store: Store) -> tuple[Table, bool]:
+def table_of_faults(planted_in: dict[str, Planted]) -> tuple[Table, bool]:
     """Planted faults by kernel; and whether enough of them were seen."""
     table = Table("kernel", "fault", "planted", "seen", "redundant", "open")
     seen = planted = 0
-    for each, found in planted_of(store).items():
+    for each, found in planted_in.items():
         for kernel, fault, total, shown, spare in found.rows():
             table.add_row(
                 f"{each}: {kernel}", fault, str(total), str(shown), str(spare), str(total - shown - spare or "")
@@ -202,34 +217,48 @@ def table_of_faults(store: Store) -> tuple[Table, bool]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ptx.emulate", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="trials whose name has this in it")
-    parser.add_argument("--capability", type=int, nargs="+", help="80, 86, 89, 90: these alone")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="whose kernels; default: all that compile here")
+    parser.add_argument("--capability", type=int, nargs="+", help="75, 80, 86, 89, 90: these alone")
     parser.add_argument("--quick", action="store_true", help="what make test runs")
     parser.add_argument(
         "--faults", action=argparse.BooleanOptionalAction, default=None, help="planted faults alone, or not"
     )
     parser.add_argument("--fresh", action="store_true", help="do again what was done")
-    parser.add_argument("--write", action="store_true", help="write REDUNDANT.md")
+    parser.add_argument("--write", action="store_true", help="write the lists of redundant statements")
     options = parser.parse_args(arguments)
     console = Console()
-    store = Store(options.fresh)
+    reason = cuda.why_not()
+    if reason is not None and "cuda" in (options.backend or BACKENDS):
+        console.print(f"CUDA C++ is not run: {reason}")
+    backends = [each for each in options.backend or BACKENDS if reason is None or each != "cuda"]
+    jobs = {each: list(_chosen(_trials(each, options.quick), options)) for each in backends}
+    if not options.faults and not any(jobs.values()):
+        console.print(f"--only, --capability: no trial is called so: {options.only!r}, {options.capability}")
+        return 2
+    good = [_run(each, jobs[each], options, console) for each in backends]  # all of them, whatever comes of the first
+    return 0 if all(good) else 1
+
+
+def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespace, console: Console) -> bool:
+    """What was asked for of one backend; gives whether all is well."""
+    store = Store(backend, options.fresh)
     good = True
-    if not options.faults:
-        jobs = list(_chosen(quick() if options.quick else everything(), options))
-        if not jobs:
-            console.print(f"--only, --capability: no trial is called so: {options.only!r}, {options.capability}")
-            return 2
-        work(store, together(jobs), _attempt, options.quick, console)
+    if jobs and not options.faults:
+        work(store, together(jobs), functools.partial(_attempt, backend, options.quick), console)
         table, failed = table_of_trials([trial for _, trial in jobs], store)
         console.print(table)
-        good = good and not failed
+        good = not failed
     if options.faults or (options.faults is None and not options.only and not options.quick and not options.capability):
-        work(store, [([str(each)], [number]) for number, each in enumerate(KERNELS)], _plant, False, console)
-        table, enough = table_of_faults(store)
+        chosen = [(number, each) for number, each in enumerate(KERNELS) if each.backend == backend]
+        work(store, [([str(each)], [number]) for number, each in chosen], _plant, console)
+        planted = planted_of(backend, store)
+        table, enough = table_of_faults(planted)
         console.print(table)
         good = good and enough
         if options.write:
-            (Path(__file__).parent / "REDUNDANT.md").write_text(listing(planted_of(store), triton.__version__))
-    return 0 if good else 1
+            text = listing(planted, compiler(backend).replace("-", " "))
+            (Path(__file__).parent / LISTS[backend]).write_text(text)
+    return good
 
 
 def _chosen(trials: list[Trial], options: argparse.Namespace) -> Iterator[tuple[int, Trial]]:

@@ -17,11 +17,12 @@ import torch
 from accuracy import check_case
 from cases import CASES
 
-from ptx.driver import Call, Gpu, activate
+from ptx.call import Call, emulated
 from ptx.findings import Fault
 from ptx.launch import Loaded
 from ptx.operands import Unsupported
 from ptx.trace import Trace
+from ptx.trials import in_package, launching
 
 KINDS = {  # name: (what is looked for, what stands there instead)
     "barrier removed": (r"^\s*bar\.sync\s+0;", ""),
@@ -32,6 +33,13 @@ KINDS = {  # name: (what is looked for, what stands there instead)
     "phase not waited for": (r"mbarrier\.try_wait[^;]*\s(\w+),[^;]*;", r"mov.pred \1, -1;"),
     "load mask dropped": (r"@!?%p\d+\s+(ld\.global)", r"\1"),
     "store mask dropped": (r"@!?%p\d+\s+(st\.global)", r"\1"),
+}
+KINDS_OF_CPP = {  # nvcc masks by branches around what threads leave out, and waits for all copies at once
+    "barrier removed": KINDS["barrier removed"],
+    "copy wait removed": (r"cp\.async\.wait_all;", ""),
+    "load mask dropped": KINDS["load mask dropped"],
+    "store mask dropped": KINDS["store mask dropped"],
+    "masking branch dropped": (r"@!?%p\d+\s+bra\s+[^;]*;", ""),
 }
 
 
@@ -48,20 +56,20 @@ class Site:
         return f"{self.call.kernel}, line {self.line}, {self.kind}: {self.call.ptx.splitlines()[self.line - 1].strip()}"
 
 
-def calls(op: str, name: str, dtype: torch.dtype, capability: tuple[int, int], processors: int = 1) -> list[Call]:
+def calls(op: str, name: str, dtype: torch.dtype, capability: tuple[int, int], backend: str = "triton") -> list[Call]:
     """The launches of a case, each kernel's first one."""
     (case,) = (each for each in CASES if (each.op, each.name) == (op, name))
-    with activate(Gpu(capability, processors)) as record:
+    with launching(backend, capability, 1, emulated) as record:
         record.keeps = True
-        check_case(case, dtype, "triton")
-    return list({call.ptx: call for call in reversed(record.calls)}.values())[::-1]
+        check_case(case, dtype, in_package(backend))
+    return list({(call.ptx, call.kernel): call for call in reversed(record.calls)}.values())[::-1]
 
 
-def sites(call: Call) -> Iterator[Site]:
+def sites(call: Call, kinds: dict[str, Any] = KINDS) -> Iterator[Site]:
     """Where faults can be planted. Masks count where they are off for some threads in this launch."""
     launch, _ = _sound(call)
     lines = call.ptx.split("\n")
-    for kind, (pattern, instead) in KINDS.items():
+    for kind, (pattern, instead) in kinds.items():
         for number, line in enumerate(lines, 1):
             if "mask" in kind and number not in launch.partial:
                 continue
@@ -92,6 +100,8 @@ def redundant(site: Site) -> str:
         (before, expected), (after, got) = _sound(site.call), site.call.run(site.ptx)
         if not all(_same_bits(a, b) for a, b in zip(got, expected, strict=True)) or _written(after) != _written(before):
             return ""
+        if "branch" in site.kind:
+            return "what threads branch past neither faults nor changes anything that is stored"
         if "store" in site.kind:
             return "threads that the mask switches off hold the value that others store there"
         return "what the mask keeps from being read lies inside of the tensor, and nothing stored depends on it"
@@ -106,6 +116,7 @@ def redundant(site: Site) -> str:
     return {
         "barrier removed": "no two warps touch the same bytes, one of them writing, between the barriers around it",
         "copy wait loosened": "nobody touches what the copies in flight write before a later wait",
+        "copy wait removed": "nobody touches what the copies in flight write before a later wait",
         "proxy fence removed": "another fence stands between what threads wrote and what reads it asynchronously",
     }.get(site.kind, "")
 

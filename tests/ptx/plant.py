@@ -1,7 +1,7 @@
 """Which kernels get planted faults, one of each kind, and what comes of them.
 
-The statements that no fault shows, with the reason, are listed in REDUNDANT.md beside this file, which
-`python -m ptx.emulate --faults --write` makes anew.
+`python -m ptx.emulate --faults --write` lists the statements that no fault shows, with the reason, beside this file: in
+REDUNDANT.md, those of CUDA C++ in REDUNDANT-cuda.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ptx.faults import Site, calls, redundant, seen, sites
+from ptx.faults import KINDS, KINDS_OF_CPP, Site, calls, redundant, seen, sites
+from ptx.trials import name_of
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Kernel:
     op: str
     name: str
     capability: tuple[int, int] = (9, 0)
+    backend: str = "triton"
 
     def __str__(self) -> str:
-        major, minor = self.capability
-        return f"faults: sm_{major}{minor} {self.op}: {self.name}"
+        return f"faults: {name_of(self.capability, self.backend)} {self.op}: {self.name}"
 
     def sites(self) -> Iterator[Site]:
-        for call in calls(self.op, self.name, torch.bfloat16, self.capability):
-            yield from sites(call)
+        for call in calls(self.op, self.name, torch.bfloat16, self.capability, self.backend):
+            yield from sites(call, KINDS if self.backend == "triton" else KINDS_OF_CPP)
 
 
 KERNELS = (
@@ -42,6 +43,12 @@ KERNELS = (
     Kernel("patch_embed", "blocked gemm"),
     Kernel("attention_qkv", "197 tokens", (8, 0)),
     Kernel("mlp", "gelu, blocked gemm", (8, 0)),
+    Kernel("add_layer_norm", "197 tokens", (8, 0), "cuda"),
+    Kernel("rotary", "head width 64, halves", (8, 0), "cuda"),
+    Kernel("mlp", "gelu, blocked gemm", (8, 0), "cuda"),
+    Kernel("attention_qkv", "head width 72", (8, 0), "cuda"),
+    Kernel("attention", "key padding, cross", (8, 0), "cuda"),
+    Kernel("patch_embed", "uint8, mean and std", (8, 0), "cuda"),
 )
 
 
@@ -77,14 +84,14 @@ def plant(kernel: Kernel) -> Planted:
     return planted
 
 
-def listing(outcomes: dict[str, Planted], version: str) -> str:
-    """REDUNDANT.md: the faults that nothing shows, and why."""
+def listing(outcomes: dict[str, Planted], compiler: str) -> str:
+    """The faults that nothing shows, and why, as a page beside this file."""
     rows = [row for each in outcomes.values() for row in each.rows()]
     seen, needed = sum(shown for *_, shown, _ in rows), sum(total - spare for _, _, total, _, spare in rows)
     lines = [
         "# Faults that nothing shows",
         "",
-        f"Planted one at a time in the PTX of triton {version}, bfloat16 (`plant.py` says in which kernels): {seen} of",
+        f"Planted one at a time in the PTX of {compiler}, bfloat16 (`plant.py` says in which kernels): {seen} of",
         f"{needed} are seen by the machine. The others change nothing, each by a rule that `faults.redundant` holds it",
         "to; what is neither seen nor shown to be redundant is listed as open.",
         "",

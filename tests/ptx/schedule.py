@@ -79,7 +79,8 @@ def run(cohort: Cohort) -> None:
 
 def _together(group: Group, strand: Strand) -> list[Group]:
     """All threads run a block. Gives the CTAs that part from the rest as groups of their own."""
-    function, length = group.launch.program.translator.function(strand.at, True)
+    at = strand.at
+    function, length = group.launch.program.translator.function(at, True)
     group.launch.executed += length
     after = function(strand)
     if isinstance(after, int):
@@ -91,8 +92,10 @@ def _together(group: Group, strand: Strand) -> list[Group]:
         elif not condition.any():
             strand.at = other
         elif condition.shape[1] == 1 or (condition == condition[:, :1]).all():
+            _parted(group, at + length)
             return [_leave(group, strand, ~condition[:, 0], other), *_stay(group, strand, condition[:, 0], taken)]
         else:
+            _parted(group, at + length)
             condition = strand.full(condition)
             group.strands = [
                 Strand(group, taken, condition, list(strand.registers)),
@@ -104,6 +107,11 @@ def _together(group: Group, strand: Strand) -> list[Group]:
         group.cohort.exited[group.rows] = True
         group.strands = []
     return []
+
+
+def _parted(group: Group, end: int) -> None:
+    """Threads part at a branch, the last instruction before `end`."""
+    group.launch.partial.add(group.launch.program.instruction(end - 1).line)
 
 
 def _leave(group: Group, strand: Strand, rows: Any, at: int) -> Group:
@@ -132,7 +140,8 @@ def _apart(group: Group) -> None:
         raise _hang(group)
     strand = min(ready, key=lambda each: (each.turns // _PATIENCE, each.at))
     strand.turns += 1
-    function, length = group.launch.program.translator.function(strand.at, False)
+    at = strand.at
+    function, length = group.launch.program.translator.function(at, False)
     try:
         after = function(strand)
     except NotYet as wait:
@@ -154,6 +163,7 @@ def _apart(group: Group) -> None:
         stays, leaves = mask & condition, mask & ~condition
         strand.at = taken if stays.any() else other
         if stays.any() and leaves.any():
+            _parted(group, at + length)
             strand.mask = stays
             new = Strand(group, other, leaves, list(strand.registers))
             new.turns = strand.turns

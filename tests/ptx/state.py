@@ -24,7 +24,7 @@ class Launch:
         memory: global memory.
         parameters: bytes of the parameters, and where each begins.
         tensor_maps: TMA descriptors by address.
-        partial: instructions whose guard was off for some thread, and on for others, of a global access.
+        partial: lines of global accesses and of branches whose guard was off for some thread, and on for others.
         executed: instructions, counted once for all threads that run them together.
     """
 

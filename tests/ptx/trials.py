@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,12 +26,17 @@ from cases import (
     rotary,
     rotary_qkv,
 )
+from not_on_cuda import why_not_on
 
-from ptx.driver import Gpu, activate
+from ptx import cuda, driver
+from ptx.call import Call, Record, emulated
 from ptx.findings import Fault
 from ptx.operands import Unsupported
+from vitkernels.dispatch import BackendError
 
 CAPABILITIES = ((9, 0), (8, 0), (8, 9), (8, 6))
+CUDA_CAPABILITIES = ((8, 0), (7, 5), (9, 0), (8, 6), (8, 9))
+BACKENDS = ("triton", "cuda")  # whose kernels: Triton's, and the extension's CUDA C++
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # ops whose launches ask for multiprocessors
 PERSISTENT = ("linear", "mlp", "glu_mlp", "add_layer_norm", "add_rms_norm", "patch_embed")
@@ -76,10 +82,35 @@ class Trial:
     dtype: torch.dtype
     capability: tuple[int, int] = (9, 0)
     processors: int = 1
+    backend: str = "triton"
 
     def __str__(self) -> str:
-        major, minor = self.capability
-        return f"sm_{major}{minor} x{self.processors} {str(self.dtype).removeprefix('torch.')} {self.case}"
+        gpu, dtype = name_of(self.capability, self.backend), str(self.dtype).removeprefix("torch.")
+        return f"{gpu} x{self.processors} {dtype} {self.case}"
+
+    def launching(self, take: Callable[[Call, Record], None]) -> contextlib.AbstractContextManager[Record]:
+        """Let the package believe in the GPU, and `take` have every launch."""
+        return launching(self.backend, self.capability, self.processors, take)
+
+
+def name_of(capability: tuple[int, int], backend: str) -> str:
+    """Such as "sm_90", or "cuda sm_90" for CUDA C++."""
+    gpu = f"sm_{capability[0]}{capability[1]}"
+    return gpu if backend == "triton" else f"{backend} {gpu}"
+
+
+def in_package(backend: str) -> str:
+    """The package's own name for a backend, as `vk.use` has it."""
+    return {"triton": "triton", "cuda": "ext"}[backend]
+
+
+def launching(
+    backend: str, capability: tuple[int, int], processors: int, take: Callable[[Call, Record], None]
+) -> contextlib.AbstractContextManager[Record]:
+    """Let the package believe in a GPU inside the block, and `take` have every launch of a backend's."""
+    if backend == "cuda":
+        return cuda.activate(capability, processors, architecture=10 * capability[0] + capability[1], take=take)
+    return driver.activate(driver.Gpu(capability, processors), driver.taking(take))
 
 
 @dataclass
@@ -94,15 +125,17 @@ class Outcome:
 def attempt(trial: Trial) -> Outcome:
     """Run a trial."""
     begin, outcome = time.perf_counter(), Outcome()
-    with activate(Gpu(trial.capability, trial.processors)) as made:
+    with trial.launching(emulated) as made:
         try:
-            check_case(trial.case, trial.dtype, "triton")
+            check_case(trial.case, trial.dtype, in_package(trial.backend))
         except AssertionError as error:
             outcome.faults.append(f"numbers: {error}")
         except Fault as error:
             outcome.faults.append(str(error))
         except Unsupported as error:
             outcome.faults.append(f"not supported: {error}")
+        except BackendError as error:
+            outcome.faults.append(f"declined: {error}")
     outcome.faults += [str(finding) for finding in made.findings]
     outcome.launches, outcome.seconds = len(made.launches), time.perf_counter() - begin
     return outcome
@@ -117,6 +150,15 @@ def _on(
             if dtype in case.dtypes:
                 for processors in (1, 132) if case.op in (*PERSISTENT, *spread) else (1,):
                     yield Trial(case, dtype, capability, processors)
+
+
+def _on_cuda(cases: list[Case], dtypes: tuple[torch.dtype, ...], capability: tuple[int, int]) -> Iterator[Trial]:
+    """The same for CUDA C++, of what it serves there; its norms alone ask for multiprocessors."""
+    for case in cases:
+        for dtype in dtypes:
+            if dtype in case.dtypes and why_not_on(capability, case, dtype) is None:
+                for processors in (1, 132) if "norm" in case.op else (1,):
+                    yield Trial(case, dtype, capability, processors, "cuda")
 
 
 def named(*names: str) -> list[Case]:
@@ -156,9 +198,15 @@ def quick() -> list[Trial]:
     return trials
 
 
-def everything() -> list[Trial]:
+def everything(backend: str) -> list[Trial]:
     """What `make emulate` runs: every case in every dtype on every capability, real models last."""
     trials: list[Trial] = []
+    if backend == "cuda":
+        for capability in CUDA_CAPABILITIES:
+            trials += _on_cuda(CASES, (BF16, F16, F32), capability)
+        for capability in CUDA_CAPABILITIES:
+            trials += _on_cuda(REAL, (BF16, F16) if capability == (8, 0) else (BF16,), capability)
+        return trials
     for dtypes in ((BF16, F16), (F32,)):
         for capability in CAPABILITIES:
             trials += _on(CASES, dtypes, capability)

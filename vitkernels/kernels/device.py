@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -49,9 +50,11 @@ class Cuda:
     kind, title = "cuda", "CUDA"
 
     def why_not(self) -> str | None:
-        if torch.cuda.is_available():
-            return None
-        return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+        if os.name == "posix" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "triton finds no C compiler for its launchers; needs gcc or clang, or one that CC names"
+        return None
 
     @functools.cache  # noqa: B019  # one object for the life of the process
     def capability(self, device: torch.device) -> tuple[int, int]:
