@@ -21,7 +21,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|Tensor|Console|Module|collections|typing|Callable|Sequence|Path|pathlib|optional|dtype)\b.*"),
     (
         "py:class",
-        r"(T|Pair|vitkernels\.(ops|nn)\..*\._?\w+|vitkernels\.fuse\..*|vitkernels\.residual\..*|vitkernels\.dispatch\..*)",
+        r"(T|Pair|vitkernels\.(ops|nn)\..*\._?\w+|vitkernels\.fuse\..*|vitkernels\.train\.model\.ModelSpec|vitkernels\.residual\..*|vitkernels\.dispatch\..*)",
     ),
 ]
 

@@ -28,11 +28,11 @@ class MultiheadAttention(Twin, nn.MultiheadAttention):
 
     Its arguments are torch's; the kernels serve calls with `need_weights=False` that have a batch.
 
-    Args of forward:
+    Args:
         query: [B, N, embed_dim], or [N, B, embed_dim] without `batch_first`.
         key, value: [B, M, kdim] and [B, M, vdim], or with the first two axes exchanged.
-        key_padding_mask: [B, M], attn_mask: [N, M] or [B * num_heads, N, M]; bool (True is left out) or floating point,
-            added to the scores.
+        key_padding_mask: [B, M], bool (True is left out) or floating point, added to the scores.
+        attn_mask: [N, M] or [B * num_heads, N, M]; as key_padding_mask.
         need_weights, average_attn_weights: the maps come from torch's own code, [B, N, M] or [B, num_heads, N, M].
         is_causal: says that attn_mask is the causal one.
 

@@ -2,7 +2,8 @@
 
 from vitkernels.settings import TrainConfig, resume_config
 from vitkernels.train.demo import demo_config
-from vitkernels.train.model import load_model
+from vitkernels.train.model import Trained, load_model
 from vitkernels.train.run import train
+from vitkernels.train.stopping import Stopped
 
-__all__ = ["TrainConfig", "demo_config", "load_model", "resume_config", "train"]
+__all__ = ["Stopped", "TrainConfig", "Trained", "demo_config", "load_model", "resume_config", "train"]
