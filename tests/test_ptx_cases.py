@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 from ptx import alike, cuda  # noqa: E402  # needs triton
-from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Trial, attempt, everything, named, quick  # noqa: E402
+from ptx.emulate import Store  # noqa: E402
+from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Outcome, Trial, attempt, everything, named, quick  # noqa: E402
 
 NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
 
@@ -77,6 +79,22 @@ def test_trials_of_cuda_cpp_that_are_alike() -> None:
     causal = "attention_qkv: causal"
     assert told(causal) == told(causal) != ""
     assert told("add_layer_norm: 197 tokens") != told("add_layer_norm: 197 tokens", 132)  # another grid
+
+
+def test_kernels_that_change_leave_what_is_launched_as_before(tmp_path: Path) -> None:
+    """A trial is done again for other kernels, and run again only where its launches are others."""
+    (case,) = named("linear: one row")
+    one, other = (Trial(case, BF16, (9, 0), processors) for processors in (1, 132))
+    path, outcome = tmp_path / "outcomes.jsonl", asdict(Outcome(launches=3))
+    Store(path, "before").add(str(one), outcome | {"key": "launched"})
+    store = Store(path, "after")
+    assert not store.done
+    assert set(store.ran) == {"launched"}
+    store.add(str(one), {"key": "launched"})  # alike: not run
+    store.add(str(other), asdict(Outcome(["wrong"])) | {"key": "launches of its own"})
+    again = Store(path, "after")
+    assert again.outcome(one) == (Outcome(launches=3), False)
+    assert again.outcome(other) == (Outcome(["wrong"]), True)
 
 
 def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:

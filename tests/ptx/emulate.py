@@ -5,8 +5,8 @@
 
 Every case in every layout and dtype on every capability, launches of real models last, then planted faults: of Triton's
 kernels, and of the extension's CUDA C++ where there is a toolkit. What was done is kept under build/ and not done again
-while the code is the same. Of trials that are alike (`alike`) one is run, and the others have its outcome. Two
-processes, progress, a table at the end; exit code 1 where something failed.
+while launches, machine and truth are the same. Of trials that are alike (`alike`) one is run, and the others have its
+outcome. Two processes, progress, a table at the end; exit code 1 where something failed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,21 @@ from ptx.trials import BACKENDS, Outcome, Trial, attempt, everything, name_of, q
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 ENOUGH = 0.95  # of the planted faults that are not redundant
-SOURCES = (
-    "vitkernels/ops/*.py", "vitkernels/accuracy.py", "tests/ptx/*.py", "tests/ca*.py", "tests/layouts.py",
-    "tests/draws.py",
-)  # fmt: skip
-KERNEL_SOURCES = {
-    "triton": ("vitkernels/kernels/**/*.py",),
-    "cuda": ("vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", "tests/ptx/*.cpp"),
-}
+# what decides, beside the launches and the numbers drawn, what comes of a trial; and what decides about its launches
+JUDGES = ("vitkernels/ops/*.py", "vitkernels/accuracy.py", "tests/ptx/*.py", "tests/case.py", "tests/draws.py")
+LAUNCHES = {
+    "triton": ("vitkernels/kernels/**/*.py", "tests/cases*.py", "tests/layouts.py"),
+    "cuda": (
+        "vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", "tests/ptx/*.cpp", "tests/cases*.py",
+        "tests/layouts.py",
+    ),
+}  # fmt: skip
 LISTS = {"triton": "REDUNDANT.md", "cuda": "REDUNDANT-cuda.md"}
 
 
-def code(backend: str) -> str:
-    """A digest of what decides the outcomes."""
-    files = sorted(path for pattern in (*SOURCES, *KERNEL_SOURCES[backend]) for path in ROOT.glob(pattern))
+def digest(patterns: tuple[str, ...]) -> str:
+    """Of the files' contents."""
+    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -65,29 +66,43 @@ def compiler(backend: str) -> str:
 
 
 class Store:
-    """Outcomes by name, a line each in a file of this code and compiler."""
+    """Outcomes, a line each in a file of this compiler, machine and truth.
 
-    def __init__(self, backend: str, fresh: bool) -> None:
-        self.path = ROOT / "build" / f"emulate-{compiler(backend)}-{code(backend)}.jsonl"
-        self.path.parent.mkdir(exist_ok=True)
+    Kernels that change leave the outcomes of trials whose launches are what they were: those are compiled again, but
+    not run again.
+
+    Attributes:
+        done: lines by name, of these kernels.
+        ran: lines of trials that were run, by what they launched (`alike.digest`).
+    """
+
+    def __init__(self, path: Path, launches: str) -> None:
+        self.path, self._launches = path, launches
+        lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+        self.done: dict[str, dict[str, Any]] = {each["name"]: each for each in lines if each["launches_of"] == launches}
+        self.ran = {each["key"]: each for each in lines if each.get("key") and "faults" in each}
+
+    @classmethod
+    def of(cls, backend: str, fresh: bool) -> Store:
+        path = ROOT / "build" / f"emulate-{compiler(backend)}-{digest(JUDGES)}.jsonl"
+        path.parent.mkdir(exist_ok=True)
         if fresh:
-            self.path.unlink(missing_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done: dict[str, dict[str, Any]] = {each["name"]: each for each in map(json.loads, lines)}
-        self.ran = {each["key"]: name for name, each in self.done.items() if each.get("key") and "faults" in each}
+            path.unlink(missing_ok=True)
+        return cls(path, digest(LAUNCHES[backend]))
 
     def add(self, name: str, outcome: dict[str, Any]) -> None:
-        self.done[name] = {"name": name} | outcome
+        line = self.done[name] = {"name": name, "launches_of": self._launches} | outcome
         if outcome.get("key") and "faults" in outcome:
-            self.ran[outcome["key"]] = name
+            self.ran[outcome["key"]] = line
         with self.path.open("a") as file:
-            file.write(json.dumps(self.done[name]) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def outcome(self, trial: Trial) -> tuple[Outcome, bool]:
         """What came of a trial, and whether it was run itself rather than one alike."""
         own = self.done[str(trial)]
-        found = own if "faults" in own else self.done[self.ran[own["key"]]]
-        return Outcome(**{key: value for key, value in found.items() if key not in ("name", "key")}), found is own
+        found = own if "faults" in own else self.ran[own["key"]]
+        names = [each.name for each in fields(Outcome)]
+        return Outcome(**{name: found[name] for name in names}), found is own
 
 
 def _prepare() -> None:
@@ -241,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespace, console: Console) -> bool:
     """What was asked for of one backend; gives whether all is well."""
-    store = Store(backend, options.fresh)
+    store = Store.of(backend, options.fresh)
     good = True
     if jobs and not options.faults:
         work(store, together(jobs), functools.partial(_attempt, backend, options.quick), console)
