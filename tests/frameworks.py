@@ -249,6 +249,7 @@ def accelerated(model: nn.Module) -> Numbers:
     """accelerate's Accelerator, in bfloat16."""
     import accelerate
 
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer's, in this process before
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared, optimizer, data = accelerator.prepare(model, sgd(model), loader())
     found = {}

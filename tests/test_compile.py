@@ -66,7 +66,7 @@ def _sizes(op: str, batch: int, tokens: int) -> Case:
     cases = {
         "linear": lambda: linear("sizes", (batch, tokens), 16, 24),
         "patch_embed": lambda: patch_embed(
-            "sizes", 4, grid, batch=batch, prefix=1, pos_embed=1 + grid[0] * grid[1], keep=tokens + 2
+            "sizes", 4, grid, batch=batch, prefix=1, pos_embed=1 + grid[0] * grid[1], keep=tokens - 2
         ),
         "attention": lambda: attention("sizes", batch, 3, tokens, mask=mask),
         "attention_qkv": lambda: attention_qkv("sizes", batch, 3, tokens, mask=mask),

@@ -190,7 +190,7 @@ def test_a_run_with_numpys_integers(tmp_path: Path) -> None:
     arguments = {"patch_size": np.int64(8), "embed_dim": np.int64(16), "depth": two, "num_heads": two}
     train(tiny(folder, tmp_path / "run", epochs=two, batch_size=two, model_args=arguments), silent())
     model, _ = load_model(tmp_path / "run")
-    assert model.blocks[0].attn.num_heads == 2
+    assert model.model.blocks[0].attn.num_heads == 2
 
 
 def test_a_fused_module_of_numpys_integers() -> None:

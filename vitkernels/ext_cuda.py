@@ -126,7 +126,8 @@ def why_not_call(gpu: Gpu, op: str, call: Any) -> str | None:
 
 
 def _why_not_norm(call: Any) -> str | None:
-    samples, *_, width = (call.x if "x" in call._fields else call.total).shape
+    shape = (call.x if "x" in call._fields else call.total).shape
+    samples, width = shape[0], shape[-1]
     by_sample = any(each is not None and each.dim() == 2 for each in (call.weight, call.scale))
     if by_sample and samples > MOST_SAMPLES:
         return f"the CUDA C++ kernels take weights or scales of up to {MOST_SAMPLES} samples; got {samples}"

@@ -157,7 +157,7 @@ def rotary_qkv_kernel(
 
 
 def why_not(direction: str, call: Any) -> str | None:
-    return why_not_width(call.qkv.shape[-1])
+    return why_not_width((call.qkv if direction == "forward" else call.dout).shape[-1])
 
 
 def _launch(

@@ -256,7 +256,7 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, factor: 
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
         return scores
-    mask = _of_each(mask, len(scores))
+    mask = _of_each(mask, scores.shape[0])
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
@@ -267,13 +267,15 @@ def _weights(scores: Tensor, stats: Tensor, unit: float) -> Tensor:
 
 def _of_each(mask: Tensor, batch: int) -> Tensor:
     """Masks that serve in turn, one for each sequence."""
-    return mask if mask.dim() < 4 or len(mask) in (1, batch) else mask.repeat(batch // len(mask), 1, 1, 1)
+    if mask.dim() < 4 or mask.shape[0] in (1, batch):  # by shape: len() would make a traced size a constant
+        return mask
+    return mask.repeat(batch // mask.shape[0], 1, 1, 1)
 
 
 def sum_to_mask(dscores: Tensor, mask: Tensor) -> Tensor:
     """The gradient of an additive mask, from that of the scores, [B, H, Nq, Nk]."""
-    count = len(mask)
-    if count not in (1, len(dscores)):
+    count = mask.shape[0]
+    if count not in (1, dscores.shape[0]):
         dscores = dscores.unflatten(0, (-1, count)).sum(0)
     return dscores.sum_to_size(mask.shape).to(mask.dtype).contiguous()
 

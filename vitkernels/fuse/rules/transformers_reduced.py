@@ -238,9 +238,10 @@ RULES = (
         _TUPLE,
         ("attn_drop", "pool", "spatial_reduction", "layer_norm", "act"),
     ),
+    Rule(FusedConvFeed, owners("glpn.GLPNMixFFN"), lambda mlp: differs(mlp, _SIZES, _FEED)),
     Rule(
         FusedConvFeed,
-        owners("glpn.GLPNMixFFN pvt_v2.PvtV2ConvFeedForwardNetwork"),
+        owners("pvt_v2.PvtV2ConvFeedForwardNetwork"),
         lambda mlp: differs(mlp, _SIZES, _FEED, ("relu",)),
     ),
     Rule(
@@ -249,6 +250,6 @@ RULES = (
         lambda mlp: differs(mlp, _SIZES, ("fc1", "dwconv", "activation_fn", "fc2", "dropout")),
     ),
     layer_rule(FusedPvtLayer, owners("pvt.PvtLayer"), _TUPLE),
-    layer_rule(FusedPvtV2Layer, owners("pvt_v2.PvtV2BlockLayer glpn.GLPNLayer"), _TUPLE),
+    *(layer_rule(FusedPvtV2Layer, owners(name), _TUPLE) for name in ("pvt_v2.PvtV2BlockLayer", "glpn.GLPNLayer")),
     layer_rule(FusedSegformerLayer, owners("segformer.SegformerLayer"), (*_SIZES, "kwargs")),
 )
