@@ -128,6 +128,21 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert ran.stdout == "Versions\n"
 
 
+def test_a_reader_that_leaves_while_a_command_writes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from vitkernels import commands
+
+    def info(arguments: dict[str, object]) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(commands.COMMANDS, "info", info)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *files: None)  # it would be of pytest's own output
+        assert main(["info"]) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_info_needs_no_package_of_the_trainer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

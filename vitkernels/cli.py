@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return commands.COMMANDS[command](arguments) or 0
         except commands.EXPECTED as error:
-            if debug:
+            if debug or isinstance(error, BrokenPipeError):
                 raise
             print(f"vitkernels: {_with_flags(str(error), command)}", file=sys.stderr)
             return 2
