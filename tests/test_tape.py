@@ -86,6 +86,31 @@ def test_a_step_on_the_machine_for_ptx(kind: str, processors: int) -> None:
     check_equal(second, first)
 
 
+def elsewhere(tensor: Tensor) -> Tensor:
+    """A copy that does not begin at a multiple of 16 bytes."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory[1:].view(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize("how", ["in its place", "by a hook"])
+def test_a_backward_pass_looks_at_tensors_that_came_after_its_forward_pass(how: str, backend: str) -> None:
+    """What kernels may assume of memory is asked of the tensors that they get, not of those that were there before."""
+    layer = Layer("mlp", factors=FACTORS)
+    with vk.use(backend):
+        expected = run(layer, autocast=False)
+        (kind,) = _stretch._kinds.values()
+        assert len(kind.backward) == 1
+        if how == "by a hook":
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, elsewhere):
+                results = layer.together()
+        else:
+            results = layer.together()
+            layer.tensors["weight"].data = elsewhere(layer.tensors["weight"])
+        found = layer.gradients(results)
+    assert len(kind.backward) == 2, "another kind of backward pass"
+    check_equal(found, expected)
+
+
 def test_a_kind_is_taped_at_its_third_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(tape, "FROM_CALL", 3)
