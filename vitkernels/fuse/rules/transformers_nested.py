@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners, why_not_inside
+from vitkernels.fuse.rules.transformers_parts import (
+    FusedAttention,
+    FusedWrittenAttention,
+    attention_rule,
+    owners,
+    why_not_inside,
+    written_out,
+)
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import owner_name
 from vitkernels.residual.stream import Branch
 from vitkernels.residual.sublayers import dropped, mlp_branch
-
-_QUERIES = ("attention.query", "attention.key", "attention.value")
-
 
 # ------------------------------------------------------------------------------------------------------- attention
 
@@ -29,14 +33,10 @@ _QUERIES = ("attention.query", "attention.key", "attention.value")
 class FusedNestedAttention(FusedAttention):
     """DPTViTAttention and its copies."""
 
-    spelling = Spelling(
-        _QUERIES,
-        "output.dense",
-        "attention.num_attention_heads",
-        "attention.scaling",
-        "attention.dropout_prob",
-        last="output.dropout",
-        inside=("attention", "output"),
+    spelling = dataclasses.replace(
+        written_out("attention"),
+        scale="attention.scaling",
+        dropout="attention.dropout_prob",
         is_causal="attention.is_causal",
         config="attention.config",
     )
@@ -55,35 +55,6 @@ class FusedVideoAttention(FusedNestedAttention):
         return next((f"called with {name}" for name in options), None)
 
 
-class FusedWrittenAttention(FusedAttention):
-    """FlavaAttention and ViltAttention: written out, and a tuple returned."""
-
-    spelling = Spelling(
-        _QUERIES,
-        "output.dense",
-        "attention.num_attention_heads",
-        None,
-        "attention.dropout",
-        last="output.dropout",
-        inside=("attention", "output"),
-    )
-    has_functions = False
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
-    ) -> tuple[Tensor, ...]:
-        options = {"attention_mask": attention_mask, "output_attentions": output_attentions}
-        if self.leaves(hidden_states, **options):
-            return super(FusedAttention, self).forward(hidden_states, **options)
-        return (self.attended(hidden_states, **options),)
-
-    def why_not_alone(self) -> str | None:
-        return self.why_not_now()
-
-    def why_not_call(self, attention_mask: Any = None, output_attentions: bool = False, **options: Any) -> str | None:
-        return "called with output_attentions" if output_attentions else super().why_not_call(attention_mask, **options)
-
-
 class FusedMobileAttention(FusedWrittenAttention):
     """MobileViTAttention."""
 
@@ -93,19 +64,8 @@ class FusedMobileAttention(FusedWrittenAttention):
         return self.attended(hidden_states)
 
 
-class FusedData2VecAttention(FusedAttention):
+class FusedData2VecAttention(FusedWrittenAttention):
     """Data2VecVisionAttention: a bias of relative positions of its own, of the model, or both."""
-
-    spelling = Spelling(
-        _QUERIES,
-        "output.dense",
-        "attention.num_attention_heads",
-        None,
-        "attention.dropout",
-        last="output.dropout",
-        inside=("attention", "output"),
-    )
-    has_functions = False
 
     def forward(  # type: ignore[override]
         self,
@@ -128,9 +88,6 @@ class FusedData2VecAttention(FusedAttention):
     def weights(self) -> tuple[None, ...]:
         """What stands beside the tokens in its result."""
         return (None,) if "Sdpa" in owner_name(self.attention) else ()  # type: ignore[arg-type]
-
-    def why_not_alone(self) -> str | None:
-        return self.why_not_now()
 
     def leaves(self, x: Tensor, **options: Any) -> bool:
         return self.declines(x, lambda: self.why_not_alone() or self.why_not_given(**options))

@@ -132,6 +132,19 @@ class Spelling:
     config: str = "config"
 
 
+def written_out(inside: str) -> Spelling:
+    """Of attention without a config, in the module of that name and one called "output"."""
+    return Spelling(
+        tuple(f"{inside}.{name}" for name in ("query", "key", "value")),
+        "output.dense",
+        f"{inside}.num_attention_heads",
+        None,
+        f"{inside}.dropout",
+        last="output.dropout",
+        inside=(inside, "output"),
+    )
+
+
 def why_not_without(needed: Collection[str], options: Mapping[str, Any]) -> str | None:
     """Which keyword a call lacks that it cannot do without; the module's own error is the one to see."""
     return next((f"called without {name}" for name in needed if options.get(name) is None), None)
@@ -304,6 +317,27 @@ class FusedAttention(Fused):
     def parts(self) -> list[Part]:
         branch = self.branch()
         return [Part("", branch.ops, self.why_not_alone() or branch.why_not)]
+
+
+class FusedWrittenAttention(FusedAttention):
+    """Attention that is written out, in two modules inside, and returns a tuple: FlavaAttention, DonutSwinAttention."""
+
+    spelling = written_out("attention")
+    has_functions = False
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        options = {"attention_mask": attention_mask, "output_attentions": output_attentions}
+        if self.leaves(hidden_states, **options):
+            return super(FusedAttention, self).forward(hidden_states, **options)
+        return (self.attended(hidden_states, **options),)
+
+    def why_not_alone(self) -> str | None:
+        return self.why_not_now()
+
+    def why_not_call(self, attention_mask: Any = None, output_attentions: bool = False, **options: Any) -> str | None:
+        return "called with output_attentions" if output_attentions else super().why_not_call(attention_mask, **options)
 
 
 _ARGUMENTS = ("hidden_states", "attention_mask", "kwargs")

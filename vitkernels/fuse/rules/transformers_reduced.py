@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, at, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, at, attention_rule, owners, written_out
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import parts
 from vitkernels.residual.stream import Branch, Part, Sublayer
@@ -61,15 +61,7 @@ class FusedReducedAttention(FusedAttention):
 class FusedPvtAttention(FusedReducedAttention):
     """GLPNAttention and PvtAttention: written out, in two modules inside, and a tuple returned."""
 
-    spelling = Spelling(
-        ("self.query", "self.key", "self.value"),
-        "output.dense",
-        "self.num_attention_heads",
-        None,
-        "self.dropout",
-        last="output.dropout",
-        inside=("self", "output"),
-    )
+    spelling = written_out("self")
     has_functions = False
     returns_weights = False
     reduction: ClassVar[tuple[str, str]] = ("self.sequences_reduction_ratio", "self.sequence_reduction")

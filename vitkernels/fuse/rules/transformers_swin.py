@@ -19,7 +19,15 @@ from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_nested import FusedSpreadLayer
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners, why_not_inside
+from vitkernels.fuse.rules.transformers_parts import (
+    FusedAttention,
+    FusedWrittenAttention,
+    Spelling,
+    attention_rule,
+    owners,
+    why_not_inside,
+    written_out,
+)
 from vitkernels.residual import genuine
 from vitkernels.residual.stream import Branch, Sublayer, added_norms
 from vitkernels.residual.sublayers import join_heads
@@ -51,33 +59,13 @@ def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias if mask is None else bias + mask[:, None]
 
 
-class FusedDonutAttention(FusedAttention):
-    """DonutSwinAttention and MaskFormerSwinAttention: written out, in two modules inside, and a tuple returned."""
+class FusedDonutAttention(FusedWrittenAttention):
+    """DonutSwinAttention and MaskFormerSwinAttention: of windows too."""
 
-    spelling = Spelling(
-        ("self.query", "self.key", "self.value"),
-        "output.dense",
-        "self.num_attention_heads",
-        None,
-        "self.dropout",
-        last="output.dropout",
-        inside=("self", "output"),
-    )
-    has_functions = False
+    spelling = written_out("self")
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
-    ) -> tuple[Tensor, ...]:
-        options = {"attention_mask": attention_mask, "output_attentions": output_attentions}
-        if self.leaves(hidden_states, **options):
-            return super(FusedAttention, self).forward(hidden_states, **options)
-        return (self.attended(hidden_states, attention_mask=attention_mask),)
-
-    def why_not_alone(self) -> str | None:
-        return self.why_not_now()
-
-    def why_not_call(self, attention_mask: Any = None, output_attentions: bool = False, **options: Any) -> str | None:
-        return "called with output_attentions" if output_attentions else None
+    def why_not_call(self, attention_mask: Any = None, **options: Any) -> str | None:  # type: ignore[override]
+        return super().why_not_call(None, **options)
 
     def is_plain(self) -> bool:
         return False
