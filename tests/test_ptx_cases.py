@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the machine executes what triton compiles"
 if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
-from ptx import alike, cuda  # noqa: E402  # needs triton
+from ptx import alike, cuda, driver  # noqa: E402  # needs triton
 from ptx.emulate import Store  # noqa: E402
 from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Outcome, Trial, attempt, everything, named, quick  # noqa: E402
 
@@ -52,6 +52,17 @@ def test_trials_that_are_alike() -> None:
     assert digest("patch_embed: patch 4") != digest("patch_embed: large mean")  # other numbers
     assert digest(copied[0]) != digest("linear: strides, 16 bits, x expanded")
     assert digest("attention: key padding, cross") != digest("attention: relative position bias")
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_qkv: causal", "mlp: gelu, blocked gemm", "patch_embed: uint8, mean and std"]
+)
+def test_the_text_of_sm_80_stands_for_two_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `compiled_for` gives sm_86 and sm_89 is what Triton compiles for themselves."""
+    given = [digest(name, each) for each in ((8, 6), (8, 9))]
+    monkeypatch.setattr(driver, "compiled_for", lambda capability: capability)
+    assert [digest(name, each) for each in ((8, 6), (8, 9))] == given
+    assert "" not in given
 
 
 def test_cuda_cpp_is_all_there() -> None:

@@ -1,6 +1,6 @@
 """Trials that reach the machine in the same way: one of them is run.
 
-sm_86 and sm_89 are mostly given the text of sm_80, one multiprocessor the grid of 132, and a layout that the host
+sm_86 and sm_89 are mostly given the launches of sm_80, one multiprocessor the grid of 132, and a layout that the host
 copies the launches of a contiguous tensor. Trials are alike where they make the same launches (`Call.description`) of
 numbers drawn in the same way. Compiling, which shows it, takes a fraction of running.
 """

@@ -30,6 +30,11 @@ SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227,
 CACHE = Path(__file__).parents[2] / "build" / "ptx-cache"
 
 
+def compiled_for(capability: tuple[int, int]) -> tuple[int, int]:
+    """Whose PTX a GPU is given: Triton tells sm_86 and sm_89 from sm_80 in 8-bit floats alone, which are not used."""
+    return (8, 0) if capability[0] == 8 else capability
+
+
 class Nothing:
     """A launcher that launches nothing."""
 
@@ -133,11 +138,12 @@ class Driver:
         return name, (name, binary.decode()), 0, 0, 1024  # module, function, registers, spills, most threads
 
     def get_current_target(self) -> GPUTarget:
-        major, minor = self.gpu.capability_
+        major, minor = compiled_for(self.gpu.capability_)
         return GPUTarget("cuda", 10 * major + minor, 32)
 
     def get_current_device(self) -> Any:
-        return self.gpu.capability_, self.launcher_cls  # kernels are kept by device: those of two targets do not mix
+        # kernels are kept by device: those of two targets do not mix
+        return self.gpu.capability_, compiled_for(self.gpu.capability_), self.launcher_cls
 
     def get_current_stream(self, device: Any) -> int:
         return 0
