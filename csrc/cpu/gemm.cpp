@@ -71,7 +71,7 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const std::optional<
   const std::optional<Tensor> packed_bias = bias ? std::make_optional(packed(*bias)) : std::nullopt;  // it reads no steps
   AtenTensorHandle bias_handle = bias ? packed_bias->get() : nullptr;
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
       x.get(), weight.get(), bias ? &bias_handle : nullptr, "none", nullptr, 0, nullptr, &result));
   return Tensor(result);
 }
@@ -90,9 +90,9 @@ Tensor aten_product(const Matrix& a, const Matrix& b, const std::optional<Tensor
   Tensor out = empty(a.tensor, shape);
   const Tensor left = tensor_of(a), right = tensor_of(b), rows = reinterpreted(out, {a.rows, b.cols}, {b.cols, 1});
   if (bias) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(rows.get(), bias->get(), left.get(), right.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(rows.get(), bias->get(), left.get(), right.get(), 1, 1));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(rows.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(rows.get(), left.get(), right.get()));
   }
   return out;
 }

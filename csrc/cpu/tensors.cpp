@@ -13,11 +13,11 @@ Tensor allocate(const Shape& shape, const Shape& strides, ScalarType dtype) {
   if (dispatched_memory) {
     std::array<StableIValue, 6> stack{from(shape),        from(strides),      from(std::make_optional(dtype)),
                                       from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_strided", "", stack.data(), TORCH_ABI_VERSION));
     return to<Tensor>(stack[0]);
   }
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
                                                          to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0,
                                                          &result));
   return Tensor(result);

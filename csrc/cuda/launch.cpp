@@ -20,8 +20,8 @@ std::string text(const Sizes& d) {
 Launches::Launches(const char* op, const Tensor& like, std::initializer_list<const Tensor*> tensors)
     : op_(op), tensors_{&like}, device_(like.get_device_index()) {
   tensors_.insert(tensors_.end(), tensors.begin(), tensors.end());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &guard_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
 }
 
 Launches::~Launches() { aoti_torch_delete_cuda_guard(guard_); }

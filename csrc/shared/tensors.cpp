@@ -49,7 +49,7 @@ Shape with_width(Shape shape, int64_t width) {
 
 Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides) {
   AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.data(), strides.data(), 0, &result));
   return Tensor(result);
 }
@@ -63,7 +63,7 @@ Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype
 Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
