@@ -49,8 +49,8 @@ def variants_varlen(capability: Capability) -> list[Variant]:
 
 
 def variants_rel_pos(capability: Capability) -> list[Variant]:
-    """The kernels as `attention_rel_pos` launches them: windows of 7 and of 14, images of 32, of 64 and of 96."""
-    images = ((7, 32), (14, 64), (14, 80), (32, 64), (64, 64), (64, 80), (64, 128), (96, 64), (96, 80), (96, 128))
+    """The kernels as `attention_rel_pos` launches them: windows of 7 and of 14, images of 32 and of 64."""
+    images = ((7, 32), (14, 64), (14, 80), (32, 64), (64, 64), (64, 80), (64, 128))
     shapes = [_Shape(side * side, width, "bf16", capability, columns=side) for side, width in images]
     shapes += [_Shape(side * side, 64, "fp32", capability, columns=side) for side in (14, 64)]
     return [variant for shape in shapes for variant in shape.long()]

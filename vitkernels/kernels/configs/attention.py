@@ -92,15 +92,22 @@ LONG_DS = Table(
 # dq's over an image, whose rows are its tiles of keys. Calls have the image's columns too.
 _ROW = "of each query, a row of scores, of their gradients and of the columns' gradient stay in registers"
 REL_POS_DQ = Table(
-    Row(AttentionTile(16, 0, 4, 1), _EXACT, float32=True, columns=32, width=128),
-    Row(AttentionTile(16, 0, 8, 1, spills=16), _EXACT, float32=True, columns=128, width=128),
+    Row(AttentionTile(16, 0, 4, 1, spills=16), _EXACT, float32=True, columns=32, width=128),
+    Row(AttentionTile(16, 0, 8, 1, spills=16), _EXACT, float32=True, columns=64, width=128),
     Row(AttentionTile(32, 0, 4), _ROW, 80, float32=False, columns=16, width=96),
     Row(AttentionTile(32, 0, 4, 1), _ROW, 80, float32=False, columns=32, width=128),
-    Row(AttentionTile(32, 0, 8, 1), _ROW, 80, float32=False, columns=64, width=128),
-    Row(AttentionTile(16, 0, 8, 1), _ROW, 80, float32=False, columns=128, width=128),
+    Row(AttentionTile(32, 0, 8, 1), _ROW, 80, float32=False, columns=64, width=64),
+    Row(AttentionTile(16, 0, 8, 1), _ROW, 80, float32=False, columns=64, width=128),
     Row(AttentionTile(64, 0, 4), _ROW, 90, float32=False, columns=16, width=64),
     Row(AttentionTile(64, 0, 4, 1), _ROW, 90, float32=False, columns=32, width=64),
-    Row(AttentionTile(64, 0, 8, 1), _ROW, 90, float32=False, columns=128, width=128),
+    Row(
+        AttentionTile(64, 0, 8, 1, spills=64),
+        "no spills but for 128-wide heads",
+        90,
+        float32=False,
+        columns=64,
+        width=128,
+    ),
     space={"queries": (16, 32, 64), "warps": (4, 8), "stages": (1, 2)},
     by_pointers=True,
 )
