@@ -56,7 +56,13 @@ LONG_FORWARD = Table(
 )
 LONG_DKDV = Table(
     Row(AttentionTile(16, 32, 4, 1), _EXACT, float32=True, width=128),
-    Row(AttentionTile(32, 64, 4, 1), _REGISTERS, 80, float32=False, width=80),
+    Row(
+        AttentionTile(32, 64, 4, 1, spills=8),
+        "no spills but for 80-wide heads over an image",
+        80,
+        float32=False,
+        width=80,
+    ),
     Row(AttentionTile(16, 64, 4), _REGISTERS, 80, float32=False, width=96),
     Row(AttentionTile(32, 64, 8), _REGISTERS, 80, float32=False, width=128),
     Row(AttentionTile(32, 64, 4), "dk and dv of 64 keys stay in registers", 90, float32=False, width=128),
@@ -97,7 +103,14 @@ REL_POS_DQ = Table(
     Row(AttentionTile(32, 0, 4), _ROW, 80, float32=False, columns=16, width=96),
     Row(AttentionTile(32, 0, 4, 1), _ROW, 80, float32=False, columns=32, width=128),
     Row(AttentionTile(32, 0, 8, 1), _ROW, 80, float32=False, columns=64, width=64),
-    Row(AttentionTile(16, 0, 8, 1), _ROW, 80, float32=False, columns=64, width=128),
+    Row(
+        AttentionTile(32, 0, 8, 1, spills=344),
+        "80-wide heads spill in tiles of 16 queries too",
+        80,
+        float32=False,
+        columns=64,
+        width=128,
+    ),
     Row(AttentionTile(64, 0, 4), _ROW, 90, float32=False, columns=16, width=64),
     Row(AttentionTile(64, 0, 4, 1), _ROW, 90, float32=False, columns=32, width=64),
     Row(
