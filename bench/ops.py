@@ -49,6 +49,7 @@ def of_size(size: Size) -> Iterator[Case]:
         image={"grad": False},
     )
     yield cases.attention_qkv(f"{size}", size.batch, size.heads, size.tokens, width // size.heads)
+    yield cases.attention_rel_pos_qkv(f"{size}", size.batch, size.heads, (side, side), width // size.heads)
     counts = tuple(size.tokens * (1 + 6 * i // max(size.batch - 1, 1)) // 4 for i in range(size.batch))
     yield cases.attention_varlen_qkv(f"{size} on average", counts, size.heads, width // size.heads)
     yield cases.rotary(f"{size}", (size.batch, size.heads, size.tokens, width // size.heads))
@@ -160,6 +161,9 @@ class OpBench:
         if self.case.op == "attention_qkv":
             batch, tokens, packed = shapes["qkv"]
             return 4.0 * batch * tokens**2 * packed / 3 * (1 + backward)
+        if self.case.op == "attention_rel_pos":
+            batch, tokens, *packed = shapes["qkv"]
+            return 4.0 * batch * tokens**2 * math.prod(packed) / 3 * (1 + backward)
         if self.case.op == "attention_varlen":
             _, _, *head = shapes["qkv"]
             ends = self.case.tensors["cu_seqlens"]

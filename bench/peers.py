@@ -154,6 +154,17 @@ def _te_attention(qkv: Tensor, num_heads: int) -> Tensor:
     return module(q, k, v)
 
 
+# -------------------------------------------------------------------------------------------------- attention_rel_pos
+
+
+@peer("attention_rel_pos", "sdpa")
+def _sdpa_biased(qkv: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """With the bias of all queries and keys as a mask, as SAM has it."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+
+
 # --------------------------------------------------------------------------------------------------- attention_varlen
 
 

@@ -127,6 +127,29 @@ ATTENTION = (
     ),
 )
 
+ATTENTION_REL_POS = (
+    Panel(
+        "Backward: a program is one tile of queries of one head, and a tile of keys is a row of their image",
+        (
+            tile("q, dout", "[Nq, K]", (0.0, 0.3, 1.0, 0.2), (44, 90)),
+            Tensor("k, v", "[Kh * Kw, K]", (44, 90), (0.0, 0.3, 1.0, 0.12)),
+            Tensor("rel_h, rel_w", "[Nq, Kh], [Nq, Kw]", (60, 90), (0.0, 0.3, 1.0, 0.2)),
+        ),
+        (
+            "rel_w of my queries: loaded once, kept",
+            "for each row y of the image:",
+            "  scores = q k^T + rel_h[:, y] + rel_w",
+            "  drel_h[:, y] = their gradients' sum",
+            "  drel_w += their gradients",
+        ),
+        (
+            tile("dq", "[Nq, K]", (0.0, 0.3, 1.0, 0.2), (44, 90)),
+            tile("drel_h, drel_w", "[Nq, Kh], [Nq, Kw]", (0.0, 0.3, 1.0, 0.2), (60, 90)),
+        ),
+        held=tile("scores", "[Nq, Kh * Kw]", (0.2, 0.3, 0.12, 0.2), (64, 64)),
+    ),
+)
+
 ATTENTION_VARLEN = (
     Panel(
         "Forward: a program is one tile of queries of one sequence",
@@ -315,6 +338,7 @@ LINEAR = (
 PANELS: dict[str, tuple[Panel, ...]] = {
     "patch_embed": PATCH_EMBED,
     "attention": ATTENTION,
+    "attention_rel_pos": ATTENTION_REL_POS,
     "attention_varlen": ATTENTION_VARLEN,
     "rotary": ROTARY,
     "rotary_qkv": ROTARY_QKV,

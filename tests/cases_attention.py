@@ -49,6 +49,44 @@ def attention(
     return Case("attention", name, tensors | ({"attn_mask": mask} if mask is not None else {}), **more)
 
 
+def attention_rel_pos(
+    name: str,
+    batch: int = 2,
+    heads: int = 2,
+    image: tuple[int, int] = (3, 5),
+    width: int = 16,
+    *,
+    queries: int | None = None,
+    logits: float = 1.0,
+    positions: dict[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    """q, k and v apart; `positions` is what is special about rel_h and rel_w."""
+    keys = image[0] * image[1]
+    queries = keys if queries is None else queries
+    rows = (batch, heads, keys, width)
+    rel = {
+        name: T((batch, heads, queries, size), **positions or {})
+        for name, size in zip(("rel_h", "rel_w"), image, strict=True)
+    }
+    tensors = {"q": T((batch, heads, queries, width), gain=logits), "k": T(rows), "v": T(rows)}
+    return Case("attention_rel_pos", name, tensors | rel, **more)
+
+
+def attention_rel_pos_qkv(
+    name: str,
+    batch: int = 2,
+    heads: int = 2,
+    image: tuple[int, int] = (3, 5),
+    width: int = 16,
+    **more: Any,
+) -> Case:
+    case = attention_rel_pos(f"packed, {name}", batch, heads, image, width, **more)
+    qkv = T((batch, image[0] * image[1], 3, heads, width))
+    rel = {name: case.tensors[name] for name in ("rel_h", "rel_w")}
+    return dataclasses.replace(case, tensors={"qkv": qkv} | rel)
+
+
 def lengths(*counts: int) -> T:
     """cu_seqlens of sequences with so many tokens."""
     ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
@@ -254,6 +292,35 @@ ATTENTION = [
     attention("grouped keys, mask gradient", 2, 4, 9, keys_heads=2, mask=T((2, 4, 9, 9))),
     attention("grouped keys, mask gradient for all heads", 2, 4, 9, keys_heads=2, mask=T((1, 1, 9, 9))),
     *HUGE_SCORES,
+]
+
+ATTENTION_REL_POS = [
+    attention_rel_pos("plain"),
+    attention_rel_pos("one token", image=(1, 1)),
+    attention_rel_pos("empty batch", batch=0),
+    attention_rel_pos("no rows", image=(0, 3), queries=4),
+    attention_rel_pos("no columns", image=(3, 0), queries=4),
+    attention_rel_pos("no queries", queries=0),
+    attention_rel_pos("one row", image=(1, 17)),
+    attention_rel_pos("one column", image=(17, 1)),
+    attention_rel_pos("a smaller image of keys", image=(3, 4), queries=33),
+    attention_rel_pos("a window", 3, 1, (14, 14), 64),
+    attention_rel_pos("an image", 1, 1, (13, 60), queries=40, dtypes=(F32, BF16)),
+    attention_rel_pos("rows that a block of keys cuts", 1, 1, (13, 48), queries=9, dtypes=(F32, BF16)),
+    attention_rel_pos("wide rows", 1, 1, (3, 64), queries=5, dtypes=(F32, BF16)),
+    attention_rel_pos("scale", options={"scale": 0.7}),
+    attention_rel_pos("negative scale", options={"scale": -0.3}),
+    attention_rel_pos("scale 0", options={"scale": 0.0}),
+    attention_rel_pos("large logits", image=(8, 12), logits=50.0),
+    attention_rel_pos("large positions", image=(4, 9), positions={"gain": 30.0}),
+    attention_rel_pos("float32 positions", positions={"dtype": F32}, dtypes=REDUCED),
+    attention_rel_pos("positions that learn nothing", positions={"grad": False}),
+    attention_rel_pos("positions transposed", positions={"layout": "transposed"}),
+    *(attention_rel_pos(f"head width {width}", image=(3, 7), width=width) for width in (33, 80, 128)),
+    attention_rel_pos_qkv("plain"),
+    attention_rel_pos_qkv("a window of 7", 5, 2, (7, 7), 32),
+    attention_rel_pos_qkv("positions transposed", positions={"layout": "transposed"}),
+    *(attention_rel_pos_qkv(f"head width {width}", 1, 1, (5, 4), width) for width in (8, 72)),
 ]
 
 ATTENTION_VARLEN = [

@@ -41,6 +41,7 @@ APART = QKV - {"attention_qkv"} | {"attention"}
 ROPED = APART | {"rotary"}
 BARE = QKV - {"attention_qkv"} | {"attention_varlen"}
 PACKED = BARE | {"rotary"}
+REL_POS = QKV - {"attention_qkv"} | {"attention_rel_pos"}
 OWN = {"add_layer_norm", "mlp"}  # the attention's code is its own
 
 
@@ -56,6 +57,7 @@ def gated(ops: set[str]) -> set[str]:
 
 _RATIO = {"mlp_ratio": 2.0}  # of configs that take no int
 _WINDOWS = {**_RATIO, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 96}
+_BLOCKS = {"window_size": 2, "window_block_indices": [0]}
 _SWIN = {**_RATIO, "window_size": 2, "depths": [2], "num_attention_heads": [3], "num_heads": [3], "drop_path_rate": 0.0}
 _PVT = {
     "hidden_sizes": [D],
@@ -97,7 +99,7 @@ TOWERS: dict[str, Row] = {
     "glm_image": (BARE, {}),
     "glm_ocr": (gated(rms(PACKED)) | {"add_rms_norm"}, {}),
     "glpn": (APART - {"mlp"}, _PVT | {"sr_ratios": [2]}),
-    "got_ocr2": (OWN, _WINDOWS),
+    "got_ocr2": (REL_POS, _WINDOWS),
     "hunyuan_vl": (BARE, {}),
     "idefics2": (QKV, {}),
     "inkling2": (PACKED, _RATIO),
@@ -132,7 +134,7 @@ TOWERS: dict[str, Row] = {
     "qwen3_vl": (PACKED, {"deepstack_visual_indexes": [0]}),
     "radio": (QKV, _RATIO),
     "rf_detr": (QKV, {"window_block_indexes": [0], "num_windows": 2}),
-    "sam": (OWN, _WINDOWS),
+    "sam": (REL_POS, _WINDOWS),
     "sam3": (ROPED, {"window_size": 2, "global_attn_indexes": [1]}),
     "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {}),
     "segformer": (APART - {"mlp"}, _PVT | {"sr_ratios": [2], "num_hidden_layers": 1}),
@@ -145,7 +147,7 @@ TOWERS: dict[str, Row] = {
     "videomae": (QKV, {}),
     "videomt": (QKV, {}),
     "vilt": (QKV, {}),
-    "vitdet": (OWN, {"window_size": 2, "window_block_indices": [0]}),
+    "vitdet": (REL_POS, _BLOCKS | {"use_relative_position_embeddings": True}),
     "vitpose_backbone": (QKV, {**_SQUARE, "patch_size": [8, 8]}),
     "vjepa2": (APART, {"crop_size": 32, "frames_per_clip": 2}),
     "x_clip": (QKV, {"num_frames": 2}),

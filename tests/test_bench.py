@@ -74,7 +74,12 @@ def test_an_op_and_its_peers_are_measured(op: str, backward: bool) -> None:
 )
 def test_flops_of_an_op_are_those_of_its_products(op: str, backward: bool) -> None:
     bench = _op(op, backward=backward)
-    others = {"attention_qkv": "sdpa", "attention_varlen": "sdpa, one by one", "patch_embed": "unfold"}
+    others = {
+        "attention_qkv": "sdpa",
+        "attention_rel_pos": "sdpa",
+        "attention_varlen": "sdpa, one by one",
+        "patch_embed": "unfold",
+    }
     name = others.get(op, "eager")
     lane = bench.lanes()[name]()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

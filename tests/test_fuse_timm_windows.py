@@ -46,6 +46,7 @@ def _coatnet(stride: int, **more: Any) -> nn.Module:
 Row = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], set[str]]
 IMAGE, TOKENS = (2, 8, 8, D), (2, 16, D)
 PACKED = {*OWN, "linear", "attention_qkv"}
+REL_POS = {*OWN, "linear", "attention_rel_pos"}
 APART = {*OWN, "linear", "attention"}
 _RELPOS = {"rel_pos_cls": lambda **options: _layer("RelPosBias", window_size=(4, 4), **options)}
 
@@ -155,7 +156,25 @@ BLOCKS: dict[str, Row] = {
         ),
         IMAGE,
         {},
-        OWN,
+        REL_POS,
+    ),
+    "sam, whole": (
+        lambda: _made("vision_transformer_sam", "Block", D, HEADS, 2.0, use_rel_pos=True, input_size=(8, 8)),
+        IMAGE,
+        {},
+        REL_POS,
+    ),
+    "sam, other sides": (
+        lambda: _made("vision_transformer_sam", "Block", D, HEADS, 2.0, use_rel_pos=True, input_size=(8, 8)),
+        (2, 5, 11, D),
+        {},
+        REL_POS,
+    ),
+    "sam, no positions": (
+        lambda: _made("vision_transformer_sam", "Block", D, HEADS, 2.0, window_size=3),
+        IMAGE,
+        {},
+        PACKED,
     ),
     "convit": (lambda: _made("convit", "Block", D, HEADS, 2.0, use_gpsa=True), TOKENS, {}, OWN),
     "hiera": (lambda: _made("hiera", "HieraBlock", D, D, HEADS, 2.0, init_values=0.5), TOKENS, {}, PACKED),
@@ -275,7 +294,7 @@ def _ways(name: str) -> tuple[nn.Module, torch.Tensor]:
     return vk.fuse(block), torch.randn(size, requires_grad=True)
 
 
-@pytest.mark.parametrize("name", ["swin", "swin v2", "hiera, wider", "volo, class token", "side by side"])
+@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera, wider", "volo, class token", "side by side"])
 def test_compiled_and_checkpointed(name: str) -> None:
     block, tokens = _ways(name)
     own = fused.output_and_gradients(block, (tokens,))

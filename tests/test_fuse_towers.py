@@ -54,6 +54,21 @@ def test_shifted_windows(name: str) -> None:
     assert fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0]).summary == WHOLE
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["got_ocr2", "sam", "vitdet"])
+def test_relative_positions_of_a_whole_image_of_other_sides(name: str, autocast: bool) -> None:
+    """Of another size than the tables are for, which are interpolated."""
+    layer: Any = next(each for each in tower(name).modules() if getattr(each, "window_size", 1) == 0)
+    (tokens,), keywords = call_of(layer)
+    size = [5 if side == 4 else side for side in tokens.shape]
+    tokens = torch.randn(*size[:-1], 7 if tokens.shape[-1] == 4 else size[-1], requires_grad=True)
+    explanation = fused.check_parity(
+        layer, (tokens,), keywords, ops=TOWERS[name][0], autocast=autocast, absolute=4e-3 if autocast else None
+    )
+    assert explanation.summary == WHOLE
+    assert not explanation.fallbacks
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "glm_image", "minimax_m3_vl"])
 def test_images_of_many_sizes(name: str, lengths: tuple[int, ...]) -> None:
@@ -194,7 +209,7 @@ def test_twenty_steps_of_training_are_the_stock_models() -> None:
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.parametrize("name", ["blip", "dpt", "mlcd"])
+@pytest.mark.parametrize("name", ["blip", "dpt", "mlcd", "sam"])
 def test_compiled_whole(name: str) -> None:
     layer = vk.fuse(stock_layers(name)[0])
     inputs, keywords = call_of(layer)

@@ -25,6 +25,8 @@ from cases import (
     add_rms_norm,
     attention,
     attention_qkv,
+    attention_rel_pos,
+    attention_rel_pos_qkv,
     attention_varlen,
     attention_varlen_qkv,
     glu_mlp,
@@ -127,9 +129,9 @@ def test_unasked_gradients_are_empty(case: Case, backend: str, launches: list[La
             forward=backend,
         )
         filled = sum(result.numel() > 0 for result in launches[-1].results)
-        assert filled == (3 if case.op in ("attention", "attention_varlen") else 1) + (wanted == "attn_mask") * (
-            case.op != "linear"
-        ), wanted
+        of_q = 3 if case.op in ("attention", "attention_rel_pos", "attention_varlen") else 1
+        also = {"attn_mask": 1, "rel_h": 2, "rel_w": 2}  # one of a pair brings both
+        assert filled == of_q + also.get(wanted, 0), wanted
 
 
 def test_memory_that_the_extension_allocates_is_poisoned() -> None:
@@ -190,6 +192,8 @@ SLOPES = [
     attention("slopes", 1, 2, 3, 4, 3, mask=T((2, 1, 4))),
     attention("slopes, causal", 1, 2, 4, 4, 3, options={"is_causal": True}),
     attention_qkv("slopes", 1, 2, 3, 3, mask=T((3, 3))),
+    attention_rel_pos("slopes", 1, 2, (2, 3), 3, queries=2),
+    attention_rel_pos_qkv("slopes", 1, 2, (2, 2), 3),
     attention_varlen("slopes", (2, 0, 3), 2, 3, keys=(3, 1, 2), keys_heads=1),
     attention_varlen_qkv("slopes", (2, 3), 2, 3),
     add_layer_norm("slopes", (2, 2, 5)),

@@ -53,6 +53,15 @@ def _attention_qkv(qkv, num_heads, attn_mask=None, is_causal=False, scale=None):
     return _attention(q, k, v, attn_mask, is_causal, scale).transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
+def _attention_rel_pos(q=None, k=None, v=None, rel_h=None, rel_w=None, qkv=None, scale=None):
+    packed = qkv is not None
+    if packed:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    bias = (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).reshape(*q.shape[:3], k.shape[2])
+    out = _attention(q, k, v, bias, scale=scale) if k.shape[2] else q * 0
+    return out.transpose(1, 2) if packed else out
+
+
 def _attention_varlen(
     q=None, k=None, v=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, qkv=None,
     cu_seqlens=None, max_seqlen=0, is_causal=False, scale=None,
@@ -154,6 +163,7 @@ STOCK: dict[str, Callable[..., Any]] = {
     "patch_embed": _patch_embed,
     "attention": _attention,
     "attention_qkv": _attention_qkv,
+    "attention_rel_pos": _attention_rel_pos,
     "attention_varlen": _attention_varlen,
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,

@@ -138,6 +138,7 @@ AUTOCAST = {  # dtype of each result under bfloat16 autocast, of float32 argumen
     "mlp": {"out": torch.bfloat16},
     "glu_mlp": {"out": torch.bfloat16},
     "rotary": {"out": torch.float32},  # x's own
+    "attention_rel_pos": {"out": torch.bfloat16},
     "attention_varlen": {"out": torch.bfloat16},
     "rotary_qkv": {"out": torch.float32},
 }

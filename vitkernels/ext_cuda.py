@@ -23,6 +23,7 @@ MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
 ABSENT = {  # ops that are C++ for CPUs alone
+    "attention_rel_pos": "attention with decomposed relative positions",
     "attention_varlen": "attention of packed sequences",
     "glu_mlp": "gated feed-forward",
     "rotary_qkv": "rotary embedding of packed q and k",

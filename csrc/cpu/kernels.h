@@ -81,12 +81,15 @@ struct FewSizes {
 // One head of attention. All rows are [tokens, width]; `factor`, `unit` and stats, where a row's log-sum stands
 // `stats_row` behind its largest score, are as in vitkernels/ops/attention.py's score_units. `added`: the mask is, where
 // a bool one hides. Of a `group` of heads that share k and v, the members come in order and with one scratch: the first
-// packs k and v, the last one writes their gradients.
+// packs k and v, the last one writes their gradients. With `columns` there is no mask: the keys are an image of so many,
+// and a query's row of rel_h is added to the scores of the image's rows, of rel_w to those of its columns.
 struct Head {
   int64_t queries, keys, width, stats_row, member, group;
   double scale, factor, unit;
   bool causal, added;
   Rows q, k, v, mask;  // mask.data null: none; its steps are 0 along broadcast axes
+  Rows rel_h = {}, rel_w = {};
+  int64_t columns = 0;
 };
 
 // One token of rotary, rows being its heads; sin.data null: no position, nothing turns. A row step of 0 is shared by all
@@ -145,9 +148,10 @@ struct Kernels {
 
   int64_t (*attention_scratch)(const Head&, bool backward);  // elements of A
   void (*attention_forward)(const Head&, OutRows out, A* stats, A* scratch);
-  // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes
+  // dmask, when not null, is accumulated into; its steps are 0 along broadcast axes. drel_h and drel_w may be null
   void (*attention_backward)(const Head&, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv,
-                             A* dmask, int64_t dmask_row, int64_t dmask_col, A* scratch);
+                             A* dmask, int64_t dmask_row, int64_t dmask_col, OutRows drel_h, OutRows drel_w,
+                             A* scratch);
 
   void (*rotary)(const Rotary<A>&, A* scratch);
 };

@@ -17,6 +17,8 @@ int64_t configure(const std::string& name, int64_t value) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   vk::implement(m);
+  m.impl("attention_rel_pos", TORCH_BOX(&vk::attention_rel_pos));
+  m.impl("attention_rel_pos_backward", TORCH_BOX(&vk::attention_rel_pos_backward));
   m.impl("attention_varlen", TORCH_BOX(&vk::attention_varlen));
   m.impl("attention_varlen_backward", TORCH_BOX(&vk::attention_varlen_backward));
   m.impl("glu_mlp", TORCH_BOX(&vk::glu_mlp));

@@ -44,6 +44,12 @@ std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tens
                                                   const Tensor& stats, int64_t num_heads, const Maybe& mask,
                                                   bool is_causal, double scale, bool needs_mask);
 
+std::tuple<Tensor, Tensor> attention_rel_pos(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& rel_h,
+                                             const Tensor& rel_w, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_rel_pos_backward(
+    const Tensor& dout, const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& out, const Tensor& stats,
+    const Tensor& rel_h, const Tensor& rel_w, double scale, bool needs_rel);
+
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, const Maybe& v,
                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                             int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale);

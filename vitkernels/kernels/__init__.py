@@ -23,6 +23,7 @@ from vitkernels.kernels.device import Device, current, interpreting
 PAGES: dict[str, tuple[str, str]] = {
     "attention": ("attention", ""),
     "attention_qkv": ("attention", "_qkv"),
+    "attention_rel_pos": ("attention_rel_pos", ""),
     "attention_varlen": ("attention_varlen", ""),
     "add_layer_norm": ("add_layer_norm", ""),
     "add_rms_norm": ("add_layer_norm", "_rms"),

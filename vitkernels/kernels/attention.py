@@ -102,7 +102,7 @@ class Sequences(NamedTuple):
         return None if self.cu_q is None else length
 
 
-def _align(*tensors: Tensor) -> int:
+def alignment(*tensors: Tensor) -> int:
     """The largest power of two up to 8 that divides the strides of batches, heads and rows."""
     strides = 8
     for tensor in tensors:
@@ -111,7 +111,7 @@ def _align(*tensors: Tensor) -> int:
     return strides & -strides
 
 
-def _strides(tensor: Tensor, align: int) -> tuple[int, int, int, int]:
+def strides_of(tensor: Tensor, align: int) -> tuple[int, int, int, int]:
     """Of [B, H, N, K]; of [T, H, K], where what stands for a batch is a sequence's first row."""
     if tensor.dim() == 3:
         row, head, column = tensor.stride()
@@ -120,11 +120,16 @@ def _strides(tensor: Tensor, align: int) -> tuple[int, int, int, int]:
     return batch // align, head // align, row // align, column
 
 
-def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], dict[str, Any]]:
-    """The mask as kernels read it (bool as bytes), its strides, and what they must know when compiled."""
+def mask_arguments(
+    mask: Tensor | None, columns: int | None = None
+) -> tuple[Tensor | None, tuple[int, ...], dict[str, Any]]:
+    """The mask as kernels read it (bool as bytes), its strides, and what they must know when compiled.
+
+    With `columns` it is that of an image of keys, as `attention_tiles.masked` has it.
+    """
     if mask is None:
         return None, (0, 0, 0, 0), {"MASK": "none", "MASK_ROWS": False}
-    kind = "bool" if mask.dtype == torch.bool else "add"
+    kind = f"image {columns}" if columns is not None else "bool" if mask.dtype == torch.bool else "add"
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     values = mask.view(torch.uint8) if kind == "bool" else mask
     return values, strides, {"MASK": kind, "MASK_ROWS": mask.shape[2] > 1}
@@ -154,13 +159,13 @@ def long_tile(table: configs.Table[configs.AttentionTile], q: Tensor) -> configs
     return table.pick(capability(q.device), width=q.shape[-1], float32=q.dtype == torch.float32)
 
 
-def _units(mask: Tensor | None, scale: float) -> tuple[float, float]:
+def units_of(mask: Tensor | None, scale: float) -> tuple[float, float]:
     """`score_units` for exponentials of 2."""
     factor, unit = score_units(mask, scale)
     return factor, unit * LOG2E
 
 
-def _launch_options(tile: configs.AttentionTile) -> dict[str, Any]:
+def launch_options(tile: configs.AttentionTile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
     return options | ({"maxnreg": tile.maxnreg} if tile.maxnreg else {})
 
@@ -185,36 +190,39 @@ def _forward(
     if short is None:
         long_forward(Sequences(batch, heads, queries, keys, queries), q, k, v, out, stats, mask, is_causal, scale)
         return stats
-    align = _align(q, k, v, out)
-    values, (mask_b, mask_h, _, mask_n), _ = _mask_arguments(mask)
-    _, unit = _units(mask, scale)
+    align = alignment(q, k, v, out)
+    values, (mask_b, mask_h, _, mask_n), _ = mask_arguments(mask)
+    _, unit = units_of(mask, scale)
     launch(
         attention_short.forward_kernel, (batch * heads,),
-        q, k, v, values, out, stats, *_strides(q, align), *_strides(k, align), *_strides(v, align),
-        mask_b, mask_h, mask_n, *_strides(out, align)[:3], heads, queries, unit,
+        q, k, v, values, out, stats, *strides_of(q, align), *strides_of(k, align), *strides_of(v, align),
+        mask_b, mask_h, mask_n, *strides_of(out, align)[:3], heads, queries, unit,
         NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), MASK="none" if mask is None else "keys",
-        CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **_launch_options(short),
+        CAUSAL=is_causal, BM=short.queries, KEYS=configs.attention_keys(keys), **launch_options(short),
     )  # fmt: skip
     return stats
 
 
 def long_forward(
     of: Sequences, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, mask: Tensor | None, is_causal: bool,
-    scale: float,
+    scale: float, columns: int | None = None,
 ) -> None:  # fmt: skip
-    """Write out and the rows' statistics of some queries that have some keys, [B, H, N, K] or [T, H, K]."""
+    """Write out and the rows' statistics of some queries that have some keys, [B, H, N, K] or [T, H, K].
+
+    `columns` is as in `mask_arguments`.
+    """
     width = q.shape[-1]
-    align = _align(q, k, v, out)
+    align = alignment(q, k, v, out)
     tile = long_tile(configs.LONG_FORWARD, q)
-    values, mask_strides, mask_constants = _mask_arguments(mask)
+    values, mask_strides, mask_constants = mask_arguments(mask, columns)
     launch(
         attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
-        q, k, v, values, out, stats, of.cu_q, of.cu_k, *_strides(q, align), *_strides(k, align), *_strides(v, align),
-        *mask_strides, *_strides(out, align)[:3], of.heads, of.rows, of.keys, of.longest(of.queries),
-        _in_turn(mask, of.batch),
-        *_units(mask, scale), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants,
+        q, k, v, values, out, stats, of.cu_q, of.cu_k, *strides_of(q, align), *strides_of(k, align),
+        *strides_of(v, align), *mask_strides, *strides_of(out, align)[:3], of.heads, of.rows, of.keys,
+        of.longest(of.queries), _in_turn(mask, of.batch),
+        *units_of(mask, scale), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants,
         CAUSAL=is_causal, PLAIN=mask is None and scale > 0, GROUP=of.heads // k.shape[1], BM=tile.queries, BN=tile.keys,
-        **_launch_options(tile),
+        **launch_options(tile),
     )  # fmt: skip
 
 
@@ -235,17 +243,17 @@ def _backward(
     if short is None:
         of = Sequences(batch, heads, queries, keys, queries)
         return long_backward(of, dout, tensors, out, stats, grads, mask, is_causal, scale, needs_mask)
-    align = _align(*tensors, out, dout, *grads)
-    strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
-    values, (mask_b, mask_h, _, mask_n), _ = _mask_arguments(mask)
-    _, unit = _units(mask, scale)
+    align = alignment(*tensors, out, dout, *grads)
+    strides_dq, strides_dk, strides_dv = (strides_of(grad, align)[:3] for grad in grads)
+    values, (mask_b, mask_h, _, mask_n), _ = mask_arguments(mask)
+    _, unit = units_of(mask, scale)
     launch(
         attention_short.backward_kernel, (batch * heads,),
-        q, k, v, values, dout, stats, *grads, *_strides(q, align), *_strides(k, align), *_strides(v, align),
-        mask_b, mask_h, mask_n, *_strides(dout, align), *strides_dq, *strides_dk, *strides_dv,
+        q, k, v, values, dout, stats, *grads, *strides_of(q, align), *strides_of(k, align), *strides_of(v, align),
+        mask_b, mask_h, mask_n, *strides_of(dout, align), *strides_dq, *strides_dk, *strides_dv,
         heads, queries, scale, unit, NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width),
         MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
-        **_launch_options(short),
+        **launch_options(short),
     )  # fmt: skip
     return nothing(q)
 
@@ -258,37 +266,58 @@ def long_backward(
     q, k, v = tensors
     dq, dk, dv = grads
     width, group = q.shape[-1], of.heads // k.shape[1]
-    align = _align(*tensors, out, dout, *grads)
+    align = alignment(*tensors, out, dout, *grads)
     sizes = {"K": width, "ALIGN": align, "WIDTHS": configs.attention_widths(width)}
-    strides_dq, strides_dk, strides_dv = (_strides(grad, align)[:3] for grad in grads)
-    values, mask_strides, mask_constants = _mask_arguments(mask)
-    factor, unit = _units(mask, scale)
-    strides = *_strides(q, align), *_strides(k, align), *_strides(v, align), *mask_strides, *_strides(dout, align)
-    delta = stats.new_empty((*stats.shape[:-2], of.rows))
-    if not needs_mask:  # else dq's kernel leaves it
-        tile = long_tile(configs.LONG_DELTA, q)
-        launch(
-            attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
-            out, dout, delta, of.cu_q, *_strides(out, align), *_strides(dout, align),
-            of.heads, of.rows, of.longest(of.queries), **sizes, BM=tile.queries, **_launch_options(tile),
-        )  # fmt: skip
+    values, mask_strides, mask_constants = mask_arguments(mask)
+    factor, unit = units_of(mask, scale)
+    strides = *strides_of(q, align), *strides_of(k, align), *strides_of(v, align), *mask_strides
+    strides += strides_of(dout, align)
+    # dq's kernel leaves it where the mask learns
+    delta = stats.new_empty((*stats.shape[:-2], of.rows)) if needs_mask else long_delta(of, out, dout, stats, align)
     ds = q.new_empty((of.batch, of.heads, of.rows, of.keys), dtype=torch.float32) if needs_mask else None
     tile = long_tile(configs.LONG_DS if needs_mask else configs.LONG_DQ, q)
     launch(
         attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
-        q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_dq,
+        q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_of(dq, align)[:3],
         of.heads, of.rows, of.keys, of.longest(of.queries), _in_turn(mask, of.batch), scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=tile.queries,
-        BN=tile.keys, **_launch_options(tile),
+        BN=tile.keys, **launch_options(tile),
     )  # fmt: skip
-    tile = long_tile(configs.LONG_DKDV, q)
-    launch(
-        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, tile.keys),),
-        q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides, *strides_dk, *strides_dv,
-        of.heads, of.rows, of.keys, of.longest(of.keys), _in_turn(mask, of.batch), scale, factor, unit,
-        **sizes, **mask_constants, CAUSAL=is_causal, GROUP=group, BM=tile.queries, BN=tile.keys,
-        **_launch_options(tile),
-    )  # fmt: skip
+    long_dkdv(of, dout, tensors, stats, delta, (dk, dv), align, mask, is_causal, scale)
     if mask is None or ds is None:
         return nothing(q)
     return sum_to_mask(ds, mask)
+
+
+def long_delta(of: Sequences, out: Tensor, dout: Tensor, stats: Tensor, align: int) -> Tensor:
+    """rowsum(dout * out), as `attention_long.delta_kernel` has it."""
+    delta = stats.new_empty((*stats.shape[:-2], of.rows))
+    width = out.shape[-1]
+    tile = long_tile(configs.LONG_DELTA, out)
+    launch(
+        attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
+        out, dout, delta, of.cu_q, *strides_of(out, align), *strides_of(dout, align), of.heads, of.rows,
+        of.longest(of.queries), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), BM=tile.queries,
+        **launch_options(tile),
+    )  # fmt: skip
+    return delta
+
+
+def long_dkdv(
+    of: Sequences, dout: Tensor, tensors: tuple[Tensor, ...], stats: Tensor, delta: Tensor,
+    grads: tuple[Tensor, Tensor], align: int, mask: Tensor | None, is_causal: bool, scale: float,
+    columns: int | None = None,
+) -> None:  # fmt: skip
+    """Write dk and dv; `columns` is as in `mask_arguments`."""
+    q, k, v = tensors
+    dk, dv = grads
+    width, tile = q.shape[-1], long_tile(configs.LONG_DKDV, q)
+    values, mask_strides, mask_constants = mask_arguments(mask, columns)
+    launch(
+        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, tile.keys),),
+        q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides_of(q, align), *strides_of(k, align),
+        *strides_of(v, align), *mask_strides, *strides_of(dout, align), *strides_of(dk, align)[:3],
+        *strides_of(dv, align)[:3], of.heads, of.rows, of.keys, of.longest(of.keys), _in_turn(mask, of.batch), scale,
+        *units_of(mask, scale), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), **mask_constants,
+        CAUSAL=is_causal, GROUP=of.heads // k.shape[1], BM=tile.queries, BN=tile.keys, **launch_options(tile),
+    )  # fmt: skip

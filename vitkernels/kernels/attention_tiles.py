@@ -26,6 +26,12 @@ def begin_of(PIECES, i):
     return sum(PIECES[:i])
 
 
+@triton.constexpr_function
+def columns_of(MASK):
+    """Of an image of keys (`masked`); 0 where they are none."""
+    return int(MASK.split()[1]) if MASK.startswith("image") else 0
+
+
 @triton.jit
 def tiles_of(N, LONGEST, BLOCK: tl.constexpr):
     """How many tiles each head has: of N rows, or of the longest sequence's."""
@@ -176,9 +182,16 @@ def masked(s, p_mask, o_m, o_n, stride_mm, stride_mn, NQ, NK, MASK: tl.constexpr
     """Scores with the mask on them.
 
     `o_m` and `o_n` are the queries' and the keys' indices, shaped to broadcast to `s`. `MASK` is "none", "bool" or
-    "add"; without `MASK_ROWS` all queries share one row of it.
+    "add"; without `MASK_ROWS` all queries share one row of it. "image 14" is of keys that are an image of 14 columns: a
+    row of the mask has what is added to the image's rows, then what is added to its columns.
     """
-    if MASK != "none":
+    if columns_of(MASK) > 0:
+        p_row = p_mask + tl.cast(o_m, tl.int64) * stride_mm
+        there = (o_m < NQ) & (o_n < NK)
+        of_row = tl.load(p_row + o_n // columns_of(MASK), mask=there, other=0).to(tl.float32)
+        p_row += NK // columns_of(MASK)
+        s += of_row + tl.load(p_row + o_n % columns_of(MASK), mask=there, other=0).to(tl.float32)
+    elif MASK != "none":
         if MASK_ROWS:
             p_at = p_mask + tl.cast(o_m, tl.int64) * stride_mm + tl.cast(o_n, tl.int64) * stride_mn
             values = tl.load(p_at, mask=(o_m < NQ) & (o_n < NK), other=0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vitkernels.kernels import attention_long, attention_short, configs
+from vitkernels.kernels import attention_long, attention_rel_pos_kernels, attention_short, configs
 from vitkernels.kernels.configs import AttentionTile, Capability
 from vitkernels.kernels.variants import Variant
 
@@ -47,6 +48,14 @@ def variants_varlen(capability: Capability) -> list[Variant]:
     ]
 
 
+def variants_rel_pos(capability: Capability) -> list[Variant]:
+    """The kernels as `attention_rel_pos` launches them: windows of 7 and of 14, images of 32 and of 64."""
+    images = ((7, 32), (14, 64), (14, 80), (32, 64), (64, 64), (64, 80), (64, 128))
+    shapes = [_Shape(side * side, width, "bf16", capability, columns=side) for side, width in images]
+    shapes += [_Shape(side * side, 64, "fp32", capability, columns=side) for side in (14, 64)]
+    return [variant for shape in shapes for variant in shape.long()]
+
+
 _OF_SEQUENCES = ("p_cu_q", "p_cu_k", "LONGEST")  # arguments that are None where all sequences have one length
 
 
@@ -59,6 +68,7 @@ class _Shape:
     mask: str = ""
     packed: bool = False  # many sequences in one
     group: int = 1  # heads of q that share one of k and v
+    columns: int = 0  # of an image of keys
 
     @property
     def heads(self) -> int:
@@ -81,13 +91,20 @@ class _Shape:
 
     def long(self) -> Iterator[Variant]:
         dq = configs.LONG_DS if "gradient" in self.mask else configs.LONG_DQ
+        dq_kernel: Any = attention_long.dq_kernel
+        call = {"width": self.width, "float32": self.dtype == "fp32"}
+        if self.columns:
+            dq, dq_kernel = configs.REL_POS_DQ, attention_rel_pos_kernels.dq_kernel
+            call["columns"] = self.columns
         for kernel, table, tensors, flops in (
             (attention_long.forward_kernel, configs.LONG_FORWARD, 4, 4),
             (attention_long.delta_kernel, configs.LONG_DELTA, 2, 0),
-            (attention_long.dq_kernel, dq, 5, 6),
+            (dq_kernel, dq, 5, 6),
             (attention_long.dkdv_kernel, configs.LONG_DKDV, 6, 8),
         ):
-            tile = table.pick(self.capability, width=self.width, float32=self.dtype == "fp32")
+            tile = table.pick(self.capability, **call)
+            if table is configs.REL_POS_DQ:
+                tile = dataclasses.replace(tile, keys=configs.row_of_keys(self.columns))
             yield self._variant(kernel, tile, tensors, flops)
 
     def _short(self, direction: str) -> AttentionTile | None:
@@ -105,6 +122,10 @@ class _Shape:
         widths = configs.attention_widths(self.width)
         keys = keys or -(-self.tokens // max(tile.keys, 1)) * tile.keys
         known = _UNMASKED | _MASKS.get(self.mask, {})
+        if self.columns:
+            known |= {"MASK": f"image {self.columns}", "MASK_ROWS": True, "PLAIN": False}
+            if kernel is attention_rel_pos_kernels.dq_kernel:
+                keys = self.tokens // self.columns * tile.keys
         known |= {"K": self.width, "ALIGN": 8, "WIDTHS": widths, "BM": tile.queries, "BN": tile.keys}
         if constants:  # the short kernels
             known |= constants | {"MASK": "keys" if self.mask == "key padding" else "none"}
@@ -119,6 +140,7 @@ class _Shape:
         page = kernel.__module__.rpartition(".")[2].replace("_", " ")
         mask = f" {self.mask}" if self.mask else ""
         mask += " varlen" if self.packed else ""
+        mask += f" image of {self.columns} columns" if self.columns else ""
         mask += f" {self.group} heads a key" if self.group > 1 else ""
         return Variant(
             name=f"{page} {kernel.__name__} N={self.tokens} K={self.width} {self.dtype}{mask}",
@@ -137,12 +159,12 @@ class _Shape:
         )
 
     def _type(self, argument: str) -> str:
-        if argument in ("p_stats", "p_delta", "p_ds"):
+        if argument in ("p_stats", "p_delta", "p_ds", "p_sums", "p_shares", "p_exact"):
             return "*fp32"
         if argument in ("p_cu_q", "p_cu_k"):
             return "*i32"
         if argument == "p_mask":
-            return "*u8" if _MASKS[self.mask]["MASK"] == "bool" else f"*{self.dtype}"
+            return "*u8" if _MASKS.get(self.mask, {}).get("MASK") == "bool" else f"*{self.dtype}"
         if argument.startswith("p_"):
             return f"*{self.dtype}"
         return "fp32" if argument in ("scale", "factor", "unit") else "i32"

@@ -2,6 +2,7 @@
 
 from vitkernels.ops.add_layer_norm import add_layer_norm, add_rms_norm
 from vitkernels.ops.attention import attention, attention_qkv
+from vitkernels.ops.attention_rel_pos import attention_rel_pos
 from vitkernels.ops.attention_varlen import attention_varlen
 from vitkernels.ops.glu_mlp import glu_mlp
 from vitkernels.ops.linear import linear
@@ -15,6 +16,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_qkv",
+    "attention_rel_pos",
     "attention_varlen",
     "glu_mlp",
     "linear",

@@ -63,17 +63,21 @@ def attention_step(
     proj: nn.Module,
     num_heads: int,
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | Callable[[], Tensor] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Step:
-    """Self-attention with a packed projection of q, k and v; proj is a Linear that may be read."""
+    """Self-attention with a packed projection of q, k and v; proj is a Linear that may be read.
+
+    A mask that parameters make is asked for at each call: what is read off a block is kept for the next one.
+    """
 
     heads = _check.integer(num_heads)
 
     def arguments(bias_apart: bool) -> tuple[Any, ...]:
         bias = None if bias_apart else proj.bias
-        return (*qkv(), proj.weight, bias, heads, attn_mask, is_causal, scale)
+        mask = attn_mask() if callable(attn_mask) else attn_mask
+        return (*qkv(), proj.weight, bias, heads, mask, is_causal, scale)
 
     return PlainStep(_steps.ATTENTION, arguments, lambda: proj.bias)  # type: ignore[arg-type,return-value]
 

@@ -134,11 +134,12 @@ class FusedRelPosAttention(FusedAttention):
         return _attended(self, x, shared_rel_pos=shared_rel_pos)
 
     def attend(self, qkv: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return super().attend(qkv, **self.plain_options(shared_rel_pos=shared_rel_pos))
+        attn: Any = self
+        return super().attend(qkv, attn_mask=shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias())
 
     def plain_options(self, shared_rel_pos: Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
         attn: Any = self
-        return {"attn_mask": shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias()}
+        return {"attn_mask": shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias}
 
 
 class FusedRelPosBlock(FusedBlock):

@@ -1,8 +1,7 @@
 """Hugging Face transformers: layers that lay their tokens out anew around their attention (read from 5.23).
 
 Windows of an image (SAM, SAM 3, ViTDet, LW-DETR, RF-DETR), a token for each frame (X-CLIP). The norms work on each
-token by itself, so that the residual stream keeps one layout throughout. A relative bias would be a mask of N x N
-elements for each image; attention with one runs its own code.
+token by itself, so that the residual stream keeps one layout throughout.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, a
 from vitkernels.residual import genuine
 from vitkernels.residual.stream import Branch, Sublayer, pre_norm
 from vitkernels.residual.sublayers import ROTARY, rotary
-
-BIAS = "a relative bias on its scores"
 
 
 def between(branch: Branch, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> Branch:
@@ -176,24 +173,33 @@ class FusedSam3Layer(FusedKeywordLayer):
         return dataclasses.replace(super().attention_branch(**options), run=run, step=None)
 
 
-# ------------------------------------------------------------------------------- attention that runs its own code
-
-
-class FusedOwnLayer(FusedLayer):
-    """A layer whose attention runs its own code, with what its class does around it."""
-
-    kind: ClassVar[str] = BIAS
-
-    def attention_branch(self, **options: Any) -> Branch:
-        name = self.names.attention
-        attn = getattr(self, name)
-        return own_attention(name, attn, lambda x: self.call(attn, x, **options), self.kind)
-
-
-class FusedSamLayer(FusedOwnLayer):
-    """SamVisionLayer and its copies: [B, height, width, D] in windows or whole."""
+class FusedWindowsLayer(FusedLayer):
+    """A layer whose attention sees windows of its image, or all of it."""
 
     axes = 4
+
+    def functions(self) -> Any:
+        """What has `window_partition` and `window_unpartition`."""
+        return self
+
+    def attention_branch(self, **options: Any) -> Branch:
+        layer: Any = self
+        whole = super().attention_branch(**options)
+        if layer.window_size <= 0:
+            return whole
+
+        def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
+            own, size, sides = self.functions(), layer.window_size, x.shape[1:3]
+            windows, padded = own.window_partition(x, size)
+            out, bias = whole.run(windows, bias_apart)
+            return own.window_unpartition(out, size, padded, sides), bias
+
+        return dataclasses.replace(whole, run=run, step=None)
+
+
+class FusedSamLayer(FusedWindowsLayer):
+    """SamVisionLayer and its copies: [B, height, width, D]."""
+
     names = Names(("layer_norm1", "layer_norm2"), "attn")
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
@@ -201,20 +207,14 @@ class FusedSamLayer(FusedOwnLayer):
             return super(FusedLayer, self).forward(hidden_states)
         return self.run(hidden_states)
 
-    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        layer: Any = self
-        size, sides = layer.window_size, x.shape[1:3]
-        if size <= 0:
-            return attn(hidden_states=x)[0]
-        x, padded = layer.window_partition(x, size)
-        return layer.window_unpartition(attn(hidden_states=x)[0], size, padded, sides)
 
-
-class FusedVitDetLayer(FusedOwnLayer):
+class FusedVitDetLayer(FusedWindowsLayer):
     """VitDetLayer: [B, D, height, width] outside, and a convolution after it in some."""
 
-    axes = 4
     names = Names(("norm1", "norm2"), "attention", drop_paths=("drop_path", "drop_path"))
+
+    def functions(self) -> Any:
+        return _functions(self)
 
     def reader(self) -> object:
         return None  # the norm sees the tokens the other way round
@@ -231,20 +231,18 @@ class FusedVitDetLayer(FusedOwnLayer):
     def why_not_call(self, output_attentions: bool = False, **options: Any) -> str | None:
         return "called with output_attentions" if output_attentions else None
 
-    def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        layer: Any = self
-        own, size, sides = _functions(self), layer.window_size, x.shape[1:3]
-        if size <= 0:
-            return attn(x)[0]
-        x, padded = own.window_partition(x, size)
-        return own.window_unpartition(attn(x)[0], size, padded, sides)
+
+# ------------------------------------------------------------------------------- attention that runs its own code
 
 
-class FusedTupleLayer(FusedOwnLayer):
+class FusedTupleLayer(FusedLayer):
     """MgpstrLayer: the attention's weights are returned beside the tokens."""
 
     names = Names(("norm1", "norm2"), "attn", drop_paths=("drop_path", "drop_path"))
-    kind = "its weights are returned"
+
+    def attention_branch(self, **options: Any) -> Branch:
+        attn: Any = self.attn
+        return own_attention("attn", attn, lambda x: self.call(attn, x, **options), "its weights are returned")
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if self.leaves(hidden_states):

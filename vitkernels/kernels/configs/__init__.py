@@ -19,11 +19,13 @@ from vitkernels.kernels.configs.attention import (
     LONG_DQ,
     LONG_DS,
     LONG_FORWARD,
+    REL_POS_DQ,
     SHORT,
     SHORT_PROGRAMS,
     AttentionTile,
     attention_keys,
     attention_widths,
+    row_of_keys,
 )
 from vitkernels.kernels.configs.patch_embed import PATCH_EMBED, PATCH_EMBED_DEPTH, PATCH_EMBED_SUM, PatchEmbedTile
 from vitkernels.kernels.configs.products import (
@@ -56,6 +58,7 @@ __all__ = [
     "PATCH_EMBED",
     "PATCH_EMBED_DEPTH",
     "PATCH_EMBED_SUM",
+    "REL_POS_DQ",
     "ROTARY",
     "SHORT",
     "SHORT_PROGRAMS",
@@ -70,4 +73,5 @@ __all__ = [
     "attention_keys",
     "attention_widths",
     "chip",
+    "row_of_keys",
 ]

@@ -33,6 +33,11 @@ def attention_keys(keys: int) -> tuple[int, ...]:
     return (half, rest) if rest <= half // 4 else (whole,)
 
 
+def row_of_keys(columns: int) -> int:
+    """The power of two, 16 or more, that covers a row of an image of keys."""
+    return max(16, 1 << (columns - 1).bit_length())
+
+
 # ---------------------------------------------------------------------------------------------- any number of keys
 
 # Calls have width, of a head, and float32. Exact products run on the ordinary cores.
@@ -51,7 +56,13 @@ LONG_FORWARD = Table(
 )
 LONG_DKDV = Table(
     Row(AttentionTile(16, 32, 4, 1), _EXACT, float32=True, width=128),
-    Row(AttentionTile(32, 64, 4, 1), _REGISTERS, 80, float32=False, width=80),
+    Row(
+        AttentionTile(32, 64, 4, 1, spills=8),
+        "no spills but for 80-wide heads over an image",
+        80,
+        float32=False,
+        width=80,
+    ),
     Row(AttentionTile(16, 64, 4), _REGISTERS, 80, float32=False, width=96),
     Row(AttentionTile(32, 64, 8), _REGISTERS, 80, float32=False, width=128),
     Row(AttentionTile(32, 64, 4), "dk and dv of 64 keys stay in registers", 90, float32=False, width=128),
@@ -82,6 +93,35 @@ LONG_DS = Table(
     Row(AttentionTile(32, 32, 4), _MASK, 80, float32=False, width=128),
     Row(AttentionTile(64, 32, 4), _MASK, 90, float32=False, width=96),
     Row(AttentionTile(32, 32, 4), _MASK, 90, float32=False, width=128),
+    by_pointers=True,
+)
+# dq's over an image, whose rows are its tiles of keys. Calls have the image's columns too.
+_ROW = "of each query, a row of scores, of their gradients and of the columns' gradient stay in registers"
+REL_POS_DQ = Table(
+    Row(AttentionTile(16, 0, 4, 1, spills=16), _EXACT, float32=True, columns=32, width=128),
+    Row(AttentionTile(16, 0, 8, 1, spills=16), _EXACT, float32=True, columns=64, width=128),
+    Row(AttentionTile(32, 0, 4), _ROW, 80, float32=False, columns=16, width=96),
+    Row(AttentionTile(32, 0, 4, 1), _ROW, 80, float32=False, columns=32, width=128),
+    Row(AttentionTile(32, 0, 8, 1), _ROW, 80, float32=False, columns=64, width=64),
+    Row(
+        AttentionTile(32, 0, 8, 1, spills=344),
+        "80-wide heads spill in tiles of 16 queries too",
+        80,
+        float32=False,
+        columns=64,
+        width=128,
+    ),
+    Row(AttentionTile(64, 0, 4), _ROW, 90, float32=False, columns=16, width=64),
+    Row(AttentionTile(64, 0, 4, 1), _ROW, 90, float32=False, columns=32, width=64),
+    Row(
+        AttentionTile(64, 0, 8, 1, spills=64),
+        "no spills but for 128-wide heads",
+        90,
+        float32=False,
+        columns=64,
+        width=128,
+    ),
+    space={"queries": (16, 32, 64), "warps": (4, 8), "stages": (1, 2)},
     by_pointers=True,
 )
 LONG_DELTA = Table(Row(AttentionTile(64, 0, 4, 1), "one pass over out and dout"), by_pointers=True)
