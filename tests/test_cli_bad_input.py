@@ -224,6 +224,12 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         ValueError,
         "argument 'batch_size' got 3, 3 a process; needs an even number there with 'mixup' or 'cutmix'",
     ),
+    "unknown model, before the data": (
+        {"model": "timm:vit_tinny_patch16_224", "data": "nowhere"},
+        _nothing,
+        ValueError,
+        "argument 'model' got 'timm:vit_tinny_patch16_224'; needs a name that timm knows, such as vit_tiny_patch16_224",
+    ),
     "no wandb": ({"log": "wandb"}, _without("wandb"), ModuleNotFoundError, "argument 'log' needs wandb: pip install"),
     "a loss that is no number": ({"lr": 1e38}, _nothing, FloatingPointError, "needs a lower 'lr' or a longer warm-up"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,10 @@ def test_two_processes_resume_and_name_what_either_cannot_read(tmp_path: Path) -
     again = _torchrun(tiny_words(folder, out, *words, "--resume"))
     assert again.returncode == 0, again.stderr
     assert "images skipped" in again.stdout
+
+
+def test_a_fault_is_told_once(tmp_path: Path) -> None:
+    ran = _torchrun(["train", "--data", str(tmp_path / "nowhere"), "--device", "cpu"])
+    told = [line for line in ran.stderr.splitlines() if line.startswith("vitkernels:")]
+    assert told == [f"vitkernels: train: argument --data got '{tmp_path}/nowhere', which is no folder"]
+    assert set(re.findall(r"exitcode *: (\d+)", ran.stderr)) == {"2"}

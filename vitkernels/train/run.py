@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vitkernels import dispatch
+from vitkernels import dispatch, models
 from vitkernels.settings import CONFIG_FILE, TrainConfig, require_packages
 from vitkernels.train import checkpoint, machine
 from vitkernels.train.data import DIGITS, open_source
@@ -67,6 +67,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
 
 
 def _run(config: TrainConfig, here: World, console: Console, stop: Stop) -> dict[str, Any]:
+    models.require(config.model)  # before a million files are looked at
     state = _find_checkpoint(config)
     source = open_source(config)
     folder = Path(config.out or f"runs/{source.name}-{time.strftime('%Y%m%d-%H%M%S')}")
