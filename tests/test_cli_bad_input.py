@@ -171,7 +171,7 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         {"strict": True, "val_split": 0.0, "batch_size": 24},
         _damage_an_image,
         ValueError,
-        "'strict' is set, and an image cannot be read: {}/images/red/0.png (cannot identify image file",
+        "argument 'strict' is set, and an image cannot be read: {}/images/red/0.png (cannot identify image file",
     ),
     "a full disk": ({}, _full_disk, OSError, "cannot write {}/run/config.json: No space left on device"),
     "no rich": (

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except commands.EXPECTED as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
-            if not isinstance(error, ConnectionError):  # of a peer that is gone: there may be no other to tell of it
+            if not getattr(error, "alone", False):  # met by this process, and maybe by no other
                 _leave_it_to_the_first(2)
             print(f"vitkernels: {_with_flags(str(error), command)}", file=sys.stderr)
             return 2

@@ -186,7 +186,7 @@ class Trainer:
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.config.strict and batch.errors:
-            raise ValueError(f"train: 'strict' is set, and an image cannot be read: {batch.errors[0]}")
+            raise ValueError(f"train: argument 'strict' is set, and an image cannot be read: {batch.errors[0]}")
         device = self.world.device
         return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
 

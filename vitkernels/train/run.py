@@ -89,12 +89,17 @@ def _run(config: TrainConfig, here: World, console: Console, stop: Stop) -> dict
         number = trainer.run()
     except KeyboardInterrupt:
         raise Stopped(f"interrupted at step {trainer.step}; {trainer.kept}") from None
+    except (ValueError, OSError) as error:  # of an image or a file that other processes may not have met
+        error.alone = True  # type: ignore[union-attr]
+        raise
     except RuntimeError as error:
         if here.size == 1 or not is_lost(error):
             raise
-        raise ConnectionError(
+        lost = ConnectionError(
             f"train: process {here.rank} of {here.size} lost another one at step {trainer.step}; {trainer.kept}"
-        ) from error
+        )
+        lost.alone = True  # type: ignore[attr-defined]
+        raise lost from error
     if number:
         raise Stopped(f"stopped at step {trainer.step}; {trainer.kept}", number)
     return report(trainer, console) if here.is_first else {}
