@@ -237,8 +237,10 @@ def test_export_to_onnx(name: str, runs: dict[str, Path], tmp_path: Path, capfd:
     graph = onnx.load(tmp_path / "a.onnx")
     assert {each.domain for each in graph.opset_import} == {""}
     counts = Counter(node.op_type for node in graph.graph.node)
-    assert [counts[kind] for kind in ("LayerNormalization", "Softmax", "Gelu")] == [5, 2, 2]
-    assert {"Erf", "Exp", "ReduceMean"} & set(counts) == set(), "nothing in pieces"
+    assert [counts[kind] for kind in ("LayerNormalization", "Gelu")] == [5, 2]
+    assert {"Erf", "ReduceMean"} & set(counts) == set(), "neither is in pieces"
+    masked = name.startswith("transformers:")  # it gives a mask
+    assert (counts["Softmax"], counts["Exp"]) == ((0, 4) if masked else (2, 0))
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == (f"wrote {tmp_path / 'a.onnx'}\n", ""), "what libraries say of it is kept back"

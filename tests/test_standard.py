@@ -45,6 +45,12 @@ CASES = {
     "add_layer_norm, DropPath": ("add_layer_norm", _norm(row_scale=torch.tensor([0.0, 2.0])), False),
     "add_layer_norm, rounded": ("add_layer_norm", _norm(out_dtype=BF16), True),
     "add_layer_norm, two dtypes": ("add_layer_norm", _norm(branch=_draw(2, 5, 8, dtype=BF16)), False),
+    "attention": ("attention", [_draw(2, 4, 5, 8), _draw(2, 4, 7, 8), _draw(2, 4, 7, 8), None, False, 0.3], True),
+    "attention, few heads": (
+        "attention",
+        [_draw(2, 4, 5, 8), _draw(2, 2, 7, 8), _draw(2, 2, 7, 8), None, False, 0.3],
+        False,
+    ),
     "attention_qkv": ("attention_qkv", [_draw(2, 5, 24), 2, None, False, 0.3], True),
     "attention_qkv, causal": ("attention_qkv", [_draw(2, 5, 24), 2, None, True, 0.3], False),
     "attention_qkv, masked": ("attention_qkv", [_draw(2, 5, 24), 2, _draw(1, 1, 5, 5), False, 0.3], False),

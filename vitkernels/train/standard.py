@@ -71,12 +71,16 @@ def _layer_norm(
     return (nothing if branch is None else total), normed.to(out_dtype), nothing, nothing
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Any:
+    if mask is not None or is_causal or k.shape[1] != q.shape[1]:
+        return None  # of a row that sees nothing a softmax makes no number, and the op 0
+    return F.scaled_dot_product_attention(q, k, v, scale=scale), q.new_zeros(0)
+
+
 def _attention_qkv(qkv: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool, scale: float) -> Any:
-    if mask is not None or is_causal:
-        return None
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).flatten(2), qkv.new_zeros(0)
+    found = _attention(q, k, v, mask, is_causal, scale)
+    return None if found is None else (found[0].transpose(1, 2).flatten(2), found[1])
 
 
 def _mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save: bool) -> Any:
@@ -92,6 +96,7 @@ def _of_one_dtype(*tensors: Tensor | None) -> bool:
 
 _IN_WORDS: dict[str, Callable[..., Any]] = {
     "add_layer_norm": _layer_norm,
+    "attention": _attention,
     "attention_qkv": _attention_qkv,
     "mlp": _mlp,
 }
