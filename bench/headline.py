@@ -88,7 +88,8 @@ def picture(contents: Iterable[Content]) -> str:
                 if value is not None:
                     x, length = columns[kind], value * unit
                     parts.append(f'<rect x="{x}" y="{y + 3}" width="{length:.1f}" height="14" class="{kind}"/>')
-                    parts.append(f'<text x="{x + length + 6:.1f}" y="{y + 14}" class="small">{value:.2f}</text>')
+                    end = unit if length < unit < length + 30 else length  # no label across the line of 1
+                    parts.append(f'<text x="{x + end + 6:.1f}" y="{y + 14}" class="small">{value:.2f}</text>')
             y += _ROW
     ones = (x + unit for x in columns.values())
     parts += [f'<line x1="{x:.1f}" y1="24" x2="{x:.1f}" y2="{y}" class="one"/>' for x in ones]

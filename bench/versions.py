@@ -92,9 +92,9 @@ def _last(text: str) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A line for each Python, a column for each torch."""
-    trials = content["trials"]
-    torches = sorted({torch for row in trials.values() for torch in row})
+    """A line for each Python, a column for each torch: those that `make versions` tries, and what else was tried."""
+    trials: dict[str, dict[str, str]] = {name: {} for name in PYTHONS} | content["trials"]
+    torches = sorted({*TORCHES, *(torch for row in trials.values() for torch in row)})
     rows = ((f"Python {python}", *(row.get(torch, "") for torch in torches)) for python, row in sorted(trials.items()))
     grid = tables.grid(("", *(f"torch {torch}" for torch in torches)), rows)
     return f"{grid}\n\nTried at {content['revision']}; empty: not tried.\n"

@@ -171,7 +171,7 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         {"strict": True, "val_split": 0.0, "batch_size": 24},
         _damage_an_image,
         ValueError,
-        "'strict' is set, and an image cannot be read: {}/images/red/0.png (cannot identify image file",
+        "argument 'strict' is set, and an image cannot be read: {}/images/red/0.png (cannot identify image file",
     ),
     "a full disk": ({}, _full_disk, OSError, "cannot write {}/run/config.json: No space left on device"),
     "no rich": (
@@ -223,6 +223,12 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         _nothing,
         ValueError,
         "argument 'batch_size' got 3, 3 a process; needs an even number there with 'mixup' or 'cutmix'",
+    ),
+    "unknown model, before the data": (
+        {"model": "timm:vit_tinny_patch16_224", "data": "nowhere"},
+        _nothing,
+        ValueError,
+        "argument 'model' got 'timm:vit_tinny_patch16_224'; needs a name that timm knows, such as vit_tiny_patch16_224",
     ),
     "no wandb": ({"log": "wandb"}, _without("wandb"), ModuleNotFoundError, "argument 'log' needs wandb: pip install"),
     "a loss that is no number": ({"lr": 1e38}, _nothing, FloatingPointError, "needs a lower 'lr' or a longer warm-up"),

@@ -239,7 +239,7 @@ def _missing(library: str) -> Callable[[pytest.MonkeyPatch], None]:
 BAD: dict[str, tuple[list[str], str, Callable[[pytest.MonkeyPatch], None]]] = {
     "no preset": (
         ["vit_smal"],
-        "'model' got 'vit_smal'; needs a name that timm knows, such as vit_small",
+        "argument MODEL got 'vit_smal'; needs a name that timm knows, such as vit_small",
         lambda patch: None,
     ),
     "another library": (
@@ -249,7 +249,7 @@ BAD: dict[str, tuple[list[str], str, Callable[[pytest.MonkeyPatch], None]]] = {
     ),
     "a name of none": (
         ["timm:"],
-        "argument 'model' got 'timm:'; needs a preset such as vit_small, or LIBRARY:NAME",
+        "argument MODEL got 'timm:'; needs a preset such as vit_small, or LIBRARY:NAME",
         lambda patch: None,
     ),
     "a typo": (["timm:test_vitt"], "needs a name that timm knows, such as test_vit", lambda patch: None),

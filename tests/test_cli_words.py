@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vitkernels as vk
+from vitkernels import cli
 from vitkernels.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +105,39 @@ def test_a_signal_among_the_imports_is_one_sentence(number: int, code: int) -> N
     assert _said(errors).strip() == "vitkernels: interrupted"
     assert process.stdout is not None
     assert process.stdout.read() == ""
+
+
+@pytest.mark.parametrize("words", [["tran"], ["train", "--data", "nowhere"]])
+def test_under_torchrun_the_first_process_tells_a_fault(words: list[str]) -> None:
+    """The second one is ended by torchrun, with the code of the fault; one that is left alone has it to itself."""
+    telling = "import time; sleep = time.sleep; time.sleep = lambda each: (print('waits', flush=True), sleep(each))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from vitkernels import cli; {telling}; cli.main({words})"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "a", "LOCAL_RANK": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waits\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (2, "")
+
+
+def test_a_fault_of_the_second_process_alone_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "a"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "PATIENCE", 0.01)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["train", "--epochs", "3"]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.startswith("vitkernels: train: needs --data")
 
 
 def test_importing_the_package_needs_torch_alone() -> None:

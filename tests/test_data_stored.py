@@ -6,9 +6,11 @@ import io
 import shutil
 import sys
 import tarfile
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from train_setup import COLOURS, make_images, silent, tiny
 
 from vitkernels.train import augment, train
 from vitkernels.train.data import open_source
+from vitkernels.train.evaluate import evaluate
 from vitkernels.train.folders import halves
 
 
@@ -85,12 +88,10 @@ def test_the_first_frame_of_several_counts(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- shards
 
 
-def _shards(folder: Path, out: Path) -> Path:
+def _shards(folder: Path, out: Path, classes: Sequence[str] = sorted(COLOURS)) -> Path:
     """Two shards as webdataset writes them."""
     out.mkdir()
-    samples = [
-        (path, label) for label, name in enumerate(sorted(COLOURS)) for path in sorted((folder / name).iterdir())
-    ]
+    samples = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
     for shard in range(2):
         with tarfile.open(out / f"{shard:06}.tar", "w") as archive:
             for number, (path, label) in list(enumerate(samples))[shard::2]:
@@ -139,66 +140,132 @@ def test_shards_that_webdataset_wrote(folder: Path, tmp_path: Path) -> None:
     assert (result["test_images"], result["skipped"]) == (9, [])
 
 
+def test_shards_that_lack_the_last_class_are_tested_on(folder: Path, tmp_path: Path) -> None:
+    _shards(folder, tmp_path / "train")
+    shutil.rmtree(folder / "red")
+    _shards(folder, tmp_path / "val", sorted(COLOURS)[:2])
+    source = open_source(tiny(tmp_path, tmp_path))
+    assert source.classes == ["0", "1", "2"]
+    assert sorted(source.test.labels) == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"damaged", "a tar archive that is not comp"), (None, "whole numbers as labels")]
+)
+def test_a_shard_that_cannot_be_read_is_named(content: bytes | None, says: str, folder: Path, tmp_path: Path) -> None:
+    shards = _shards(folder, tmp_path / "shards")
+    path = shards / "000001.tar"
+    if content is None:
+        label = tarfile.TarInfo("0.cls")
+        label.size = 4
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(label, io.BytesIO(b"bird"))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"'data' got the shard '{path}', which cannot be read: .*{says}"):
+        open_source(tiny(shards, tmp_path))
+
+
 # ---------------------------------------------------------------------------------------------- Hugging Face's datasets
 
+CLASSES = sorted(COLOURS)
+Rows = list[tuple[Path, int]]
 
-def _stand_in(folder: Path, splits: tuple[str, ...]) -> ModuleType:
+
+def _stand_in(rows: Rows, splits: tuple[str, ...], folder: Path, patch: pytest.MonkeyPatch) -> None:
     """What the trainer uses of the library `datasets`: features by type, columns, and rows by index."""
     library = ModuleType("datasets")
+    library.__spec__ = ModuleSpec("datasets", None)
 
     class Feature:
         def __init__(self, names: list[str] | None = None) -> None:
             self.names = names
 
-    library.Image, library.ClassLabel = type("Image", (Feature,), {}), type("ClassLabel", (Feature,), {})
-
-    rows = [(path, label) for label, name in enumerate(sorted(COLOURS)) for path in sorted((folder / name).iterdir())]
-
-    class Data:
-        def __init__(self) -> None:
-            self.features = {"picture": library.Image(), "kind": library.ClassLabel(sorted(COLOURS)), "id": Feature()}
-
-        def __len__(self) -> int:
-            return len(rows)
+    class Data(list[tuple[Path, int]]):
+        features: ClassVar[dict[str, Any]] = {}
 
         def __getitem__(self, key: Any) -> Any:
             if key == "kind":
-                return [label for _, label in rows]
-            path, label = rows[key]
+                return [label for _, label in self]
+            path, label = super().__getitem__(key)
             return {"picture": Image.open(path), "kind": label, "id": key}
 
-    library.load_from_disk = lambda path: {name: Data() for name in splits} if splits else Data()
-    return library
+    library.Image, library.ClassLabel = type("Image", (Feature,), {}), type("ClassLabel", (Feature,), {})
+    Data.features = {"picture": library.Image(), "kind": library.ClassLabel(CLASSES), "id": Feature()}
+    parts = {name: Data(rows[at::4] if at else rows) for at, name in enumerate(splits)}
+    library.load_from_disk = lambda path: parts or Data(rows)
+    folder.mkdir()
+    (folder / ("dataset_dict.json" if splits else "state.json")).write_text("{}")
+    patch.setitem(sys.modules, "datasets", library)
 
 
+def _stored_by_it(rows: Rows, splits: tuple[str, ...], folder: Path, patch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=CLASSES)})
+
+    def made(part: Rows) -> Any:
+        pictures, kinds = [str(path) for path, _ in part], [label for _, label in part]
+        return datasets.Dataset.from_dict({"picture": pictures, "kind": kinds}, features=features)
+
+    parts = {name: made(rows[at::4] if at else rows) for at, name in enumerate(splits)}
+    (datasets.DatasetDict(parts) if parts else made(rows)).save_to_disk(folder)
+
+
+LIBRARIES = pytest.mark.parametrize("store", [_stand_in, _stored_by_it], ids=["stand-in", "datasets"])
+
+
+def _rows(folder: Path) -> Rows:
+    return [(path, label) for label, name in enumerate(CLASSES) for path in sorted((folder / name).iterdir())]
+
+
+@LIBRARIES
 @pytest.mark.parametrize(
-    ("splits", "file", "counts"),
-    [((), "state.json", (9, 3)), (("train", "validation"), "dataset_dict.json", (12, 12))],
-    ids=["one split", "two"],
+    ("splits", "counts"),
+    [((), (9, 3)), (("train",), (9, 3)), (("train", "validation", "test"), (12, 3)), (("train", "test"), (12, 3))],
+    ids=["no parts", "train", "three", "train and test"],
 )
 def test_a_data_set_of_hugging_faces(
     splits: tuple[str, ...],
-    file: str,
     counts: tuple[int, int],
+    store: Any,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "stored").mkdir()
-    (tmp_path / "stored" / file).write_text("{}")
-    monkeypatch.setitem(sys.modules, "datasets", _with_spec(_stand_in(folder, splits)))
+    store(_rows(folder), splits, tmp_path / "stored", monkeypatch)
     source = open_source(tiny(tmp_path / "stored", tmp_path))
-    assert source.classes == sorted(COLOURS)
+    assert source.classes == CLASSES
     assert (len(source.train), len(source.test or ())) == counts
     for name, pixel in _pixels(source):
         assert pixel == pytest.approx(COLOURS[name], abs=60)
 
 
-def _with_spec(library: ModuleType) -> ModuleType:
-    from importlib.machinery import ModuleSpec
+@LIBRARIES
+def test_its_held_out_part_is_tested_on(
+    store: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by --val, and by eval, too."""
+    stored = tmp_path / "stored"
+    store(_rows(folder), ("train", "test"), stored, monkeypatch)
+    config = tiny(stored, tmp_path / "run", epochs=1, warmup_epochs=0.0, val_data=str(stored), workers=1)
+    assert train(config, silent())["test_images"] == 3
+    found = evaluate(tmp_path / "run", stored, workers=0)
+    assert (int(found.confusion.sum()), found.data) == (3, f"{stored}/test")
 
-    library.__spec__ = ModuleSpec(library.__name__, None)
-    return library
+
+def test_without_a_part_to_train_on_it_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stand_in(_rows(folder), ("test",), tmp_path / "stored", monkeypatch)
+    with pytest.raises(ValueError, match=r"argument 'data' got '.*stored' with test; needs 'train'"):
+        open_source(tiny(tmp_path / "stored", tmp_path))
+
+
+def test_what_it_cannot_load_is_one_sentence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(_rows(folder), (), tmp_path / "stored", monkeypatch)
+    monkeypatch.setattr(sys.modules["datasets"], "load_from_disk", lambda path: {}["_data_files"])
+    with pytest.raises(ValueError, match="stored', which `datasets` cannot load: '_data_files'"):
+        open_source(tiny(tmp_path / "stored", tmp_path))
 
 
 def test_its_library_is_asked_for_by_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,21 @@ def test_two_processes_resume_and_name_what_either_cannot_read(tmp_path: Path) -
     again = _torchrun(tiny_words(folder, out, *words, "--resume"))
     assert again.returncode == 0, again.stderr
     assert "images skipped" in again.stdout
+
+
+def test_a_fault_is_told_once(tmp_path: Path) -> None:
+    ran = _torchrun(["train", "--data", str(tmp_path / "nowhere"), "--device", "cpu"])
+    told = [line for line in ran.stderr.splitlines() if line.startswith("vitkernels:")]
+    assert told == [f"vitkernels: train: argument --data got '{tmp_path}/nowhere', which is no folder"]
+    assert set(re.findall(r"exitcode *: (\d+)", ran.stderr)) == {"2"}
+
+
+def test_a_fault_of_one_process_is_told_by_it(tmp_path: Path) -> None:
+    """Whoever reads the image, first or second: the other one has lost it, and is not who knows why."""
+    folder = make_images(tmp_path / "images")
+    (folder / "red/0.png").write_bytes(b"damaged")
+    words = ("--strict", "--val-split", "0", "--device", "cpu")
+    ran = _torchrun(tiny_words(folder, tmp_path / "run", *words))
+    assert (
+        f"vitkernels: train: argument --strict is set, and an image cannot be read: {folder}/red/0.png" in ran.stderr
+    ), ran.stderr

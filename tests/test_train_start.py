@@ -118,7 +118,7 @@ def test_the_head_alone_trains(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda path: path.write_bytes(b"damaged"), r"which holds no weights \("),
+        (lambda path: path.write_bytes(b"damaged"), r"which holds no weights \(no file of torch.save's, or"),
         (lambda path: torch.save({"a": torch.zeros(2)}, path), "which has a, and the model cls_token, pos_embed, "),
         (lambda path: torch.save({}, path), "needs weights of the same kind of model"),
     ],

@@ -55,6 +55,7 @@ def test_a_trial_that_does_not_install_ends_with_the_last_line(tmp_path: Path, m
 def test_trials_are_told_as_a_grid() -> None:
     trials = {"3.10": {"2.11.0": "ten steps", "2.13.0": "ten steps"}, "3.13": {"2.13.0": "no such Python here"}}
     told = versions.table({"revision": "abc", "trials": trials})
-    assert "|  | torch 2.11.0 | torch 2.13.0 |" in told
-    assert "| Python 3.13 |  | no such Python here |" in told
+    assert "|  | torch 2.11.0 | torch 2.12.1 | torch 2.13.0 | torch 2.14.1 |" in told
+    assert "| Python 3.12 |  |  |  |  |" in told, "what was not tried has its place"
+    assert "| Python 3.13 |  |  | no such Python here |  |" in told
     assert told.endswith("Tried at abc; empty: not tried.\n")

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from vitkernels.settings import TrainConfig, value_type
+from vitkernels.text import is_first
 
 COMMANDS = {
     "train": "train a model on folders of images",
@@ -39,6 +41,7 @@ _GROUPS = {"data": "data", "model": "model", "epochs": "training", "aug": "augme
 EXPORTS = ("timm", "transformers", "onnx", "torch-export")
 WEIGHTS = ("last", "best", "ema")
 AMP = ("bf16", "fp16")
+PATIENCE = 10.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +51,7 @@ class Parser(argparse.ArgumentParser):
         chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if chosen:
             message += _near(chosen[1], re.findall(r"[\w-]+", chosen[2]))
+        _leave_it_to_the_first(2)
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -100,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except commands.EXPECTED as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
+            if not getattr(error, "alone", False):  # met by this process, and maybe by no other
+                _leave_it_to_the_first(2)
             print(f"vitkernels: {_with_flags(str(error), command)}", file=sys.stderr)
             return 2
     except KeyboardInterrupt as error:
-        print(f"\nvitkernels: {_with_flags(str(error), command) or 'interrupted'}", file=sys.stderr)
+        if is_first():
+            print(f"\nvitkernels: {_with_flags(str(error), command) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     except BrokenPipeError:  # whoever reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,8 +125,19 @@ def _is_command_line() -> bool:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"\nvitkernels: interrupted\n")
+    if is_first():
+        os.write(2, b"\nvitkernels: interrupted\n")
     os._exit(128 + number)
+
+
+def _leave_it_to_the_first(code: int) -> None:
+    """Under torchrun every process finds the same fault, and the first one tells it; then torchrun ends the others.
+
+    Where it has not ended this one after a while, the fault is this one's alone.
+    """
+    if not is_first():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(PATIENCE)
 
 
 def _near(word: str, known: Iterable[str]) -> str:
@@ -129,11 +147,13 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 def _with_flags(sentence: str, command: str) -> str:
     """A sentence of the Python API in the words of the command line: argument 'batch_size' is --batch-size there."""
-    flags = {flag for flag in _parsers()[1][command]._option_string_actions if flag.startswith("--")}
+    words = {"folder": "RUN"}  # of load_model
+    for action in _parsers()[1][command]._actions:
+        long = next((flag for flag in action.option_strings if flag.startswith("--")), None)
+        words[action.dest] = long or str(action.metavar)
 
     def flag(found: re.Match[str]) -> str:
-        name = f"--{found['name'].replace('_', '-')}"
-        return f"{found['before']}{name}" if name in flags else found[0]
+        return f"{found['before']}{words[found['name']]}" if found["name"] in words else found[0]
 
     sentence = " ".join(sentence.split())
     return re.sub(r"(?P<before>argument |needs |than |most |with |without |or )'(?P<name>\w+)'", flag, sentence)

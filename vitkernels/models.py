@@ -79,14 +79,21 @@ def create(name: str, asked: Asked = Asked()) -> Named:
         ValueError: no such model, or one that cannot be what is asked for.
         ModuleNotFoundError: its library is not installed.
     """
+    require(name)
     library, rest = library_of(name)
     try:
-        module, image = _BUILDERS[library](rest, asked, name)
+        module, image = _BUILDERS[library](rest, asked)
     except (TypeError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         size = "" if asked.image_size is None else f" for images of {asked.image_size} x {asked.image_size}"
         more = f" with {dict(asked.arguments)}" if asked.arguments else ""
         raise ValueError(f"argument 'model' got {name!r}, which cannot be built{size}{more}: {error}") from error
     return Named(name, module.train(), image)
+
+
+def require(name: str) -> None:
+    """Raise what `create` raises for a name that its library does not know; nothing is built."""
+    library, rest = library_of(name)
+    _KNOWN[library](rest, name)
 
 
 def build(name: str, image_size: int | None = None) -> Named:
@@ -132,12 +139,16 @@ def stir(model: nn.Module, by: float = 0.02) -> None:
 # ------------------------------------------------------------------------------------------------------ each library
 
 
-def _timm(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
+def _known_timm(name: str, full: str) -> None:
     presets = [] if full.startswith("timm:") else PRESET_NAMES
     near = difflib.get_close_matches(name, presets, n=1, cutoff=0.6)
     timm = needed("timm", f"argument 'model' got {full!r}{f' (no preset; {near[0]} is one)' if near else ''}, which")
     if not timm.is_model(name.partition(".")[0]):
         raise ValueError(_unknown(full, "timm", [*presets, *timm.list_models()]))
+
+
+def _timm(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, int]]:
+    timm = needed("timm", "argument 'model'")
     config = timm.get_pretrained_cfg(name)
     channels, height, width = config.input_size if config is not None else (3, DEFAULT_SIZE, DEFAULT_SIZE)
     options = asked.options(classes="num_classes", channels="in_chans", drop_path="drop_path_rate")
@@ -148,12 +159,16 @@ def _timm(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int
     return timm.create_model(name, pretrained=False, **options), (asked.channels or channels, height, width)
 
 
-def _torchvision(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
+def _known_torchvision(name: str, full: str) -> None:
     models = needed("torchvision.models", "argument 'model'")
     if name not in models.list_models(module=models):
         raise ValueError(_unknown(full, "torchvision", models.list_models(module=models)))
+
+
+def _torchvision(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, int]]:
+    models = needed("torchvision.models", "argument 'model'")
     if asked.channels not in (None, 3):
-        raise ValueError(f"argument 'model' got {full!r}, which takes 3 channels; needs as many in 'data'")
+        raise ValueError(f"argument 'model' got torchvision's {name!r}; needs 'data' of 3 channels")
     size = asked.image_size or DEFAULT_SIZE
     # vit_* hand their keywords on to VisionTransformer, which is made for one size; others take any
     own = {"image_size": size} if name.startswith("vit_") else {}
@@ -161,16 +176,18 @@ def _torchvision(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[i
     return models.get_model(name, weights=None, **{**own, **options}), (3, size, size)
 
 
-def _transformers(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    transformers = needed("transformers", "argument 'model'")
+def _known_transformers(name: str, full: str) -> None:
+    needed("transformers", "argument 'model'")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if Path(name).exists():
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    elif name in CONFIG_MAPPING:
-        config = transformers.AutoConfig.for_model(name)
-    else:
+    if not Path(name).exists() and name not in CONFIG_MAPPING:
         raise ValueError(_unknown(full, "transformers", CONFIG_MAPPING.keys()) + ", or a path to a config.json")
+
+
+def _transformers(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, int]]:
+    transformers = needed("transformers", "argument 'model'")
+    configs = transformers.AutoConfig
+    config = configs.from_pretrained(name, local_files_only=True) if Path(name).exists() else configs.for_model(name)
     auto = _auto_class(transformers, config, needs_classes=asked.classes is not None)
     options = asked.options(channels="num_channels", drop_path="drop_path_rate")
     if asked.image_size is not None and hasattr(config, "image_size"):
@@ -190,7 +207,7 @@ def _transformers(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[
     }
     if "pixel_values" not in forward.parameters or required - {"self", "pixel_values"}:
         raise ValueError(
-            f"argument 'model' got {full!r}, which takes {', '.join(list(forward.parameters)[1:4])}; "
+            f"argument 'model' got transformers' {name!r}, which takes {', '.join(list(forward.parameters)[1:4])}; "
             "needs one that takes pixel_values alone, such as vit, dinov2 or clip_vision_model"
         )
     size = getattr(config, "image_size", None) or asked.image_size or DEFAULT_SIZE
@@ -207,18 +224,26 @@ def _auto_class(transformers: Any, config: Any, needs_classes: bool) -> Any:
     raise ValueError(f"argument 'model' got the type {config.model_type!r}; needs one that {auto} knows")
 
 
-def _vitkernels(name: str, asked: Asked, full: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    preset = preset_of(name)
-    if preset is None:
+def _known_vitkernels(name: str, full: str) -> None:
+    if preset_of(name) is None:
         raise ValueError(_unknown(full, "vitkernels", PRESET_NAMES))
+
+
+def _vitkernels(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, int]]:
     size = asked.image_size or DEFAULT_SIZE
     options = asked.options(
         classes="num_classes", channels="in_chans", drop_path="drop_path_rate", mean="mean", std="std"
     )
-    return create_model(preset, **{"img_size": size, **options}), (asked.channels or 3, size, size)
+    return create_model(str(preset_of(name)), **{"img_size": size, **options}), (asked.channels or 3, size, size)
 
 
-_BUILDERS: dict[str, Callable[[str, Asked, str], tuple[nn.Module, tuple[int, int, int]]]] = {
+_KNOWN: dict[str, Callable[[str, str], None]] = {
+    "timm": _known_timm,
+    "transformers": _known_transformers,
+    "torchvision": _known_torchvision,
+    "vitkernels": _known_vitkernels,
+}
+_BUILDERS: dict[str, Callable[[str, Asked], tuple[nn.Module, tuple[int, int, int]]]] = {
     "timm": _timm,
     "transformers": _transformers,
     "torchvision": _torchvision,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from vitkernels.settings import TrainConfig, require_packages
 from vitkernels.train import augment, stored
-from vitkernels.train.folders import HELD_OUT, halves, scan
+from vitkernels.train.folders import halves, scan
 from vitkernels.train.stopping import SIGNALS
 
 if TYPE_CHECKING:
@@ -219,19 +219,21 @@ def _stored(config: TrainConfig) -> Source | None:
     found = stored.find(config.data, "data")
     if found is None:
         return None
-    train: Any = found["train"]
-    held_out = next((found[name] for name in HELD_OUT if name in found), None)
+    if "train" not in found:
+        raise ValueError(f"train: argument 'data' got {config.data!r} with {', '.join(found)}; needs 'train'")
+    name, held_out = stored.held_out(found)
     if config.val_data is not None:
         other = stored.find(config.val_data, "val_data")
         if other is None:
             raise ValueError(
                 f"train: argument 'val_data' got {config.val_data!r}; needs a data set stored as that of 'data' is"
             )
-        held_out = next(iter(other.values()))
-    if held_out is None:
+        name, held_out = "", stored.held_out(other)[1]
+    train: Any = found["train"]
+    if name == "train":
         indices = split(train.labels, config.val_split)
         train, held_out = (train.part(each) for each in indices)
-    elif held_out.classes != train.classes:
+    elif held_out.classes != train.classes[: len(held_out.classes)]:
         raise ValueError("train: argument 'val_data' has other classes than 'data'; needs the same")
     pairs = [(each.images, each.labels) for each in (train, held_out)]
     return _source(config, train.classes, pairs[0], pairs[1], [])

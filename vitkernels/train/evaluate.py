@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vitkernels.settings import require_packages
 from vitkernels.text import table
-from vitkernels.train import augment
+from vitkernels.train import augment, stored
 from vitkernels.train.charts import write_chart
 from vitkernels.train.checkpoint import write_json
 from vitkernels.train.data import IGNORED, ImageSet, loader
@@ -33,7 +34,7 @@ class Evaluation:
 
     Attributes:
         run: the run's folder.
-        data: the folder of images.
+        data: where the images are, the part that was held out.
         classes: their names.
         confusion: [classes, classes] int64, images by their class and by the one that they were taken for.
         top5: share of images whose class is among the five likeliest.
@@ -130,7 +131,8 @@ def evaluate(
 
     Args:
         run: the run's folder.
-        data: a folder with one subfolder of images per class, named as the run's are; of train/ and val/, the latter.
+        data: images as `train` takes them, their classes named as the run's are; of several parts, the one that is
+            held out: val/ of train/ and val/.
         weights: "last", "best" or "ema".
         batch_size: images at a time.
         workers: processes that decode.
@@ -142,13 +144,11 @@ def evaluate(
     """
     require_packages()
     model, classes = load_model(run, weights)
-    found = halves(data) if Path(data).is_dir() else None
-    folder = Path(data) if found is None else found[1]
-    names, paths, numbers, notes = scan(folder, "data")
+    place, names, paths, numbers, notes = _images(str(data))
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise ValueError(
-            f"eval: argument 'data' got {str(folder)!r} with the class {unknown[0]!r}; needs those of the run: "
+            f"eval: argument 'data' got {place!r} with the class {unknown[0]!r}; needs those of the run: "
             f"{', '.join(classes[:10])}"
         )
     labels = [classes.index(names[number]) for number in numbers]
@@ -172,7 +172,7 @@ def evaluate(
     five = answers.topk(min(5, len(classes))).indices
     return Evaluation(
         str(run),
-        str(folder),
+        place,
         classes,
         confusion,
         (five == truth[:, None]).any(-1).double().mean().item(),
@@ -180,6 +180,17 @@ def evaluate(
         skipped,
         notes,
     )
+
+
+def _images(data: str) -> tuple[str, list[str], Sequence[Any], list[int], list[str]]:
+    """Where the images that a run is tested on are, their classes, they, their labels, and notes."""
+    parts = stored.find(data, "data")
+    if parts is not None:
+        name, part = stored.held_out(parts)
+        return f"{data}/{name}", part.classes, part.images, part.labels, []
+    found = halves(data) if Path(data).is_dir() else None
+    folder = data if found is None else str(found[1])
+    return folder, *scan(folder, "data")
 
 
 def view(image: Image.Image, rng: Any, *, spec: ModelSpec) -> Image.Image:

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkernels import dispatch
 from vitkernels.fuse import unfuse
 from vitkernels.libraries import needed
 from vitkernels.models import library_of
 from vitkernels.nn import PRESETS, VisionTransformer
 from vitkernels.nn.presets import preset_of
 from vitkernels.train.model import Trained, core, load_model
+from vitkernels.train.standard import decompositions
 
-OPSET = 18
+OPSET = 20  # the first with Gelu; 23 has Attention too, which fewer runtimes have
 RTOL, ATOL = 1e-3, 1e-4  # sums in another order, through all layers
 
 
@@ -50,13 +50,14 @@ def export(run: str | Path, to: str, out: str | Path | None = None, *, weights: 
     """
     if to not in _WRITERS:
         raise ValueError(f"export: argument 'to' got {to!r}; needs {' or '.join(map(repr, _WRITERS))}")
-    model, _ = load_model(run, weights)
+    with _quiet():
+        model, _ = load_model(run, weights)
     name, write = _WRITERS[to]
     path = Path(out) if out is not None else Path(run) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     spec = model.spec
     images = torch.rand(2, spec.channels, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         theirs, ours = write(model, path, images), model(images)
     if not torch.allclose(theirs, ours, RTOL, ATOL):
         raise ValueError(
@@ -83,17 +84,15 @@ def _timm(model: Trained, path: Path, images: Tensor) -> Tensor:
         "num_classes": spec.num_classes,
         "label_names": model.classes,
     }
-    with _quiet():
-        timm.models.save_for_hf(
-            stock, path, {"architecture": architecture, "pretrained_cfg": config}, arguments, safe_serialization=True
-        )
-        read = timm.create_model(f"local-dir:{path}", pretrained=True)
+    timm.models.save_for_hf(
+        stock, path, {"architecture": architecture, "pretrained_cfg": config}, arguments, safe_serialization=True
+    )
+    read = timm.create_model(f"local-dir:{path}", pretrained=True)
     return read.eval()(_normalised(model, images))
 
 
 def _transformers(model: Trained, path: Path, images: Tensor) -> Tensor:
-    with _quiet():
-        transformers = needed("transformers", "argument 'to'")
+    transformers = needed("transformers", "argument 'to'")
     classes = dict(enumerate(model.classes))
     if library_of(model.spec.name)[0] == "transformers":
         stock: Any = unfuse(core(model.model))
@@ -116,9 +115,8 @@ def _transformers(model: Trained, path: Path, images: Tensor) -> Tensor:
         )
         stock = transformers.TimmWrapperForImageClassification(config)
         stock.timm_model.load_state_dict(_timms(model, timm, architecture, arguments).state_dict())
-    with _quiet():
-        stock.save_pretrained(path)
-        read = transformers.AutoModelForImageClassification.from_pretrained(path)
+    stock.save_pretrained(path)
+    read = transformers.AutoModelForImageClassification.from_pretrained(path)
     return read.eval()(pixel_values=_normalised(model, images)).logits
 
 
@@ -179,8 +177,7 @@ class _Floats(nn.Module):
 
 def _exported(model: Trained, images: Tensor) -> Any:
     batch = torch.export.Dim("batch", min=1)
-    with _quiet():
-        return torch.export.export(_Floats(model).eval(), (images,), dynamic_shapes=({0: batch},))
+    return torch.export.export(_Floats(model).eval(), (images,), dynamic_shapes=({0: batch},))
 
 
 def _torch_export(model: Trained, path: Path, images: Tensor) -> Tensor:
@@ -189,28 +186,15 @@ def _torch_export(model: Trained, path: Path, images: Tensor) -> Tensor:
 
 
 def _onnx(model: Trained, path: Path, images: Tensor) -> Tensor:
-    """Fused ops become what their references are made of: operators of the standard."""
+    """Fused ops become operators of the standard."""
     for library in ("onnx", "onnxscript"):
         needed(library, "argument 'to'")
     onnxruntime = needed("onnxruntime", "argument 'to', whose file is checked,")
     graph = _exported(copy.deepcopy(model), images).run_decompositions(decompositions())
-    with _quiet():
-        torch.onnx.export(graph, (), str(path), opset_version=OPSET, dynamo=True, external_data=False)
+    torch.onnx.export(graph, (), str(path), opset_version=OPSET, dynamo=True, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (name,) = (each.name for each in session.get_inputs())
     return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """For `ExportedProgram.run_decompositions`: torch's own, and of each fused op its reference.
-
-    `torch.export.export(model, ...).run_decompositions(decompositions())` is a graph of standard operators, of any
-    model that is fused, which `torch.onnx.export` takes.
-    """
-    table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions())
-    for op in dispatch.OPS.values():
-        table[op.forward_op] = op.implementations["reference"].forward
-    return table
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,11 +13,17 @@ from vitkernels.libraries import needed
 class Log:
     """Numbers of the run's rows, by step; a context manager. It writes nothing where no library is named.
 
+    Args:
+        library: "tensorboard", "wandb" or None.
+        folder: the run's.
+        settings: the run's, which wandb shows beside its curves.
+
     Raises:
         ModuleNotFoundError: that library is not installed.
+        ValueError: wandb has no login.
     """
 
-    def __init__(self, library: str | None, folder: Path) -> None:
+    def __init__(self, library: str | None, folder: Path, settings: Mapping[str, Any]) -> None:
         self.writer: Any = None
         self.run: Any = None
         if library == "tensorboard":
@@ -26,7 +32,14 @@ class Log:
 
             self.writer = SummaryWriter(str(folder / "tensorboard"))
         elif library == "wandb":
-            self.run = needed("wandb", "argument 'log'").init(dir=str(folder), name=folder.name)
+            wandb = needed("wandb", "argument 'log'")
+            try:
+                self.run = wandb.init(dir=str(folder), name=folder.name, config=dict(settings))
+            except wandb.Error as error:  # nobody is logged in, or its server is out of reach
+                raise ValueError(
+                    f"train: argument 'log' got 'wandb', which says: {str(error).rstrip('.')}; needs a login, or "
+                    "WANDB_MODE=offline"
+                ) from error
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row of metrics.jsonl."""

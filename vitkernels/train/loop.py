@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ class Trainer:
         self.mix = Mix(config, source, config.batch_size // world.size, world.device)
         torch.manual_seed(config.seed + world.rank)  # processes draw different DropPath masks
         self.step, self.best, self.is_best = 0, -1.0, False
+        self.told: set[str] = set()  # images that cannot be read, each named once on the screen
 
     @property
     def main(self) -> Lane:
@@ -92,7 +94,8 @@ class Trainer:
         record_ops = True
         with contextlib.ExitStack() as stack:
             self.metrics = stack.enter_context(Metrics(self.metrics_file, self.step)) if self.world.is_first else None
-            self.log = stack.enter_context(Log(self.config.log if self.world.is_first else None, self.folder))
+            library = self.config.log if self.world.is_first else None
+            self.log = stack.enter_context(Log(library, self.folder, asdict(self.config)))
             self.bar = stack.enter_context(progress(self.console, self.total, self.step, self.config))
             while self.step < self.total and not self.stopped:
                 epoch, self.batches.start = divmod(self.step, self.steps_per_epoch)
@@ -183,7 +186,7 @@ class Trainer:
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.config.strict and batch.errors:
-            raise ValueError(f"train: 'strict' is set, and an image cannot be read: {batch.errors[0]}")
+            raise ValueError(f"train: argument 'strict' is set, and an image cannot be read: {batch.errors[0]}")
         device = self.world.device
         return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
 
@@ -217,10 +220,11 @@ class Trainer:
         skipped = [error for each in self.world.gather(errors) for error in each]
         if not readable:
             raise ValueError(f"train: none of {expected} images can be read, the first being {skipped[0]}")
-        for error in skipped:
+        for error in sorted(set(skipped) - self.told):
             self.console.print(
                 f"skipped an image that cannot be read: {error}", markup=False, highlight=False, soft_wrap=True
             )
+        self.told.update(skipped)
         return skipped
 
     def _log(self, row: dict[str, Any]) -> None:

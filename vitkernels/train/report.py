@@ -177,7 +177,7 @@ def _draw_curves(curves: dict[str, Curve], steps_per_epoch: int) -> Figure:
             raw = getattr(curve, name)
             epochs = [(step + 1) / steps_per_epoch for step in range(len(raw))]
             if raw:
-                axes.plot(epochs, raw, color=colour, linewidth=0.5, alpha=0.25)
+                axes.plot(epochs, raw, color=colour, linewidth=0.8, alpha=0.35)
                 means = _smoothed(raw)
                 places = [epochs[-1] * (part + 0.5) / len(means) for part in range(len(means))]
                 axes.plot(places, means, color=colour, linewidth=width, alpha=0.6, label=f"{model}, training")

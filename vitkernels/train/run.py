@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vitkernels import dispatch
+from vitkernels import dispatch, models
 from vitkernels.settings import CONFIG_FILE, TrainConfig, require_packages
 from vitkernels.train import checkpoint, machine
 from vitkernels.train.data import DIGITS, open_source
@@ -67,6 +67,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
 
 
 def _run(config: TrainConfig, here: World, console: Console, stop: Stop) -> dict[str, Any]:
+    models.require(config.model)  # before a million files are looked at
     state = _find_checkpoint(config)
     source = open_source(config)
     folder = Path(config.out or f"runs/{source.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -88,12 +89,17 @@ def _run(config: TrainConfig, here: World, console: Console, stop: Stop) -> dict
         number = trainer.run()
     except KeyboardInterrupt:
         raise Stopped(f"interrupted at step {trainer.step}; {trainer.kept}") from None
+    except (ValueError, OSError) as error:  # of an image or a file that other processes may not have met
+        error.alone = True  # type: ignore[union-attr]
+        raise
     except RuntimeError as error:
         if here.size == 1 or not is_lost(error):
             raise
-        raise ConnectionError(
+        lost = ConnectionError(
             f"train: process {here.rank} of {here.size} lost another one at step {trainer.step}; {trainer.kept}"
-        ) from error
+        )
+        lost.alone = True  # type: ignore[attr-defined]
+        raise lost from error
     if number:
         raise Stopped(f"stopped at step {trainer.step}; {trainer.kept}", number)
     return report(trainer, console) if here.is_first else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise a dozen types
         reason = str(error).split("\n", 1)[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose words advise to run what is in the file
+            reason = "no file of torch.save's, or one of more than tensors"
         raise ValueError(f"train: argument 'init_from' got {str(path)!r}, which holds no weights ({reason})") from error
     if "lanes" in found:  # a run's checkpoint
         found = list(found["lanes"].values())[-1]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from vitkernels.text import is_first
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -40,7 +42,7 @@ def listening() -> Iterator[Stop]:
     def note(number: int, frame: FrameType | None) -> None:
         stop.number = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        if os.getpid() == process:  # not a worker, forked with this handler
+        if os.getpid() == process and is_first():  # not a worker, forked with this handler
             os.write(2, b"\nvitkernels: stopping after this step; the same signal again stops at once\n")
 
     for number in SIGNALS:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitkernels.libraries import needed
 from vitkernels.train import augment
-from vitkernels.train.folders import SUFFIXES
+from vitkernels.train.folders import HELD_OUT, SUFFIXES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,28 +79,35 @@ class Places(Sequence[Any]):
 
 
 def find(path: str, argument: str) -> dict[str, Stored] | None:
-    """The splits of a stored data set by their names, "train" where there is one alone; None for any other folder.
+    """The splits of a stored data set by their names, "train" where it has no parts; None for any other folder.
 
     Raises:
         ModuleNotFoundError: its library is not installed.
-        ValueError: it has no images with labels.
+        ValueError: it has no images with labels, or cannot be read.
     """
     folder = Path(path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _hugging_face(folder, argument)
     if folder.is_dir() and any(folder.glob("*.tar")):
         return {"train": _shards(sorted(folder.glob("*.tar")), argument)}
-    splits = {name: sorted((folder / name).glob("*.tar")) for name in ("train", "val", "test")}
-    found = {name: _shards(shards, argument) for name, shards in splits.items() if shards}
-    return found if "train" in found else None
+    splits = {name: sorted((folder / name).glob("*.tar")) for name in ("train", *HELD_OUT)}
+    return {name: _shards(shards, argument) for name, shards in splits.items() if shards} or None
+
+
+def held_out(splits: Mapping[str, Stored]) -> tuple[str, Stored]:
+    """The name and the images of the split to test on: the first of those that folders may have, or of all."""
+    return next((name, splits[name]) for name in (*HELD_OUT, *splits) if name in splits)
 
 
 def _hugging_face(folder: Path, argument: str) -> dict[str, Stored]:
     datasets = needed("datasets", f"argument '{argument}', a data set of Hugging Face's,")
-    loaded = datasets.load_from_disk(str(folder))
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a file that is missing or damaged raises a dozen types
+        raise ValueError(
+            f"train: argument '{argument}' got {str(folder)!r}, which `datasets` cannot load: {error}"
+        ) from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    if "train" not in splits:
-        raise ValueError(f"train: argument '{argument}' got {str(folder)!r} with {', '.join(splits)}; needs 'train'")
     found = {}
     for name, data in splits.items():
         image = [key for key, feature in data.features.items() if isinstance(feature, datasets.Image)]
@@ -121,14 +128,20 @@ def _shards(paths: list[Path], argument: str) -> Stored:
     for path in paths:
         images: dict[str, tuple[str, int, int]] = {}
         numbers: dict[str, int] = {}
-        with tarfile.open(path) as archive:
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if kind == "cls":
-                    numbers[f"{folder}/{stem}"] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
-                elif f".{kind.lower()}" in SUFFIXES:
-                    images[f"{folder}/{stem}"] = (str(path.resolve()), member.offset_data, member.size)
+        try:
+            with tarfile.open(path, "r:") as archive:  # not compressed: files are read by where they lie
+                for member in archive:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    if kind == "cls":
+                        numbers[f"{folder}/{stem}"] = int(archive.extractfile(member).read())  # type: ignore[union-attr]
+                    elif f".{kind.lower()}" in SUFFIXES:
+                        images[f"{folder}/{stem}"] = (str(path.resolve()), member.offset_data, member.size)
+        except (tarfile.TarError, ValueError) as error:
+            raise ValueError(
+                f"train: argument '{argument}' got the shard {str(path)!r}, which cannot be read: {error}; needs a tar "
+                "archive that is not compressed, and whole numbers as labels"
+            ) from error
         whole = [key for key in images if key in numbers]
         places += [images[key] for key in whole]
         labels += [numbers[key] for key in whole]
