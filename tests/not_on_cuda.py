@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from case import Case, T
+from case import Case
 
 from vitkernels import ext_cuda
 
@@ -12,17 +12,7 @@ def reason_of(case: Case) -> str | None:
     """What `why_not` ends with; None where its kernels serve the case."""
     if case.op in ext_cuda.ABSENT:
         return f"has no {ext_cuda.ABSENT[case.op]} yet"
-    if case.op in ("attention", "attention_qkv") and case.tensors.get("attn_mask") is not None:
-        mask, batch = _shape(case, "attn_mask"), _shape(case, "q" if case.op == "attention" else "qkv")[0]
-        if len(mask) == 4 and mask[0] not in (1, batch):
-            return "has no masks of some sequences that serve others in turn yet"
     return None
-
-
-def _shape(case: Case, name: str) -> tuple[int, ...]:
-    given = case.tensors[name]
-    assert isinstance(given, T)
-    return given.shape
 
 
 def why_not_on(capability: tuple[int, int], case: Case, dtype: torch.dtype) -> str | None:

@@ -143,8 +143,6 @@ def _why_not_attention(call: Any, capability: tuple[int, int]) -> str | None:
     else:
         first, (_, heads, tokens, width) = call.q, call.q.shape
         tokens = max(tokens, call.k.shape[2])
-    if call.attn_mask is not None and call.attn_mask.shape[0] not in (1, first.shape[0]):
-        return "the extension's CUDA C++ has no masks of some sequences that serve others in turn yet"
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
     if tokens > MOST_TOKENS:

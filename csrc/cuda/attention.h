@@ -26,10 +26,12 @@ struct DeviceHeads {
 #endif
 };
 
-// A mask [B or 1, H or 1, Nq or 1, Nk or 1], bool or added; strides in elements, 0 along its axes of size 1.
+// A mask [M, H or 1, Nq or 1, Nk or 1], bool or added; strides in elements, 0 along its axes of size 1. Sequence b has
+// mask b % M.
 struct DeviceMask {
   const char* data;  // null: none
   DType dtype;
+  uint32_t masks;
   int64_t batch, head, query, key;
 };
 

@@ -41,7 +41,8 @@ Attention described(const Problem& p, const Tensor& stats) {
   a.q = on_device(p.q, p.width);
   a.k = on_device(p.k, p.width);
   a.v = on_device(p.v, p.width);
-  a.mask = {p.mask.data, p.mask.dtype, p.mask.batch, p.mask.head, p.mask.query, p.mask.key};
+  a.mask = {p.mask.data,  p.mask.dtype, uint32_t(p.mask.masks), p.mask.batch,
+            p.mask.head, p.mask.query, p.mask.key};
   a.stats = reinterpret_cast<float*>(bytes(stats));
   return a;
 }
@@ -53,13 +54,18 @@ void launch(const Launches& launches, const char* name, const AttentionKernel& k
   launches(name, kernel.kernel, {count}, dim3(threads), kernel.shared(a), a);
 }
 
-// The mask's gradient: the gradients of all scores that an element was added to.
+// The mask's gradient: the gradients of all scores that an element was added to, those of sequences that it served in
+// turn among them.
 Tensor sum_to(const Tensor& dscores, const Tensor& mask) {
+  const int64_t masks = mask.size(0), turns = masks > 0 ? dscores.size(0) / masks : 1;
+  const Shape by_turns{turns, masks, dscores.size(1), dscores.size(2), dscores.size(3)};
   std::vector<int64_t> axes;
-  for (int64_t i = 0; i < 4; ++i) {
-    if (mask.size(i) == 1 && dscores.size(i) != 1) axes.push_back(i);
+  if (turns != 1) axes.push_back(0);
+  for (int64_t i = 1; i < 4; ++i) {
+    if (mask.size(i) == 1 && dscores.size(i) != 1) axes.push_back(i + 1);
   }
-  return cast(axes.empty() ? dscores : torch::stable::sum(dscores, axes, true), mask.scalar_type());
+  const Tensor all = reshaped(dscores, by_turns);
+  return cast(reshaped(axes.empty() ? all : torch::stable::sum(all, axes, true), shape_of(mask)), mask.scalar_type());
 }
 
 }  // namespace

@@ -153,7 +153,7 @@ __host__ __device__ constexpr int mask_bytes(const Attention& a, int queries) {
 template <int kQueries, int kKeys, int kMaskRow, int kThreads>
 __device__ inline void load_mask(float* tile, const Attention& a, int64_t b, int64_t h, int q0, int k0) {
   if (a.mask.data == nullptr) return;
-  const int64_t begin = b * a.mask.batch + h * a.mask.head;
+  const int64_t begin = uint32_t(b) % a.mask.masks * a.mask.batch + h * a.mask.head;
   const int rows = a.mask.query == 0 ? 1 : kQueries;
   for (int i = threadIdx.x; i < rows * kKeys; i += kThreads) {
     const int query = i / kKeys, key = i % kKeys;
