@@ -21,10 +21,9 @@ MOST_TOKENS = 2**31 - 256  # of attention, which counts them in 32 bits to the e
 NORMS = ("add_layer_norm", "add_rms_norm")
 MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their own: csrc/cuda/add_layer_norm.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
-PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
+PRODUCTS = ("linear", "mlp", "glu_mlp", "patch_embed")  # ops that multiply matrices
 ABSENT = {  # ops that are C++ for CPUs alone
     "attention_varlen": "attention of packed sequences",
-    "glu_mlp": "gated feed-forward",
     "rotary_qkv": "rotary embedding of packed q and k",
 }
 

@@ -18,6 +18,8 @@ void implement(Library& m) {
   m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
+  m.impl("glu_mlp", TORCH_BOX(&glu_mlp));
+  m.impl("glu_mlp_backward", TORCH_BOX(&glu_mlp_backward));
   m.impl("patch_embed", TORCH_BOX(&patch_embed));
   m.impl("patch_embed_backward", TORCH_BOX(&patch_embed_backward));
   m.impl("rotary", TORCH_BOX(&rotary));
