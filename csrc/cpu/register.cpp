@@ -17,8 +17,6 @@ int64_t configure(const std::string& name, int64_t value) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   vk::implement(m);
-  m.impl("attention_varlen", TORCH_BOX(&vk::attention_varlen));
-  m.impl("attention_varlen_backward", TORCH_BOX(&vk::attention_varlen_backward));
   m.impl("rotary_qkv", TORCH_BOX(&vk::rotary_qkv));
   m.impl("rotary_qkv_backward", TORCH_BOX(&vk::rotary_qkv_backward));
 }

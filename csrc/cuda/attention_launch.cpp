@@ -34,6 +34,13 @@ Attention described(const Problem& p, const Tensor& stats) {
   a.queries = int32_t(p.queries);
   a.keys = int32_t(p.keys);
   a.width = int32_t(p.width);
+  if (p.ends) {
+    a.ends_q = reinterpret_cast<const int32_t*>(bytes(p.ends->q));
+    a.ends_k = reinterpret_cast<const int32_t*>(bytes(p.ends->k));
+  }
+  a.rows = p.rows();
+  a.delta_span = p.ends ? 1 : p.heads * p.rows();
+  a.stats_span = p.ends ? 1 : 2 * a.delta_span;
   a.causal = p.is_causal;
   a.scale = float(p.scale);
   a.factor = float(score_factor(p.mask, p.scale));
@@ -81,7 +88,7 @@ void attend(const Problem& p, const Heads& out, const Tensor& stats) {
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
                        const Heads& dk, const Heads& dv, bool needs_mask) {
   const AttentionKernels& kernels = kernels_for(p);
-  const Tensor stats = packed(stats_), delta = empty(stats, {p.batch, p.heads, p.queries});
+  const Tensor stats = packed(stats_), delta = empty(stats, {p.ends ? 1 : p.batch, p.heads, p.rows()});
   const Tensor dscores = needs_mask ? empty(stats, {p.batch, p.heads, p.queries, p.keys}) : nothing(stats);
   Attention a = described(p, stats);
   a.out = on_device(out, p.width);

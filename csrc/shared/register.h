@@ -10,6 +10,8 @@ void implement(Library& m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_qkv", TORCH_BOX(&attention_qkv));
   m.impl("attention_qkv_backward", TORCH_BOX(&attention_qkv_backward));
+  m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
+  m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
   m.impl("linear", TORCH_BOX(&linear_forward));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));

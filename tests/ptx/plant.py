@@ -49,6 +49,7 @@ KERNELS = (
     Kernel("glu_mlp", "silu, blocked gemm", (8, 0), "cuda"),
     Kernel("attention_qkv", "head width 72", (8, 0), "cuda"),
     Kernel("attention", "key padding, cross", (8, 0), "cuda"),
+    Kernel("attention_varlen", "grouped keys, causal, cross", (8, 0), "cuda"),
     Kernel("patch_embed", "uint8, mean and std", (8, 0), "cuda"),
 )
 
