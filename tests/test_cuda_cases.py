@@ -19,12 +19,15 @@ from cases import (
     MLP,
     PATCH_EMBED,
     ROTARY,
+    ROTARY_QKV,
     STRIDES,
     STRIDES_16,
     add_layer_norm,
     linear,
     patch_embed,
+    rotary_qkv,
 )
+from cases_rotary import LAYER
 from not_on_cuda import reason_of
 from ptx import cuda
 from ptx.findings import PROGRAMS, RACE, Fault
@@ -48,10 +51,11 @@ LONG = [
     linear("1,100 rows", (1100,), 8, 72),  # partial sums of a bias
     patch_embed("chunks of tokens", 1, (65, 65), batch=2, channels=1, width=8, prefix=1, pos_embed=4226),
     patch_embed("two parts, kept", 2, (7, 7), batch=18, channels=1, width=8, prefix=1, pos_embed=50, keep=40),
+    rotary_qkv("blocks of heads", (1, 50, 2, 3, 256), half=False, **LAYER),
 ]
 # a minute on the machine, for what "two parts, kept" shows
 SLOW = ("many tokens kept",)
-PLAIN = [*ADD_LAYER_NORM, *ADD_RMS_NORM, *LINEAR, *MLP, *GLU_MLP, *PATCH_EMBED, *ROTARY, *WIDE, *LONG]
+PLAIN = [*ADD_LAYER_NORM, *ADD_RMS_NORM, *LINEAR, *MLP, *GLU_MLP, *PATCH_EMBED, *ROTARY, *ROTARY_QKV, *WIDE, *LONG]
 
 
 def _trials() -> list[tuple[Case, torch.dtype]]:

@@ -20,11 +20,10 @@ FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a laun
 MOST_TOKENS = 2**31 - 256  # of attention, which counts them in 32 bits to the end of a tile
 NORMS = ("add_layer_norm", "add_rms_norm")
 MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their own: csrc/cuda/add_layer_norm.cu
+WIDEST_ROTARY_HEAD = 256  # csrc/cuda/rotary_qkv.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "glu_mlp", "patch_embed")  # ops that multiply matrices
-ABSENT = {  # ops that are C++ for CPUs alone
-    "rotary_qkv": "rotary embedding of packed q and k",
-}
+ABSENT: dict[str, str] = {}  # ops that are C++ for CPUs alone, and what they are called
 
 
 class Gpu(Protocol):
@@ -120,6 +119,8 @@ def why_not_call(gpu: Gpu, op: str, call: Any) -> str | None:
         return reason
     if op in NORMS and (reason := _why_not_norm(call)):
         return reason
+    if op == "rotary_qkv" and (width := tensors[0].shape[-1]) > WIDEST_ROTARY_HEAD:
+        return f"the CUDA C++ kernels turn heads up to {WIDEST_ROTARY_HEAD} wide, and these are {width}"
     return None
 
 

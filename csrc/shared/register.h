@@ -26,6 +26,8 @@ void implement(Library& m) {
   m.impl("patch_embed_backward", TORCH_BOX(&patch_embed_backward));
   m.impl("rotary", TORCH_BOX(&rotary));
   m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
+  m.impl("rotary_qkv", TORCH_BOX(&rotary_qkv));
+  m.impl("rotary_qkv_backward", TORCH_BOX(&rotary_qkv_backward));
 }
 
 }  // namespace vk
