@@ -12,17 +12,7 @@ def reason_of(case: Case) -> str | None:
     """What `why_not` ends with; None where its kernels serve the case."""
     if case.op in ext_cuda.ABSENT:
         return f"has no {ext_cuda.ABSENT[case.op]} yet"
-    if case.op in ("attention", "attention_qkv") and case.tensors.get("attn_mask") is not None:
-        mask, batch = _shape(case, "attn_mask"), _shape(case, "q" if case.op == "attention" else "qkv")[0]
-        if len(mask) == 4 and mask[0] not in (1, batch):
-            return "has no masks of some sequences that serve others in turn yet"
     return None
-
-
-def _shape(case: Case, name: str) -> tuple[int, ...]:
-    given = case.tensors[name]
-    assert isinstance(given, T)
-    return given.shape
 
 
 def why_not_on(capability: tuple[int, int], case: Case, dtype: torch.dtype) -> str | None:
@@ -32,7 +22,16 @@ def why_not_on(capability: tuple[int, int], case: Case, dtype: torch.dtype) -> s
         return reason
     if case.op in ext_cuda.ATTENTION and dtype != torch.float32:
         return "needs compute capability 8.0 or later"
+    if case.op in ext_cuda.ATTENTION and _width_of_heads(case) > ext_cuda.WIDEST_TURING_HEAD:
+        return f"attention of heads over {ext_cuda.WIDEST_TURING_HEAD} wide needs compute capability 8.0 or later"
     dtypes = {spec.dtype or dtype for spec in case.tensors.values() if spec is not None}
     if case.op in ext_cuda.PRODUCTS and torch.bfloat16 in dtypes:
         return "bfloat16 products need compute capability 8.0 or later"
     return None
+
+
+def _width_of_heads(case: Case) -> int:
+    given = case.tensors["q" if "q" in case.tensors else "qkv"]
+    assert isinstance(given, T)
+    width = given.shape[-1]
+    return width // (3 * case.options["num_heads"]) if case.op == "attention_qkv" else width

@@ -1,9 +1,10 @@
-"""attention and attention_qkv in CUDA C++, through the extension's own launchers, executed by the machine in `ptx`."""
+"""The three attention ops in CUDA C++, through the extension's own launchers, executed by the machine in `ptx`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,24 @@ import torch
 from accuracy import check_case
 from case import Case, T
 from cases import STRIDES, STRIDES_16
-from cases_attention import ATTENTION, ATTENTION_QKV, BF16, F16, F32, attention, attention_qkv
+from cases_attention import (
+    ATTENTION,
+    ATTENTION_QKV,
+    ATTENTION_VARLEN,
+    BF16,
+    F16,
+    F32,
+    attention,
+    attention_qkv,
+    attention_varlen_qkv,
+)
 from draws import keep_some
-from not_on_cuda import reason_of
 from ptx import cuda
 from ptx.findings import FLIGHT, RACE
 from ptx.launch import Packed
 
 import vitkernels as vk
+from vitkernels import ext_cuda
 
 if cuda.why_not():
     pytest.skip(str(cuda.why_not()), allow_module_level=True)
@@ -34,17 +45,24 @@ FORWARD, DQ, DKDV = KERNELS = ("attention_forward", "attention_dq", "attention_d
 BIAS = attention("bias", 1, 2, 70, mask=T((1, 1, 70, 70)))
 PADDED = attention("padding", 2, 2, 40, 70, mask=T((2, 1, 1, 70), convert=keep_some))
 CAUSAL = attention_qkv("causal", 1, 2, 70, causal=True)
+PACKED = attention_varlen_qkv("several", (33, 1, 70))
 
 
 def _trials() -> Iterator[Any]:
-    """The list in bfloat16 and float32, half of it in float16, whose kernels are bfloat16's text; layouts by turns."""
-    for number, case in enumerate(case for case in (*ATTENTION, *ATTENTION_QKV) if reason_of(case) is None):
+    """The list in bfloat16 and float32, half of it in float16, whose kernels are bfloat16's text.
+
+    Layouts, and sequences end to end, on the same kernels: in one dtype, by turns; of the layouts of these a sample.
+    """
+    for number, case in enumerate([*ATTENTION, *ATTENTION_QKV]):
         for dtype in (BF16, F32, F16)[: 2 + number % 2]:
             if dtype in case.dtypes:
                 yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
-    for number, case in enumerate([*STRIDES, *STRIDES_16]):
-        if case.op in ("attention", "attention_qkv") and reason_of(case) is None:
-            dtype = case.dtypes[number % len(case.dtypes)]
+    layouts = {op: [case for case in (*STRIDES, *STRIDES_16) if case.op == op] for op in ext_cuda.ATTENTION}
+    layouts["attention_varlen"] = layouts["attention_varlen"][::4]
+    for number, case in enumerate([*ATTENTION_VARLEN, *itertools.chain.from_iterable(layouts.values())]):
+        dtypes = [each for each in (BF16, F32, F16) if each in case.dtypes]
+        if dtypes:
+            dtype = dtypes[number % len(dtypes)]
             yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
 
 
@@ -64,6 +82,10 @@ def expected(case: Case) -> list[str]:
     """The kernels that have anything to write."""
     if case.op == "attention":
         (batch, heads, queries, _), (_, _, keys, _) = (case.tensors[name].shape for name in "qk")  # type: ignore[union-attr]
+    elif case.op == "attention_varlen":
+        lengths = next(spec for name, spec in case.tensors.items() if name.startswith("cu_seqlens"))
+        batch, heads = lengths.shape[0] - 1, 1  # type: ignore[union-attr]
+        queries, keys = list(case.options.values())[:2] if "q" in case.tensors else [case.options["max_seqlen"]] * 2
     else:
         batch, queries, _ = case.tensors["qkv"].shape  # type: ignore[union-attr]
         heads, keys = case.options["num_heads"], queries
@@ -77,7 +99,7 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL], ids=str)
+@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL, PACKED], ids=str)
 def test_backward_follows_any_forward(case: Case, dtype: torch.dtype) -> None:
     assert kernels(launched(case, dtype, forward="reference", backward="ext")) == [DQ, DKDV]
     assert kernels(launched(case, dtype, forward="ext", backward="reference")) == [FORWARD]
@@ -109,6 +131,13 @@ def test_grids_are_tiles_by_heads() -> None:
     assert found == [((2 * 3 * 5, 1, 1), threads)] * 2 + [((2 * 3 * 3, 1, 1), threads)]
 
 
+def test_sequences_end_to_end_are_one_launch() -> None:
+    """As many tiles for each as the longest has."""
+    record = launched(attention_varlen_qkv("grid", (65, 1, 130), 3, 64), F16)
+    assert kernels(record) == [FORWARD, DQ, DKDV]
+    assert [grid for grid, _, _ in record.shapes] == [(3 * 3 * 2, 1, 1)] * 3
+
+
 @pytest.mark.parametrize(
     ("width", "dtype", "capability", "reason"),
     [
@@ -122,7 +151,12 @@ def test_grids_are_tiles_by_heads() -> None:
 def test_declined(width: int, dtype: torch.dtype, capability: tuple[int, int], reason: str) -> None:
     q = torch.zeros(1, 2, 3, width, dtype=dtype, requires_grad=True)
     qkv = torch.zeros(1, 3, 6 * width, dtype=dtype, requires_grad=True)
-    calls: list[Callable[[], Any]] = [lambda: vk.ops.attention(q, q, q), lambda: vk.ops.attention_qkv(qkv, 2)]
+    packed, ends = torch.zeros(3, 3, 2, width, dtype=dtype, requires_grad=True), torch.tensor([0, 3]).int()
+    calls: list[Callable[[], Any]] = [
+        lambda: vk.ops.attention(q, q, q),
+        lambda: vk.ops.attention_qkv(qkv, 2),
+        lambda: vk.ops.attention_varlen(packed, ends, 3),
+    ]
     with cuda.activate(capability) as record:
         for call in calls:
             with vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
@@ -142,6 +176,12 @@ def test_too_many_tokens_are_declined(shape: tuple[int, ...], reason: str) -> No
     q = torch.zeros(1, dtype=BF16).expand(shape)  # takes no memory
     with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match=reason):
         vk.ops.attention(q, q, q)
+
+
+def test_too_many_sequences_are_declined() -> None:
+    qkv, ends = torch.zeros(1, dtype=BF16).expand(2, 3, 2**20, 16), torch.tensor([0] * 2048 + [2]).int()
+    with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match="2147483647 tiles"):
+        vk.ops.attention_varlen(qkv, ends, 33)
 
 
 # ----------------------------------------------------------------------------------- other PTX than the module's own

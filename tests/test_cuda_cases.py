@@ -14,16 +14,20 @@ from cases import (
     ADD_LAYER_NORM,
     ADD_RMS_NORM,
     CASES,
+    GLU_MLP,
     LINEAR,
     MLP,
     PATCH_EMBED,
     ROTARY,
+    ROTARY_QKV,
     STRIDES,
     STRIDES_16,
     add_layer_norm,
     linear,
     patch_embed,
+    rotary_qkv,
 )
+from cases_rotary import LAYER
 from not_on_cuda import reason_of
 from ptx import cuda
 from ptx.findings import PROGRAMS, RACE, Fault
@@ -47,10 +51,11 @@ LONG = [
     linear("1,100 rows", (1100,), 8, 72),  # partial sums of a bias
     patch_embed("chunks of tokens", 1, (65, 65), batch=2, channels=1, width=8, prefix=1, pos_embed=4226),
     patch_embed("two parts, kept", 2, (7, 7), batch=18, channels=1, width=8, prefix=1, pos_embed=50, keep=40),
+    rotary_qkv("blocks of heads", (1, 50, 2, 3, 256), half=False, **LAYER),
 ]
 # a minute on the machine, for what "two parts, kept" shows
 SLOW = ("many tokens kept",)
-PLAIN = [*ADD_LAYER_NORM, *ADD_RMS_NORM, *LINEAR, *MLP, *PATCH_EMBED, *ROTARY, *WIDE, *LONG]
+PLAIN = [*ADD_LAYER_NORM, *ADD_RMS_NORM, *LINEAR, *MLP, *GLU_MLP, *PATCH_EMBED, *ROTARY, *ROTARY_QKV, *WIDE, *LONG]
 
 
 def _trials() -> list[tuple[Case, torch.dtype]]:
@@ -92,12 +97,13 @@ def test_what_is_not_there_is_declined(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("name", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "glu_mlp"])
 def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(name: str, dtype: torch.dtype) -> None:
     """And their gradients come in float32, with the values that a gradient in the narrow dtype has."""
     op = dispatch.OPS[name]
     x, dy = torch.randn(5, 16).to(dtype), torch.randn(5, 24).to(dtype)
-    w1, b1, w2, b2 = torch.randn(24, 16), torch.randn(24), torch.randn(24, 24), torch.randn(24)
+    hidden = 48 if name == "glu_mlp" else 24
+    w1, b1, w2, b2 = torch.randn(hidden, 16), torch.randn(hidden), torch.randn(24, 24), torch.randn(24)
 
     def results(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
         if name == "linear":

@@ -170,6 +170,8 @@ def test_rows_and_channels_beyond_what_kernels_take() -> None:
     reason = declined(gpu, "patch_embed", image=image, weight=weight, mean=[0.5] * 65)
     assert reason == "the CUDA C++ kernels normalise up to 64 channels; got 65"
     assert declined(gpu, "patch_embed", image=image, weight=weight) is None
+    reason = declined(gpu, "rotary_qkv", qkv=torch.zeros(1, 1, 3, 1, 257))
+    assert reason == "the CUDA C++ kernels turn heads up to 256 wide, and these are 257"
 
 
 def test_backends_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from ptx.plant import KERNELS, Kernel
 SAMPLE = [
     each for each in KERNELS if each.op in ("mlp", "attention_qkv", "add_layer_norm") and each.capability == (9, 0)
 ]
-SAMPLE_OF_CPP = [each for each in KERNELS if each.op in ("attention_qkv", "add_layer_norm") and each.backend == "cuda"]
+OPS_OF_CPP = ("attention_qkv", "add_layer_norm", "rotary_qkv")
+SAMPLE_OF_CPP = [each for each in KERNELS if each.op in OPS_OF_CPP and each.backend == "cuda"]
 
 
 @pytest.mark.parametrize("kernel", SAMPLE, ids=str)

@@ -14,20 +14,16 @@ from typing import Any, Protocol
 import torch
 
 LOWEST_CAPABILITY = (7, 5)
-ATTENTION = ("attention", "attention_qkv")
+ATTENTION = ("attention", "attention_qkv", "attention_varlen")
 WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
 FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a launch
 MOST_TOKENS = 2**31 - 256  # of attention, which counts them in 32 bits to the end of a tile
 NORMS = ("add_layer_norm", "add_rms_norm")
 MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their own: csrc/cuda/add_layer_norm.cu
+WIDEST_ROTARY_HEAD = 256  # csrc/cuda/rotary_qkv.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
-PRODUCTS = ("linear", "mlp", "patch_embed")  # ops that multiply matrices
-ABSENT = {  # ops that are C++ for CPUs alone
-    "attention_rel_pos": "attention with decomposed relative positions",
-    "attention_varlen": "attention of packed sequences",
-    "glu_mlp": "gated feed-forward",
-    "rotary_qkv": "rotary embedding of packed q and k",
-}
+PRODUCTS = ("linear", "mlp", "glu_mlp", "patch_embed")  # ops that multiply matrices
+ABSENT = {"attention_rel_pos": "attention with decomposed relative positions"}  # ops that are C++ for CPUs alone
 
 
 class Gpu(Protocol):
@@ -123,6 +119,8 @@ def why_not_call(gpu: Gpu, op: str, call: Any) -> str | None:
         return reason
     if op in NORMS and (reason := _why_not_norm(call)):
         return reason
+    if op == "rotary_qkv" and (width := tensors[0].shape[-1]) > WIDEST_ROTARY_HEAD:
+        return f"the CUDA C++ kernels turn heads up to {WIDEST_ROTARY_HEAD} wide, and these are {width}"
     return None
 
 
@@ -140,17 +138,18 @@ def _why_not_norm(call: Any) -> str | None:
 def _why_not_attention(call: Any, capability: tuple[int, int]) -> str | None:
     if "qkv" in call._fields:
         first, heads = call.qkv, call.num_heads
-        tokens, width = first.shape[1], first.shape[2] // (3 * heads)
+        batch, tokens, width = first.shape[0], first.shape[1], first.shape[2] // (3 * heads)
+    elif "cu_seqlens_q" in call._fields:
+        first, batch = call.q, call.cu_seqlens_q.shape[0] - 1
+        (heads, width), tokens = first.shape[-2:], max(call.max_seqlen_q, call.max_seqlen_k)
     else:
-        first, (_, heads, tokens, width) = call.q, call.q.shape
+        first, (batch, heads, tokens, width) = call.q, call.q.shape
         tokens = max(tokens, call.k.shape[2])
-    if call.attn_mask is not None and call.attn_mask.shape[0] not in (1, first.shape[0]):
-        return "the extension's CUDA C++ has no masks of some sequences that serve others in turn yet"
     if width > WIDEST_HEAD:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
     if tokens > MOST_TOKENS:
         return f"the CUDA C++ kernels take up to {MOST_TOKENS} tokens; got {tokens}"
-    rows = first.shape[0] * heads
+    rows = batch * heads
     if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:
         return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {rows} x {tokens} tokens are more"
     if capability >= (8, 0):

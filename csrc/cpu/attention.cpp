@@ -1,4 +1,4 @@
-// attention, attention_qkv (shared/attention.cpp calls these), attention_rel_pos and attention_varlen on the CPU. Heads of
+// attention, attention_qkv, attention_varlen (shared/attention.cpp calls these) and attention_rel_pos on the CPU. Heads of
 // sequences are the unit of work, and those that share k and v together.
 #include "shared/attention.h"
 
@@ -175,22 +175,6 @@ Tensor backward(const Sequences& p, const Heads& out, const Heads& dout, const T
   });
 }
 
-// Of one length each.
-Sequences sequences(const Problem& p) {
-  std::vector<Span> spans;
-  for (int64_t b = 0; b < p.batch; ++b) spans.push_back({b, p.queries, b, p.keys});
-  const int64_t stats_head = 2 * p.queries;
-  return {spans, p.heads, p.key_heads, p.width,              p.is_causal, p.scale, p.q, p.k,
-          p.v,   p.mask,  p.heads * stats_head, stats_head, p.queries};
-}
-
-// A tensor [T, H, K], or third `which` of a packed [T, 3, H, K]; what stands for a batch is the first token of a span.
-Heads heads_varlen(const Tensor& t, int64_t which = 0) {
-  const int64_t head = t.dim() - 2;
-  char* data = bytes(t) + (head == 2 ? which * t.stride(1) * size_of(dtype_of(t)) : 0);
-  return {data, dtype_of(t), t.stride(0), t.stride(head), t.stride(0), t.stride(head + 1)};
-}
-
 // Compiled graphs do not look at values, and what is wrong here would be read and written.
 void check_ends(const char* name, const int32_t* at, int64_t count, int64_t tokens) {
   STD_TORCH_CHECK(at[0] == 0 && at[count - 1] == tokens, "attention_varlen: argument '", name, "' goes from ", at[0],
@@ -201,21 +185,26 @@ void check_ends(const char* name, const int32_t* at, int64_t count, int64_t toke
   }
 }
 
-Sequences packed_sequences(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& cu_seqlens_q,
-                       const Tensor& cu_seqlens_k, bool is_causal, double scale) {
-  const Tensor ends_q = packed(cu_seqlens_q), ends_k = packed(cu_seqlens_k);
-  const int32_t* const q_at = reinterpret_cast<const int32_t*>(bytes(ends_q));
-  const int32_t* const k_at = reinterpret_cast<const int32_t*>(bytes(ends_k));
-  check_ends(k ? "cu_seqlens_q" : "cu_seqlens", q_at, ends_q.size(0), q.size(0));
-  check_ends(k ? "cu_seqlens_k" : "cu_seqlens", k_at, ends_k.size(0), k ? k->size(0) : q.size(0));
+std::vector<Span> spans_of(const Problem& p) {
   std::vector<Span> spans;
-  for (int64_t i = 0; i + 1 < ends_q.size(0); ++i) {
+  if (!p.ends) {
+    for (int64_t b = 0; b < p.batch; ++b) spans.push_back({b, p.queries, b, p.keys});
+    return spans;
+  }
+  const int32_t* const q_at = reinterpret_cast<const int32_t*>(bytes(p.ends->q));
+  const int32_t* const k_at = reinterpret_cast<const int32_t*>(bytes(p.ends->k));
+  check_ends(p.ends->q_name, q_at, p.ends->q.size(0), p.ends->queries);
+  check_ends(p.ends->k_name, k_at, p.ends->k.size(0), p.ends->keys);
+  for (int64_t i = 0; i < p.batch; ++i) {
     spans.push_back({q_at[i], q_at[i + 1] - q_at[i], k_at[i], k_at[i + 1] - k_at[i]});
   }
-  const int64_t tokens = q.size(0), heads = q.size(q.dim() - 2), width = q.size(q.dim() - 1);
-  const Heads keys = k ? heads_varlen(*k) : heads_varlen(q, 1), values = v ? heads_varlen(*v) : heads_varlen(q, 2);
-  return {spans, heads,  k ? k->size(1) : heads, width,      is_causal, scale, heads_varlen(q), keys,
-          values, Mask(Maybe()), 1,              2 * tokens, tokens};
+  return spans;
+}
+
+Sequences sequences(const Problem& p) {
+  const int64_t stats_head = 2 * p.rows(), stats_span = p.ends ? 1 : p.heads * stats_head;
+  return {spans_of(p), p.heads, p.key_heads, p.width,    p.is_causal, p.scale, p.q, p.k,
+          p.v,         p.mask,  stats_span,  stats_head, p.rows()};
 }
 
 }  // namespace
@@ -279,28 +268,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_rel_pos_backward(
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
                        const Heads& dk, const Heads& dv, bool needs_mask) {
   return backward(sequences(p), out, dout, stats, dq, dk, dv, p.given_mask, needs_mask);
-}
-
-std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, const Maybe& v,
-                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t, int64_t,
-                                            bool is_causal, double scale) {
-  const Sequences p = packed_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
-  Tensor out = empty(q, {q.size(0), p.heads, p.width});
-  Tensor stats = empty({p.heads, 2, q.size(0)}, accumulate_dtype(q.scalar_type()));
-  forward(p, heads_varlen(out), stats);
-  return {out, stats};
-}
-
-std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& dout, const Tensor& q, const Maybe& k,
-                                                             const Maybe& v, const Tensor& out, const Tensor& stats,
-                                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                             int64_t, int64_t, bool is_causal, double scale) {
-  const Sequences p = packed_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale);
-  Tensor dq = empty(q, shape_of(q));
-  Tensor dk = k ? empty(*k, shape_of(*k)) : nothing(q), dv = v ? empty(*v, shape_of(*v)) : nothing(q);
-  backward(p, heads_varlen(out), heads_varlen(dout), stats, heads_varlen(dq),
-           k ? heads_varlen(dk) : heads_varlen(dq, 1), v ? heads_varlen(dv) : heads_varlen(dq, 2), {}, false);
-  return {dq, dk, dv};
 }
 
 }  // namespace vk

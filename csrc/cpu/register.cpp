@@ -19,12 +19,6 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
   vk::implement(m);
   m.impl("attention_rel_pos", TORCH_BOX(&vk::attention_rel_pos));
   m.impl("attention_rel_pos_backward", TORCH_BOX(&vk::attention_rel_pos_backward));
-  m.impl("attention_varlen", TORCH_BOX(&vk::attention_varlen));
-  m.impl("attention_varlen_backward", TORCH_BOX(&vk::attention_varlen_backward));
-  m.impl("glu_mlp", TORCH_BOX(&vk::glu_mlp));
-  m.impl("glu_mlp_backward", TORCH_BOX(&vk::glu_mlp_backward));
-  m.impl("rotary_qkv", TORCH_BOX(&vk::rotary_qkv));
-  m.impl("rotary_qkv_backward", TORCH_BOX(&vk::rotary_qkv_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {

@@ -26,24 +26,45 @@ struct DeviceHeads {
 #endif
 };
 
-// A mask [B or 1, H or 1, Nq or 1, Nk or 1], bool or added; strides in elements, 0 along its axes of size 1.
+// A mask [M, H or 1, Nq or 1, Nk or 1], bool or added; strides in elements, 0 along its axes of size 1. Sequence b has
+// mask b % M.
 struct DeviceMask {
   const char* data;  // null: none
   DType dtype;
+  uint32_t masks;
   int64_t batch, head, query, key;
+};
+
+// Where the tokens of a sequence begin, in what DeviceHeads.of steps by, and how many there are.
+struct Span {
+  int32_t q, queries, k, keys;
 };
 
 struct Attention {
   int32_t heads, group, queries, keys, width;  // heads of q, so many of which share one of k and v
+  // cu_seqlens [S + 1] of sequences that lie end to end, queries and keys being those of the longest; null: all are
+  // of one length
+  const int32_t *ends_q, *ends_k;
   bool causal;
   float scale;   // of dq and dk
   float factor;  // score = factor * q k^T + mask
   float unit;    // weight = exp2(unit * (score - largest)) / sum: the unit of score_units times log2(e)
   DeviceHeads q, k, v, out, dout, dq, dk, dv;
   DeviceMask mask;
-  float* stats;    // [B, H, 2, Nq]
-  float* delta;    // [B, H, Nq]: the sum over keys of weight times its gradient
-  float* dscores;  // [B, H, Nq, Nk]; null where nobody asks for it
+  float* stats;  // [B, H, 2, Nq], end to end [H, 2, T]
+  float* delta;  // [B, H, Nq] or [H, T]: the sum over keys of weight times its gradient
+  int64_t rows, stats_span, delta_span;  // Nq or T; strides of Span.q
+  float* dscores;                        // [B, H, Nq, Nk]; null where nobody asks for it
+#if defined(__CUDACC__)
+  __device__ Span span(int b) const {
+    if (ends_q == nullptr) return {b, queries, b, keys};
+    const int32_t q0 = ends_q[b], k0 = ends_k[b];
+    return {q0, ends_q[b + 1] - q0, k0, ends_k[b + 1] - k0};
+  }
+  // Of the first query of a span and a head: the largest scores, `rows` further on the logs of the sums; delta.
+  __device__ float* stats_of(int32_t q, int h) const { return stats + q * stats_span + 2 * h * rows; }
+  __device__ float* delta_of(int32_t q, int h) const { return delta + q * delta_span + h * rows; }
+#endif
 };
 
 constexpr int kWidestHead = 128;

@@ -47,9 +47,11 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   constexpr int kQueries = Cores::kRows, kKeys = Cores::kCols;
   extern __shared__ __align__(16) char shared[];
   const int tiles = (a.queries + kQueries - 1) / kQueries;
-  const int64_t head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
+  const int head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
   const int q0 = blockIdx.x % tiles * kQueries;
-  const int keys = a.causal ? min(a.keys, q0 + kQueries) : a.keys;  // that some query sees
+  const Span span = a.span(b);
+  if (q0 >= span.queries) return;  // others are longer
+  const int keys = a.causal ? min(span.keys, q0 + kQueries) : span.keys;  // that some query sees
   const int key_tiles = (keys + kKeys - 1) / kKeys;
   const int before = a.dscores ? key_tiles : 0;  // tiles of the pass that sums delta
 
@@ -61,28 +63,28 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   const auto k_tile = [&](int stage) { return coming + 2 * stage * kKeys * cores.row(); };
   const auto v_tile = [&](int stage) { return k_tile(stage) + kKeys * cores.row(); };
 
-  load_rows<kQueries>(cores, q_tile, a.q.of<T>(b, h), a.q, q0, a.queries);
-  load_rows<kQueries>(cores, dout_tile, a.dout.of<T>(b, h), a.dout, q0, a.queries);
+  load_rows<kQueries>(cores, q_tile, a.q.of<T>(span.q, h), a.q, q0, span.queries);
+  load_rows<kQueries>(cores, dout_tile, a.dout.of<T>(span.q, h), a.dout, q0, span.queries);
 
-  const float* const stats = a.stats + head * 2 * a.queries;
+  const float* const stats = a.stats_of(span.q, h);
   float largest[Cores::kR], log_sum[Cores::kR], delta[Cores::kR] = {};
 #pragma unroll
   for (int r = 0; r < Cores::kR; ++r) {
     const int query = q0 + cores.row_of(r);
-    largest[r] = query < a.queries ? stats[query] : 0.0f;
-    log_sum[r] = query < a.queries ? stats[a.queries + query] : 0.0f;
+    largest[r] = query < span.queries ? stats[query] : 0.0f;
+    log_sum[r] = query < span.queries ? stats[a.rows + query] : 0.0f;
   }
   const auto finish_delta = [&] {
 #pragma unroll
     for (int r = 0; r < Cores::kR; ++r) {
       delta[r] = Cores::row_sum(delta[r]);
       const int query = q0 + cores.row_of(r);
-      if (query < a.queries && cores.first_of_row()) a.delta[head * a.queries + query] = delta[r];
+      if (query < span.queries && cores.first_of_row()) a.delta_of(span.q, h)[query] = delta[r];
     }
   };
   if (!before) {
     static_assert(Cores::kStages * 2 * kKeys >= kQueries, "out comes where keys and values will");
-    load_rows<kQueries>(cores, coming, a.out.of<T>(b, h), a.out, q0, a.queries);
+    load_rows<kQueries>(cores, coming, a.out.of<T>(span.q, h), a.out, q0, span.queries);
     wait_for_copies();
     __syncthreads();
 #pragma unroll
@@ -92,18 +94,18 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   }
 
   float acc[Cores::kR][Cores::kA] = {};
-  const T *const k = a.k.of<T>(b, h / a.group), *const v = a.v.of<T>(b, h / a.group);
+  const T *const k = a.k.of<T>(span.k, h / a.group), *const v = a.v.of<T>(span.k, h / a.group);
   const auto load = [&](int i, int stage) {
     const int k0 = (i < before ? i : i - before) * kKeys;
-    load_rows<kKeys>(cores, k_tile(stage), k, a.k, k0, a.keys);
-    load_rows<kKeys>(cores, v_tile(stage), v, a.v, k0, a.keys);
+    load_rows<kKeys>(cores, k_tile(stage), k, a.k, k0, span.keys);
+    load_rows<kKeys>(cores, v_tile(stage), v, a.v, k0, span.keys);
   };
   const auto step = [&](int i, int stage) {
     const int k0 = (i < before ? i : i - before) * kKeys;
     load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, b, h, q0, k0);
     float s[Cores::kR][Cores::kC], ds[Cores::kR][Cores::kC];
     cores.across(s, q_tile, k_tile(stage));
-    to_scores<false, Tiles::kMaskRow>(cores, s, mask_tile, a, q0, k0);
+    to_scores<false, Tiles::kMaskRow>(cores, s, mask_tile, a, span.keys, q0, k0);
     cores.across(ds, dout_tile, v_tile(stage));
     if (before && i == before) finish_delta();
 #pragma unroll
@@ -119,13 +121,13 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
     }
     if (i < before) return;
     if (before) {
-      float* const dscores = a.dscores + head * a.queries * a.keys;
+      float* const dscores = a.dscores + int64_t(head) * a.queries * a.keys;
 #pragma unroll
       for (int r = 0; r < Cores::kR; ++r) {
 #pragma unroll
         for (int j = 0; j < Cores::kC; ++j) {
           const int query = q0 + cores.row_of(r), key = k0 + cores.col_of(j);
-          if (query < a.queries && key < a.keys) dscores[int64_t(query) * a.keys + key] = ds[r][j];
+          if (query < span.queries && key < span.keys) dscores[int64_t(query) * a.keys + key] = ds[r][j];
         }
       }
     }
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dq(const _
   float scale[Cores::kR];
   for (float& each : scale) each = a.scale;
   cores.put(q_tile, acc, scale);
-  store_rows(cores, q_tile, a.dq.of<T>(b, h), a.dq, q0, a.queries);
+  store_rows(cores, q_tile, a.dq.of<T>(span.q, h), a.dq, q0, span.queries);
 }
 
 // blockIdx.x, which the compiler may not keep.
@@ -165,9 +167,12 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
   // asked anew at each tile: kept, they would take registers that sums need
   const auto sample = [&] { return int(block_number() / tiles) / key_heads; };
   const auto key_head = [&] { return int(block_number() / tiles) % key_heads; };
+  const auto span = [&] { return a.span(sample()); };
   const int k0 = blockIdx.x % tiles * kKeys;
-  const int first = a.causal ? min(a.queries, k0) / kQueries : 0;  // tile of queries that sees one of these keys
-  const unsigned each = (a.queries + kQueries - 1) / kQueries - first;  // of a head
+  if (k0 >= span().keys) return;  // others are longer
+  const int queries = span().queries;
+  const int first = a.causal ? min(queries, k0) / kQueries : 0;  // tile of queries that sees one of these keys
+  const unsigned each = (queries + kQueries - 1) / kQueries - first;  // of a head
   const auto head_of = [&](int i) { return key_head() * a.group + unsigned(i) / each; };
   const auto query_of = [&](int i) { return (first + unsigned(i) % each) * kQueries; };
 
@@ -182,20 +187,19 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
     return reinterpret_cast<float*>(shared + Tiles::numbers(a.width)) + stage * 3 * kQueries;
   };
 
-  load_rows<kKeys>(cores, k_tile, a.k.of<T>(sample(), key_head()), a.k, k0, a.keys);
-  load_rows<kKeys>(cores, v_tile, a.v.of<T>(sample(), key_head()), a.v, k0, a.keys);
+  load_rows<kKeys>(cores, k_tile, a.k.of<T>(span().k, key_head()), a.k, k0, span().keys);
+  load_rows<kKeys>(cores, v_tile, a.v.of<T>(span().k, key_head()), a.v, k0, span().keys);
   const auto load = [&](int i, int stage) {
-    const int b = sample(), h = head_of(i);
-    const int64_t rows = (int64_t(b) * a.heads + h) * a.queries;
-    const int q0 = query_of(i);
-    const float *const stats = a.stats + 2 * rows, *const delta = a.delta + rows;
-    load_rows<kQueries>(cores, q_tile(stage), a.q.of<T>(b, h), a.q, q0, a.queries);
-    load_rows<kQueries>(cores, dout_tile(stage), a.dout.of<T>(b, h), a.dout, q0, a.queries);
+    const int h = head_of(i), q0 = query_of(i);
+    const Span s = span();
+    const float *const stats = a.stats_of(s.q, h), *const delta = a.delta_of(s.q, h);
+    load_rows<kQueries>(cores, q_tile(stage), a.q.of<T>(s.q, h), a.q, q0, s.queries);
+    load_rows<kQueries>(cores, dout_tile(stage), a.dout.of<T>(s.q, h), a.dout, q0, s.queries);
     for (int j = threadIdx.x; j < kQueries; j += Cores::kThreads) {
-      const bool there = q0 + j < a.queries;  // zeros add nothing: dout and q are zeros there too
+      const bool there = q0 + j < s.queries;  // zeros add nothing: dout and q are zeros there too
       const int query = there ? q0 + j : 0;
       copy<4>(numbers(stage) + j, stats + query, there);
-      copy<4>(numbers(stage) + kQueries + j, stats + a.queries + query, there);
+      copy<4>(numbers(stage) + kQueries + j, stats + a.rows + query, there);
       copy<4>(numbers(stage) + 2 * kQueries + j, delta + query, there);
     }
   };
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
     load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, sample(), head_of(i), q0, k0);
     float p[Cores::kR][Cores::kC], ds[Cores::kR][Cores::kC];
     cores.across(p, k_tile, q_tile(stage));
-    to_scores<true, Tiles::kMaskRow>(cores, p, mask_tile, a, q0, k0);
+    to_scores<true, Tiles::kMaskRow>(cores, p, mask_tile, a, span().keys, q0, k0);
     cores.across(ds, v_tile, dout_tile(stage));
     const float* const of_query = numbers(stage);
 #pragma unroll
@@ -229,8 +233,8 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
   for (float& each : scale) each = a.scale;
   cores.put(k_tile, dk, scale);
   cores.put(v_tile, dv, one);
-  store_rows(cores, k_tile, a.dk.of<T>(sample(), key_head()), a.dk, k0, a.keys);
-  store_rows(cores, v_tile, a.dv.of<T>(sample(), key_head()), a.dv, k0, a.keys);
+  store_rows(cores, k_tile, a.dk.of<T>(span().k, key_head()), a.dk, k0, span().keys);
+  store_rows(cores, v_tile, a.dv.of<T>(span().k, key_head()), a.dv, k0, span().keys);
 }
 
 }  // namespace vk

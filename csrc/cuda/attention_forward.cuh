@@ -26,9 +26,11 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_forward(co
   constexpr int kQueries = Cores::kRows, kKeys = Cores::kCols;
   extern __shared__ __align__(16) char shared[];
   const int tiles = (a.queries + kQueries - 1) / kQueries;
-  const int64_t head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
+  const int head = blockIdx.x / tiles, b = head / a.heads, h = head % a.heads;
   const int q0 = blockIdx.x % tiles * kQueries;
-  const int keys = a.causal ? min(a.keys, q0 + kQueries) : a.keys;  // that some query sees
+  const Span span = a.span(b);
+  if (q0 >= span.queries) return;  // others are longer
+  const int keys = a.causal ? min(span.keys, q0 + kQueries) : span.keys;  // that some query sees
 
   const Cores cores(a.width, reinterpret_cast<float*>(shared + Tiles::scratch(a.width)));
   float* const mask_tile = reinterpret_cast<float*>(shared + Tiles::mask(a.width));
@@ -37,11 +39,11 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_forward(co
   const auto k_tile = [&](int stage) { return coming + 2 * stage * kKeys * cores.row(); };
   const auto v_tile = [&](int stage) { return k_tile(stage) + kKeys * cores.row(); };
 
-  load_rows<kQueries>(cores, q_tile, a.q.of<T>(b, h), a.q, q0, a.queries);
-  const T *const k = a.k.of<T>(b, h / a.group), *const v = a.v.of<T>(b, h / a.group);
+  load_rows<kQueries>(cores, q_tile, a.q.of<T>(span.q, h), a.q, q0, span.queries);
+  const T *const k = a.k.of<T>(span.k, h / a.group), *const v = a.v.of<T>(span.k, h / a.group);
   const auto load = [&](int i, int stage) {
-    load_rows<kKeys>(cores, k_tile(stage), k, a.k, i * kKeys, a.keys);
-    load_rows<kKeys>(cores, v_tile(stage), v, a.v, i * kKeys, a.keys);
+    load_rows<kKeys>(cores, k_tile(stage), k, a.k, i * kKeys, span.keys);
+    load_rows<kKeys>(cores, v_tile(stage), v, a.v, i * kKeys, span.keys);
   };
 
   float acc[Cores::kR][Cores::kA] = {}, top[Cores::kR], total[Cores::kR] = {};
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_forward(co
     load_mask<kQueries, kKeys, Tiles::kMaskRow, Cores::kThreads>(mask_tile, a, b, h, q0, i * kKeys);
     float s[Cores::kR][Cores::kC];
     cores.across(s, q_tile, k_tile(stage));
-    to_scores<false, Tiles::kMaskRow>(cores, s, mask_tile, a, q0, i * kKeys);
+    to_scores<false, Tiles::kMaskRow>(cores, s, mask_tile, a, span.keys, q0, i * kKeys);
 #pragma unroll
     for (int r = 0; r < Cores::kR; ++r) {
       float now = top[r];
@@ -75,20 +77,20 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_forward(co
   for_tiles<Cores::kStages>((keys + kKeys - 1) / kKeys, load, step);
 
   float inverse[Cores::kR];
-  float* const stats = a.stats + head * 2 * a.queries;
+  float* const stats = a.stats_of(span.q, h);
 #pragma unroll
   for (int r = 0; r < Cores::kR; ++r) {
     const float sum = Cores::row_sum(total[r]);
     const bool empty = sum == 0;  // NaN is not empty
     inverse[r] = empty ? 0.0f : 1.0f / sum;
     const int query = q0 + cores.row_of(r);
-    if (query < a.queries && cores.first_of_row()) {
+    if (query < span.queries && cores.first_of_row()) {
       stats[query] = empty ? 0.0f : top[r];
-      stats[a.queries + query] = empty ? -kNone : log2_of(sum) * kLn2;
+      stats[a.rows + query] = empty ? -kNone : log2_of(sum) * kLn2;
     }
   }
   cores.put(q_tile, acc, inverse);
-  store_rows(cores, q_tile, a.out.of<T>(b, h), a.out, q0, a.queries);
+  store_rows(cores, q_tile, a.out.of<T>(span.q, h), a.out, q0, span.queries);
 }
 
 }  // namespace vk

@@ -34,6 +34,13 @@ Attention described(const Problem& p, const Tensor& stats) {
   a.queries = int32_t(p.queries);
   a.keys = int32_t(p.keys);
   a.width = int32_t(p.width);
+  if (p.ends) {
+    a.ends_q = reinterpret_cast<const int32_t*>(bytes(p.ends->q));
+    a.ends_k = reinterpret_cast<const int32_t*>(bytes(p.ends->k));
+  }
+  a.rows = p.rows();
+  a.delta_span = p.ends ? 1 : p.heads * p.rows();
+  a.stats_span = p.ends ? 1 : 2 * a.delta_span;
   a.causal = p.is_causal;
   a.scale = float(p.scale);
   a.factor = float(score_factor(p.mask, p.scale));
@@ -41,7 +48,8 @@ Attention described(const Problem& p, const Tensor& stats) {
   a.q = on_device(p.q, p.width);
   a.k = on_device(p.k, p.width);
   a.v = on_device(p.v, p.width);
-  a.mask = {p.mask.data, p.mask.dtype, p.mask.batch, p.mask.head, p.mask.query, p.mask.key};
+  a.mask = {p.mask.data,  p.mask.dtype, uint32_t(p.mask.masks), p.mask.batch,
+            p.mask.head, p.mask.query, p.mask.key};
   a.stats = reinterpret_cast<float*>(bytes(stats));
   return a;
 }
@@ -53,13 +61,18 @@ void launch(const Launches& launches, const char* name, const AttentionKernel& k
   launches(name, kernel.kernel, {count}, dim3(threads), kernel.shared(a), a);
 }
 
-// The mask's gradient: the gradients of all scores that an element was added to.
+// The mask's gradient: the gradients of all scores that an element was added to, those of sequences that it served in
+// turn among them.
 Tensor sum_to(const Tensor& dscores, const Tensor& mask) {
+  const int64_t masks = mask.size(0), turns = masks > 0 ? dscores.size(0) / masks : 1;
+  const Shape by_turns{turns, masks, dscores.size(1), dscores.size(2), dscores.size(3)};
   std::vector<int64_t> axes;
-  for (int64_t i = 0; i < 4; ++i) {
-    if (mask.size(i) == 1 && dscores.size(i) != 1) axes.push_back(i);
+  if (turns != 1) axes.push_back(0);
+  for (int64_t i = 1; i < 4; ++i) {
+    if (mask.size(i) == 1 && dscores.size(i) != 1) axes.push_back(i + 1);
   }
-  return cast(axes.empty() ? dscores : torch::stable::sum(dscores, axes, true), mask.scalar_type());
+  const Tensor all = reshaped(dscores, by_turns);
+  return cast(reshaped(axes.empty() ? all : torch::stable::sum(all, axes, true), shape_of(mask)), mask.scalar_type());
 }
 
 }  // namespace
@@ -75,7 +88,7 @@ void attend(const Problem& p, const Heads& out, const Tensor& stats) {
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
                        const Heads& dk, const Heads& dv, bool needs_mask) {
   const AttentionKernels& kernels = kernels_for(p);
-  const Tensor stats = packed(stats_), delta = empty(stats, {p.batch, p.heads, p.queries});
+  const Tensor stats = packed(stats_), delta = empty(stats, {p.ends ? 1 : p.batch, p.heads, p.rows()});
   const Tensor dscores = needs_mask ? empty(stats, {p.batch, p.heads, p.queries, p.keys}) : nothing(stats);
   Attention a = described(p, stats);
   a.out = on_device(out, p.width);

@@ -153,7 +153,7 @@ __host__ __device__ constexpr int mask_bytes(const Attention& a, int queries) {
 template <int kQueries, int kKeys, int kMaskRow, int kThreads>
 __device__ inline void load_mask(float* tile, const Attention& a, int64_t b, int64_t h, int q0, int k0) {
   if (a.mask.data == nullptr) return;
-  const int64_t begin = b * a.mask.batch + h * a.mask.head;
+  const int64_t begin = uint32_t(b) % a.mask.masks * a.mask.batch + h * a.mask.head;
   const int rows = a.mask.query == 0 ? 1 : kQueries;
   for (int i = threadIdx.x; i < rows * kKeys; i += kThreads) {
     const int query = i / kKeys, key = i % kKeys;
@@ -168,8 +168,8 @@ __device__ inline void load_mask(float* tile, const Attention& a, int64_t b, int
 // of s are queries and its columns keys or, turned, the other way round. One text for all kernels: what backward
 // computes anew is what forward had.
 template <bool kTurned, int kMaskRow, class Cores, int kR, int kC>
-__device__ inline void to_scores(const Cores& cores, float (&s)[kR][kC], const float* mask, const Attention& a, int q0,
-                                 int k0) {
+__device__ inline void to_scores(const Cores& cores, float (&s)[kR][kC], const float* mask, const Attention& a,
+                                 int keys, int q0, int k0) {
   constexpr int kKeys = kTurned ? Cores::kRows : Cores::kCols;
   if (a.mask.data != nullptr) {
     const int mask_row = a.mask.query == 0 ? 0 : kMaskRow;
@@ -188,14 +188,14 @@ __device__ inline void to_scores(const Cores& cores, float (&s)[kR][kC], const f
       for (int j = 0; j < kC; ++j) s[r][j] *= a.factor;
     }
   }
-  if (k0 + kKeys <= a.keys && !(a.causal && k0 + kKeys - 1 > q0)) return;  // each query sees every key
+  if (k0 + kKeys <= keys && !(a.causal && k0 + kKeys - 1 > q0)) return;  // each query sees every key
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
 #pragma unroll
     for (int j = 0; j < kC; ++j) {
       const int row = cores.row_of(r), col = cores.col_of(j);
       const int query = q0 + (kTurned ? col : row), key = k0 + (kTurned ? row : col);
-      if (key >= a.keys || (a.causal && key > query)) s[r][j] = kNone;
+      if (key >= keys || (a.causal && key > query)) s[r][j] = kNone;
     }
   }
 }

@@ -1,9 +1,8 @@
 // mlp: the schemas of vitkernels/ops/mlp.py on CUDA. cuBLAS multiplies, and adds the first bias in its epilogue; one
 // pass each way does the rest.
+#include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
-#include "cuda/common.cuh"
 #include "cuda/launch.h"
-#include "shared/activations.h"
 #include "shared/products.h"
 
 namespace vk {
@@ -16,29 +15,6 @@ struct ActivationCall {
   OutRows activated, dpre;  // data null where not wanted; dpre may lie where dout does, activated where pre does
   float* sums;              // of dpre's columns, [parts, width]; null where not wanted
 };
-
-template <Activation kind>
-__device__ __forceinline__ void activate_each(const float (&h)[kLanes], float (&value)[kLanes],
-                                              float (&slope)[kLanes]) {
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) cuda::activate_one<float, kind>(h[i], value[i], slope[i]);
-}
-
-__device__ __forceinline__ void activate_lanes(Activation kind, const float (&h)[kLanes], float (&value)[kLanes],
-                                               float (&slope)[kLanes]) {
-  switch (kind) {
-    case Activation::gelu: return activate_each<Activation::gelu>(h, value, slope);
-    case Activation::gelu_tanh: return activate_each<Activation::gelu_tanh>(h, value, slope);
-    case Activation::quick_gelu: return activate_each<Activation::quick_gelu>(h, value, slope);
-    case Activation::relu: return activate_each<Activation::relu>(h, value, slope);
-    case Activation::silu: return activate_each<Activation::silu>(h, value, slope);
-  }
-}
-
-// A warp reads 256 columns of a row, 512 bytes of a 16-bit dtype; 8 warps have a row each and go down 64 rows, which
-// keeps a bias's partial sums in registers and makes their second sum a hundredth of the work.
-constexpr int kTileRows = 8, kTileColumns = kWarp * kLanes;
-constexpr int64_t kRowsPerPart = 64;
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kWarp* kTileRows) activate_forward(const __grid_constant__ ActivationCall a) {
@@ -54,7 +30,7 @@ __global__ void __launch_bounds__(kWarp* kTileRows) activate_forward(const __gri
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kWarp* kTileRows) activate_backward(const __grid_constant__ ActivationCall a) {
-  __shared__ float space[kTileRows][kTileColumns];
+  __shared__ TileSums space;
   const int column = blockIdx.y * kTileColumns + threadIdx.x * kLanes;
   const int64_t begin = blockIdx.x * a.rows_per_part, end = min(begin + a.rows_per_part, a.rows);
   float sum[kLanes] = {};
@@ -72,16 +48,7 @@ __global__ void __launch_bounds__(kWarp* kTileRows) activate_backward(const __gr
     store_floats<kAligned>(a.dpre, row, column, a.width, d);
     if (a.activated.data) store_floats<kAligned>(a.activated, row, column, a.width, value);
   }
-  if (!a.sums) return;
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) space[threadIdx.y][threadIdx.x + i * kWarp] = sum[i];  // each thread its own bank
-  __syncthreads();
-  const int thread = threadIdx.y * kWarp + threadIdx.x, mine = blockIdx.y * kTileColumns + thread;
-  if (mine >= a.width) return;
-  float total = 0;
-#pragma unroll
-  for (int row = 0; row < kTileRows; ++row) total += space[row][thread / kLanes + thread % kLanes * kWarp];
-  a.sums[blockIdx.x * int64_t(a.width) + mine] = total;
+  if (a.sums) store_sums(space, sum, a.sums + blockIdx.x * int64_t(a.width), a.width);
 }
 
 namespace {

@@ -1,17 +1,7 @@
 // rotary: the schemas of vitkernels/ops/rotary.py on CUDA.
-#include "cuda/common.cuh"
-#include "cuda/launch.h"
-#include "shared/pairs.h"
+#include "cuda/rotary.cuh"
 
 namespace vk {
-
-// [B, H, N, K], wherever its axes lie in memory; steps are 0 along axes of size 1, where one serves all.
-template <class Pointer>
-struct Heads {
-  Pointer data;
-  DType dtype;
-  int64_t step[4];
-};
 
 struct Rotary {
   int heads, tokens, prefix, width;
@@ -19,13 +9,6 @@ struct Rotary {
   Heads<const char*> x, sin, cos;
   Heads<char*> out;
 };
-
-// Columns [from, ...) of one head of one token, as a row.
-template <class AnyRows, class Pointer>
-__device__ __forceinline__ AnyRows row_of(const Heads<Pointer>& t, int64_t sample, int head, int64_t token, int from) {
-  const int64_t at = sample * t.step[0] + head * t.step[1] + token * t.step[2] + from * t.step[3];
-  return {t.data + at * size_of(t.dtype), t.dtype, 0, t.step[3]};
-}
 
 // A block has one token, all its heads, so that sines and cosines which heads share are in its L1. A thread turns 8
 // numbers that lie together: four pairs, or the first halves of 8, whose second halves it turns too.
@@ -41,7 +24,7 @@ __global__ void __launch_bounds__(256) rotary_kernel(const __grid_constant__ Rot
     const auto store_part = [&](const float(&values)[kLanes], int part) {
       store_floats<kAligned>(row_of<OutRows>(a.out, sample, head, token, part * span), 0, column, span, values);
     };
-    float x[2][kLanes], sine[2][kLanes], cosine[2][kLanes], out[2][kLanes];
+    TwoParts x, sine, cosine, out;
     const int parts = a.half ? 2 : 1;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -55,39 +38,13 @@ __global__ void __launch_bounds__(256) rotary_kernel(const __grid_constant__ Rot
       load_part(cosine[part], a.cos, place, part);
     }
     if (place < 0) continue;
-    if (a.half) {
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) {
-        out[0][j] = x[0][j] * cosine[0][j] + x[1][j] * cuda::sine_factor(true, a.backward, sine[0][j], sine[1][j]);
-        out[1][j] = x[1][j] * cosine[1][j] + x[0][j] * cuda::sine_factor(false, a.backward, sine[1][j], sine[0][j]);
-      }
-      store_part(out[1], 1);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kLanes; ++j) {
-        const float factor = cuda::sine_factor(j % 2 == 0, a.backward, sine[0][j], sine[0][j ^ 1]);
-        out[0][j] = x[0][j] * cosine[0][j] + x[0][j ^ 1] * factor;
-      }
-    }
+    turn(out, x, sine, cosine, a.half, a.backward);
+    if (a.half) store_part(out[1], 1);
     store_part(out[0], 0);
   }
 }
 
 namespace {
-
-template <class Pointer>
-Heads<Pointer> heads_of(const Tensor& t) {
-  Heads<Pointer> out{bytes(t), dtype_of(t), {}};
-  for (int i = 0; i < 4; ++i) out.step[i] = t.size(i) == 1 ? 0 : t.stride(i);
-  if (t.size(3) == 1) out.step[3] = 1;
-  return out;
-}
-
-template <class Pointer>
-bool is_aligned(const Heads<Pointer>& t) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.step[3] == 1 && t.step[0] % kLanes == 0 &&
-         t.step[1] % kLanes == 0 && t.step[2] % kLanes == 0;
-}
 
 Tensor turned(const Tensor& x, const Tensor& sin, const Tensor& cos, int64_t prefix, bool half, bool backward) {
   const int64_t heads = x.size(1), tokens = x.size(2), width = x.size(3), span = half ? width / 2 : width;

@@ -1,4 +1,5 @@
-// attention and attention_qkv: the schemas of vitkernels/ops/attention.py, for both halves of the extension.
+// attention, attention_qkv and attention_varlen: the schemas of vitkernels/ops/attention*.py, for both halves of the
+// extension.
 #include "attention.h"
 
 #include <algorithm>
@@ -18,14 +19,33 @@ Heads packed_heads(const Tensor& t, int64_t width, int64_t heads, int64_t which)
 
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask, bool is_causal, double scale) {
   return {q,     q.size(0),   q.size(1),   k.size(1),   q.size(2), k.size(2), q.size(3), is_causal,
-          scale, heads_of(q), heads_of(k), heads_of(v), mask,      Mask(mask)};
+          scale, heads_of(q), heads_of(k), heads_of(v), mask,      Mask(mask), {}};
 }
 
 Problem problem_qkv(const Tensor& qkv, int64_t heads, const Maybe& mask, bool is_causal, double scale) {
   const int64_t width = qkv.size(2) / (3 * heads);
   const auto part = [&](int64_t which) { return packed_heads(qkv, width, heads, which); };
   return {qkv,   qkv.size(0), heads,   heads,   qkv.size(1), qkv.size(1), width, is_causal,
-          scale, part(0),     part(1), part(2), mask,        Mask(mask)};
+          scale, part(0),     part(1), part(2), mask,        Mask(mask),  {}};
+}
+
+// A tensor [T, H, K], or third `which` of a packed [T, 3, H, K].
+Heads heads_varlen(const Tensor& t, int64_t which = 0) {
+  const int64_t head = t.dim() - 2;
+  char* data = bytes(t) + (head == 2 ? which * t.stride(1) * size_of(dtype_of(t)) : 0);
+  return {data, dtype_of(t), t.stride(0), t.stride(head), t.stride(0), t.stride(head + 1)};
+}
+
+Problem problem_varlen(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& cu_seqlens_q,
+                       const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal,
+                       double scale) {
+  const int64_t head = q.dim() - 2, heads = q.size(head), width = q.size(head + 1);
+  const Heads keys = k ? heads_varlen(*k) : heads_varlen(q, 1), values = v ? heads_varlen(*v) : heads_varlen(q, 2);
+  const Ends ends{k ? "cu_seqlens_q" : "cu_seqlens", k ? "cu_seqlens_k" : "cu_seqlens", packed(cu_seqlens_q),
+                  packed(cu_seqlens_k),              q.size(0),                         k ? k->size(0) : q.size(0)};
+  return {q,         cu_seqlens_q.size(0) - 1, heads, k ? k->size(1) : heads, max_seqlen_q, max_seqlen_k, width,
+          is_causal, scale,                    heads_varlen(q), keys,         values,       {},           Mask(Maybe()),
+          ends};
 }
 
 Tensor empty_stats(const Tensor& like, const Problem& p) {
@@ -87,6 +107,31 @@ std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tens
   Tensor dmask = attend_backward(p, part(out, 0), part(dout, 0), stats, part(dqkv, 0), part(dqkv, 1), part(dqkv, 2),
                                  needs_mask);
   return {dqkv, needs_mask ? dmask : nothing(qkv)};
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, const Maybe& v,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale) {
+  const Problem p =
+      problem_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale);
+  Tensor out = empty(q, {p.rows(), p.heads, p.width});
+  Tensor stats = empty(q, {p.heads, 2, p.rows()}, accumulate_dtype(q.scalar_type()));
+  attend(p, heads_varlen(out), stats);
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& dout, const Tensor& q, const Maybe& k,
+                                                             const Maybe& v, const Tensor& out, const Tensor& stats,
+                                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                             int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                             bool is_causal, double scale) {
+  const Problem p =
+      problem_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale);
+  Tensor dq = empty(q, shape_of(q));
+  Tensor dk = k ? empty(*k, shape_of(*k)) : nothing(q), dv = v ? empty(*v, shape_of(*v)) : nothing(q);
+  attend_backward(p, heads_varlen(out), heads_varlen(dout), stats, heads_varlen(dq),
+                  k ? heads_varlen(dk) : heads_varlen(dq, 1), v ? heads_varlen(dv) : heads_varlen(dq, 2), false);
+  return {dq, dk, dv};
 }
 
 }  // namespace vk

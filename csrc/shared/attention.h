@@ -32,6 +32,13 @@ struct Mask {
 double score_factor(const Mask& mask, double scale);
 double score_unit(const Mask& mask, double scale);
 
+// Where sequences that lie end to end begin: a token of one is reached by the stride of a batch.
+struct Ends {
+  const char *q_name, *k_name;
+  Tensor q, k;            // cu_seqlens, [S + 1] int32, packed
+  int64_t queries, keys;  // tokens of all sequences
+};
+
 struct Problem {
   const Tensor& tensor;  // q, or the packed projection
   int64_t batch, heads, key_heads, queries, keys, width;  // so many heads of q, and of k and v
@@ -39,10 +46,12 @@ struct Problem {
   double scale;
   Heads q, k, v;
   Maybe given_mask;
-  Mask mask;  // where it lies
+  Mask mask;                 // where it lies
+  std::optional<Ends> ends;  // where it is there, queries and keys are those of the longest sequence
+  int64_t rows() const { return ends ? ends->queries : queries; }  // of stats
 };
 
-// What each half has of its own: writes `out` and stats [B, H, 2, Nq].
+// What each half has of its own: writes `out` and stats [B, H, 2, Nq], of sequences end to end [H, 2, T].
 void attend(const Problem& p, const Heads& out, const Tensor& stats);
 // Writes dq, dk and dv; returns the mask's gradient, or a tensor of no elements where it is not needed.
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,

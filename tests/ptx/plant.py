@@ -46,8 +46,11 @@ KERNELS = (
     Kernel("add_layer_norm", "197 tokens", (8, 0), "cuda"),
     Kernel("rotary", "head width 64, halves", (8, 0), "cuda"),
     Kernel("mlp", "gelu, blocked gemm", (8, 0), "cuda"),
+    Kernel("rotary_qkv", "LayerNorm, halves", (8, 0), "cuda"),
+    Kernel("glu_mlp", "silu, blocked gemm", (8, 0), "cuda"),
     Kernel("attention_qkv", "head width 72", (8, 0), "cuda"),
     Kernel("attention", "key padding, cross", (8, 0), "cuda"),
+    Kernel("attention_varlen", "grouped keys, causal, cross", (8, 0), "cuda"),
     Kernel("patch_embed", "uint8, mean and std", (8, 0), "cuda"),
 )
 
