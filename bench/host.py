@@ -118,16 +118,17 @@ class _Products:
         shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * DEPTH
         self._weights = {"float32": [torch.randn(shape) for shape in shapes]}
         self._weights["bfloat16"] = [each.bfloat16() for each in self._weights["float32"]]
+        self._grads: list[tuple[Tensor, Tensor]] = []
 
     def step(self, x: Tensor, dtype: str) -> None:
         weights = self._weights[dtype]
         inputs = [torch.ones(TOKENS, each.shape[1], dtype=each.dtype) for each in weights]
         results = [nn.functional.linear(*each) for each in zip(inputs, weights, strict=True)]
-        grads = [(grad @ weight, grad.t() @ x) for grad, weight, x in zip(results, weights, inputs, strict=True)]
-        del grads  # all there at once, as a block's are
+        self._grads = [(grad @ weight, grad.t() @ x) for grad, weight, x in zip(results, weights, inputs, strict=True)]
 
     def forget(self) -> None:
-        pass
+        """No gradients any more: given back within a step, their memory would be the system's, and faulted in again."""
+        self._grads = []
 
 
 def lanes(library: str, width: int) -> list[_Lane]:

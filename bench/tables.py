@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bench.measure import OURS, Key, Row
-from bench.store import by_case, seconds
+from bench.store import by_case, runs, seconds
 
 Content = dict[str, Any]
 NOT_MEASURED = "GPU: not yet measured."
@@ -86,8 +86,15 @@ def ops(content: Content) -> str:
 
 
 def models(content: Content) -> str:
-    """A table for each dtype: a line for each block and model."""
-    return "\n".join(_by_dtype(content, of_kind(content, "model", "block"), _model_table))
+    """A table for each dtype: a line for each block and model; and of which run they are."""
+    cases = of_kind(content, "model", "block")
+    made = runs(content["rows"])
+    counts = sorted({len(made[key]) for key in cases})
+    if not counts:
+        return ""
+    many = " to ".join(str(each) for each in dict.fromkeys((counts[0], counts[-1])))
+    which = f": of {many} separate ones, the one where timm's ratio is lowest" if counts[-1] > 1 else ""
+    return "\n".join([*_by_dtype(content, cases, _model_table), f"Each row is of one run{which}.\n"])
 
 
 def memory(content: Content) -> str:

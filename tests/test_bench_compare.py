@@ -138,3 +138,52 @@ def test_a_run_replaces_the_rows_of_its_cases_alone(tmp_path: Path) -> None:
     other = store.Store(path, {**head, "versions": {"torch": "3.0"}})
     other.keep(OP, row(OP, OURS, 5.0))
     assert len(store.read(path)["rows"]) == 1, "figures of two versions do not stand in one table"
+
+
+def _kept(path: Path, *rows: dict[str, Any], revision: str = "abc") -> list[dict[str, Any]]:
+    """What a file holds after one more run."""
+    results = store.Store(path, content())
+    for each in rows:
+        results.keep(store.key_of(each), {**each, "revision": revision})
+    return store.read(path)["rows"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("gains", [(1.5, 1.2), (1.2, 1.5)])
+def test_runs_of_a_model_are_kept_apart_and_the_lower_ratio_is_read(tmp_path: Path, gains: tuple[float, float]) -> None:
+    path = tmp_path / "results.json"
+    for gain in gains:
+        rows = _kept(path, *case(OP, gain), *case(MODEL, 2.0, timm=2.0 * gain))
+    models = [(each["run"], each["lane"], each["seconds"]) for each in rows if each["kind"] == "model"]
+    lines = [[(run, OURS, 2.0), (run, "timm", 2.0 * gain)] for run, gain in enumerate(gains, 1)]
+    assert models == lines[0] + lines[1]
+    lanes = store.by_case(rows)[MODEL]
+    assert lanes[OURS]["run"] == lanes["timm"]["run"] == 1 + gains.index(1.2), "figures of two runs are not divided"
+    assert lanes["timm"]["seconds"] == pytest.approx(2.4)
+    assert [each["seconds"] for each in rows if each["kind"] == "op"] == [gains[1]]
+
+
+@pytest.mark.parametrize(("before", "now"), [("abc", "abd"), ("abc-dirty", "abc-dirty"), ("", "")])
+def test_a_run_of_other_code_takes_the_place_of_the_earlier_one(tmp_path: Path, before: str, now: str) -> None:
+    path = tmp_path / "results.json"
+    _kept(path, *case(MODEL, 1.0, timm=1.1), revision=before)
+    rows = _kept(path, *case(MODEL, 2.0, timm=3.0), revision=now)
+    assert [(each["run"], each["seconds"]) for each in rows] == [(1, 2.0), (1, 3.0)]
+
+
+def test_a_run_in_which_ours_failed_is_not_hidden_by_another(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    _kept(path, *case(MODEL, 1.0, timm=1.1))
+    rows = _kept(path, failed(MODEL, OURS, "wrong"), row(MODEL, "timm", 1.0))
+    assert store.by_case(rows)[MODEL][OURS]["failed"] == "wrong"
+    rows = _kept(path, row(MODEL, OURS, 1.0))  # stopped before timm's turn
+    assert len(store.runs(rows)[MODEL]) == 3
+    assert store.by_case(rows)[MODEL][OURS]["failed"] == "wrong"
+
+
+def test_files_of_several_runs_are_compared_by_what_the_report_shows(tmp_path: Path) -> None:
+    base, new = tmp_path / "base.json", tmp_path / "new.json"
+    for gain in (1.5, 1.2):
+        _kept(base, *case(MODEL, 1.0, timm=gain))
+        _kept(new, *case(MODEL, 1.3, timm=gain), revision="abd")
+    assert compare.main([str(base), str(base)]) == 0
+    assert compare.main([str(base), str(new)]) == 1

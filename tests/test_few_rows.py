@@ -20,7 +20,8 @@ from vitkernels.ops.mlp import ACTIVATIONS
 EXT = torch.ops.vitkernels_ext
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 16, 17)
-SIZES = ((1, 1), (5, 3), (33, 65), (64, 64), (70, 131), (192, 48))  # features read, features written
+# features read and written; of the last, gradients fill vectors and no panel, on one instruction set or another
+SIZES = ((1, 1), (5, 3), (33, 65), (64, 64), (70, 131), (192, 48), (48, 33), (24, 7), (12, 70))
 WEIGHTS = ("contiguous", "transposed", "columns", "offset", "expanded", "sliced")
 GRADIENTS = ("contiguous", "sliced", "transposed", "expanded everywhere")
 

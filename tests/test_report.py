@@ -83,6 +83,20 @@ def test_the_commits_that_were_measured() -> None:
     assert "torch 2.0; every op" in tables.demo(DEMO)
 
 
+def test_of_which_run_a_model_is() -> None:
+    slow, quick = (
+        [{**each, "run": run} for each in case(MODEL, 2.0, timm=2.0 * gain)] for run, gain in ((1, 1.2), (2, 1.5))
+    )
+    assert tables.models(content(*slow)).endswith("\n\nEach row is of one run.\n")
+    both = tables.models(content(*slow, *quick))
+    assert "| timm 1.20 |" in both
+    assert "1.50" not in both
+    assert both.endswith("\n\nEach row is of one run: of 2 separate ones, the one where timm's ratio is lowest.\n")
+    told = headline.sentence([content(*(row(MODEL, "vk.fuse(timm)", 2.0, run=run) for run in (1, 2)), *slow, *quick)])
+    assert "takes 1.20 to 1.20 times as long" in told
+    assert tables.models(content(row(OP, OURS, 1.0))) == ""
+
+
 def test_a_wrong_case_has_no_figure_in_the_report() -> None:
     rows = [failed(OP, OURS, "not timed, wrong: gradient of w1: worst error 2"), row(OP, "eager", 0.008)]
     text = tables.ops(content(*rows))

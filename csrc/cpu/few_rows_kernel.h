@@ -109,14 +109,14 @@ void dot_panel(const Product& p, const float* a, int64_t j, int64_t count, float
 }
 
 // The same of a B whose rows are along its columns. Where one tile has all rows of A, B is read where it lies, if its
-// numbers are words and fill the panel; else a part of it at a time comes into L1 first, for all tiles.
+// numbers are words and fill vectors; else a part of it at a time comes into L1 first, for all tiles.
 template <class W, class S>
 void row_panel(const Product& p, const float* a, int64_t j, int64_t count, float* block, float* space) {
   const int64_t words = words_of<W>(p.k), a_row = whole_vectors(words), most = even_step(p.m, kTileRows);
   const char* const b = p.b.data + j * S::size;
-  if (W::size == 4 && count == kPanel && p.m <= kTileRows) {
+  if (W::size == 4 && count % kFloats == 0 && p.m <= kTileRows) {
     const float* const in_place = reinterpret_cast<const float*>(b);
-    return matmul_columns<float, kTileVecs, W>(p.m, words, {a, a_row, 1}, in_place, p.b.row, block, kPanel, false);
+    return matmul<float, W>(p.m, count, words, {a, a_row, 1}, in_place, p.b.row, block, kPanel, false);
   }
   for (int64_t k = 0; k < words; k += kFewDepth) {
     const int64_t depth = words - k < kFewDepth ? words - k : kFewDepth;
@@ -213,14 +213,11 @@ void few_terms(const Product& p, const float* packed, int64_t first, int64_t las
     for (int64_t j = 0; j < p.n; j += kPanel) {
       const int64_t count = p.n - j < kPanel ? p.n - j : kPanel;
       prefetch_result(p, i + kTileRows, j, count);
-      // rows past the last are zeros of A
-      const auto multiply = [&](float* c, int64_t c_row) VK_ALWAYS {
-        matmul_tile<float, kTileRows, kTileVecs, W>(words, packed + i, 1, a_row, b + j, b_row, c, c_row, false);
-      };
-      if (W::size == 4 && count == kPanel && rows == kTileRows) {
-        multiply(reinterpret_cast<float*>(p.out) + i * p.n + j, p.n);
-      } else {
-        multiply(block, kPanel);
+      if (W::size == 4 && count % kFloats == 0) {
+        float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
+        matmul<float, W>(rows, count, words, {packed + i, 1, a_row}, b + j, b_row, out, p.n, false);
+      } else {  // rows past the last are zeros of A
+        matmul_tile<float, kTileRows, kTileVecs, W>(words, packed + i, 1, a_row, b + j, b_row, block, kPanel, false);
         for (int64_t r = 0; r < rows; ++r) store_result<W>(p, i + r, j, count, block + r * kPanel);
       }
     }

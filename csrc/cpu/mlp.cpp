@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   const Matrix g(dy), rows(x), b(w2), hidden_rows(h);
   const int64_t hidden = w1.size(0);
   const Shape hidden_shape{hidden_rows.rows, hidden};
-  Tensor dx = nothing(x), dw1 = nothing(x), db1 = nothing(x), dw2 = nothing(x);
+  Maybe db1, dw2;
   const bool needed = needs[0] || needs[1] || needs[2] || needs[3];
   const Way way = needed ? way_of(g, b) : Way::library;
   // dw2 = dy^T activation(h): its right side can be written as the product wants to read it
@@ -48,13 +48,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   const Tensor dh = !needed                ? nothing(x)
                     : way == Way::library ? gradient_of_input(g, b, hidden_shape)
                                           : empty(x, hidden_shape);
-  Tensor activated = in_panels ? space_for_panels(h, hidden_rows.rows, hidden)
-                     : needs[3] ? empty(x, hidden_shape)
-                                : nothing(x);
+  Maybe activated;
+  if (needs[3]) activated = in_panels ? space_for_panels(h, hidden_rows.rows, hidden) : empty(x, hidden_shape);
   if (way != Way::library) {
     std::vector<float> sums;
     multiply(way, dh, g, b, std::nullopt,
-             {Then::activate_backward, kind, &h, needs[3] ? &activated : nullptr, needs[2] ? &sums : nullptr, in_panels});
+             {Then::activate_backward, kind, &h, activated ? &*activated : nullptr, needs[2] ? &sums : nullptr, in_panels});
     if (needs[2]) db1 = gradient_of_bias<float>(rows, w1.scalar_type(), sums);
   } else if (needed) {
     with_accumulate(x.scalar_type(), [&](auto zero) {
@@ -62,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
       const DType dtype = dtype_of(h);
       const int64_t row = hidden * size_of(dtype);
       auto sums = sum_in_parts<A>(hidden_rows.rows, hidden, [&](int64_t begin, int64_t end, A* part) {
-        kernels<A>().activate_backward(kind, bytes(dh) + begin * row, needs[3] ? bytes(activated) + begin * row : nullptr,
+        kernels<A>().activate_backward(kind, bytes(dh) + begin * row, activated ? bytes(*activated) + begin * row : nullptr,
                                        needs[2] ? part : nullptr, bytes(dh) + begin * row, bytes(h) + begin * row,
                                        dtype, end - begin, hidden);
       });
@@ -71,14 +70,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   }
   if (in_panels) {
     dw2 = empty(shape_of(w2), w2.scalar_type());
-    multiply(Way::panels, dw2, g.transposed(), hidden_rows, std::nullopt, {}, &activated);
+    multiply(Way::panels, *dw2, g.transposed(), hidden_rows, std::nullopt, {}, &*activated);
   } else if (needs[3]) {
-    dw2 = gradient_of_weight(g, Matrix(activated), shape_of(w2), w2.scalar_type());
+    dw2 = gradient_of_weight(g, Matrix(*activated), shape_of(w2), w2.scalar_type());
   }
-  activated = nothing(x);  // its memory may serve the next products
-  if (needs[1]) dw1 = gradient_of_weight(Matrix(dh), rows, shape_of(w1), w1.scalar_type());
-  if (needs[0]) dx = gradient_of_input(Matrix(dh), Matrix(w1), shape_of(x));
-  return {dx, dw1, db1, dw2, needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x)};
+  activated.reset();  // its memory may serve the next products
+  Tensor dw1 = needs[1] ? gradient_of_weight(Matrix(dh), rows, shape_of(w1), w1.scalar_type()) : nothing(x);
+  Tensor dx = needs[0] ? gradient_of_input(Matrix(dh), Matrix(w1), shape_of(x)) : nothing(x);
+  Tensor db2 = needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x);
+  return {dx, dw1, db1 ? *db1 : nothing(x), dw2 ? *dw2 : nothing(x), db2};
 }
 
 }  // namespace vk

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from vitkernels.ops._amp import autocast_dtype, cast_dtype
 from vitkernels.ops._plan import MOST, Launch, Plan, by_the_ops, keep
 from vitkernels.ops._step import ADDED, FEW_ROWS, NOTHING_ADDED, Added, Norm, Part, Step, Stream, add_norm, check
 from vitkernels.ops.add_layer_norm import saved_tensors
+
+Kind = TypeVar("Kind")
 
 
 class Factors(NamedTuple):
@@ -84,12 +86,12 @@ def _by_the_ops(
     return x, result
 
 
-class _Kinds(dict[Any, "_Kind"]):
+class _Kinds(dict[Any, Kind], Generic[Kind]):
     """Kinds of calls by their keys."""
 
-    _last: tuple[Any, _Kind | None] = None, None  # blocks in a row are mostly of one kind
+    _last: tuple[Any, Kind | None] = None, None  # blocks in a row are mostly of one kind
 
-    def find(self, key: Any) -> _Kind | None:
+    def find(self, key: Any) -> Kind | None:
         """The kind, or None; comparing with the last call's key takes half as long as hashing one."""
         last, kind = self._last
         if last == key:
@@ -104,7 +106,7 @@ class _Kinds(dict[Any, "_Kind"]):
         self._last = None, None
 
 
-_kinds = _Kinds()
+_kinds: _Kinds[_Kind] = _Kinds()
 
 
 def _settle(key: Any, stages: Sequence[Stage], inputs: Sequence[Any]) -> _Kind:
@@ -156,7 +158,7 @@ class _Kind:
             stream, branch = part.total, part.result
         self.given: list[int] | None = None
         self.forward = Plan("forward", self._compute)
-        self.backward: dict[Any, Plan] = {}
+        self.backward: _Kinds[Plan] = _Kinds()
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """(total, result), and where it learns copies of weights, or none, and what is to be saved."""
@@ -248,7 +250,7 @@ def _backward(ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[
     if found is None:
         return kind.gradients(needs, by_the_ops, *inputs)
     key = found, needs, dispatch.order(kind.device), dispatch.generation()
-    plan = kind.backward.get(key)
+    plan = kind.backward.find(key)
     if plan is None:
         plan = keep(kind.backward, key, Plan("backward", functools.partial(kind.gradients, needs)))
     return plan(*inputs)

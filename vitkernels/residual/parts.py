@@ -220,10 +220,16 @@ def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:
     return why_not_part(name, module)
 
 
+def drops_paths(module: nn.Module | None) -> bool:
+    """Whether the module, one that `why_not_drop_path` lets pass, drops something now."""
+    if module is None or not module.training:
+        return False
+    return bool(getattr(module, "drop_prob", None) or getattr(module, "p", None))  # torchvision has the second
+
+
 def drop_path_factor(module: nn.Module | None, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """DropPath's factor of each sample, [B], drawn as the module would draw it; None where nothing is dropped."""
-    rate = getattr(module, "drop_prob", None) or getattr(module, "p", None)  # torchvision has the second
-    if module is None or not module.training or not rate:
+    """DropPath's factor of each sample, [B], drawn as the module would draw it; None for none that `drops_paths`."""
+    if module is None:
         return None
     draw = known.drop_path_draw(module)
     assert draw is not None, "asked before: why_not_drop_path"

@@ -36,8 +36,9 @@ class PlainStep:
     def __init__(
         self, step: _steps.Step, read: Callable[[bool], tuple[Any, ...]], bias: Callable[[], Tensor | None]
     ) -> None:
-        self.step, self._read, self.bias = step, read, bias
+        self.step, self._read, self._read_bias = step, read, bias
         self._arguments: dict[bool, tuple[Any, ...]] = {}
+        self._bias: Tensor | None = None
 
     def arguments(self, bias_apart: bool) -> tuple[Any, ...]:
         """The product's; parameters are read once, as long as the object lives, what is made of them at each call."""
@@ -47,6 +48,14 @@ class PlainStep:
             if all(isinstance(each, nn.Parameter) for each in found if isinstance(each, Tensor)):
                 self._arguments[bias_apart] = found
         return found
+
+    def bias(self) -> Tensor | None:
+        """Of the last projection, read as often."""
+        if self._bias is None:
+            found = self._read_bias()
+            self._bias = found if isinstance(found, nn.Parameter) else None
+            return found
+        return self._bias
 
     def __call__(
         self, x: Tensor, added: Added | None, norm: Norm, bias_apart: bool
@@ -111,11 +120,12 @@ class Branch:
 
 class _Read(NamedTuple):
     """What a residual step's modules hold: the norm's parameters, or None where it must be called; whether the add can
-    wait for the norm behind it; LayerScale's factor."""
+    wait for the norm behind it; LayerScale's factor; a DropPath that drops something."""
 
     norm: Norm | None
     adds: bool
     gamma: Tensor | None
+    drop_path: nn.Module | None
 
 
 @dataclass(slots=True)
@@ -135,7 +145,9 @@ class Sublayer:
         if self._read is None or self._read[0] != (width, again):
             why_not = parts.why_not_scale("", self.scale, width) or parts.why_not_drop_path("", self.drop_path)
             gamma = parts.scale_parameter(self.scale) if why_not is None else None
-            self._read = (width, again), _Read(_parameters_of(self.norm, width, again), why_not is None, gamma)
+            drop_path = self.drop_path if why_not is None and parts.drops_paths(self.drop_path) else None
+            norm = _parameters_of(self.norm, width, again)
+            self._read = (width, again), _Read(norm, why_not is None, gamma, drop_path)
         return self._read[1]
 
     def parts(self) -> list[Part]:
@@ -183,8 +195,8 @@ def pre_norm(
     place = 0
     while place < len(sublayers):
         end = _end_of_stretch(x, place, sublayers, read, norms, widen=dtype is None)
-        sublayer, norm, gamma = sublayers[end - 1], norms[end - 1], read[end - 1].gamma
-        branch, joins = sublayer.branch, following[end - 1] is not None and read[end - 1].adds
+        sublayer, norm, own = sublayers[end - 1], norms[end - 1], read[end - 1]
+        branch, joins = sublayer.branch, following[end - 1] is not None and own.adds
         if end - place > 1:
             inner = zip(sublayers[place : end - 1], read[place:], norms[place:], strict=False)
             stages = [_stage(x, *each) for each in inner]
@@ -201,7 +213,7 @@ def pre_norm(
             x, normed = _steps.add_norm(x, added, norm, parts.operand_dtype(branch.reader, x))
             out, bias = branch.run(normed, joins)
         if joins:
-            x, added = _waiting(x, gamma, sublayer.drop_path, out, bias, widen=dtype is None)
+            x, added = _waiting(x, own, out, bias, widen=dtype is None)
         else:
             x, added = added_now(x, sublayer, out, widen=dtype is None), None
         place = end
@@ -242,12 +254,13 @@ def _branch_dtype(x: Tensor, gamma: Tensor | None) -> torch.dtype:
 
 def _stage(x: Tensor, sublayer: Sublayer, read: _Read, norm: Norm | None) -> _steps.Stage:
     """A sub-layer that has another behind it in its stretch."""
-    step, gamma = sublayer.branch.step, read.gamma
+    step = sublayer.branch.step
     assert isinstance(step, PlainStep)
     assert norm is not None
-    dtype = _branch_dtype(x, gamma)
-    row_scale = parts.drop_path_factor(sublayer.drop_path, x, dtype)
-    return _steps.Stage(step.step, norm, step.arguments(True), _steps.Factors(step.bias(), gamma, row_scale))
+    row_scale = None
+    if read.drop_path is not None:
+        row_scale = parts.drop_path_factor(read.drop_path, x, _branch_dtype(x, read.gamma))
+    return _steps.Stage(step.step, norm, step.arguments(True), _steps.Factors(step.bias(), read.gamma, row_scale))
 
 
 def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:
@@ -271,7 +284,7 @@ def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | Non
             x = parts.layer_norm(sublayer.norm, added_now(x, sublayer, out, widen=dtype is None))
             continue
         out, bias = sublayer.branch.run(x, True)
-        x, added = _waiting(x, read.gamma, sublayer.drop_path, out, bias, widen=dtype is None)
+        x, added = _waiting(x, read, out, bias, widen=dtype is None)
         x = _steps.add_norm(x, added, norm, dtype or parts.operand_dtype(None, x))[1]
     return x
 
@@ -312,15 +325,14 @@ def _fitting(norm: Norm | None, x: Tensor) -> Norm | None:
     return None if mixed or parts.why_not_norm_dtypes(weight, x, norm.rms) is not None else norm
 
 
-def _waiting(
-    x: Tensor, gamma: Tensor | None, drop_path: nn.Module | None, out: Tensor, bias: Tensor | None, widen: bool
-) -> tuple[Tensor, Added]:
+def _waiting(x: Tensor, read: _Read, out: Tensor, bias: Tensor | None, widen: bool) -> tuple[Tensor, Added]:
     """The stream, in the dtype of the sum to come, and what is to be added to it."""
     # the dtype that the scaled branch has where the modules run one by one: DropPath draws in it, the sum is in it
+    gamma = read.gamma
     dtype = out.dtype if gamma is None else torch.promote_types(out.dtype, gamma.dtype)
     if widen and x.dtype != dtype:
         x = x.to(torch.promote_types(x.dtype, dtype))
-    return x, Added(out, bias, gamma, parts.drop_path_factor(drop_path, out, dtype))
+    return x, Added(out, bias, gamma, parts.drop_path_factor(read.drop_path, out, dtype))
 
 
 def added_now(x: Tensor, sublayer: Sublayer, out: Tensor, widen: bool) -> Tensor:
