@@ -29,6 +29,7 @@ Choice = dict[str, str]  # a library for each kind
 
 _ROWS, _INPUTS, _HIDDEN, _ROUNDS = 1024, 384, 1536, 9
 _GAIN = 1.05  # less than this much faster is noise: the extension's own products stay
+_GENERATION = 2  # of the extension's own kernels: one that is younger than the choice kept is timed anew
 
 
 def cpu_name() -> str:
@@ -107,7 +108,7 @@ def _path() -> Path | None:
     except RuntimeError:
         return None
     libraries = [candidates(kind) for kind in KINDS]
-    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {libraries}"
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {libraries}, {_GENERATION}"
     return cache / "vitkernels" / f"products-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
