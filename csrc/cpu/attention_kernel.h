@@ -63,7 +63,10 @@ template <class A, class W>
 VK_INLINE void multiply(int64_t m, int64_t n, int64_t words, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row,
                         bool accumulate) {
 #if defined(VK_TILES)
-  if constexpr (W::tiles) return matmul_by_tiles(m, n, words, a, b, b_row, c, c_row, accumulate);
+  if constexpr (W::tiles) {
+    const Tiles left{a.data, a.row, kTile, a.tile}, right{b, b_row, kTile * b_row, kTile};
+    return matmul_by_tiles(m, n, words, left, right, c, c_row, accumulate);
+  }
 #endif
   matmul<A, W>(m, n, words, a, b, b_row, c, c_row, accumulate);
 }

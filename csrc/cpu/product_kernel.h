@@ -3,8 +3,8 @@
 // Operands are rows of words along k. B is packed in panels of kPanel columns, which the caller may share among threads.
 // A is read where it lies when its rows run along k, and packed tile by tile when its columns do (the gradient of a
 // weight). A block of C, kBlockTiles row tiles by one panel, sums in cache over kDepth words of k at a time. The matrix
-// unit takes taller tiles, and whole ones alone: there panels end in words of zeros, and rows of A that would not fill a
-// tile, or whose end is not that of a word, are copied.
+// unit takes taller tiles, whole ones, which it reads fastest one behind the other: A and the panels of B are copied so,
+// and end in zeros.
 
 namespace vk {
 namespace VK_ISA {
@@ -30,10 +30,22 @@ template <class W>
 VK_INLINE int64_t panel_words(int64_t k) {
   return by_tiles<W> ? round_up(words_of<W>(k), kTile) : words_of<W>(k);
 }
+// Where in a panel word p of column c stands, c a multiple of kFloats: of words beside one another or, for the matrix
+// unit, of tiles.
+template <class W>
+VK_INLINE int64_t in_panel(int64_t p, int64_t c) {
+  if (!by_tiles<W>) return p * kPanel + c;
+  return p / kTile * kTile * kPanel + c / kTile * kTileSize + p % kTile * kTile;
+}
+template <class W>
+VK_INLINE void put_words(float* panel, int64_t p, const float* words) {
+  for (int64_t c = 0; c < kPanel; c += kFloats) store(panel + in_panel<W>(p, c), load(words + c));
+}
 // The words of a panel behind the last that B has: zeros.
 template <class W>
 VK_INLINE void end_panel(float* panel, int64_t k) {
-  for (int64_t p = words_of<W>(k) * kPanel; p < panel_words<W>(k) * kPanel; ++p) panel[p] = 0;
+  alignas(64) const float zeros[kPanel] = {};
+  for (int64_t p = words_of<W>(k); p < panel_words<W>(k); ++p) put_words<W>(panel, p, zeros);
 }
 
 // What each step is where `count` goes in equal steps of at most `most`.
@@ -61,9 +73,12 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
             __builtin_prefetch(later + q * p.b.row * S::size + byte);
           }
         }
-        float* const out = packed + ((panel - first) * panel_words<W>(p.k) + k) * kPanel;
+        float* const to = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
+        alignas(64) float line[kPanel];
+        float* const out = by_tiles<W> ? line : to + k * kPanel;
         interleave_b<W, S>(out, p.b.data + j * S::size, p.b.row, k, p.k, columns);
         for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
+        if (by_tiles<W>) put_words<W>(to, k, line);
       }
     }
   }
@@ -87,10 +102,10 @@ void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, in
         if (column < columns) lanes[j] = load_some(in + (column * column_step + p) * S::size);
       }
       transpose_lanes(lanes);
-      float* const words_to = out + p / per_word<W> * kPanel + j0;
+      float* const words_to = out + in_panel<W>(p / per_word<W>, j0);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kFloats; ++i) {
-        if (i < words) store(words_to + i * kPanel, lanes[i]);
+        if (i < words) store(words_to + i * (by_tiles<W> ? kTile : kPanel), lanes[i]);
       }
     };
     int64_t p = 0;
@@ -124,37 +139,43 @@ void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t r
   }
 }
 
-// For the matrix unit A is copied as rows of words; one more tile of them keeps rows out of each other's place in cache.
-VK_INLINE int64_t copied_row(int64_t k) { return panel_words<Pairs>(k) + kTile; }
-inline void copy_rows(float* out, const char* in, int64_t row_step, int64_t k, int64_t rows) {
-  const int64_t row = copied_row(k);
-  for (int64_t i = 0; i < rows; ++i, out += row, in += row_step * Pairs::size) {
-    std::memcpy(out, in, size_t(k * Pairs::size));
-    std::memset(reinterpret_cast<char*>(out) + k * Pairs::size, 0, size_t(row * 4 - k * Pairs::size));
-  }
-}
-// The same of columns that are packed; the place has room for whole tiles.
-inline void copy_columns(float* out, const char* in, int64_t k_step, int64_t k, int64_t rows) {
-  const int64_t row = copied_row(k), words = panel_words<Pairs>(k);
-  alignas(64) float line[kFloats];
-  for (int64_t p = 0; p < words; p += kFloats) {
-    for (int64_t i = 0; i < rows; i += kFloats) {
-      const int64_t live = rows - i < kFloats ? rows - i : kFloats;
-      Vec<float> lanes[kFloats];
+// A for the matrix unit, [tiles of rows][tiles of words]: `words(q, i)` is the vector of words q to q + kTile of row i or,
+// `kAcross`, word q of rows i to i + kTile.
+template <bool kAcross, class F>
+VK_INLINE void copy_tiles(float* out, int64_t rows, int64_t words, F load_some) {
+  for (int64_t i = 0; i < rows; i += kTile) {
+    for (int64_t p = 0; p < words; p += kTile, out += kTileSize) {
+      Vec<float> lanes[kTile];
 #pragma GCC unroll 16
-      for (int64_t q = 0; q < kFloats; ++q) {
-        lanes[q] = Vec<float>{};
-        if ((p + q) * 2 >= k) continue;
-        const char* const from = in + i * Pairs::size;
-        live == kFloats ? interleave(Pairs{}, line, from, k_step, p + q, k, kFloats)
-                        : interleave(Pairs{}, line, from, k_step, p + q, k, live);
-        lanes[q] = load(static_cast<const float*>(line));
-      }
-      transpose_lanes(lanes);
+      for (int64_t q = 0; q < kTile; ++q) lanes[q] = kAcross ? load_some(p + q, i) : load_some(p, i + q);
+      if (kAcross) transpose_lanes(lanes);
 #pragma GCC unroll 16
-      for (int64_t q = 0; q < kFloats; ++q) store(out + (i + q) * row + p, lanes[q]);
+      for (int64_t q = 0; q < kTile; ++q) store(out + q * kTile, lanes[q]);
     }
   }
+}
+inline void copy_a(float* out, const Product& p, const char* a, int64_t rows) {
+  const int64_t words = panel_words<Pairs>(p.k);
+  if (p.a.col == 1) {
+    return copy_tiles<false>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
+      const char* const from = a + (i * p.a.row + 2 * q) * Pairs::size;
+      if (i >= rows) return Vec<float>{};
+      __builtin_prefetch(from + 4 * p.a.row * Pairs::size);
+      if (2 * (q + kTile) <= p.k) return load(reinterpret_cast<const float*>(from));
+      return load_last_words<Pairs, Pairs>(from, p.k - 2 * q);
+    });
+  }
+  copy_tiles<true>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
+    alignas(64) float line[kTile] = {};
+    const char* const from = a + i * Pairs::size;
+    if (2 * q >= p.k) return Vec<float>{};
+    if (i + kTile <= rows) {
+      interleave(Pairs{}, line, from, p.a.col, q, p.k, kTile);
+    } else {
+      interleave(Pairs{}, line, from, p.a.col, q, p.k, rows - i);
+    }
+    return load(static_cast<const float*>(line));
+  });
 }
 
 // ---- the product and what follows it
@@ -179,7 +200,8 @@ template <class W>
 VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Left<float>& a, const float* b, float* c, bool accumulate) {
 #if defined(VK_TILES)
   if constexpr (by_tiles<W>) {
-    return matmul_by_tiles(rows, kPanel, k, {a.data, a.row, 1, kTile * a.row}, b, kPanel, c, kPanel, accumulate);
+    const Tiles left{a.data, kTile, kTileSize, a.tile / 2}, right{b, kTile, kTile * kPanel, kTileSize};
+    return matmul_by_tiles(rows, kPanel, k, left, right, c, kPanel, accumulate);
   }
 #endif
   multiply_rows<W>(rows, k, a, b, c, accumulate);
@@ -219,12 +241,12 @@ VK_INLINE void put_in_panel(Singles, float* panels, int64_t k, int64_t rows, int
 }
 VK_INLINE void put_in_panel(Pairs, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
   float* const panel = panels + j / kPanel * panel_words<Pairs>(rows) * kPanel;
-  float* const out = panel + k / 2 * kPanel;
   if (k + 1 == rows) end_panel<Pairs>(panel, rows);
   for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
   for (int64_t c = 0; c < kPanel; c += kFloats) {  // the even row comes first
+    float* const out = panel + in_panel<Pairs>(k / 2, c);
     const VecU bits = bf16_bits(load(row + c));
-    store(out + c, (Vec<float>)(k % 2 ? (VecU)load(out + c) | (bits << 16) : bits));
+    store(out, (Vec<float>)(k % 2 ? (VecU)load(out) | (bits << 16) : bits));
   }
 }
 
@@ -334,12 +356,11 @@ VK_INLINE void finish_rows(const Product& p, int64_t i, int64_t rows, int64_t j,
   }
 }
 
-// One panel of C below `rows` rows of A, the last tile's in `rest` where that has them; `block` holds the sums between
-// one depth of k and the next.
+// One panel of C below `rows` rows of A; `block` holds the sums between one depth of k and the next.
 template <class W>
-void product_block(const Product& p, Left<float> a, Left<float> rest, const float* b, int64_t i, int64_t rows,
-                   int64_t j, float* block, float* sums, float* spare) {
-  const bool fetch = j == 0 && p.a.col == 1;  // what the first panel reads comes from memory
+void product_block(const Product& p, Left<float> a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
+                   float* sums, float* spare) {
+  const bool fetch = j == 0 && p.a.col == 1 && !by_tiles<W>;  // what the first panel reads comes from memory
   const int64_t words = panel_words<W>(p.k), most = round_up(even_step(words, kDepth), by_tiles<W> ? kTile : 1);
   const int64_t columns = panel_columns(p), count = p.n - j < columns ? p.n - j : columns;
   for (int64_t k = 0; k < words; k += most) {
@@ -355,34 +376,10 @@ void product_block(const Product& p, Left<float> a, Left<float> rest, const floa
         const int64_t left = words - k - depth;
         prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
       }
-      if (rest.data && live < tile_rows<W>) {
-        tile = rest;
-        tile.data += k;
-      }
       multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
       if (last) finish_rows<W>(p, i + r, live, j, count, c, sums, spare);
     }
   }
-}
-
-// Rows [0, rows) of A as the matrix unit reads them: where they lie, if they are whole tiles of whole words, else copied
-// to `copy`, those of the last tile alone if that is enough (`rest`).
-VK_INLINE Left<float> rows_for_tiles(const Product& p, const char* a, int64_t rows, float* copy, Left<float>& rest) {
-  const int64_t row = copied_row(p.k), at = p.a.row / 2, whole = rows / (2 * kTile) * 2 * kTile;
-  const Left<float> copied{copy, row, 1, 2 * kTile * row}, lying{reinterpret_cast<const float*>(a), at, 1, 2 * kTile * at};
-  if (p.a.col != 1) {
-    copy_columns(copy, a, p.a.col, p.k, rows);
-    return copied;
-  }
-  if (p.k % (2 * kTile) != 0) {
-    copy_rows(copy, a, p.a.row, p.k, rows);
-    return copied;
-  }
-  if (whole < rows) {
-    copy_rows(copy, a + whole * p.a.row * Pairs::size, p.a.row, p.k, rows - whole);
-    rest = copied;
-  }
-  return lying;
 }
 
 template <class W>
@@ -396,16 +393,17 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
     const int64_t rows = end - i < most ? end - i : most;
     const char* a = p.a.data + i * p.a.row * W::size;
     const int64_t row = p.a.row / per_word<W>;
-    Left<float> tiles{reinterpret_cast<const float*>(a), row, 1, kTileRows * row}, rest{};
-    if constexpr (by_tiles<W>) {
-      tiles = rows_for_tiles(p, a, rows, a_tiles, rest);
+    Left<float> tiles{reinterpret_cast<const float*>(a), row, 1, kTileRows * row};
+    if (by_tiles<W>) {
+      copy_a(a_tiles, p, a, rows);
+      tiles = {a_tiles, kTile, kTile, tile_rows<W> * panel_words<W>(p.k)};
     } else if (p.a.col != 1) {
       pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
       tiles = {a_tiles, 1, kTileRows, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
       const float* const b = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
-      product_block<W>(p, tiles, rest, b, i, rows, panel * panel_columns(p), block, sums, spare);
+      product_block<W>(p, tiles, b, i, rows, panel * panel_columns(p), block, sums, spare);
     }
   }
 }
@@ -415,8 +413,9 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
 template <class W>
 ProductSizes sizes_in(const Product& p) {
   const int64_t panels = (p.n + panel_columns(p) - 1) / panel_columns(p);
-  int64_t copied = p.a.col == 1 ? 0 : block_tiles<W> * tile_words<W>(p.k);
-  if (by_tiles<W>) copied = (p.a.col == 1 && p.k % (2 * kTile) == 0 ? tile_rows<W> : block_rows<W>) * copied_row(p.k);
+  const int64_t copied = by_tiles<W>     ? block_rows<W> * panel_words<W>(p.k)
+                         : p.a.col == 1 ? 0
+                                        : block_tiles<W> * tile_words<W>(p.k);
   return {tile_rows<W>, block_tiles<W>, panels, panels * panel_words<W>(p.k) * kPanel,
           kSpare + block_rows<W> * kPanel + copied};
 }

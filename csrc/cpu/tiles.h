@@ -12,6 +12,7 @@ constexpr bool kTiles = true;
 constexpr bool kTiles = false;
 #endif
 constexpr int64_t kTile = 16;  // rows, words of k, columns
+constexpr int64_t kTileSize = kTile * kTile;
 
 #if defined(VK_TILES)
 
@@ -43,12 +44,17 @@ class TileScope {
 #define VK_TILE_DOT(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 VK_INLINE void fence_tiles() { asm volatile("" ::: "memory"); }
 
-// C [32 rows or 16, 32 columns or 16] (+)= A B over `words` of k, a multiple of kTile. A's second 16 rows lie `a_tile`
-// behind the first.
+// Where A or B lies, in words: from one row of a tile to the next, from one tile to the next along k, and to the next one
+// beside it.
+struct Tiles {
+  const float* data;
+  int64_t row, along, beside;
+};
+
+// C [32 rows or 16, 32 columns or 16] (+)= A B over `words` of k, a multiple of kTile.
 template <bool kTall, bool kWide>
-VK_INLINE void multiply_tiles(int64_t words, const float* a, int64_t a_row, int64_t a_tile, const float* b,
-                              int64_t b_row, float* c, int64_t c_row, bool accumulate) {
-  const int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
+VK_INLINE void multiply_tiles(int64_t words, Tiles a, Tiles b, float* c, int64_t c_row, bool accumulate) {
+  const int64_t a_bytes = a.row * 4, b_bytes = b.row * 4, c_bytes = c_row * 4;
   float* const below = c + kTile * c_row;
   fence_tiles();
   if (accumulate) {
@@ -62,11 +68,11 @@ VK_INLINE void multiply_tiles(int64_t words, const float* a, int64_t a_row, int6
     if (kTall) VK_TILE_ZERO(2);
     if (kTall && kWide) VK_TILE_ZERO(3);
   }
-  for (int64_t k = 0; k < words; k += kTile, a += kTile, b += kTile * b_row) {
-    VK_TILE_LOAD(4, a, a_bytes);
-    if (kTall) VK_TILE_LOAD(5, a + a_tile, a_bytes);
-    VK_TILE_LOAD(6, b, b_bytes);
-    if (kWide) VK_TILE_LOAD(7, b + kTile, b_bytes);
+  for (int64_t k = 0; k < words; k += kTile, a.data += a.along, b.data += b.along) {
+    VK_TILE_LOAD(4, a.data, a_bytes);
+    if (kTall) VK_TILE_LOAD(5, a.data + a.beside, a_bytes);
+    VK_TILE_LOAD(6, b.data, b_bytes);
+    if (kWide) VK_TILE_LOAD(7, b.data + b.beside, b_bytes);
     VK_TILE_DOT(0, 4, 6);
     if (kWide) VK_TILE_DOT(1, 4, 7);
     if (kTall) VK_TILE_DOT(2, 5, 6);
@@ -79,19 +85,20 @@ VK_INLINE void multiply_tiles(int64_t words, const float* a, int64_t a_row, int6
 }
 
 // C [m rows, and those that fill the last tile; n columns, a multiple of kTile] (+)= A B.
-VK_INLINE void matmul_by_tiles(int64_t m, int64_t n, int64_t words, Left<float> a, const float* b, int64_t b_row,
-                               float* c, int64_t c_row, bool accumulate) {
-  const auto rows = [&](auto tall, const float* left, float* out) VK_ALWAYS {
+VK_INLINE void matmul_by_tiles(int64_t m, int64_t n, int64_t words, Tiles a, const Tiles& b, float* c, int64_t c_row,
+                               bool accumulate) {
+  const auto rows = [&](auto tall, float* out) VK_ALWAYS {
     constexpr bool kTall = decltype(tall)::value == 2;
+    Tiles right = b;
     int64_t j = 0;
-    for (; j + 2 * kTile <= n; j += 2 * kTile) {
-      multiply_tiles<kTall, true>(words, left, a.row, a.tile, b + j, b_row, out + j, c_row, accumulate);
+    for (; j + 2 * kTile <= n; j += 2 * kTile, right.data += 2 * b.beside) {
+      multiply_tiles<kTall, true>(words, a, right, out + j, c_row, accumulate);
     }
-    if (j < n) multiply_tiles<kTall, false>(words, left, a.row, a.tile, b + j, b_row, out + j, c_row, accumulate);
+    if (j < n) multiply_tiles<kTall, false>(words, a, right, out + j, c_row, accumulate);
   };
   int64_t i = 0;
-  for (; i + kTile < m; i += 2 * kTile, a.data += 2 * a.tile, c += 2 * kTile * c_row) rows(Count<2>{}, a.data, c);
-  if (i < m) rows(Count<1>{}, a.data, c);
+  for (; i + kTile < m; i += 2 * kTile, a.data += 2 * a.beside, c += 2 * kTile * c_row) rows(Count<2>{}, c);
+  if (i < m) rows(Count<1>{}, c);
 }
 
 #else
