@@ -81,20 +81,28 @@ def _sizes(images: int) -> list[tuple[int, int]]:
 
 
 def qwen2_5_vl(images: int, **options: Any) -> Tower:
-    """Qwen2.5-VL's: images packed into one row of tokens, attention within windows of them and within each."""
-    sizes = [(1, *size) for size in _sizes(images)]
-    tokens = sum(math.prod(size) for size in sizes)
-    arguments = {"depth": 2, "fullatt_block_indexes": [1], **options}
-    pixels = 3 * 2 * 14**2
+    """A block of Qwen2.5-VL's: images packed into one row of tokens, attention within each."""
+    lengths = [math.prod(size) for size in _sizes(images)]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    sizes = {"hidden_size": 1280, "num_heads": 16, **options}
+    width = sizes["hidden_size"]
+    one = {"depth": 1, "spatial_merge_size": 1, **sizes}  # what is behind the blocks is left out, and so may be small
+
+    def draw_tokens(draw: Draw, device: torch.device) -> Inputs:
+        angles = draw(sum(lengths), width // sizes["num_heads"] // 2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return {
+            "hidden_states": draw(sum(lengths), width).requires_grad_(),
+            "cu_seqlens": ends.to(device),
+            "position_embeddings": (angles.cos(), angles.sin()),
+        }
+
     return Tower(
-        "Qwen2.5-VL, 2 blocks",
+        "Qwen2.5-VL, a block",
         "transformers",
-        f"{images} images of 180 to 256 patches, T={tokens}",
-        functools.partial(_transformers, "qwen2_5_vl", **arguments),
-        lambda draw, device: {
-            "hidden_states": draw(tokens, pixels),
-            "grid_thw": torch.tensor(sizes, device=device),
-        },
+        f"{images} images of {min(lengths)} to {max(lengths)} patches, D={width} H={sizes['num_heads']}",
+        lambda: _transformers("qwen2_5_vl", **one).blocks[0],  # type: ignore[index,union-attr]
+        draw_tokens,
     )
 
 
@@ -105,7 +113,7 @@ def siglip2(images: int, **options: Any) -> Tower:
     return Tower(
         "SigLIP 2 NaFlex, 2 blocks",
         "transformers",
-        f"{images} images of 180 to {longest} patches",
+        f"{images} images of mixed sizes, to {longest} patches",
         functools.partial(_transformers, "siglip2", **{"num_hidden_layers": 2, "num_patches": 256, **options}),
         lambda draw, device: {
             "pixel_values": draw(images, longest, 3 * 16**2),
@@ -132,7 +140,7 @@ def naflex(images: int, **options: Any) -> Tower:
     return Tower(
         "NaFlexViT-B, 2 blocks",
         "timm",
-        f"{images} images of 180 to {longest} patches",
+        f"{images} images of mixed sizes, to {longest} patches",
         functools.partial(_timm, "naflexvit_base_patch16_gap", **{"depth": 2, **options}),
         draw_images,
     )
@@ -161,7 +169,7 @@ def video(name: str, clips: int, frames: int, **options: Any) -> Tower:
     key = "pixel_values_videos" if name == "vjepa2" else "pixel_values"
     options = {"num_hidden_layers": 2, **({"pred_num_hidden_layers": 1} if name == "vjepa2" else {}), **options}
     return Tower(
-        f"{ {'vjepa2': 'V-JEPA 2', 'videomae': 'VideoMAE'}[name]}, 2 blocks",
+        f"{ {'vjepa2': 'V-JEPA 2', 'videomae': 'VideoMAE'}[name] }, 2 blocks",
         "transformers",
         f"B={clips} {frames} frames of 224 px",
         functools.partial(_transformers, name, **options),
@@ -234,12 +242,12 @@ class TowerBench:
         return {FUSED: lambda: TowerLane(self, self.fused()), STOCK: lambda: TowerLane(self, self.stock)}
 
     def truth(self, inputs: Inputs) -> Truth:
-        with vk.use("reference"):
-            reference = TowerLane(self, self.fused()).results(inputs)
+        """Fused may err twice as much as stock does, as in the tests of `vk.fuse`."""
+        own = TowerLane(self, self.stock).results(inputs)
         exact = TowerLane(self, copy.deepcopy(self.stock).double(), autocast=False).results(_wide(inputs))
         largest = max(accuracy.size_of(value).rms for name, value in exact.items() if name != "output")
         floor = accuracy.FLOORS[torch.float32]
-        return Truth(reference, exact, dataclasses.replace(floor, absolute=ROUNDING[self.dtype] * largest))
+        return Truth(own, exact, dataclasses.replace(floor, absolute=ROUNDING[self.dtype] * largest))
 
     @functools.cached_property
     def flops(self) -> float:
@@ -277,7 +285,9 @@ class TowerLane:
 
     def step(self, inputs: Inputs) -> tuple[Tensor, list[Tensor | None]]:
         """The output, and the gradients of a weighted sum of it; None of what it does not depend on."""
-        rounding = torch.autocast(self.bench.device.type, self.bench.dtype) if self.autocast else contextlib.nullcontext()
+        rounding = (
+            torch.autocast(self.bench.device.type, self.bench.dtype) if self.autocast else contextlib.nullcontext()
+        )
         with rounding:
             output = self.model(**inputs)
         output = output if isinstance(output, Tensor) else output[0]
