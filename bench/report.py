@@ -26,10 +26,10 @@ REPORT = "REPORT.md"
 LEGEND = """Made by `python -m bench.report` from the JSON files beside it.
 
 Times are medians of rounds in which the lanes took turns; the spread is the distance of the quartiles over the median.
-Bold: a lane that takes less time than ours; of a tower, one that is slower fused than stock. Inexact: a peer whose results or gradients are further from float64 than
-ours may be. The limit is the larger of FLOPs over the rate of a large matrix product and bytes over the rate of a large
-copy; MFU is of the matrix product alone. FLOPs and bytes are what no kernel can do without. Memory is the most that a
-step takes of torch's allocator on top of weights and inputs.
+Bold: a lane that takes less time than ours; of a tower, one that is slower fused than stock. Inexact: a peer whose
+results or gradients are further from float64 than ours may be. The limit is the larger of FLOPs over the rate of a
+large matrix product and bytes over the rate of a large copy; MFU is of the matrix product alone. FLOPs and bytes are
+what no kernel can do without. Memory is the most that a step takes of torch's allocator on top of weights and inputs.
 """
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -6,7 +6,6 @@ a smaller image, videos. Forward and backward, without dropout.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -285,10 +284,7 @@ class TowerLane:
 
     def step(self, inputs: Inputs) -> tuple[Tensor, list[Tensor | None]]:
         """The output, and the gradients of a weighted sum of it; None of what it does not depend on."""
-        rounding = (
-            torch.autocast(self.bench.device.type, self.bench.dtype) if self.autocast else contextlib.nullcontext()
-        )
-        with rounding:
+        with torch.autocast(self.bench.device.type, self.bench.dtype, enabled=self.autocast):
             output = self.model(**inputs)
         output = output if isinstance(output, Tensor) else output[0]
         weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)

@@ -2,7 +2,7 @@
 //
 // Operands are rows of words along k. B is packed in panels of kPanel columns, which the caller may share among threads.
 // A is read where it lies when its rows run along k, and packed tile by tile when its columns do (the gradient of a
-// weight). A block of C, kBlockTiles row tiles by one panel, sums in cache over depth_of words of k at a time. The matrix
+// weight). A block of C, kBlockTiles row tiles by one panel, sums in cache over kDepth words of k at a time. The matrix
 // unit takes taller tiles, whole ones, which it reads fastest one behind the other: A and the panels of B are copied so,
 // and end in zeros.
 
@@ -16,8 +16,7 @@ template <class W>
 constexpr int64_t block_tiles = by_tiles<W> ? 8 : 20;
 template <class W>
 constexpr int64_t block_rows = block_tiles<W> * tile_rows<W>;
-template <class W>
-constexpr int64_t depth_of = by_tiles<W> ? 192 : 384;  // of the unit's, two rows of tiles of A stay in L1
+constexpr int64_t kDepth = 384;
 constexpr int64_t kSpare = 4 * kPanel;  // what finish_row keeps of an activation
 constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
 static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
@@ -362,7 +361,7 @@ template <class W>
 void product_block(const Product& p, Left<float> a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
                    float* sums, float* spare) {
   const bool fetch = j == 0 && p.a.col == 1 && !by_tiles<W>;  // what the first panel reads comes from memory
-  const int64_t words = panel_words<W>(p.k), most = round_up(even_step(words, depth_of<W>), by_tiles<W> ? kTile : 1);
+  const int64_t words = panel_words<W>(p.k), most = round_up(even_step(words, kDepth), by_tiles<W> ? kTile : 1);
   const int64_t columns = panel_columns(p), count = p.n - j < columns ? p.n - j : columns;
   for (int64_t k = 0; k < words; k += most) {
     const int64_t depth = words - k < most ? words - k : most;
@@ -376,12 +375,6 @@ void product_block(const Product& p, Left<float> a, const float* b, int64_t i, i
       if (fetch) {  // the same rows' next words or, after the last, the next block's first
         const int64_t left = words - k - depth;
         prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
-      }
-      if (by_tiles<W> && last) {  // the unit is faster than the last cache: the next panel, a part at each tile
-        const int64_t lines = words * kPanel / 16 + 1;
-        for (int64_t at = lines * r / rows; at < lines * (r + live) / rows; ++at) {
-          __builtin_prefetch(b + (words * kPanel + at * 16), 0, 2);
-        }
       }
       multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
       if (last) finish_rows<W>(p, i + r, live, j, count, c, sums, spare);
