@@ -4,7 +4,7 @@ PY := .venv/bin/python
 SOURCES := $(wildcard csrc/*.py csrc/*/*.*)
 WORKERS ?= 2
 
-.PHONY: help install demo examples bench bench-quick bench-host bench-cpu bench-scaling bench-memory bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models docs wheel versions lint check test test-asan clean
+.PHONY: help install demo examples bench bench-quick bench-host bench-cpu bench-scaling bench-towers bench-memory bench-demo bench-coverage compare report audit audit-short emulate tune gpu gpu-checks gpu-cuda gpu-models docs wheel versions lint check test test-asan clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,6 +56,10 @@ bench-cpu: .venv/.built ## whole models on this machine against every library's
 
 bench-scaling: .venv/.built ## how cost grows with tokens, batch, width and depth
 	$(PY) -m bench.run --suite scaling
+	$(PY) -m bench.report
+
+bench-towers: .venv/.built ## what people train beside plain ViTs (Qwen-VL, DINOv3, NaFlex, Swin, video), stock and fused
+	$(PY) -m bench.run --suite towers
 	$(PY) -m bench.report
 
 bench-memory: .venv/.built ## memory against time: stock and fused models, with and without running blocks again

@@ -36,7 +36,7 @@ T = TypeVar("T")
 class Key:
     """What is timed, but for the lane."""
 
-    kind: str  # "op", "block" or "model"; "memory" for a model whose memory is asked for
+    kind: str  # "op", "block", "model" or "tower"; "memory" for a model whose memory is asked for
     name: str
     shape: str
     dtype: str

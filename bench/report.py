@@ -26,10 +26,10 @@ REPORT = "REPORT.md"
 LEGEND = """Made by `python -m bench.report` from the JSON files beside it.
 
 Times are medians of rounds in which the lanes took turns; the spread is the distance of the quartiles over the median.
-Bold: a lane that takes less time than ours. Inexact: a peer whose results or gradients are further from float64 than
-ours may be. The limit is the larger of FLOPs over the rate of a large matrix product and bytes over the rate of a large
-copy; MFU is of the matrix product alone. FLOPs and bytes are what no kernel can do without. Memory is the most that a
-step takes of torch's allocator on top of weights and inputs.
+Bold: a lane that takes less time than ours; of a tower, one that is slower fused than stock. Inexact: a peer whose
+results or gradients are further from float64 than ours may be. The limit is the larger of FLOPs over the rate of a
+large matrix product and bytes over the rate of a large copy; MFU is of the matrix product alone. FLOPs and bytes are
+what no kernel can do without. Memory is the most that a step takes of torch's allocator on top of weights and inputs.
 """
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -85,6 +85,7 @@ def _for_each(table: Callable[[Content], str]) -> Callable[[Results], str]:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "headline": lambda results: _with_gpu(headline.sentence(results.devices.values()), results),
     "models": _for_each(tables.models),
+    "towers": _for_each(tables.towers),
     "ops": _for_each(tables.ops),
     "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
     "host": lambda results: host.report(results.host) if results.host else "Not yet measured.\n",
@@ -127,6 +128,7 @@ def report(results: Results) -> str:
         parts.append("\n".join([f"## {content['device']}\n", *filter(None, machine), ""]))
         sections = {
             "Blocks and models": tables.models(content),
+            "Towers of timm and transformers": tables.towers(content),
             "Ops": tables.ops(content),
             "Memory against time": tables.memory(content),
             "How cost grows": scaling.growth(content),

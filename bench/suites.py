@@ -4,6 +4,7 @@ quick      each op, a block and a small model: minutes
 ops        each op, forward and with its backward
 models     blocks and whole models against every library's
 scaling    how cost grows with tokens, batch, width and depth
+towers     what people train beside plain ViTs, stock and after `vk.fuse`
 memory     memory against time: whole models, stock and fused, with and without running each block again in backward
 full       ops, models and scaling
 autotuned  one whole model, at the size of training, against the fastest that torch.compile makes
@@ -24,6 +25,7 @@ import torch
 from bench.measure import OURS, Bench, Effort
 from bench.models import ModelBench
 from bench.ops import OpBench, Size, of_size
+from bench.swapped import TowerBench, all_towers
 
 FORWARD, BOTH = False, True
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -148,6 +150,13 @@ def scaling(device: torch.device) -> Iterator[Plan]:
         yield _model(effort, "vit", arguments, 4 * grown, dtype, device, lanes, sweep="depth", at=depth)
 
 
+def towers(device: torch.device) -> Iterator[Plan]:
+    gpu = device.type == "cuda"
+    for tower in all_towers(16 if gpu else 1):
+        for dtype in (BF16,) if gpu else (F32, BF16):
+            yield Plan(functools.partial(TowerBench, tower, dtype, device), Effort(2.0, 5, 15))
+
+
 def memory(device: torch.device) -> Iterator[Plan]:
     gpu = device.type == "cuda"
     batches = {"tiny": 512, "small": 256, "base": 128, "large": 64} if gpu else {"tiny": 16, "small": 8}
@@ -176,6 +185,7 @@ SUITES: dict[str, Callable[[torch.device], Iterator[Plan]]] = {
     "ops": ops,
     "models": models,
     "scaling": scaling,
+    "towers": towers,
     "memory": memory,
     "autotuned": autotuned,
     "smoke": smoke,

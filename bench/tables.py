@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.measure import OURS, Key, Row
 from bench.store import by_case, runs, seconds
+from bench.swapped import FUSED, KIND, STOCK
 
 Content = dict[str, Any]
 NOT_MEASURED = "GPU: not yet measured."
@@ -118,6 +119,36 @@ def _memory_table(cases: dict[Key, dict[str, Row]]) -> str:
     return grid(("", "shape", "", "forward + backward", "of stock's", "memory", "of stock's"), rows, numbers=4)
 
 
+def towers(content: Content) -> str:
+    """A table for each dtype: what stock takes of time and of memory, over the same model fused."""
+    return "\n".join(_by_dtype(content, of_kind(content, KIND), _tower_table))
+
+
+def _tower_table(cases: dict[Key, dict[str, Row]]) -> str:
+    return grid(
+        ("tower", "shape", "stock", "after `vk.fuse`", "stock over fused", "memory, stock over fused"),
+        (_tower_row(key, lanes.get(STOCK, _MISSING), lanes.get(FUSED, _MISSING)) for key, lanes in cases.items()),
+        numbers=4,
+    )
+
+
+_MISSING = {"failed": "not measured"}
+
+
+def _tower_row(key: Key, stock: Row, fused: Row) -> tuple[str, ...]:
+    times = (duration(seconds(row)) if "seconds" in row else row["failed"].replace("|", "/") for row in (stock, fused))
+    over = ("", "")
+    if "seconds" in stock and "seconds" in fused:
+        ratio = seconds(stock) / seconds(fused)
+        remark = " (inexact)" if "inexact" in stock else ""
+        over = (f"{ratio:.2f}" if round(ratio, 2) >= 1 else f"**{ratio:.2f}**") + remark, _over(stock, fused)
+    return (key.name, key.shape, *times, *over)
+
+
+def _over(stock: Row, fused: Row) -> str:
+    return f"{stock['memory'] / fused['memory']:.2f}" if fused.get("memory") and stock.get("memory") else ""
+
+
 def _by_dtype(content: Content, cases: dict[Key, dict[str, Row]], table: Any) -> Iterator[str]:
     for dtype in dict.fromkeys(key.dtype for key in cases):
         yield f"{title(content)}, {dtype}:\n\n{table({k: v for k, v in cases.items() if k.dtype == dtype})}\n"
@@ -186,7 +217,7 @@ def lanes(content: Content) -> str:
                 share(row.get("share")),
                 amount(row.get("memory")),
             )
-            for key, rows in of_kind(content, "model", "block", "op").items()
+            for key, rows in of_kind(content, "model", "block", KIND, "op").items()
             for name, row in rows.items()
         ),
         numbers=5,

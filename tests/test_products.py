@@ -281,16 +281,36 @@ def test_the_chosen_library_is_the_one_that_multiplies(force_library, library: s
 
 
 def test_bfloat16_heads_multiply_pairs(force_isa) -> None:
-    """Pairs round the weights, so the last bits tell; a learned mask keeps them exact."""
-    qkv, mask = torch.randn(2, 33, 96).bfloat16(), torch.randn(33, 33).bfloat16()
+    """Pairs round the weights, so the last bits tell; a learned mask of many keys keeps them exact."""
 
-    def out(isa: str, mask: torch.Tensor | None) -> torch.Tensor:
+    def differing(isa: str, keys: int, learned: bool) -> float:
+        qkv, mask = torch.randn(2, keys, 96).bfloat16(), torch.randn(1, 1, keys, keys) if learned else None
+        found = []
+        for each in (isa, "avx512"):
+            force_isa(each)
+            found.append(torch.ops.vitkernels_ext.attention_qkv(qkv, 2, mask, False, 0.25)[0])
+        return (found[0] != found[1]).float().mean().item()
+
+    for isa in ("avx512_bf16", "amx"):
+        assert differing(isa, 33, False) > 0.05
+        assert differing(isa, 33, True) > 0.05
+        assert differing(isa, 520, False) > 0.05
+        assert differing(isa, 520, True) < 0.01
+
+
+@pytest.mark.parametrize("rows", [9, 49, 300])
+def test_the_matrix_unit_sums_what_pairs_sum(force_isa, force_library, rows: int) -> None:
+    """On sizes that fill no tile, with weights in float32 that are rounded as they are read."""
+    force_library("vitkernels")
+    x, w1, w2, bias = (torch.randn(*shape) for shape in ((rows, 70), (130, 70), (70, 130), (130,)))
+    x, found = x.bfloat16(), []
+    for isa in ("avx512_bf16", "amx"):
         force_isa(isa)
-        mask = None if mask is None else mask[None, None]
-        return torch.ops.vitkernels_ext.attention_qkv(qkv, 2, mask, False, 0.25)[0].float()
-
-    assert not torch.equal(out("avx512_bf16", None), out("avx512", None))
-    assert (out("avx512_bf16", mask) != out("avx512", mask)).float().mean() < 0.01
+        y, pre = torch.ops.vitkernels_ext.mlp(x, w1, bias, w2, None, "gelu", True)
+        found.append((y, pre, *torch.ops.vitkernels_ext.mlp_backward(x, x, pre, w1, w2, "gelu", [True] * 4 + [False])))
+    for pairs, unit in zip(*found, strict=True):
+        assert pairs.dtype == unit.dtype
+        assert (pairs.float() - unit.float()).norm() <= 4e-3 * pairs.float().norm()
 
 
 @pytest.mark.parametrize("rows", [5, 64, 197, 1576])

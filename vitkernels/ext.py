@@ -18,7 +18,7 @@ import torch
 from vitkernels import dispatch, ext_cuda, products
 from vitkernels.ops.rotary import why_not_fused
 
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 _NAMESPACE = "vitkernels_ext"
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _CUDA = ext_cuda.Cuda()

@@ -1,10 +1,10 @@
-// One head of attention, tile by tile: kQueries rows of q against kKeys keys at a time, so that scores stay in L2 and
+// One head of attention, tile by tile: a few rows of q against kKeys keys at a time, so that scores stay in L2 and
 // the N x N matrix never exists. What its products read is attention_operands.h's business.
 
 namespace vk {
 namespace VK_ISA {
 
-constexpr int64_t kQueries = 24;  // a multiple of the product's row tile, and even: with 200 keys, scores stay in L1
+constexpr int64_t kQueries = PairWords::queries > 24 ? PairWords::queries : 24;  // the most, of any form of operands
 constexpr int64_t kKeys = 512;    // even
 
 template <class A>
@@ -121,6 +121,24 @@ int64_t attention_scratch(const Head& h, bool backward) {
   return tiles + kQueries * (4 * width + 2 * block) + 6 * all_keys * width + lines;
 }
 
+// C (+)= A B of operands in the form W.
+template <class A, class W>
+VK_INLINE void multiply(int64_t m, int64_t n, int64_t words, Left<A> a, const A* b, int64_t b_row, A* c, int64_t c_row,
+                        bool accumulate) {
+#if defined(VK_TILES)
+  if constexpr (W::tiles) {
+    const Tiles left{a.data, a.row, kTile, a.tile}, right{b, b_row, kTile * b_row, kTile};
+    return matmul_by_tiles(m, n, words, left, right, c, c_row, accumulate);
+  }
+#endif
+  matmul<A, W>(m, n, words, a, b, b_row, c, c_row, accumulate);
+}
+// Rows of `width` as its left operand.
+template <class A>
+VK_INLINE Left<A> rows_of(const A* data, int64_t width) {
+  return {data, width, 1, kTile * width};
+}
+
 template <class A>
 VK_INLINE A dot(const A* a, const A* b, int64_t count) {  // of whole vectors
   Vec<A> d{};
@@ -131,6 +149,7 @@ VK_INLINE A dot(const A* a, const A* b, int64_t count) {  // of whole vectors
 // W is the form of the operands.
 template <class A, class W>
 void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
+  [[maybe_unused]] const typename W::Scope scope{};
   constexpr int64_t lanes = Lanes<A>::count;
   const A unit = A(h.unit);
   const int64_t width = padded<A>(h.width), words = W::words(h.width);
@@ -158,8 +177,8 @@ void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
     W::across(v, h.v, h.keys, h.width);
   }
 
-  for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
-    const int64_t queries = q0 + kQueries < h.queries ? kQueries : h.queries - q0;
+  for (int64_t q0 = 0; q0 < h.queries; q0 += W::queries) {
+    const int64_t queries = q0 + W::queries < h.queries ? W::queries : h.queries - q0;
     W::along(q, h.q, q0, queries, h.width);
     if (h.columns > 0) load_positions(h, rel, q0, queries);
     for (int64_t i = 0; i < queries; ++i) {
@@ -171,7 +190,7 @@ void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
     for (int64_t k0 = 0; k0 < end; k0 += step) {
       const int64_t keys = k0 + step < end ? step : end - k0;
       const int64_t row = padded<A>(keys), k_row = padded<A>(k0 + step < h.keys ? step : h.keys - k0);
-      matmul<A, W>(queries, row, words, {q, width, 1}, k_t + k0 * width, k_row, scores, row, false);
+      multiply<A, W>(queries, row, words, rows_of(q, width), k_t + k0 * width, k_row, scores, row, false);
       mask_scores(h, scores, row, q0, queries, k0, keys, mask_row, rel);
       for (int64_t i = 0; i < queries; ++i) {
         A* s = scores + i * row;
@@ -195,7 +214,7 @@ void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
         top[i] = now;
       }
       const Left<A> p = W::scores_along(scores, scores, queries, row);
-      matmul<A, W>(queries, width, W::words(keys), p, v + W::words(k0) * width, width, acc, width, true);
+      multiply<A, W>(queries, width, W::words(keys), p, v + W::words(k0) * width, width, acc, width, true);
     }
     for (int64_t i = 0; i < queries; ++i) {
       const bool empty = !(total[i] != 0);  // NaN is not empty
@@ -212,6 +231,7 @@ void head_forward(const Head& h, OutRows out, A* stats, A* buffer) {
 template <class A, class W>
 void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows dq, OutRows dk, OutRows dv, A* dmask,
                    int64_t dmask_row, int64_t dmask_col, OutRows drel_h, OutRows drel_w, A* buffer) {
+  [[maybe_unused]] const typename W::Scope scope{};
   constexpr int64_t lanes = Lanes<A>::count;
   const A unit = A(h.unit);
   const int64_t width = padded<A>(h.width), words = W::words(h.width);
@@ -250,8 +270,8 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
     W::across(k, h.k, h.keys, h.width);
   }
 
-  for (int64_t q0 = 0; q0 < h.queries; q0 += kQueries) {
-    const int64_t queries = q0 + kQueries < h.queries ? kQueries : h.queries - q0;
+  for (int64_t q0 = 0; q0 < h.queries; q0 += W::queries) {
+    const int64_t queries = q0 + W::queries < h.queries ? W::queries : h.queries - q0;
     if (!one_block) {  // delta = sum over keys of p * dp, which is dout * out
       Numbers<A>::along(dq_sum, out, q0, queries, h.width);
       Numbers<A>::along(g, dout, q0, queries, h.width);
@@ -265,9 +285,9 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
     for (int64_t k0 = 0; k0 < end; k0 += step) {
       const int64_t keys = k0 + step < end ? step : end - k0;
       const int64_t row = padded<A>(keys), k_row = padded<A>(k0 + step < h.keys ? step : h.keys - k0);
-      matmul<A, W>(queries, row, words, {q, width, 1}, k_t + k0 * width, k_row, p, row, false);
+      multiply<A, W>(queries, row, words, rows_of(q, width), k_t + k0 * width, k_row, p, row, false);
       mask_scores(h, p, row, q0, queries, k0, keys, mask_row, rel);
-      matmul<A, W>(queries, row, words, {g, width, 1}, v_t + k0 * width, k_row, ds, row, false);
+      multiply<A, W>(queries, row, words, rows_of(g, width), v_t + k0 * width, k_row, ds, row, false);
       for (int64_t i = 0; i < queries; ++i) {
         A *pi = p + i * row, *di = ds + i * row;
         // the difference first: beside huge scores the log of the sum would be rounded away
@@ -286,10 +306,10 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
         }
       }
       const Left<A> ds_along = W::scores_along(ds_space, ds, queries, row);
-      matmul<A, W>(queries, width, W::words(keys), ds_along, k + W::words(k0) * width, width, dq_sum, width, k0 != 0);
+      multiply<A, W>(queries, width, W::words(keys), ds_along, k + W::words(k0) * width, width, dq_sum, width, k0 != 0);
       const Left<A> p_t = W::scores_across(p, queries, row), ds_t = W::scores_across(ds, queries, row);
-      matmul<A, W>(keys, width, W::words(queries), p_t, g_across, width, dv_sum + k0 * width, width, true);
-      matmul<A, W>(keys, width, W::words(queries), ds_t, q_across, width, dk_sum + k0 * width, width, true);
+      multiply<A, W>(keys, width, W::words(queries), p_t, g_across, width, dv_sum + k0 * width, width, true);
+      multiply<A, W>(keys, width, W::words(queries), ds_t, q_across, width, dk_sum + k0 * width, width, true);
     }
     for (int64_t i = 0; i < queries; ++i) {
       A* row = dq_sum + i * width;
@@ -311,9 +331,10 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
   }
 }
 
-// Pairs round the weights. A learned mask's gradient is a sum of terms that cancel, and would show it.
+// Pairs round the weights. A learned mask's gradient is a sum of terms that cancel, and would show it where delta comes of
+// the rounded output: past one block of keys.
 VK_INLINE bool in_pairs(const Head& h) {
-  return !h.added && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
+  return !(h.added && h.keys > kKeys) && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
 }
 
 template <class A>

@@ -47,6 +47,10 @@ void transpose(A* out, const A* in, int64_t in_row, int64_t count, int64_t width
 
 template <class A>
 struct Numbers : Plain {
+  static constexpr int64_t queries = 24;  // at a time: a multiple of the product's row tile; with 200 keys, scores stay in L1
+  static constexpr bool tiles = false;
+  struct Scope {};
+
   static int64_t words(int64_t n) { return n; }
 
   // Rows [begin, begin + count), each of `padded(width)`, zeros in the padding.
@@ -65,12 +69,15 @@ struct Numbers : Plain {
     return out;
   }
   // Both forms of scores [count, row]: `along` into `out`, which may be where they are, `across` in their place.
-  static Left<A> scores_along(A*, A* scores, int64_t, int64_t row) { return {scores, row, 1}; }
-  static Left<A> scores_across(A* scores, int64_t, int64_t row) { return {scores, 1, row}; }
+  static Left<A> scores_along(A*, A* scores, int64_t, int64_t row) { return {scores, row, 1, 0}; }
+  static Left<A> scores_across(A* scores, int64_t, int64_t row) { return {scores, 1, row, 0}; }
 };
 
+// On the matrix unit whole tiles of words, the last ones zeros.
 struct PairWords : Pairs {
-  static int64_t words(int64_t n) { return (n + 1) / 2; }
+  static constexpr int64_t queries = kTiles ? 2 * kTile : 24;  // as above, and even
+  static constexpr bool tiles = kTiles;
+  static int64_t words(int64_t n) { return round_up((n + 1) / 2, kTiles ? kTile : 1); }
 
   static void along(float* out, const Rows& rows, int64_t begin, int64_t count, int64_t width) {
     const int64_t row = padded<float>(width);
@@ -88,7 +95,9 @@ struct PairWords : Pairs {
   static void across(float* out, const Rows& rows, int64_t count, int64_t width) {
     const int64_t row = padded<float>(width);
     for (int64_t p = 0; p < words(count); ++p, out += row) {
-      if (rows.col == 1) {
+      if (2 * p >= count) {
+        for (int64_t j = 0; j < row; ++j) out[j] = 0;
+      } else if (rows.col == 1) {
         interleave(Pairs{}, out, rows.data, rows.row, p, count, width);
       } else {
         for (int64_t j = 0; j < width; ++j) {
@@ -105,11 +114,19 @@ struct PairWords : Pairs {
   }
   static Left<float> scores_along(float* out, float* scores, int64_t count, int64_t row) {
     for (int64_t i = 0; i < count; ++i) {
-      store_row(reinterpret_cast<char*>(out + i * row), DType::bf16, 1, scores + i * row, row);
+      float *to = out + i * row, *from = scores + i * row;
+      if constexpr (kTiles) {
+        for (int64_t j = 0; j < row; j += 2 * kFloats) {
+          store(to + j / 2, rounded_words(load(from + j), j + kFloats < row ? load(from + j + kFloats) : Vec<float>{}));
+        }
+      } else {
+        store_row(reinterpret_cast<char*>(to), DType::bf16, 1, from, row);
+      }
     }
-    return {out, row, 1};
+    return {out, row, 1, kTile * row};
   }
   static Left<float> scores_across(float* scores, int64_t count, int64_t row) {
+    if constexpr (kTiles) return tiles_across(scores, count, row);
     for (int64_t i = 0; i < count; i += 2) {
       float* const first = scores + i * row;
       for (int64_t j = 0; j < row; j += kFloats) {
@@ -118,7 +135,24 @@ struct PairWords : Pairs {
         store(first + j, (Vec<float>)(low | (high << 16)));
       }
     }
-    return {scores, 1, 2 * row};
+    return {scores, 1, 2 * row, 0};
+  }
+  // Up to 32 rows of scores by 16 columns become a tile of 16 rows, one a key, and 16 words of queries, where the first
+  // 16 of them were.
+  static Left<float> tiles_across(float* scores, int64_t count, int64_t row) {
+    for (int64_t j = 0; j < row; j += kFloats) {
+      Vec<float> lanes[kFloats];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kFloats; ++i) {
+        const float* const first = scores + 2 * i * row + j;
+        lanes[i] = (Vec<float>)rounded_pairs(2 * i < count ? load(first) : Vec<float>{},
+                                             2 * i + 1 < count ? load(first + row) : Vec<float>{});
+      }
+      transpose_lanes(lanes);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kFloats; ++i) store(scores + i * row + j, lanes[i]);
+    }
+    return {scores, row, 1, kTile};
   }
 };
 

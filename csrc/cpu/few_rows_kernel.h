@@ -132,7 +132,7 @@ void row_panel(const Product& p, const float* a, int64_t j, int64_t count, float
     }
     for (int64_t i = 0; i < p.m; i += most) {
       const int64_t live = p.m - i < most ? p.m - i : most;
-      multiply_tile<W>(live, depth, {{a + i * a_row + k, a_row, 1}, 0}, space, block + i * kPanel, k > 0);
+      multiply_rows<W>(live, depth, {a + i * a_row + k, a_row, 1, 0}, space, block + i * kPanel, k > 0);
     }
   }
 }

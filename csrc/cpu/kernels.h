@@ -159,7 +159,8 @@ struct Kernels {
 template <class A>
 const Kernels<A>& kernels();  // of the instruction set in use
 
-// 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16. A negative number asks; one above what the processor has sets the highest it has.
+// 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx. A negative number asks; one above what the processor has sets the
+// highest it has.
 int64_t set_isa(int64_t wanted);
 
 template <class A>

@@ -52,11 +52,11 @@ VK_INLINE void matmul_tile(int64_t k, const A* a, int64_t a_row, int64_t a_col, 
   }
 }
 
-// The left operand: number (i, p) at data + i * row + p * col.
+// The left operand: number (i, p) at data + i * row + p * col. `tile`: from one tile of rows to the next.
 template <class A>
 struct Left {
   const A* data;
-  int64_t row, col;
+  int64_t row, col, tile;
 };
 
 template <class A, int64_t V, class Terms>

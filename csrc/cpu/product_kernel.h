@@ -2,13 +2,20 @@
 //
 // Operands are rows of words along k. B is packed in panels of kPanel columns, which the caller may share among threads.
 // A is read where it lies when its rows run along k, and packed tile by tile when its columns do (the gradient of a
-// weight). A block of C, kBlockTiles row tiles by one panel, sums in cache over kDepth words of k at a time.
+// weight). A block of C, kBlockTiles row tiles by one panel, sums in cache over kDepth words of k at a time. The matrix
+// unit takes taller tiles, whole ones, which it reads fastest one behind the other: A and the panels of B are copied so,
+// and end in zeros.
 
 namespace vk {
 namespace VK_ISA {
 
 constexpr int64_t kPanel = kTileVecs * kFloats;
-constexpr int64_t kBlockTiles = 20, kBlockRows = kBlockTiles * kTileRows;
+template <class W>
+constexpr int64_t tile_rows = by_tiles<W> ? 2 * kTile : kTileRows;
+template <class W>
+constexpr int64_t block_tiles = by_tiles<W> ? 8 : 20;
+template <class W>
+constexpr int64_t block_rows = block_tiles<W> * tile_rows<W>;
 constexpr int64_t kDepth = 384;
 constexpr int64_t kSpare = 4 * kPanel;  // what finish_row keeps of an activation
 constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
@@ -17,6 +24,29 @@ static_assert(kTileVecs % 2 == 0, "half of a panel is whole vectors");
 
 // Columns of `out` that a panel is for: half of a gate's panel are gates, the other half the ups of the same columns.
 VK_INLINE int64_t panel_columns(const Product& p) { return p.then == Then::gate ? kPanel / 2 : kPanel; }
+
+// Of a panel along k.
+template <class W>
+VK_INLINE int64_t panel_words(int64_t k) {
+  return by_tiles<W> ? round_up(words_of<W>(k), kTile) : words_of<W>(k);
+}
+// Where in a panel word p of column c stands, c a multiple of kFloats: of words beside one another or, for the matrix
+// unit, of tiles.
+template <class W>
+VK_INLINE int64_t in_panel(int64_t p, int64_t c) {
+  if (!by_tiles<W>) return p * kPanel + c;
+  return p / kTile * kTile * kPanel + c / kTile * kTileSize + p % kTile * kTile;
+}
+template <class W>
+VK_INLINE void put_words(float* panel, int64_t p, const float* words) {
+  for (int64_t c = 0; c < kPanel; c += kFloats) store(panel + in_panel<W>(p, c), load(words + c));
+}
+// The words of a panel behind the last that B has: zeros.
+template <class W>
+VK_INLINE void end_panel(float* panel, int64_t k) {
+  alignas(64) const float zeros[kPanel] = {};
+  for (int64_t p = words_of<W>(k); p < panel_words<W>(k); ++p) put_words<W>(panel, p, zeros);
+}
 
 // What each step is where `count` goes in equal steps of at most `most`.
 VK_INLINE int64_t even_step(int64_t count, int64_t most) {
@@ -43,11 +73,17 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
             __builtin_prefetch(later + q * p.b.row * S::size + byte);
           }
         }
-        float* const out = packed + ((panel - first) * words + k) * kPanel;
+        float* const to = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
+        alignas(64) float line[kPanel];
+        float* const out = by_tiles<W> ? line : to + k * kPanel;
         interleave_b<W, S>(out, p.b.data + j * S::size, p.b.row, k, p.k, columns);
         for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
+        if (by_tiles<W>) put_words<W>(to, k, line);
       }
     }
+  }
+  for (int64_t panel = first; panel < last; ++panel) {
+    end_panel<W>(packed + (panel - first) * panel_words<W>(p.k) * kPanel, p.k);
   }
 }
 
@@ -66,10 +102,10 @@ void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, in
         if (column < columns) lanes[j] = load_some(in + (column * column_step + p) * S::size);
       }
       transpose_lanes(lanes);
-      float* const words_to = out + p / per_word<W> * kPanel + j0;
+      float* const words_to = out + in_panel<W>(p / per_word<W>, j0);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kFloats; ++i) {
-        if (i < words) store(words_to + i * kPanel, lanes[i]);
+        if (i < words) store(words_to + i * (by_tiles<W> ? kTile : kPanel), lanes[i]);
       }
     };
     int64_t p = 0;
@@ -89,7 +125,7 @@ VK_INLINE int64_t tile_words(int64_t k) {
 }
 template <class W>
 void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t rows) {
-  alignas(64) float line[kBlockRows + kCopied] = {};
+  alignas(64) float line[block_rows<W> + kCopied] = {};
   const int64_t words = words_of<W>(k), step = tile_words<W>(k);
   for (int64_t p = 0; p < words; ++p) {
     for (int64_t byte = 0; byte < rows * W::size; byte += 64) {
@@ -103,15 +139,50 @@ void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t r
   }
 }
 
+// A for the matrix unit, [tiles of rows][tiles of words]: `words(q, i)` is the vector of words q to q + kTile of row i or,
+// `kAcross`, word q of rows i to i + kTile.
+template <bool kAcross, class F>
+VK_INLINE void copy_tiles(float* out, int64_t rows, int64_t words, F load_some) {
+  for (int64_t i = 0; i < rows; i += kTile) {
+    for (int64_t p = 0; p < words; p += kTile, out += kTileSize) {
+      Vec<float> lanes[kTile];
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < kTile; ++q) lanes[q] = kAcross ? load_some(p + q, i) : load_some(p, i + q);
+      if (kAcross) transpose_lanes(lanes);
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < kTile; ++q) store(out + q * kTile, lanes[q]);
+    }
+  }
+}
+inline void copy_a(float* out, const Product& p, const char* a, int64_t rows) {
+  const int64_t words = panel_words<Pairs>(p.k);
+  if (p.a.col == 1) {
+    return copy_tiles<false>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
+      const char* const from = a + (i * p.a.row + 2 * q) * Pairs::size;
+      if (i >= rows) return Vec<float>{};
+      __builtin_prefetch(from + 4 * p.a.row * Pairs::size);
+      if (2 * (q + kTile) <= p.k) return load(reinterpret_cast<const float*>(from));
+      return load_last_words<Pairs, Pairs>(from, p.k - 2 * q);
+    });
+  }
+  copy_tiles<true>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
+    alignas(64) float line[kTile] = {};
+    const char* const from = a + i * Pairs::size;
+    if (2 * q >= p.k) return Vec<float>{};
+    if (i + kTile <= rows) {
+      interleave(Pairs{}, line, from, p.a.col, q, p.k, kTile);
+    } else {
+      interleave(Pairs{}, line, from, p.a.col, q, p.k, rows - i);
+    }
+    return load(static_cast<const float*>(line));
+  });
+}
+
 // ---- the product and what follows it
 
-// Row tiles of A one after the other, in words.
-struct Tiles : Left<float> {
-  int64_t tile;
-};
-
+// C [up to kTileRows, kPanel] (+)= A B.
 template <class W>
-VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const float* b, float* c, bool accumulate) {
+VK_INLINE void multiply_rows(int64_t rows, int64_t k, const Left<float>& a, const float* b, float* c, bool accumulate) {
   const auto tile = [&](auto live) VK_ALWAYS {
     matmul_tile<float, decltype(live)::value, kTileVecs, W>(k, a.data, a.row, a.col, b, kPanel, c, kPanel, accumulate);
   };
@@ -123,6 +194,17 @@ VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Tiles& a, const floa
     case 5: return tile(Count<5>{});
     default: return tile(Count<kTileRows>{});
   }
+}
+
+template <class W>
+VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Left<float>& a, const float* b, float* c, bool accumulate) {
+#if defined(VK_TILES)
+  if constexpr (by_tiles<W>) {
+    const Tiles left{a.data, kTile, kTileSize, a.tile / 2}, right{b, kTile, kTile * kPanel, kTileSize};
+    return matmul_by_tiles(rows, kPanel, k, left, right, c, kPanel, accumulate);
+  }
+#endif
+  multiply_rows<W>(rows, k, a, b, c, accumulate);
 }
 
 // Asks for the lines that finish_row reads or writes, `length` bytes from column j on: they arrive while the tile is
@@ -158,11 +240,13 @@ VK_INLINE void put_in_panel(Singles, float* panels, int64_t k, int64_t rows, int
   for (int64_t c = 0; c < kPanel; c += kFloats) store(out + c, load(row + c));
 }
 VK_INLINE void put_in_panel(Pairs, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
-  float* const out = panels + (j / kPanel * words_of<Pairs>(rows) + k / 2) * kPanel;
+  float* const panel = panels + j / kPanel * panel_words<Pairs>(rows) * kPanel;
+  if (k + 1 == rows) end_panel<Pairs>(panel, rows);
   for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
   for (int64_t c = 0; c < kPanel; c += kFloats) {  // the even row comes first
+    float* const out = panel + in_panel<Pairs>(k / 2, c);
     const VecU bits = bf16_bits(load(row + c));
-    store(out + c, (Vec<float>)(k % 2 ? (VecU)load(out + c) | (bits << 16) : bits));
+    store(out, (Vec<float>)(k % 2 ? (VecU)load(out) | (bits << 16) : bits));
   }
 }
 
@@ -274,18 +358,18 @@ VK_INLINE void finish_rows(const Product& p, int64_t i, int64_t rows, int64_t j,
 
 // One panel of C below `rows` rows of A; `block` holds the sums between one depth of k and the next.
 template <class W>
-void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
+void product_block(const Product& p, Left<float> a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
                    float* sums, float* spare) {
-  const bool fetch = j == 0 && a.col == 1;  // what the first panel reads comes from memory
-  const int64_t words = words_of<W>(p.k), most = even_step(words, kDepth);
+  const bool fetch = j == 0 && p.a.col == 1 && !by_tiles<W>;  // what the first panel reads comes from memory
+  const int64_t words = panel_words<W>(p.k), most = round_up(even_step(words, kDepth), by_tiles<W> ? kTile : 1);
   const int64_t columns = panel_columns(p), count = p.n - j < columns ? p.n - j : columns;
   for (int64_t k = 0; k < words; k += most) {
     const int64_t depth = words - k < most ? words - k : most;
     const bool last = k + depth == words;
-    Tiles tile = a;
+    Left<float> tile = a;
     tile.data += k * a.col;
-    for (int64_t r = 0; r < rows; r += kTileRows, tile.data += a.tile) {
-      const int64_t live = rows - r < kTileRows ? rows - r : kTileRows;
+    for (int64_t r = 0; r < rows; r += tile_rows<W>, tile.data += a.tile) {
+      const int64_t live = rows - r < tile_rows<W> ? rows - r : tile_rows<W>;
       float* const c = block + r * kPanel;
       if (last) prefetch_tile(p, i + r, j, live, W::size, count * W::size);
       if (fetch) {  // the same rows' next words or, after the last, the next block's first
@@ -301,20 +385,24 @@ void product_block(const Product& p, Tiles a, const float* b, int64_t i, int64_t
 template <class W>
 void product_rows(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                   float* sums, float* scratch) {
-  const int64_t most = round_up(even_step(end - begin, kBlockRows), kTileRows);
-  float *spare = scratch, *block = spare + kSpare, *a_tiles = block + kBlockRows * kPanel;
+  [[maybe_unused]] const typename W::Scope scope{};
+  const int64_t most = round_up(even_step(end - begin, block_rows<W>), tile_rows<W>);
+  float *spare = scratch, *block = spare + kSpare, *a_tiles = block + block_rows<W> * kPanel;
   for (int64_t j = 0; j < kSpare; ++j) spare[j] = 0;
   for (int64_t i = begin; i < end; i += most) {
     const int64_t rows = end - i < most ? end - i : most;
     const char* a = p.a.data + i * p.a.row * W::size;
     const int64_t row = p.a.row / per_word<W>;
-    Tiles tiles{{reinterpret_cast<const float*>(a), row, 1}, kTileRows * row};
-    if (p.a.col != 1) {
+    Left<float> tiles{reinterpret_cast<const float*>(a), row, 1, kTileRows * row};
+    if (by_tiles<W>) {
+      copy_a(a_tiles, p, a, rows);
+      tiles = {a_tiles, kTile, kTile, tile_rows<W> * panel_words<W>(p.k)};
+    } else if (p.a.col != 1) {
       pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
-      tiles = {{a_tiles, 1, kTileRows}, tile_words<W>(p.k)};
+      tiles = {a_tiles, 1, kTileRows, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
-      const float* const b = packed + (panel - first) * words_of<W>(p.k) * kPanel;
+      const float* const b = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
       product_block<W>(p, tiles, b, i, rows, panel * panel_columns(p), block, sums, spare);
     }
   }
@@ -322,11 +410,17 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
 
 // ---- as the table has it
 
-inline ProductSizes product_sizes(const Product& p) {
-  const int64_t words = p.dtype == DType::f32 ? words_of<Singles>(p.k) : words_of<Pairs>(p.k);
+template <class W>
+ProductSizes sizes_in(const Product& p) {
   const int64_t panels = (p.n + panel_columns(p) - 1) / panel_columns(p);
-  const int64_t tiles = p.a.col == 1 ? 0 : kBlockTiles * (words * kTileRows + kCopied);
-  return {kTileRows, kBlockTiles, panels, panels * words * kPanel, kSpare + kBlockRows * kPanel + tiles};
+  const int64_t copied = by_tiles<W>     ? block_rows<W> * panel_words<W>(p.k)
+                         : p.a.col == 1 ? 0
+                                        : block_tiles<W> * tile_words<W>(p.k);
+  return {tile_rows<W>, block_tiles<W>, panels, panels * panel_words<W>(p.k) * kPanel,
+          kSpare + block_rows<W> * kPanel + copied};
+}
+inline ProductSizes product_sizes(const Product& p) {
+  return p.dtype == DType::f32 ? sizes_in<Singles>(p) : sizes_in<Pairs>(p);
 }
 
 inline void product_pack(const Product& p, float* packed, int64_t first, int64_t last) {
@@ -336,12 +430,13 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
     if (p.b.row != 1) return pack_rows<W, S>(p, packed, first, last);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t most = panel_columns(p), j = panel * most, columns = p.n - j < most ? p.n - j : most;
-      float* const out = packed + (panel - first) * words_of<W>(p.k) * kPanel;
+      float* const out = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
       const char* const in = p.b.data + j * p.b.col * S::size;
       pack_columns<W, S>(out, in, p.b.col, p.k, columns, 0, most);
       if (p.then == Then::gate) {
         pack_columns<W, S>(out, in + p.n * p.b.col * S::size, p.b.col, p.k, columns, most, kPanel);
       }
+      end_panel<W>(out, p.k);
     }
   });
 }

@@ -6,6 +6,7 @@ namespace VK_ISA {
 
 struct Pairs {
   static constexpr int64_t size = 2;  // bytes of an element
+  using Scope = TileScope;            // what a kernel holds while it multiplies
   VK_INLINE static Vec<float> madd(Vec<float> sum, Vec<float> a, Vec<float> b) {
 #if defined(VK_BF16_PAIRS)
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -18,7 +19,10 @@ struct Pairs {
 };
 struct Singles : Plain {
   static constexpr int64_t size = 4;
+  struct Scope {};
 };
+template <class W>
+constexpr bool by_tiles = kTiles && W::size == 2;  // multiplied on the matrix unit
 
 // B in memory: what W's words are made of or, of Pairs, floats to be rounded.
 struct Floats {
@@ -125,21 +129,24 @@ VK_INLINE void interleave_b(float* out, const char* in, int64_t k_step, int64_t 
   }
 }
 
-// The first kFloats words of a row of S along k, rounded as `rounded_pairs` does.
+// kFloats words of two vectors one behind the other, rounded in the same way.
+VK_INLINE Vec<float> rounded_words(Vec<float> first, Vec<float> second) {
+#if defined(VK_BF16_PAIRS)
+  return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  Vec<float> even, odd;
+  unzip(round_bf16(first), round_bf16(second), even, odd);
+  return (Vec<float>)(((VecU)even >> 16) | (VecU)odd);
+#endif
+}
+// The first kFloats words of a row of S along k.
 template <class W, class S>
 VK_INLINE Vec<float> load_words(const char* in) {
   const Vec<float> first = load(at<float>(in, 0));
   if constexpr (W::size == S::size) {
     return first;
   } else {
-    const Vec<float> second = load(at<float>(in, kFloats));
-#if defined(VK_BF16_PAIRS)
-    return (Vec<float>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-#else
-    Vec<float> even, odd;
-    unzip(round_bf16(first), round_bf16(second), even, odd);
-    return (Vec<float>)(((VecU)even >> 16) | (VecU)odd);
-#endif
+    return rounded_words(first, load(at<float>(in, kFloats)));
   }
 }
 // The same of a row's last words; what is past `elements` of them is zeros.
