@@ -126,9 +126,9 @@ wheel: .venv/.packages ## a wheel for all Pythons from 3.10 on, and a source arc
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair $(LIBTORCH:%=--exclude %) --wheel-dir dist build/dist/*.whl
 	cp build/dist/*.tar.gz dist/
 
-# PYTHONS="python3.10 /opt/python3.13/bin/python" and TORCHES="2.11.0 2.13.0" name them; dist/ must hold a wheel
+# PYTHONS="python3.10 /opt/python3.13/bin/python" and TORCHES="2.11.0 2.13.0" name them; SOURCE=1 builds there; dist/ must hold a wheel
 versions: .venv/.packages ## install the wheel beside each Python and torch that is to be had, and train ten steps there
-	$(PY) -m bench.versions $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TORCHES),--torch $(TORCHES))
+	$(PY) -m bench.versions $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TORCHES),--torch $(TORCHES)) $(if $(SOURCE),--source)
 	$(PY) -m bench.report
 
 lint: .venv/.packages ## ruff and mypy

@@ -1,7 +1,8 @@
 """On which Pythons and torches the wheel runs: `python -m bench.versions` tries each pair that is to be had here.
 
 Each pair gets a folder of packages of its own; the wheel of `make wheel` is installed there without its dependencies,
-beside torch and what the trainer imports, and a model is trained for ten steps on the extension. Nothing is compiled.
+beside torch and what the trainer imports, and a model is trained for ten steps on the extension. With --source the
+extension is built there from the sdist, beside that torch's own headers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,15 +48,15 @@ print(f"trained ten steps with {vk.__file__}")
 """
 
 
-def wheel() -> Path:
-    """The newest wheel in dist/.
+def packed(ending: str = "whl") -> Path:
+    """The newest wheel in dist/, or what else `make wheel` makes, "tar.gz".
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted((ROOT / "dist").glob("vitkernels-*.whl"), key=lambda path: path.stat().st_mtime)
+    found = sorted((ROOT / "dist").glob(f"vitkernels-*.{ending}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"versions: no wheel in {ROOT / 'dist'}; run make wheel")
+        raise FileNotFoundError(f"versions: no {ending} in {ROOT / 'dist'}; run make wheel")
     return found[-1]
 
 
@@ -69,17 +71,21 @@ def found(name: str) -> tuple[str, str] | None:
     return None
 
 
-def trial(interpreter: str, torch: str) -> str:
+def trial(interpreter: str, torch: str, source: bool) -> str:
     """What came of one pair, "ten steps" or why not; the folder is gone afterwards."""
+    needs, own = [f"torch=={torch}", "numpy"], ["--no-deps", str(packed())]
+    if source:
+        needs, own = [*needs, "setuptools", "ninja"], ["--no-deps", "--no-build-isolation", str(packed("tar.gz"))]
     with tempfile.TemporaryDirectory() as folder:
         install = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", folder]
-        for packages in ([f"torch=={torch}", "numpy"], ["--no-deps", str(wheel())]):
-            done = subprocess.run([*install, *packages], capture_output=True, text=True)
+        for packages in (needs, own):
+            environment = os.environ | {"PYTHONPATH": folder, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+            done = subprocess.run([*install, *packages], capture_output=True, text=True, env=environment)
             if done.returncode:
                 return f"does not install: {_last(done.stderr)}"
         run = [interpreter, "-I", "-c", f"import sys; sys.path.insert(0, {folder!r})\n{TEN_STEPS}"]
         done = subprocess.run(run, capture_output=True, text=True, cwd=folder)
-        return "ten steps" if done.returncode == 0 else _last(done.stderr)
+        return f"ten steps{', built there' * source}" if done.returncode == 0 else _last(done.stderr)
 
 
 def _digest(path: Path) -> str:
@@ -105,9 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", nargs="+", default=PYTHONS, help="versions or paths (default: %(default)s)")
     parser.add_argument("--torch", nargs="+", default=TORCHES, help="versions (default: %(default)s)")
+    parser.add_argument("--source", action="store_true", help="build the sdist there, rather than take the wheel")
     parser.add_argument("--out", type=Path, default=FILE, help="file for what came of it")
     known = parser.parse_args(arguments)
-    content: dict[str, Any] = {"wheel": f"{wheel().name} {_digest(wheel())}", "trials": {}}
+    content: dict[str, Any] = {"wheel": f"{packed().name} {_digest(packed())}", "trials": {}}
     if known.out.exists() and (before := json.loads(known.out.read_text()))["wheel"] == content["wheel"]:
         content["trials"] = before["trials"]
     content["revision"] = machine.revision()
@@ -115,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         python = found(name)
         row = content["trials"].setdefault(python[0] if python else name, {})
         for torch in known.torch:
-            row[torch] = trial(python[1], torch) if python else "no such Python here"
+            row[torch] = trial(python[1], torch, known.source) if python else "no such Python here"
             print(f"Python {name}, torch {torch}: {row[torch]}", flush=True)
             write_json(known.out, content)
     print(table(content))
