@@ -253,6 +253,8 @@ class Model(nn.Module):
         total = total + vk.ops.attention(turned, turned, heads, is_causal=True).transpose(1, 2).flatten(2)
         total, normed = vk.ops.add_rms_norm(total, total, self.norm3.weight, 1e-5)
         total = total + vk.ops.glu_mlp(normed, self.gates.weight, self.gates.bias, self.fc3.weight, self.fc3.bias)
+        tall, wide = turned[..., :7], turned[..., 7:8]  # an image of one column
+        total = total + vk.ops.attention_rel_pos(turned, turned, heads, tall, wide).transpose(1, 2).flatten(2)
         turned = vk.ops.rotary_qkv(qkv.unflatten(-1, (3, 2, 12)), angles.sin(), angles.cos(), prefix=1)
         ends = torch.arange(image.shape[0] + 1, dtype=torch.int32) * 7
         return total + vk.ops.attention_varlen(turned.flatten(0, 1), ends, 7).view_as(total)

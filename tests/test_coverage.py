@@ -12,7 +12,7 @@ import pytest
 from bench import coverage, towers
 
 peers.import_timm()
-_BIASED = "{} is {}, its own: a relative bias on its scores"
+_OWN = "attn is OutlookAttention, its own: its weights come from one token each"
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,10 @@ _BIASED = "{} is {}, its own: a relative bias on its scores"
         ("timm", "vit_tiny_patch16_224", ("whole", "")),
         ("timm", "resnet18", ("none", coverage.NO_BLOCKS)),
         ("timm", "swin_tiny_patch4_window7_224", ("whole", "")),
-        ("timm", "samvit_base_patch16_224", ("around", _BIASED.format("attn", "Attention"))),
+        ("timm", "samvit_base_patch16_224", ("whole", "")),
+        ("timm", "volo_d1_224", ("around", _OWN)),
         ("transformers", "swin", ("whole", "")),
-        ("transformers", "vitdet", ("around", _BIASED.format("attention", "VitDetAttention"))),
+        ("transformers", "vitdet", ("whole", "")),
     ],
 )
 def test_models_are_judged(library: str, name: str, expected: tuple[str, str]) -> None:

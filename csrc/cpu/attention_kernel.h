@@ -332,9 +332,10 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
 }
 
 // Pairs round the weights. A learned mask's gradient is a sum of terms that cancel, and would show it where delta comes of
-// the rounded output: past one block of keys.
+// the rounded output, past one block of keys, and where the terms cancel wholly, in a mask that is the same for all keys.
 VK_INLINE bool in_pairs(const Head& h) {
-  return !(h.added && h.keys > kKeys) && h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
+  if (h.added && (h.keys > kKeys || h.mask.col == 0)) return false;
+  return h.q.dtype == DType::bf16 && h.k.dtype == DType::bf16 && h.v.dtype == DType::bf16;
 }
 
 template <class A>
