@@ -86,7 +86,7 @@ def _attention(capability: Capability) -> Iterator[Slot]:
             ("dq", configs.LONG_DQ),
         ):
             direction = "forward" if kernel == "forward" else "backward"
-            call = {"width": 64, "float32": False}
+            call = {"width": 64, "float32": False, "image": False}
             yield from _attention_slots(f"long {kernel}_kernel", table, capability, call, tokens, 64, 16, direction)
 
 

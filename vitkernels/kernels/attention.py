@@ -154,9 +154,13 @@ def _short(
     return configs.SHORT[direction].find(capability(q.device), keys=k.shape[2], width=q.shape[3], masked=masked)
 
 
-def long_tile(table: configs.Table[configs.AttentionTile], q: Tensor) -> configs.AttentionTile:
+def long_tile(
+    table: configs.Table[configs.AttentionTile], q: Tensor, columns: int | None = None
+) -> configs.AttentionTile:
     """The row of the long kernels."""
-    return table.pick(capability(q.device), width=q.shape[-1], float32=q.dtype == torch.float32)
+    return table.pick(
+        capability(q.device), width=q.shape[-1], float32=q.dtype == torch.float32, image=columns is not None
+    )
 
 
 def units_of(mask: Tensor | None, scale: float) -> tuple[float, float]:
@@ -213,7 +217,7 @@ def long_forward(
     """
     width = q.shape[-1]
     align = alignment(q, k, v, out)
-    tile = long_tile(configs.LONG_FORWARD, q)
+    tile = long_tile(configs.LONG_FORWARD, q, columns)
     values, mask_strides, mask_constants = mask_arguments(mask, columns)
     launch(
         attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),

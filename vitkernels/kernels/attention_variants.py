@@ -92,7 +92,7 @@ class _Shape:
     def long(self) -> Iterator[Variant]:
         dq = configs.LONG_DS if "gradient" in self.mask else configs.LONG_DQ
         dq_kernel: Any = attention_long.dq_kernel
-        call = {"width": self.width, "float32": self.dtype == "fp32"}
+        call = {"width": self.width, "float32": self.dtype == "fp32", "image": bool(self.columns)}
         if self.columns:
             dq, dq_kernel = configs.REL_POS_DQ, attention_rel_pos_kernels.dq_kernel
             call["columns"] = self.columns

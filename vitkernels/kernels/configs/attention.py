@@ -40,14 +40,17 @@ def row_of_keys(columns: int) -> int:
 
 # ---------------------------------------------------------------------------------------------- any number of keys
 
-# Calls have width, of a head, and float32. Exact products run on the ordinary cores.
+# Calls have width, of a head, float32, and image: whether keys have positions. Exact products run on ordinary cores.
 _EXACT = "small tiles, so that operands of exact products fit into registers"
 _REGISTERS = "before sm_90 operands take registers too: smaller tiles, or fetched without a second stage"
 _MASK = "a mask takes registers too"
+_POSITIONS = "two biases a score take registers too; no spills but for 128-wide heads on sm_90"
 _SPACE = {"queries": (64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
 LONG_FORWARD = Table(
     Row(AttentionTile(32, 32, 4, 1), _EXACT, float32=True, width=64),
     Row(AttentionTile(16, 32, 4, 1), _EXACT, float32=True, width=128),
+    Row(AttentionTile(32, 32, 4), _POSITIONS, 80, float32=False, image=True, width=128),
+    Row(AttentionTile(64, 32, 4, spills=64), _POSITIONS, 90, float32=False, image=True, width=128),
     Row(AttentionTile(128, 64, 8), "the most queries that share a fetch of keys", 80, float32=False, width=96),
     Row(AttentionTile(128, 32, 8), _REGISTERS, 80, float32=False, width=128),
     Row(AttentionTile(128, 64, 8), "the most queries that share a fetch of keys", 90, float32=False, width=128),
@@ -57,7 +60,7 @@ LONG_FORWARD = Table(
 LONG_DKDV = Table(
     Row(AttentionTile(16, 32, 4, 1), _EXACT, float32=True, width=128),
     Row(
-        AttentionTile(32, 64, 4, 1, spills=8),
+        AttentionTile(32, 64, 4, 1, spills=96),
         "no spills but for 80-wide heads over an image",
         80,
         float32=False,
