@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import fused
 import pytest
 import torch
-from timm_vit import OPS, images, vit
+from timm_vit import OPS, images, timm, vit
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -197,6 +198,52 @@ def test_a_hook_that_writes_past_autograd_is_not_missed_in_inference_mode() -> N
     with torch.inference_mode():
         expected = model(x)
         torch.testing.assert_close(vk.fuse(model)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ what is read is kept
+
+
+def test_a_rate_of_drop_path_that_changes_between_calls() -> None:
+    """Schedules set it on what stands in a DropPath's place too, where nothing reads it."""
+    model, x = vit(drop_path_rate=0.5, depth=3), images()
+    twin = vk.fuse(copy.deepcopy(model))
+    assert isinstance(model.blocks[0].drop_path1, nn.Identity)
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for each in (model, twin):
+            torch.manual_seed(3)
+            found.append(each(x))
+        return found
+
+    for rate in (None, None, 0.9, 0.0, 0.7, 0.7):
+        for each in (model, twin):
+            for block in each.blocks if rate is not None else ():
+                block.drop_path1.drop_prob = rate
+        torch.testing.assert_close(*reversed(outputs()), atol=1e-5, rtol=1e-5)
+    for each in (model, twin):
+        each.blocks[2].drop_path2.eval()
+    torch.testing.assert_close(*reversed(outputs()), atol=1e-5, rtol=1e-5)
+    assert vk.explain(twin).summary == "3 of 3 blocks fused"
+
+
+def test_weights_that_are_loaded_between_calls_reach_a_bias_of_positions() -> None:
+    """The bias is made of parameters at each call, while what else is read off a block is kept."""
+    build = functools.partial(timm.create_model, "vit_relpos_small_patch16_224", img_size=32, depth=2)
+    model, other, x = build().eval(), build(), images()
+    twin = vk.fuse(copy.deepcopy(model))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        before = model(x)
+        for _ in range(3):
+            torch.testing.assert_close(twin(x), before, atol=1e-5, rtol=1e-5)
+        for each in (model, twin):
+            each.load_state_dict(other.state_dict())
+        after = model(x)
+        assert not torch.allclose(after, before, atol=1e-2)
+        torch.testing.assert_close(twin(x), after, atol=1e-4, rtol=1e-4)
+    assert vk.explain(twin).summary == "2 of 2 blocks fused"
 
 
 # ------------------------------------------------------------------------------------------- frozen, and rearranged

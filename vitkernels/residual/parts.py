@@ -48,8 +48,10 @@ def is_identity(module: nn.Module | None) -> bool:
 
 
 def dropout_rate(module: nn.Module | None) -> float:
-    """The rate at which a Dropout (or an Identity in its place) drops now: 0 in eval."""
-    return float(getattr(module, "p", 0.0)) if module is not None and module.training else 0.0
+    """The rate at which a Dropout (or an Identity in its place, whatever is set on it) drops now: 0 in eval."""
+    if module is None or not module.training or is_identity(module):
+        return 0.0
+    return float(getattr(module, "p", 0.0))
 
 
 def drops_nothing(module: nn.Module | None) -> bool:
@@ -222,7 +224,7 @@ def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:
 
 def drops_paths(module: nn.Module | None) -> bool:
     """Whether the module, one that `why_not_drop_path` lets pass, drops something now."""
-    if module is None or not module.training:
+    if module is None or not module.training or is_identity(module):
         return False
     return bool(getattr(module, "drop_prob", None) or getattr(module, "p", None))  # torchvision has the second
 
