@@ -1,0 +1,178 @@
+// How the operands of product_kernel.h lie: panels of B, and A where it is copied.
+//
+// Operands are rows of words along k. B is packed in panels of kPanel columns. A is read where it lies when its rows run
+// along k, and packed tile by tile when its columns do (the gradient of a weight). The matrix unit takes taller tiles,
+// whole ones, which it reads fastest one behind the other: A and the panels of B are copied so, and end in zeros.
+
+namespace vk {
+namespace VK_ISA {
+
+constexpr int64_t kPanel = kTileVecs * kFloats;
+template <class W>
+constexpr int64_t tile_rows = by_tiles<W> ? 2 * kTile : kTileRows;
+template <class W>
+constexpr int64_t block_tiles = by_tiles<W> ? 8 : 20;
+template <class W>
+constexpr int64_t block_rows = block_tiles<W> * tile_rows<W>;
+constexpr int64_t kDepth = 384;
+constexpr int64_t kSpare = 4 * kPanel;  // what finish_row keeps of an activation
+constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
+static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
+static_assert(kTileVecs % 2 == 0, "half of a panel is whole vectors");
+
+// Columns of `out` that a panel is for: half of a gate's panel are gates, the other half the ups of the same columns.
+VK_INLINE int64_t panel_columns(const Product& p) { return p.then == Then::gate ? kPanel / 2 : kPanel; }
+
+// Of a panel along k.
+template <class W>
+VK_INLINE int64_t panel_words(int64_t k) {
+  return by_tiles<W> ? round_up(words_of<W>(k), kTile) : words_of<W>(k);
+}
+// Where in a panel word p of column c stands, c a multiple of kFloats: of words beside one another or, for the matrix
+// unit, of tiles.
+template <class W>
+VK_INLINE int64_t in_panel(int64_t p, int64_t c) {
+  if (!by_tiles<W>) return p * kPanel + c;
+  return p / kTile * kTile * kPanel + c / kTile * kTileSize + p % kTile * kTile;
+}
+template <class W>
+VK_INLINE void put_words(float* panel, int64_t p, const float* words) {
+  for (int64_t c = 0; c < kPanel; c += kFloats) store(panel + in_panel<W>(p, c), load(words + c));
+}
+// The words of a panel behind the last that B has: zeros.
+template <class W>
+VK_INLINE void end_panel(float* panel, int64_t k) {
+  alignas(64) const float zeros[kPanel] = {};
+  for (int64_t p = words_of<W>(k); p < panel_words<W>(k); ++p) put_words<W>(panel, p, zeros);
+}
+
+// What each step is where `count` goes in equal steps of at most `most`.
+VK_INLINE int64_t even_step(int64_t count, int64_t most) {
+  const int64_t steps = (count + most - 1) / most;
+  return (count + steps - 1) / steps;
+}
+
+// Panels [first, last) of a B whose rows are packed: [panel][words][kPanel], zeros past the last column. Some rows at a
+// time, so that memory is read along them.
+template <class W, class S>
+void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
+  constexpr int64_t at_once = 16;
+  const int64_t words = words_of<W>(p.k);
+  for (int64_t begin = 0; begin < words; begin += at_once) {
+    const int64_t end = begin + at_once < words ? begin + at_once : words;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
+      for (int64_t k = begin; k < end; ++k) {
+        const char* const later = p.b.data + ((k + at_once) * per_word<W> * p.b.row + j) * S::size;
+        for (int64_t q = 0; q < per_word<W>; ++q) {
+          for (int64_t byte = 0; byte < columns * S::size; byte += 64) {
+            __builtin_prefetch(later + q * p.b.row * S::size + byte);
+          }
+        }
+        float* const to = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
+        alignas(64) float line[kPanel];
+        float* const out = by_tiles<W> ? line : to + k * kPanel;
+        interleave_b<W, S>(out, p.b.data + j * S::size, p.b.row, k, p.k, columns);
+        for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
+        if (by_tiles<W>) put_words<W>(to, k, line);
+      }
+    }
+  }
+  for (int64_t panel = first; panel < last; ++panel) {
+    end_panel<W>(packed + (panel - first) * panel_words<W>(p.k) * kPanel, p.k);
+  }
+}
+
+// Columns [from, to) of one panel, whole vectors of them, of a B whose columns run along k; past `columns` are zeros.
+template <class W, class S>
+void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, int64_t columns, int64_t from = 0,
+                  int64_t to = kPanel) {
+  constexpr int64_t elements = kFloats * per_word<W>;
+  for (int64_t j0 = from; j0 < to; j0 += kFloats) {
+    const auto transpose = [&](int64_t p, int64_t words, auto load_some) VK_ALWAYS {
+      Vec<float> lanes[kFloats];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kFloats; ++j) {
+        lanes[j] = Vec<float>{};
+        const int64_t column = j0 - from + j;
+        if (column < columns) lanes[j] = load_some(in + (column * column_step + p) * S::size);
+      }
+      transpose_lanes(lanes);
+      float* const words_to = out + in_panel<W>(p / per_word<W>, j0);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kFloats; ++i) {
+        if (i < words) store(words_to + i * (by_tiles<W> ? kTile : kPanel), lanes[i]);
+      }
+    };
+    int64_t p = 0;
+    for (; p + elements <= k; p += elements) {
+      transpose(p, kFloats, [&](const char* row) VK_ALWAYS { return load_words<W, S>(row); });
+    }
+    if (p < k) {
+      transpose(p, words_of<W>(k - p), [&](const char* row) VK_ALWAYS { return load_last_words<W, S>(row, k - p); });
+    }
+  }
+}
+
+// Row tiles of an A whose columns are packed, [tiles][words][kTileRows].
+template <class W>
+VK_INLINE int64_t tile_words(int64_t k) {
+  return words_of<W>(k) * kTileRows + kCopied;
+}
+template <class W>
+void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t rows) {
+  alignas(64) float line[block_rows<W> + kCopied] = {};
+  const int64_t words = words_of<W>(k), step = tile_words<W>(k);
+  for (int64_t p = 0; p < words; ++p) {
+    for (int64_t byte = 0; byte < rows * W::size; byte += 64) {
+      for (int64_t q = 0; q < per_word<W>; ++q) {
+        __builtin_prefetch(in + ((p + 8) * per_word<W> + q) * k_step * W::size + byte);
+      }
+    }
+    interleave(W{}, line, in, k_step, p, k, rows);
+    float* tile = out + p * kTileRows;
+    for (int64_t i = 0; i < rows; i += kTileRows, tile += step) std::memcpy(tile, line + i, kCopied * sizeof(float));
+  }
+}
+
+// A for the matrix unit, [tiles of rows][tiles of words]: `words(q, i)` is the vector of words q to q + kTile of row i or,
+// `kAcross`, word q of rows i to i + kTile.
+template <bool kAcross, class F>
+VK_INLINE void copy_tiles(float* out, int64_t rows, int64_t words, F load_some) {
+  for (int64_t i = 0; i < rows; i += kTile) {
+    for (int64_t p = 0; p < words; p += kTile, out += kTileSize) {
+      Vec<float> lanes[kTile];
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < kTile; ++q) lanes[q] = kAcross ? load_some(p + q, i) : load_some(p, i + q);
+      if (kAcross) transpose_lanes(lanes);
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < kTile; ++q) store(out + q * kTile, lanes[q]);
+    }
+  }
+}
+inline void copy_a(float* out, const Product& p, const char* a, int64_t rows) {
+  const int64_t words = panel_words<Pairs>(p.k);
+  if (p.a.col == 1) {
+    return copy_tiles<false>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
+      const char* const from = a + (i * p.a.row + 2 * q) * Pairs::size;
+      if (i >= rows) return Vec<float>{};
+      __builtin_prefetch(from + 4 * p.a.row * Pairs::size);
+      if (2 * (q + kTile) <= p.k) return load(reinterpret_cast<const float*>(from));
+      return load_last_words<Pairs, Pairs>(from, p.k - 2 * q);
+    });
+  }
+  copy_tiles<true>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
+    alignas(64) float line[kTile] = {};
+    const char* const from = a + i * Pairs::size;
+    if (2 * q >= p.k) return Vec<float>{};
+    if (i + kTile <= rows) {
+      interleave(Pairs{}, line, from, p.a.col, q, p.k, kTile);
+    } else {
+      interleave(Pairs{}, line, from, p.a.col, q, p.k, rows - i);
+    }
+    return load(static_cast<const float*>(line));
+  });
+}
+
+}  // namespace VK_ISA
+}  // namespace vk
