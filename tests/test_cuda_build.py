@@ -126,7 +126,7 @@ def test_the_module_links_and_loads(tmp_path: Path) -> None:
     (tmp_path / "torch_cuda.cpp").write_text(TORCH_CUDA)
     stub = tmp_path / "libtorch_cuda.so"
     subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "torch_cuda.cpp", "-o", stub], check=True)
-    objects = sorted(cuda.build()[1].parent.glob("*.o"))
+    objects = sorted(cuda.build().parent.glob("*.o"))
     nvcc.link(found, objects, tmp_path / "_cuda.abi3.so", [f"-L{tmp_path}", *nvcc.TORCH, *nvcc.RUNTIME])
     command = [sys.executable, "-c", IMPORT, tmp_path]
     loader = {"LD_LIBRARY_PATH": str(tmp_path), "LD_BIND_NOW": "1"}  # what nobody defines is found at once

@@ -61,8 +61,8 @@ def _namespace(architecture: int) -> str:
 
 
 @functools.cache
-def build(architecture: int = ARCHITECTURE) -> tuple[Path, Path]:
-    """Compile the module and the stand-in for its runtime, or find them compiled; gives the two libraries.
+def build(architecture: int = ARCHITECTURE) -> Path:
+    """Compile the module with the stand-in for its runtime, or find it compiled.
 
     Args:
         architecture: whose PTX the module holds, 80 for sm_80.
@@ -74,15 +74,15 @@ def build(architecture: int = ARCHITECTURE) -> tuple[Path, Path]:
     source = Path(__file__).with_name("cudart.cpp")
     with _locked(CACHE):
         objects = nvcc.compile_all(toolkit, flags, CACHE / f"sm_{architecture}")
-        # one runtime for all architectures: torch makes the symbols of what it loads everybody's
-        runtime = _current("libcudart", source.read_bytes())
-        module = _current(f"sm_{architecture}/cuda", b"".join(each.name.encode() for each in objects))
-        if not runtime.exists():
-            subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", runtime], check=True)
+        key = b"".join(each.name.encode() for each in objects) + source.read_bytes()
+        module = _current(f"sm_{architecture}/cuda", key)
         if not module.exists():
-            libraries = ["-cudart=none", *nvcc.TORCH[:3], str(runtime), f"-Xlinker=-rpath={CACHE}"]
-            nvcc.link(toolkit, objects, module, libraries)
-    return runtime, module
+            runtime = CACHE / "cudart.o"
+            subprocess.run(["g++", "-std=c++17", "-O1", "-c", "-fPIC", source, "-o", runtime], check=True)
+            # bound to its own stand-in: a torch with CUDA has the same symbols, and they are everybody's
+            libraries = ["-cudart=none", *nvcc.TORCH[:3], "-Xlinker=-Bsymbolic"]
+            nvcc.link(toolkit, [*objects, runtime], module, libraries)
+    return module
 
 
 def _current(name: str, contents: bytes) -> Path:
@@ -105,13 +105,13 @@ def _locked(folder: Path) -> Iterator[None]:
 @functools.cache
 def _load(architecture: int) -> Any:
     """The stand-in; the ops of the module are there after it."""
-    runtime, module = build(architecture)
+    module = build(architecture)
     library = torch.library.Library(_namespace(architecture), "DEF")
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             library.define(f"{name}{schema}")
-    stand_in = ctypes.CDLL(str(runtime))
     torch.ops.load_library(str(module))
+    stand_in = ctypes.CDLL(str(module))
     stand_in.keep = library
     return stand_in
 
