@@ -73,7 +73,7 @@ def why_not_read(module: nn.Module) -> str | None:
     return why_not_weights(module) or _watched()
 
 
-_WEIGHTS = frozenset({"weight", "bias", "gamma", "in_proj_weight"})  # where one that is no parameter is an attribute
+_WEIGHTS = ("weight", "bias", "gamma", "in_proj_weight")  # where one that is no parameter is an attribute
 
 
 def why_not_weights(module: nn.Module) -> str | None:
@@ -85,8 +85,7 @@ def why_not_weights(module: nn.Module) -> str | None:
         if kind is not nn.Parameter and kind is not type(None) and acts(kind):
             return f"a {kind.__name__} weight"
     others = [*module._buffers.values()] if module._buffers else []
-    if not _WEIGHTS.isdisjoint(module.__dict__.keys()):
-        others += [module.__dict__.get(name) for name in _WEIGHTS]
+    others += [module.__dict__[name] for name in _WEIGHTS if name in module.__dict__]
     return next(
         (f"a {type(each).__name__} weight" for each in others if isinstance(each, Tensor) and acts(type(each))), None
     )
