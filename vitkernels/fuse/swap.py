@@ -66,7 +66,8 @@ class Fused(nn.Module):
 
     def reader(self) -> object:
         """The child that reads the tokens first, a norm or a Linear; None where a call need not be held against it."""
-        return next((child for name in self.reads if (child := getattr(self, name, None)) is not None), None)
+        children = (getattr(self, name, None) for name in self.reads)
+        return next((child for child in children if child is not None), None)
 
     def parts(self) -> list[Part]:
         """The rows of `explain`: what would run fused if the module were called now."""

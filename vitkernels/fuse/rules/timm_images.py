@@ -104,7 +104,8 @@ class FusedImageBlock(Fused):
         attention = attention_within("attn", block.attn, block.attn, "a relative bias on its scores")
         why_not = self._why_not_feed()
         norms = {"norm1": getattr(block.norm1, "norm", block.norm1), "norm2": block.norm2}
-        reason = next((found for name, norm in norms.items() if (found := _why_not_norm(name, norm))), None)
+        reasons = (_why_not_norm(name, norm) for name, norm in norms.items())
+        reason = next((each for each in reasons if each is not None), None)
         return [
             attention.part("attn"),
             Part("mlp", "mlp" if why_not is None else "", why_not),
