@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -22,8 +23,9 @@ if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
 from ptx import alike, cuda, driver  # noqa: E402  # needs triton
+from ptx.attempt import Outcome, attempt  # noqa: E402
 from ptx.emulate import Store  # noqa: E402
-from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Outcome, Trial, attempt, everything, named, quick  # noqa: E402
+from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Trial, everything, named, quick  # noqa: E402
 
 NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
 
@@ -117,6 +119,19 @@ def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
+
+
+def test_a_reference_that_changes_does_not_stand_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outcomes are kept by the text of their op's reference, and of what that takes from other ops."""
+    assert alike.truth("attention") == alike.truth("attention_qkv") != alike.truth("mlp")
+    before = {op: alike.truth(op) for op in ("attention_varlen", "rotary_qkv", "glu_mlp", "mlp")}
+    read = inspect.getsource
+    changed = "vitkernels.ops.attention"
+    monkeypatch.setattr(inspect, "getsource", lambda module: read(module) + "#" * (module.__name__ == changed))
+    alike.truth.cache_clear()
+    after = {op: alike.truth(op) for op in before}
+    alike.truth.cache_clear()
+    assert {op for op in before if after[op] != before[op]} == {"attention_varlen", "rotary_qkv"}
 
 
 def test_the_command() -> None:

@@ -2,12 +2,15 @@
 
 sm_86 and sm_89 are mostly given the launches of sm_80, one multiprocessor the grid of 132, and a layout that the host
 copies the launches of a contiguous tensor. Trials are alike where they make the same launches (`Call.description`) of
-numbers drawn in the same way. Compiling, which shows it, takes a fraction of running.
+numbers drawn in the same way, held against the same reference. Compiling, which shows it, takes a fraction of running.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from case import Case
 
 from ptx.call import described
 from ptx.trials import Trial, in_package
+from vitkernels import ops
 
 
 def digest(trial: Trial) -> str:
@@ -27,7 +31,24 @@ def digest(trial: Trial) -> str:
         except Exception:  # the trial itself will say what is wrong
             return ""
     told = _draws(trial.case, trial.dtype, tensors), made.launches
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return _short(f"{truth(trial.case.op)} {_short(repr(told))}")
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def truth(op: str) -> str:
+    """Of the text of an op's reference: its module's, and that of other ops' modules from which it takes functions."""
+    left, texts = [getattr(ops, op).__module__], {}
+    while left:
+        name = left.pop()
+        if name.startswith(f"{ops.__name__}.") and name not in texts:
+            module = importlib.import_module(name)
+            texts[name] = inspect.getsource(module)
+            left += [getattr(each, "__module__", None) or "" for each in vars(module).values()]
+    return _short(repr(sorted(texts.items())))
 
 
 def _draws(case: Case, dtype: torch.dtype, tensors: dict[str, Any]) -> list[Any]:

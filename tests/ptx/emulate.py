@@ -5,7 +5,7 @@
 
 Every case in every layout and dtype on every capability, launches of real models last, then planted faults: of Triton's
 kernels, and of the extension's CUDA C++ where there is a toolkit. What was done is kept under build/ and not done again
-while launches, machine and truth are the same. Of trials that are alike (`alike`) one is run, and the others have its
+while launches, machine and reference are the same. Of trials that are alike (`alike`) one is run, the others have its
 outcome. Two processes, progress, a table at the end; exit code 1 where something failed.
 """
 
@@ -32,27 +32,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ptx import alike, cuda
+from ptx.attempt import Outcome, attempt
 from ptx.plant import KERNELS, Planted, listing, plant
-from ptx.trials import BACKENDS, Outcome, Trial, attempt, everything, name_of, quick
+from ptx.trials import BACKENDS, Trial, everything, name_of, quick
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 ENOUGH = 0.95  # of the planted faults that are not redundant
-# what decides, beside the launches and the numbers drawn, what comes of a trial; and what decides about its launches
-JUDGES = ("vitkernels/ops/*.py", "vitkernels/accuracy.py", "tests/ptx/*.py", "tests/case.py", "tests/draws.py")
+# what decides, beside launches, numbers drawn and references, what comes of a trial
+MACHINE = ("tests/ptx/*.py", "tests/ptx/*.cpp", "tests/accuracy.py", "vitkernels/accuracy.py")
+CHOOSING = ("emulate.py", "trials.py", "plant.py", "alike.py")  # files there that say what is done, and how it is kept
+# what decides about launches, numbers and references
+_CASES = ("tests/case*.py", "tests/layouts.py", "tests/draws.py", "tests/ptx/trials.py", "vitkernels/ops/*.py")
 LAUNCHES = {
-    "triton": ("vitkernels/kernels/**/*.py", "tests/cases*.py", "tests/layouts.py"),
-    "cuda": (
-        "vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", "tests/ptx/*.cpp", "tests/cases*.py",
-        "tests/layouts.py",
-    ),
-}  # fmt: skip
+    "triton": ("vitkernels/kernels/**/*.py", *_CASES),
+    "cuda": ("vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", *_CASES),
+}
 LISTS = {"triton": "REDUNDANT.md", "cuda": "REDUNDANT-cuda.md"}
 
 
-def digest(patterns: tuple[str, ...]) -> str:
+def digest(patterns: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
     """Of the files' contents."""
-    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in without)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -66,7 +67,7 @@ def compiler(backend: str) -> str:
 
 
 class Store:
-    """Outcomes, a line each in a file of this compiler, machine and truth.
+    """Outcomes, a line each in a file of this compiler and machine.
 
     Kernels that change leave the outcomes of trials whose launches are what they were: those are compiled again, but
     not run again.
@@ -84,7 +85,7 @@ class Store:
 
     @classmethod
     def of(cls, backend: str, fresh: bool) -> Store:
-        path = ROOT / "build" / f"emulate-{compiler(backend)}-{digest(JUDGES)}.jsonl"
+        path = ROOT / "build" / f"emulate-{compiler(backend)}-{digest(MACHINE, CHOOSING)}.jsonl"
         path.parent.mkdir(exist_ok=True)
         if fresh:
             path.unlink(missing_ok=True)

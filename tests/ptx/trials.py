@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from accuracy import check_case
 from case import Case
 from cases import (
     CASES,
@@ -30,10 +28,7 @@ from cases import (
 from not_on_cuda import why_not_on
 
 from ptx import cuda, driver
-from ptx.call import Call, Record, emulated
-from ptx.findings import Fault
-from ptx.operands import Unsupported
-from vitkernels.dispatch import BackendError
+from ptx.call import Call, Record
 
 CAPABILITIES = ((9, 0), (8, 0), (8, 9), (8, 6))
 CUDA_CAPABILITIES = ((8, 0), (7, 5), (9, 0), (8, 6), (8, 9))
@@ -114,34 +109,6 @@ def launching(
     if backend == "cuda":
         return cuda.activate(capability, processors, architecture=10 * capability[0] + capability[1], take=take)
     return driver.activate(driver.Gpu(capability, processors), driver.taking(take))
-
-
-@dataclass
-class Outcome:
-    """What came of a trial: empty `faults` where it passed."""
-
-    faults: list[str] = field(default_factory=list)
-    launches: int = 0
-    seconds: float = 0.0
-
-
-def attempt(trial: Trial) -> Outcome:
-    """Run a trial."""
-    begin, outcome = time.perf_counter(), Outcome()
-    with trial.launching(emulated) as made:
-        try:
-            check_case(trial.case, trial.dtype, in_package(trial.backend))
-        except AssertionError as error:
-            outcome.faults.append(f"numbers: {error}")
-        except Fault as error:
-            outcome.faults.append(str(error))
-        except Unsupported as error:
-            outcome.faults.append(f"not supported: {error}")
-        except BackendError as error:
-            outcome.faults.append(f"declined: {error}")
-    outcome.faults += [str(finding) for finding in made.findings]
-    outcome.launches, outcome.seconds = len(made.launches), time.perf_counter() - begin
-    return outcome
 
 
 def _on(
