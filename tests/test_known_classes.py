@@ -223,6 +223,35 @@ def test_a_tried_block_drops_and_scales_fused(drop_path: float) -> None:
     assert vk.explain(block).summary == "1 of 1 blocks fused"
 
 
+class Scaled(nn.Module):
+    """A LayerScale whose text asks for an attribute."""
+
+    def __init__(self, upper: float) -> None:
+        super().__init__()
+        self.gamma, self.upper = nn.Parameter(torch.ones(D)), upper
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gamma if self.upper > 1 else self.gamma.clamp(max=self.upper))
+
+
+def test_a_tried_block_compiles() -> None:
+    """In one graph, and one with other attributes is not taken for what was tried."""
+    block = dino.Block(D, 3, mlp_ratio=2, init_values=0.5)
+    block.ls1, block.ls2 = Scaled(2.0), Scaled(2.0)
+    fused.stir(block)
+    x = torch.randn(2, 7, D)
+    known.try_out(Scaled(2.0))
+    vk.fuse(block)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x))
+    assert vk.explain(block).summary == "1 of 1 blocks fused"
+    block.ls1.upper = 0.25
+    with torch.no_grad():
+        block.ls1.gamma.fill_(0.75)
+    torch.testing.assert_close(compiled(x), block(x))
+    assert "1 of 1 blocks fused" not in vk.explain(block).summary
+
+
 def test_a_tried_class_whose_forward_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
     block = dino.Block(D, 3, mlp_ratio=2, init_values=0.5)
     fused.stir(block)
