@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import dispatch
+from vitkernels.ops._amp import CODES
 from vitkernels.train.standard import decompositions
 
 BF16 = torch.bfloat16
@@ -21,7 +22,13 @@ def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _norm(**changes: Any) -> list[Any]:
     """Arguments of add_layer_norm in the order of its schema."""
     given: dict[str, Any] = {"x": _draw(2, 5, 8), "branch": _draw(2, 5, 8), "weight": _draw(8), "bias": _draw(8)}
-    given |= {"eps": 1e-6, "branch_bias": _draw(8), "scale": _draw(8), "row_scale": None, "out_dtype": torch.float32}
+    given |= {
+        "eps": 1e-6,
+        "branch_bias": _draw(8),
+        "scale": _draw(8),
+        "row_scale": None,
+        "out_dtype": CODES[torch.float32],
+    }
     return list((given | changes).values())
 
 
@@ -43,7 +50,7 @@ CASES = {
     "add_layer_norm, plain": ("add_layer_norm", _norm(weight=None, bias=None, scale=None, branch_bias=None), True),
     "add_layer_norm, of each sample": ("add_layer_norm", _norm(scale=_draw(2, 8)), False),
     "add_layer_norm, DropPath": ("add_layer_norm", _norm(row_scale=torch.tensor([0.0, 2.0])), False),
-    "add_layer_norm, rounded": ("add_layer_norm", _norm(out_dtype=BF16), True),
+    "add_layer_norm, rounded": ("add_layer_norm", _norm(out_dtype=CODES[BF16]), True),
     "add_layer_norm, two dtypes": ("add_layer_norm", _norm(branch=_draw(2, 5, 8, dtype=BF16)), False),
     "attention": ("attention", [_draw(2, 4, 5, 8), _draw(2, 4, 7, 8), _draw(2, 4, 7, 8), None, False, 0.3], True),
     "attention, few heads": (

@@ -30,10 +30,10 @@ class Weight {
 };
 
 Norm norm(bool rms, const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-          const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
+          const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   Shape shape = shape_of(x);
   Tensor total = branch ? empty(x, shape) : nothing(x);
-  Tensor normed = empty(shape, out_dtype);
+  Tensor normed = empty(shape, ScalarType(out_dtype));
   shape.pop_back();
   Tensor rstd = empty(shape, accumulate_dtype(x.scalar_type())), mean = rms ? nothing(rstd) : empty(rstd, shape);
   with_accumulate(x.scalar_type(), [&](auto zero) {
@@ -138,7 +138,7 @@ NormBackward norm_backward(bool rms, const Maybe& dtotal, const Maybe& dnormed, 
 }  // namespace
 
 Norm add_layer_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
+                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   return norm(false, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype);
 }
 
@@ -151,7 +151,7 @@ NormBackward add_layer_norm_backward(const Maybe& dtotal, const Maybe& dnormed, 
 }
 
 Norm add_rms_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
+                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   return norm(true, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype);
 }
 

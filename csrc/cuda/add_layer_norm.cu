@@ -36,12 +36,12 @@ bool all_aligned(int64_t width, std::initializer_list<Rows> in, std::initializer
 }
 
 Norm norm(const char* op, bool rms, const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias,
-          double eps, const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
+          double eps, const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   const Shape shape = shape_of(x), lead(shape.begin(), shape.end() - 1);
   const int64_t width = shape.back(), rows = x.numel() / width;
   check(op, width);
   Tensor total = branch ? empty(x, shape) : nothing(x);
-  Tensor normed = empty(x, shape, out_dtype);
+  Tensor normed = empty(x, shape, ScalarType(out_dtype));
   Tensor rstd = empty(x, lead, ScalarType::Float), mean = rms ? nothing(rstd) : empty(x, lead, ScalarType::Float);
   const Operand x_rows(x);
   std::optional<Operand> branch_rows;
@@ -160,7 +160,7 @@ NormBackward norm_backward(const char* op, bool rms, const Maybe& dtotal, const 
 }  // namespace
 
 Norm add_layer_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
+                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   return norm("add_layer_norm", false, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype);
 }
 
@@ -173,7 +173,7 @@ NormBackward add_layer_norm_backward(const Maybe& dtotal, const Maybe& dnormed, 
 }
 
 Norm add_rms_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype) {
+                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   return norm("add_rms_norm", true, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype);
 }
 

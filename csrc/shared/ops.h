@@ -19,14 +19,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
 
 using Norm = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using NormBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// out_dtype is a ScalarType's number: see vitkernels/ops/_amp.py
 Norm add_layer_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype);
+                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype);
 NormBackward add_layer_norm_backward(const Maybe& dtotal, const Maybe& dnormed, const Tensor& total,
                                      const Maybe& branch, const Maybe& weight, const Tensor& mean, const Tensor& rstd,
                                      const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale,
                                      std::optional<ScalarType> branch_dtype, const std::vector<bool>& needs);
 Norm add_rms_norm(const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias, double eps,
-                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, ScalarType out_dtype);
+                  const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype);
 NormBackward add_rms_norm_backward(const Maybe& dtotal, const Maybe& dnormed, const Tensor& total, const Maybe& branch,
                                    const Maybe& weight, const Tensor& mean, const Tensor& rstd,
                                    const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale,

@@ -27,7 +27,7 @@ from vitkernels.kernels.common import processors
 from vitkernels.kernels.configs import Capability, Row, RowTile
 from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
 from vitkernels.kernels.variants import Variant
-from vitkernels.ops._amp import nothing
+from vitkernels.ops._amp import DTYPES, nothing
 
 _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
@@ -77,11 +77,11 @@ def forward(
     branch_bias: Tensor | None,
     scale: Tensor | None,
     row_scale: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: int,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = nothing(x) if branch is None else x.new_empty(x.shape)
-    normed = x.new_empty(x.shape, dtype=out_dtype)
+    normed = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     mean = nothing(rstd) if rms else torch.empty_like(rstd)
     rows, width = rstd.numel(), x.shape[-1]

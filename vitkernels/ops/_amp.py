@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Dtypes as ops' schemas have them, the numbers of c10::ScalarType: AOTInductor of torch 2.11 hands a ScalarType on by
+# another table (float32 as float64), and an int as it is.
+CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast multiplies in on this tensor's device, or None where autocast is off."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitkernels import ops
 from vitkernels.op import Op
-from vitkernels.ops._amp import cast, cast_dtype
+from vitkernels.ops._amp import CODES, cast, cast_dtype
 from vitkernels.ops._plan import Launch
 from vitkernels.ops.add_layer_norm import KEPT, op_rms
 from vitkernels.ops.add_layer_norm import backward as norm_backward
@@ -197,7 +197,7 @@ class Part:
         """
         _, weight, bias, eps, branch_bias, scale, row_scale, _, *arguments = given
         total, normed, mean, rstd = launch(
-            "norm", self.op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, self.normed_dtype
+            "norm", self.op_norm, x, branch, weight, bias, eps, branch_bias, scale, row_scale, CODES[self.normed_dtype]
         )
         total = x if branch is None else total
         rounded = self._rounded((*self.step.weights, *self.step.biases), arguments) if copies else arguments
@@ -256,7 +256,7 @@ class Part:
             return like.new_empty(self.total.shape, dtype=self.normed_dtype)
         total, _, weight, *_ = of_norm
         with torch.no_grad():
-            return self.op_norm(total, None, weight, bias, self.eps, None, None, None, self.normed_dtype)[1]
+            return self.op_norm(total, None, weight, bias, self.eps, None, None, None, CODES[self.normed_dtype])[1]
 
 
 def check(step: Step, x: Tensor, given: Sequence[Any]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import accumulate_dtype, given, nothing, wide
+from vitkernels.ops._amp import CODES, DTYPES, accumulate_dtype, given, nothing, wide
 
 
 def add_layer_norm(
@@ -105,7 +105,7 @@ def _normed(
     check(x, branch, weight, bias, branch_bias, scale, row_scale, out_dtype, op.name)
     if branch is not None and branch.dtype != x.dtype:
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
-    total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype or x.dtype)
+    total, normed, _, _ = op(x, branch, weight, bias, eps, branch_bias, scale, row_scale, CODES[out_dtype or x.dtype])
     return x if branch is None else total, normed
 
 
@@ -244,7 +244,7 @@ def _fake(rms: bool, x: Tensor, branch, weight, bias, eps, branch_bias, scale, r
     statistics = accumulate_dtype(x.dtype)
     return (
         nothing(x) if branch is None else x.new_empty(x.shape),
-        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(x.shape, dtype=DTYPES[out_dtype]),
         nothing(x, statistics) if rms else x.new_empty(x.shape[:-1], dtype=statistics),
         x.new_empty(x.shape[:-1], dtype=statistics),
     )
@@ -293,7 +293,7 @@ def _reference(rms, x, branch, weight, bias, eps, branch_bias, scale, row_scale,
         normed = normed * _beside(weight, x)
     if bias is not None:
         normed = normed + _beside(bias, x)
-    return nothing(x) if branch is None else total, normed.to(out_dtype).contiguous(), mean, rstd
+    return nothing(x) if branch is None else total, normed.to(DTYPES[out_dtype]).contiguous(), mean, rstd
 
 
 def _reference_backward(
@@ -338,7 +338,7 @@ def _norm_op(name: str, rms: bool) -> Op:
     made = Op(
         name,
         "(Tensor x, Tensor? branch, Tensor? weight, Tensor? bias, float eps, Tensor? branch_bias, Tensor? scale, "
-        "Tensor? row_scale, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor? row_scale, int out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
         "(Tensor? dtotal, Tensor? dnormed, Tensor total, Tensor? branch, Tensor? weight, Tensor mean, Tensor rstd, "
         "Tensor? branch_bias, Tensor? scale, Tensor? row_scale, ScalarType? branch_dtype, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -10,11 +10,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitkernels import dispatch
+from vitkernels.ops._amp import DTYPES
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -56,7 +56,7 @@ def _layer_norm(
     branch_bias: Tensor | None,
     scale: Tensor | None,
     row_scale: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: int,
 ) -> Any:
     if any(each is not None and each.dim() > 1 for each in (weight, bias, scale)) or row_scale is not None:
         return None  # one for each sample, or DropPath's
@@ -68,7 +68,7 @@ def _layer_norm(
         total = x + (added if scale is None else added * scale)
     normed = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
     nothing = x.new_zeros(0)
-    return (nothing if branch is None else total), normed.to(out_dtype), nothing, nothing
+    return (nothing if branch is None else total), normed.to(DTYPES[out_dtype]), nothing, nothing
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Any:
