@@ -38,6 +38,7 @@ from ptx.trials import BACKENDS, Trial, everything, name_of, quick
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
+JOBS = 400  # of a process: Triton keeps all that it compiled there, 4 GB in an hour
 ENOUGH = 0.95  # of the planted faults that are not redundant
 # what decides, beside launches, numbers drawn and references, what comes of a trial
 MACHINE = ("tests/ptx/*.py", "tests/ptx/*.cpp", "tests/accuracy.py", "vitkernels/accuracy.py")
@@ -162,7 +163,9 @@ def work(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=_prepare) as pool,
+        ProcessPoolExecutor(
+            WORKERS, mp_context=get_context("spawn"), initializer=_prepare, max_tasks_per_child=JOBS
+        ) as pool,
     ):
         task = progress.add_task("", total=total, completed=total - todo)
         waiting = iter(left)
