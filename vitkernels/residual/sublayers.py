@@ -228,7 +228,7 @@ def projected(x: Tensor, *linears: nn.Module) -> Tensor:
 def joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of Linears that read the same tokens, as those of one; a bias that one of them lacks is 0.
 
-    Joining copies the weights, which is little beside the product; its backward splits the gradient by views.
+    Joining copies the weights, little beside the product of many tokens; its backward splits the gradient by views.
     """
     if len(linears) == 1:
         return linears[0].weight, linears[0].bias
