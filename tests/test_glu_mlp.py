@@ -87,3 +87,15 @@ def test_the_pre_activations_alone_are_kept(backend: str) -> None:
         vk.ops.glu_mlp(**tensors)
     arguments = {each.data_ptr() for each in tensors.values()}
     assert [list(each.shape) for each in kept if each.data_ptr() not in arguments] == [[2, 5, 48]]
+
+
+def test_weights_apart_compile_to_one_graph(backend: str) -> None:
+    case = glu_mlp_apart("compiled", (3, 5))
+    leaves, compiled = case.build(torch.float32), case.build(torch.float32)
+    run = torch.compile(lambda given: case.call(given)["out"], backend="aot_eager", fullgraph=True)
+    with vk.use(backend), vk.record() as calls:
+        case.call(leaves)["out"].square().sum().backward()
+        run(compiled).square().sum().backward()
+    assert [(call.op, call.backend) for call in calls] == [("glu_mlp", backend)] * 4
+    for name, leaf in leaves.items():
+        assert torch.equal(compiled[name].grad, leaf.grad), name
