@@ -49,6 +49,7 @@ class Case:
         tensors: the tensor arguments by name.
         options: the other arguments by name.
         dtypes: dtypes under test that the case makes sense in.
+        pairs: arguments of the op that are pairs, by the names of the two in `tensors`.
         used: results that a gradient arrives at; () for all of them.
         grad_layout: layout of the gradients that arrive.
     """
@@ -58,6 +59,7 @@ class Case:
     tensors: Mapping[str, T | None]
     options: Mapping[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     used: tuple[str, ...] = ()
     grad_layout: str = "contiguous"
 
@@ -94,7 +96,10 @@ class Case:
 
     def call(self, tensors: Mapping[str, Any], **overrides: Any) -> dict[str, Tensor]:
         """The op's results by name."""
-        outputs = getattr(vk.ops, self.op)(**tensors, **{**self.options, **overrides})
+        given = dict(tensors)
+        for name, both in self.pairs.items():
+            given[name] = tuple(given.pop(each) for each in both)
+        outputs = getattr(vk.ops, self.op)(**given, **{**self.options, **overrides})
         return dict(zip(self.results, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
 
 

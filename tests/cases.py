@@ -196,6 +196,26 @@ def glu_mlp(
     return Case("glu_mlp", name, tensors, **more)
 
 
+def glu_mlp_apart(
+    name: str,
+    rows: tuple[int, ...] = (2, 5),
+    sizes: tuple[int, int, int] = (16, 24, 16),
+    *,
+    biases: tuple[str, ...] = ("b_gate", "b_up", "b_down"),
+    **more: Any,
+) -> Case:
+    """Gate and up are two tensors each."""
+    inner, hidden, outer = sizes
+    shapes = {"w_gate": (hidden, inner), "b_gate": (hidden,), "w_up": (hidden, inner), "b_up": (hidden,)}
+    shapes |= {"w_down": (outer, hidden), "b_down": (outer,)}
+    tensors: dict[str, T | None] = {"x": T((*rows, inner))}
+    for key, shape in shapes.items():
+        gain = 1.0 if key[0] == "b" else shape[-1] ** -0.5
+        tensors[key] = None if key[0] == "b" and key not in biases else T(shape, gain=gain)
+    pairs = {"w_gate_up": ("w_gate", "w_up"), "b_gate_up": ("b_gate", "b_up")}
+    return Case("glu_mlp", f"apart, {name}", tensors, pairs=pairs, **more)
+
+
 GLU_MLP = [
     *(glu_mlp(f"{name}", options={"activation": name}) for name in ACTIVATIONS),
     *(glu_mlp(f"{name}, blocked gemm", (3, 100), (96, 384, 96), options={"activation": name}) for name in GATES),
@@ -213,6 +233,16 @@ GLU_MLP = [
     glu_mlp("four axes", (2, 2, 3)),
     glu_mlp("wide hidden layer", (2, 5), (16, 1030, 16)),
     glu_mlp("large input", (3, 7), (33, 65, 33), gain=30.0),
+    glu_mlp_apart("no bias", biases=()),
+    glu_mlp_apart("gate's bias", biases=("b_gate", "b_down")),
+    glu_mlp_apart("empty batch", (0, 5)),
+]
+GLU_MLP_APART = [  # what CPUs pack in another way than weights in one; GPUs' kernels get one
+    glu_mlp_apart("up's bias", biases=("b_up",)),
+    glu_mlp_apart("blocked gemm", (3, 100), (96, 384, 96), options={"activation": "gelu"}),
+    glu_mlp_apart("odd", (3, 7), (33, 65, 7)),
+    glu_mlp_apart("odd, blocked gemm", (1, 197), (65, 197, 33), biases=()),
+    glu_mlp_apart("hidden layer of no whole panels, blocked gemm", (1, 197), (64, 198, 32)),
 ]
 
 # -------------------------------------------------------------------------------------- stride matrix
@@ -228,6 +258,7 @@ SMALL = [  # one case an op, which gives every tensor argument
     add_rms_norm("strides", (3, 5, 16), vectors=VECTORS, by_sample=("weight", "scale")),
     mlp("strides", (3, 5)),
     glu_mlp("strides", (3, 5)),
+    glu_mlp_apart("strides", (3, 5)),
     rotary("strides", (3, 3, 5, 16), prefix=1, lead=(3, 3), layout="contiguous"),
     rotary_qkv("strides", (3, 5, 3, 3, 16), prefix=1, lead=(3, 3), **LAYER),
 ]
@@ -235,6 +266,7 @@ _LARGE = [  # where GEMMs take another path
     linear("strides, blocked gemm", (3, 100), 96, 288),
     mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
     glu_mlp("strides, blocked gemm", (3, 100), (96, 384, 96)),
+    glu_mlp_apart("strides, blocked gemm", (3, 100), (96, 384, 96)),
 ]
 _HALVES = [  # sizes at which GPUs have kernels for 16 bits: short attention, whole tiles, patches that TMA can load
     linear("strides, 16 bits", (3, 40), 64, 48),
@@ -291,4 +323,4 @@ PLAIN = [
     *ROTARY,
     *ROTARY_QKV,
 ]
-CASES = [*PLAIN, *STRIDES, *STRIDES_16]
+CASES = [*PLAIN, *GLU_MLP_APART, *STRIDES, *STRIDES_16]

@@ -14,13 +14,14 @@ from vitkernels import dispatch
 from vitkernels.ops import _step, _steps
 
 B, N, D, F, H = 2, 5, 24, 40, 3
-KINDS = ("linear", "mlp", "glu_mlp", "attention")
+KINDS = ("linear", "mlp", "glu_mlp", "glu_mlp apart", "attention")
 FACTORS = ("branch_bias", "scale", "row_scale")
 Results = tuple[Tensor, Tensor]  # total and the product
 OPS = {
     "linear": ["linear"],
     "mlp": ["mlp"],
     "glu_mlp": ["glu_mlp"],
+    "glu_mlp apart": ["glu_mlp"],
     "attention": ["linear", "attention_qkv", "linear"],
 }
 
@@ -63,8 +64,12 @@ class Layer:
         if branch:
             self.tensors["branch"] = draw(B, N, D)
             self.tensors |= {name: draw(B if name == "row_scale" else D) for name in factors}
-        hidden = {"linear": F, "mlp": F, "glu_mlp": 2 * F, "attention": 3 * D}[kind]
+        hidden = {"glu_mlp": 2 * F, "attention": 3 * D}.get(kind, F)
         self.tensors["w1"] = draw(hidden, D)
+        if kind == "glu_mlp apart":
+            self.tensors["w_up"] = draw(hidden, D)
+            if bias:
+                self.tensors["b_up"] = draw(hidden)
         if kind != "linear":
             self.tensors["w2"] = draw(D, D if kind == "attention" else F)
         if bias:
@@ -102,8 +107,11 @@ class Layer:
         if self.kind == "linear":
             return _steps.linear(x, self.added, self.norm, w1, b1)
         assert w2 is not None
-        if self.kind in ("mlp", "glu_mlp"):
-            return getattr(_steps, self.kind)(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
+        if self.kind == "mlp":
+            return _steps.mlp(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
+        if self.kind != "attention":
+            w_up, b_up = (self.tensors.get(name) for name in ("w_up", "b_up"))
+            return _steps.glu_mlp(x, self.added, self.norm, (w1, b1, w_up, b_up, w2, b2), self.activation)
         options: dict[str, Any] = {"attn_mask": self.tensors.get("mask"), "is_causal": self.causal}
         return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, **options)
 
@@ -126,7 +134,10 @@ class Layer:
         if self.kind == "linear":
             return total, vk.ops.linear(normed, w1, b1)
         assert w2 is not None
-        if self.kind in ("mlp", "glu_mlp"):
+        if self.kind == "glu_mlp apart":
+            weights, biases = (w1, given["w_up"]), (b1, given.get("b_up"))
+            return total, vk.ops.glu_mlp(normed, weights, biases, w2, b2, activation=self.activation)
+        if self.kind != "attention":
             return total, getattr(vk.ops, self.kind)(normed, w1, b1, w2, b2, activation=self.activation)
         qkv = vk.ops.linear(normed, w1, b1)
         heads = vk.ops.attention_qkv(qkv, H, attn_mask=given.get("mask"), is_causal=self.causal)

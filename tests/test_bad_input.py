@@ -220,6 +220,7 @@ ADD_RMS_NORM = [
     Bad("add_rms_norm", {"out_dtype": torch.int32}, TypeError, ("'out_dtype'", "torch.int32", FLOATING)),
 ]
 
+_APART = (_zeros(24, 16), _zeros(24, 16))
 GLU_MLP = [
     Bad("glu_mlp", {"x": _zeros()}, ValueError, ("'x'", "[]", "at least 1 dimension")),
     Bad("glu_mlp", {"x": _integers(2, 16)}, TypeError, ("'x'", "torch.int64", FLOATING)),
@@ -239,6 +240,17 @@ GLU_MLP = [
         "glu_mlp", {"b_gate_up": (_zeros(24), _double(24))}, ValueError, ("'b_gate_up'", "float64", "one shape, dtype")
     ),
     Bad("glu_mlp", {"b_gate_up": _zeros(24)}, ValueError, ("'b_gate_up'", "[24]", "needs [48]")),
+    Bad("glu_mlp", {"b_gate_up": (None, _zeros(23))}, ValueError, ("'b_gate_up'", "[46]", "needs [48]")),
+    Bad("glu_mlp", {"w_gate_up": _APART, "b_gate_up": _zeros(24)}, ValueError, ("'b_gate_up'", "[24]", "needs [48]")),
+    Bad(
+        "glu_mlp",
+        {"w_gate_up": _APART, "b_gate_up": (None, _zeros(23))},
+        ValueError,
+        ("'b_gate_up[1]'", "[23]", "needs [24]"),
+    ),
+    Bad("glu_mlp", {"w_gate_up": _APART, "b_gate_up": 1}, TypeError, ("'b_gate_up'", "int", "needs a torch.Tensor")),
+    Bad("glu_mlp", {"w_gate_up": _APART, "w_down": _zeros(16, 12)}, ValueError, ("'w_down'", "needs [16, 24]")),
+    Bad("glu_mlp", {"w_gate_up": (_zeros(24), _zeros(24))}, ValueError, ("'w_gate_up'", "[24]", "[F, D]")),
     Bad("glu_mlp", {"w_down": _zeros(16, 48)}, ValueError, ("'w_down'", "[16, 48]", "needs [16, 24]", "half")),
     Bad("glu_mlp", {"w_down": _double(16, 24)}, TypeError, ("'w_down'", "torch.float64", "'x'", "torch.float32")),
     Bad("glu_mlp", {"b_down": _zeros(24)}, ValueError, ("'b_down'", "[24]", "needs [16]")),

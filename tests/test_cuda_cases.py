@@ -108,8 +108,12 @@ def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(name: str, dtype: 
     def results(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
         if name == "linear":
             return op(x, w1, b1), *op.backward(dy, x, w1, [True] * 3)
-        y, pre = op(x, w1, b1, w2, b2, "gelu", True)
-        return y, pre, *op.backward(dy, x, pre, w1, w2, "gelu", [True] * 5)
+        if name == "mlp":
+            y, pre = op(x, w1, b1, w2, b2, "gelu", True)
+            return y, pre, *op.backward(dy, x, pre, w1, w2, "gelu", [True] * 5)
+        (w_gate, w_up), (b_gate, b_up) = w1.chunk(2), b1.chunk(2)
+        y, pre = op(x, w_gate, b_gate, w_up, b_up, w2, b2, "gelu", True)
+        return y, pre, *op.backward(dy, x, pre, w_gate, w_up, w2, "gelu", [True] * 7)
 
     with cuda.activate() as record, vk.use("ext"):
         got = results(w1, b1, w2, b2)

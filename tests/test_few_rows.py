@@ -81,9 +81,11 @@ def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) 
 
 def _glu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     w1, b1, w2 = w1[:-1].contiguous(), b1[:-1].contiguous(), w2[:, :65].contiguous()
-    y, pre = EXT.glu_mlp(x, w1, b1, w2, b2, "silu", True)
-    alone, _ = EXT.glu_mlp(x, w1, b1, w2, b2, "silu", False)
-    return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w1, w2, "silu", [True] * 5)
+    (w_gate, w_up), (b_gate, b_up) = w1.chunk(2), b1.chunk(2)
+    y, pre = EXT.glu_mlp(x, w1, b1, None, None, w2, b2, "silu", True)
+    alone, _ = EXT.glu_mlp(x, w_gate, b_gate, w_up, b_up, w2, b2, "silu", False)
+    assert torch.equal(alone, y)
+    return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w_gate, w_up, w2, "silu", [True] * 7)
 
 
 @pytest.mark.parametrize("rows", [3, 16, 40, 300])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import check, check_case, floor_of, run, run_truth
 from case import Case
-from cases import CASES, PLAIN, SMALL
+from cases import CASES, GLU_MLP_APART, PLAIN, SMALL
 from conftest import BACKENDS, ISAS, skip_without
 
 import vitkernels as vk
@@ -36,7 +36,9 @@ def test_accuracy(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("case", "dtype"), _product(PLAIN, (torch.float32, torch.bfloat16)), ids=_name)
+@pytest.mark.parametrize(
+    ("case", "dtype"), _product([*PLAIN, *GLU_MLP_APART], (torch.float32, torch.bfloat16)), ids=_name
+)
 def test_accuracy_on_instruction_set(case: Case, dtype: torch.dtype, isa: str, force_isa, force_library) -> None:
     force_isa(isa)
     force_library("vitkernels")

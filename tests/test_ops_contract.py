@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +155,32 @@ def test_memory_that_the_extension_allocates_is_poisoned() -> None:
         assert allocating() == 0, "and else goes past the dispatcher"
     finally:
         configure("dispatched_memory", 1)
+
+
+def _flags_at(address: int) -> str:
+    """What Linux says of the memory at an address (VmFlags of /proc/self/smaps)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line
+    raise AssertionError(f"no memory at {address:#x}")
+
+
+def test_large_results_ask_for_large_pages() -> None:
+    skip_without("ext")
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this system has no transparent huge pages")
+    configure = torch.ops.vitkernels_ext.configure
+    configure("dispatched_memory", 0)
+    try:
+        weight = torch.ones(1024, 4)
+        small, large = (torch.ops.vitkernels_ext.linear(torch.ones(rows, 4), weight, None) for rows in (8, 12288))
+    finally:
+        configure("dispatched_memory", 1)
+    assert "hg" in _flags_at(large.data_ptr() + large.numel() * 2).split()
+    assert torch.equal(large[:8], small)
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,11 @@ def _mlp(x, w1, b1, w2, b2, activation="gelu"):
     return F.linear(_ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
 
 
-def _glu_mlp(x, w_gate_up, b_gate_up, w_down, b_down, activation="silu"):
-    gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
+def _glu_mlp(x, w_down, b_down, w_gate_up=None, b_gate_up=None, activation="silu", **apart):
+    if apart:
+        gate, up = (F.linear(x, apart[f"w_{name}"], apart[f"b_{name}"]) for name in ("gate", "up"))
+    else:
+        gate, up = F.linear(x, w_gate_up, b_gate_up).chunk(2, dim=-1)
     return F.linear(_ACTIVATIONS[activation](gate) * up, w_down, b_down)
 
 

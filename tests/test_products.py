@@ -44,10 +44,21 @@ def kept(cache: Path) -> list[products.Choice]:
 
 def test_a_choice_goes_to_the_extension_and_back() -> None:
     choices = [
-        dict(zip(products.KINDS, names, strict=True)) for names in itertools.product(products.LIBRARIES, repeat=4)
+        dict(zip(products.KINDS, names, strict=True)) for names in itertools.product(products.LIBRARIES, repeat=6)
     ]
     assert [products.decode(products.encode(choice)) for choice in choices] == choices
-    assert len({products.encode(choice) for choice in choices}) == 81
+    assert len({products.encode(choice) for choice in choices}) == 3**6
+
+
+def test_a_choice_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    choice = dict.fromkeys(products.KINDS, "torch")
+    assert products.describe(choice) == "float32 products by torch (MKL), bfloat16 products by torch"
+    choice |= {"float32 weight gradients": "vitkernels", "bfloat16 products": "oneDNN"}
+    assert products.describe(choice) == (
+        "float32 products by torch (MKL), their weight gradients by vitkernels, "
+        "bfloat16 products by oneDNN, their input gradients by torch, their weight gradients by torch"
+    )
 
 
 def test_the_first_choice_is_kept(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +87,23 @@ def test_the_fastest_library_is_chosen(cache: Path, configure, monkeypatch: pyte
     monkeypatch.setattr(products.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(products, "candidates", lambda kind: list(products.LIBRARIES))
     assert products.choose(turn) == dict.fromkeys(products.KINDS, fastest)
+
+
+def test_a_busy_machine_is_asked_less(configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ran = {"now": 0.0}, []
+
+    def work(kind: str, generator: torch.Generator) -> object:
+        def run() -> None:
+            ran.append(kind)
+            clock["now"] += products._SECONDS
+
+        return run
+
+    monkeypatch.setattr(products, "_work", work)
+    monkeypatch.setattr(products.time, "perf_counter", lambda: clock["now"])
+    products._measure(configure)
+    counts = {kind: ran.count(kind) for kind in products.KINDS}
+    assert counts == {kind: products._FEWEST * len(products.candidates(kind)) for kind in products.KINDS}
 
 
 def test_among_equals_the_extension_multiplies(cache: Path, configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +246,10 @@ def test_what_is_measured_does_not_depend_on_who_asks(cache: Path, configure, na
 
     with pytest.MonkeyPatch.context() as patch, Watch(), surroundings[name]:
         patch.setattr(products, "_work", watched)
+        patch.setattr(products, "_SECONDS", float("inf"))
         products.choose(configure)
     turns = products._ROUNDS * len(products.candidates("float32 products"))
-    assert seen.count((torch.float32, torch.device("cpu"))) == 2 * turns
+    assert seen.count((torch.float32, torch.device("cpu"))) == 3 * turns
     assert {device for _, device in seen} == {torch.device("cpu")}
     assert len(kept(cache)) == 1
 
@@ -278,6 +307,25 @@ def test_the_chosen_library_is_the_one_that_multiplies(force_library, library: s
     ]
     if library == "torch" or dtype == torch.float32:
         assert same == [library == "torch"] * 3
+
+
+@pytest.mark.parametrize("product", [products.PRODUCTS, products.INPUTS, products.WEIGHTS])
+def test_each_product_of_a_linear_has_a_library_of_its_own(configure, product: str) -> None:
+    """Torch's bits where torch multiplies, and there alone."""
+    x, weight, dy = torch.randn(900, 1000), torch.randn(1100, 1000), torch.randn(900, 1100)
+    before = configure("products", -1)
+    configure("products", products.encode(OWN | {f"float32 {product}": "torch"}))
+    try:
+        y = torch.ops.vitkernels_ext.linear(x, weight, None)
+        dx, dweight, _ = torch.ops.vitkernels_ext.linear_backward(dy, x, weight, [True, True, False])
+    finally:
+        configure("products", before)
+    by_torch = {
+        products.PRODUCTS: torch.equal(y, x @ weight.t()),
+        products.INPUTS: torch.equal(dx, dy @ weight),
+        products.WEIGHTS: torch.equal(dweight, dy.t() @ x),
+    }
+    assert by_torch == {each: each == product for each in by_torch}
 
 
 def test_bfloat16_heads_multiply_pairs(force_isa) -> None:

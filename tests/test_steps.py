@@ -180,17 +180,28 @@ def test_no_samples(backend: str, kind: str) -> None:
 # ------------------------------------------------------------------------------------------------------ what learns
 
 FROZEN: dict[str, tuple[str, ...]] = {
-    "products": ("w1", "b1", "w2", "b2"),
-    "weights alone": ("weight", "w1", "w2"),
-    "biases alone": ("bias", "b1", "b2", "branch_bias"),
+    "products": ("w1", "b1", "w_up", "b_up", "w2", "b2"),
+    "weights alone": ("weight", "w1", "w_up", "w2"),
+    "biases alone": ("bias", "b1", "b_up", "b2", "branch_bias"),
     "norm": ("weight", "bias"),
     "stream": ("x", "branch", *FACTORS),
     "stream and norm": ("x", "branch", *FACTORS, "weight", "bias"),
-    "all but the norm": ("x", "branch", *FACTORS, "w1", "b1", "w2", "b2", "mask"),
-    "all but the stream": ("branch", *FACTORS, "weight", "bias", "w1", "b1", "w2", "b2", "mask"),
-    "first product": ("w1", "b1"),
+    "all but the norm": ("x", "branch", *FACTORS, "w1", "b1", "w_up", "b_up", "w2", "b2", "mask"),
+    "all but the stream": ("branch", *FACTORS, "weight", "bias", "w1", "b1", "w_up", "b_up", "w2", "b2", "mask"),
+    "first weight": ("w1", "b1"),
     "last product": ("w2", "b2"),
-    "all that is read by the first product": ("x", "branch", *FACTORS, "weight", "bias", "w1", "b1", "mask"),
+    "all that is read by the first product": (
+        "x",
+        "branch",
+        *FACTORS,
+        "weight",
+        "bias",
+        "w1",
+        "b1",
+        "w_up",
+        "b_up",
+        "mask",
+    ),
 }
 
 
@@ -218,7 +229,7 @@ def test_frozen_tensors(
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 results = layer.together()
             check_equal(layer.gradients(results), expected)
-    reads = layer.tensors["w1"].requires_grad
+    reads = any(layer.tensors[name].requires_grad for name in ("w1", "w_up") if name in layer.tensors)
     learns = any(layer.tensors[name].requires_grad for name in ("x", "branch", *FACTORS, "weight", "bias"))
     assert norms(calls) == 1 + (reads and learns), "made again where a weight's gradient reads it; a frozen one is kept"
 
@@ -289,6 +300,6 @@ def test_what_backward_does_not_read_may_be_written_into(backend: str, kind: str
         expected = layer.gradients(layer.together())
         results = layer.together()
         with torch.no_grad():
-            for name in {"x", "branch", "weight", "bias", "b1", "b2"} & layer.tensors.keys():
+            for name in {"x", "branch", "weight", "bias", "b1", "b_up", "b2"} & layer.tensors.keys():
                 layer.tensors[name].zero_()
         check_equal(layer.gradients(results), expected)

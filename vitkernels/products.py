@@ -1,10 +1,11 @@
 """Which library multiplies the extension's matrices on this CPU: the extension's own kernel, oneDNN, or torch's (MKL in
 most builds).
 
-None is the fastest one everywhere, but of a few rows, which the extension always multiplies. They are timed once on a
-machine and the answer is kept in the user's cache folder: a choice made anew in each process would make two runs of the
-same training differ in their last bits. Where nothing can be kept, the extension multiplies float32 and oneDNN, which
-knows of matrix units, bfloat16.
+None is the fastest one everywhere, but of a few rows, which the extension always multiplies. A Linear's three products
+read their operands in different directions, so one library may be the fastest forward and the slowest for the gradient
+of weights: each is timed, once on a machine, and the answer is kept in the user's cache folder. A choice made anew in
+each process would make two runs of the same training differ in their last bits. Where nothing can be kept, the
+extension multiplies float32 and oneDNN, which knows of matrix units, bfloat16.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-KINDS = ("float32 products", "bfloat16 products", "float32 weight gradients", "bfloat16 weight gradients")
+DTYPES = ("float32", "bfloat16")
+PRODUCTS, INPUTS, WEIGHTS = "products", "input gradients", "weight gradients"  # forward, and the two backward
+KINDS = tuple(f"{dtype} {product}" for product in (PRODUCTS, INPUTS, WEIGHTS) for dtype in DTYPES)
 LIBRARIES = ("torch", "oneDNN", "vitkernels")
 Choice = dict[str, str]  # a library for each kind
 
-_ROWS, _INPUTS, _HIDDEN, _ROUNDS = 512, 768, 3072, 7
+_ROWS, _INPUTS, _HIDDEN = 256, 768, 3072
+_ROUNDS, _FEWEST, _SECONDS = 8, 2, 0.2  # of a kind; on a machine that is busy or slow, as few rounds as that takes
 _GAIN = 1.05  # less than this much faster is noise: the extension's own products stay
-_GENERATION = 2  # of the extension's own kernels: one that is younger than the choice kept is timed anew
+_GENERATION = 3  # of the extension's own kernels: one that is younger than the choice kept is timed anew
 
 
 def cpu_name() -> str:
@@ -54,8 +58,9 @@ def decode(code: int) -> Choice:
 def candidates(kind: str) -> list[str]:
     """The libraries that have this kind of product here, the one preferred among equals first."""
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if kind.startswith("bfloat16"):
-        onednn = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if kind.startswith("float32"):  # torch's reads weights that lie apart, oneDNN's does not
+        return ["vitkernels", "torch", "oneDNN"] if onednn else ["vitkernels", "torch"]
+    onednn = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return ["vitkernels", "oneDNN", "torch"] if onednn else ["vitkernels", "torch"]
 
 
@@ -93,12 +98,19 @@ def _kept_or_measured(configure: Callable[[str, int], int]) -> Choice:
 
 
 def describe(chosen: Choice) -> str:
-    """The choice in words: "float32 products by vitkernels, bfloat16 products by oneDNN, ..."."""
+    """The choice in words: "float32 products by torch (MKL), their weight gradients by vitkernels, ..."."""
     mkl = {"float32": "torch (MKL)" if torch.backends.mkl.is_available() else "torch"}
-    names = {
-        kind: mkl.get(kind.split()[0], "torch") if library == "torch" else library for kind, library in chosen.items()
-    }
-    return ", ".join(f"{kind} by {name}" for kind, name in names.items())
+    words = []
+    for dtype in DTYPES:
+        names = {"torch": mkl.get(dtype, "torch")}
+        forward, *backward = (chosen[f"{dtype} {product}"] for product in (PRODUCTS, INPUTS, WEIGHTS))
+        words.append(f"{dtype} {PRODUCTS} by {names.get(forward, forward)}")
+        words += [
+            f"their {product} by {names.get(library, library)}"
+            for product, library in zip((INPUTS, WEIGHTS), backward, strict=True)
+            if library != forward
+        ]
+    return ", ".join(words)
 
 
 def _path() -> Path | None:
@@ -137,7 +149,7 @@ def _keep(chosen: Choice, path: Path) -> None:
 
 
 def _measure(configure: Callable[[str, int], int]) -> Choice:
-    """Time each kind by each library in turns, on a ViT's shape; about a second in all."""
+    """Time each kind by each library in turns, on a ViT's shape; about a second in all, two on a busy machine."""
     before = configure("products", -1)
     generator = torch.Generator("cpu").manual_seed(0)
     chosen = decode(0)
@@ -145,7 +157,10 @@ def _measure(configure: Callable[[str, int], int]) -> Choice:
         for kind in KINDS:
             run = _work(kind, generator)
             seconds: dict[str, list[float]] = {library: [] for library in candidates(kind)}
-            for _ in range(_ROUNDS):
+            begin = time.perf_counter()
+            for number in range(_ROUNDS):
+                if number >= _FEWEST and time.perf_counter() - begin > _SECONDS:
+                    break
                 for library, times in seconds.items():
                     configure("products", encode(chosen | {kind: library}))
                     start = time.perf_counter()
@@ -166,11 +181,12 @@ def _work(kind: str, generator: torch.Generator) -> Callable[[], object]:
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
     x, w1, w2 = draw(_ROWS, _INPUTS), draw(_HIDDEN, _INPUTS), draw(_INPUTS, _HIDDEN)
-    dy = draw(_ROWS, _HIDDEN)
-    if kind.endswith("products"):
-        return lambda: (
-            # with the activation between them, which only the extension's own takes along
-            torch.ops.vitkernels_ext.mlp(x, w1, None, w2, None, "gelu", True),
-            torch.ops.vitkernels_ext.linear_backward(dy, x, w1, [True, False, False]),  # a weight the other way round
-        )
-    return lambda: torch.ops.vitkernels_ext.linear_backward(dy, x, w1, [False, True, False])
+    dy, pre = draw(_ROWS, _INPUTS), draw(_ROWS, _HIDDEN)
+    needs = [False] * 5
+    # two products with the activation, or its derivative, between them, which only the extension's own takes along
+    if kind.endswith(PRODUCTS):
+        return lambda: torch.ops.vitkernels_ext.mlp(x, w1, None, w2, None, "gelu", True)
+    if kind.endswith(INPUTS):
+        needs[0] = needs[2] = True  # with the first bias's, which is summed on the way
+        return lambda: torch.ops.vitkernels_ext.mlp_backward(dy, x, pre, w1, w2, "gelu", needs)
+    return lambda: torch.ops.vitkernels_ext.linear_backward(pre, x, w1, [False, True, False])

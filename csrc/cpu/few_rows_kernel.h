@@ -85,7 +85,7 @@ void dot_panel(const Product& p, const float* a, int64_t j, int64_t count, float
   alignas(64) float last[kFloats * kFloats] = {};
   for (int64_t first = 0; first < count; first += kFloats) {
     const int64_t live = count - first < kFloats ? count - first : kFloats;
-    const char* const in = p.b.data + (j + first) * p.b.col * S::size;
+    const char* const in = b_at<S>(p, 0, j + first);
     Columns b{in, p.b.col * S::size, whole, rest ? last : nullptr};
     for (int64_t c = 0; c < live; ++c) {
       const char* const column = in + c * b.step;
@@ -113,21 +113,24 @@ void dot_panel(const Product& p, const float* a, int64_t j, int64_t count, float
 template <class W, class S>
 void row_panel(const Product& p, const float* a, int64_t j, int64_t count, float* block, float* space) {
   const int64_t words = words_of<W>(p.k), a_row = whole_vectors(words), most = even_step(p.m, kTileRows);
-  const char* const b = p.b.data + j * S::size;
   if (W::size == 4 && count % kFloats == 0 && p.m <= kTileRows) {
-    const float* const in_place = reinterpret_cast<const float*>(b);
-    return matmul<float, W>(p.m, count, words, {a, a_row, 1}, in_place, p.b.row, block, kPanel, false);
+    for (int64_t k = 0; k < words; k += p.b.rows) {
+      const float* const in_place = at<float>(b_at<S>(p, k, j), 0);
+      matmul<float, W>(p.m, count, p.b.rows, {a + k, a_row, 1}, in_place, p.b.row, block, kPanel, k > 0);
+    }
+    return;
   }
   for (int64_t k = 0; k < words; k += kFewDepth) {
     const int64_t depth = words - k < kFewDepth ? words - k : kFewDepth;
     for (int64_t q = 0; q < depth; ++q) {
-      const char* const later = b + (k + q + kAhead) * per_word<W> * p.b.row * S::size;
+      const char* const in = b_at<S>(p, (k + q) * per_word<W>, j);
+      const char* const later = in + kAhead * per_word<W> * p.b.row * S::size;
       for (int64_t row = 0; row < per_word<W>; ++row) {
         for (int64_t byte = 0; byte < count * S::size; byte += 64) {
           __builtin_prefetch(later + row * p.b.row * S::size + byte);
         }
       }
-      interleave_b<W, S>(space + q * kPanel, b, p.b.row, k + q, p.k, count);
+      interleave_b<W, S>(space + q * kPanel, in, p.b.row, 0, p.k - (k + q) * per_word<W>, count);
       for (int64_t c = count; c < kPanel; ++c) space[q * kPanel + c] = 0;
     }
     for (int64_t i = 0; i < p.m; i += most) {
@@ -191,7 +194,7 @@ void pack_few_terms(const Product& p, float* packed) {
     }
   };
   pack(packed, a_row, p.a.data, p.a.col, p.a.row, p.m);
-  pack(packed + whole_vectors(words * a_row), round_up(p.n, kPanel), p.b.data, p.b.row, p.b.col, p.n);
+  pack(packed + whole_vectors(words * a_row), round_up(p.n, kPanel), p.b.data[0], p.b.row, p.b.col, p.n);
 }
 
 // Asks for a later tile of `out`: so few terms are summed sooner than it arrives.

@@ -20,16 +20,17 @@ namespace {
 int64_t products = 0;
 // Rows, or terms, up to which the kernels for few are the fastest: of bfloat16 a matrix unit takes more at a time.
 constexpr int64_t kFew = 16, kFewPairs = 8;
+constexpr int64_t kWidestPanel = 64;  // product_panels.h's kPanel
 constexpr int64_t kWorthIt = 1 << 20;  // multiplications from which a call of oneDNN pays: it costs 10 us more than torch's
 
-Library library_for(ScalarType dtype, bool of_weight) {
+Library library_for(ScalarType dtype, Kind kind) {
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return Library::torch;
-  const int kind = (dtype == ScalarType::BFloat16 ? 1 : 0) + (of_weight ? 2 : 0);
-  return Library(products >> (2 * kind) & 3);
+  const int place = (dtype == ScalarType::BFloat16 ? 1 : 0) + 2 * int(kind);
+  return Library(products >> (2 * place) & 3);
 }
 
-bool use_onednn(ScalarType dtype, bool of_weight, int64_t work) {
-  return aoti_torch_cpu__linear_pointwise && work >= kWorthIt && library_for(dtype, of_weight) == Library::onednn;
+bool use_onednn(ScalarType dtype, Kind kind, int64_t work) {
+  return aoti_torch_cpu__linear_pointwise && work >= kWorthIt && library_for(dtype, kind) == Library::onednn;
 }
 
 // Whether a matrix can be read as words along k: bfloat16 comes in pairs there.
@@ -97,44 +98,120 @@ Tensor aten_product(const Matrix& a, const Matrix& b, const std::optional<Tensor
   return out;
 }
 
-// a b + bias in a's dtype, by a library.
-Tensor library_product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape,
-                       bool of_weight) {
-  const ScalarType dtype = a.dtype;
-  if (b.dtype != dtype || (bias && bias->scalar_type() != dtype)) {
-    const auto cast_bias = bias ? std::make_optional(cast(*bias, dtype)) : std::nullopt;
-    return library_product(a, b.dtype == dtype ? b : Matrix(cast(tensor_of(b), dtype)), cast_bias, shape, of_weight);
+// The same, of a b in parts: products into columns of the result or, with parts below each other, added up in it.
+Tensor aten_products(const Matrix& a, const Parted& b, const std::optional<Tensor>& bias, const Shape& shape) {
+  Tensor out = empty(a.tensor, shape);
+  const Tensor left = tensor_of(a);
+  const int64_t rows = b.parts[0].rows, columns = b.parts[0].cols;
+  int64_t at = 0;
+  for (const Matrix& part : b.parts) {
+    const Tensor right = tensor_of(part);
+    if (b.side_by_side()) {
+      const Tensor to = reinterpreted(out, {a.rows, columns}, {b.cols, 1}, at);
+      if (bias) {
+        const Tensor own = reinterpreted(*bias, {columns}, {bias->stride(0)}, at * bias->stride(0));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), own.get(), left.get(), right.get(), 1, 1));
+      } else {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()));
+      }
+      at += columns;
+    } else {
+      const Tensor to = reinterpreted(out, {a.rows, columns}, {columns, 1});
+      const Tensor from = reinterpreted(left, {a.rows, rows}, {a.row, a.col}, at * a.col);
+      if (at > 0) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), from.get(), right.get(), 1, 1));
+      } else {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), from.get(), right.get()));
+      }
+      at += rows;
+    }
   }
-  if (!use_onednn(dtype, of_weight, a.rows * a.cols * b.cols)) return aten_product(a, b, bias, shape);
-  return reshaped(of_weight ? onednn_gradient(a, b) : onednn_linear(tensor_of(a), tensor_of(b.transposed()), bias), shape);
+  return out;
+}
+
+// Parts as one matrix of `dtype`.
+Matrix joined(const Parted& b, ScalarType dtype) {
+  if (b.side_by_side()) return joined(b.transposed(), dtype).transposed();
+  std::vector<Tensor> tensors;
+  for (const Matrix& part : b.parts) tensors.push_back(tensor_of(part));
+  return Matrix(stacked(tensors, dtype));
+}
+
+// a b + bias in a's dtype, by a library.
+Tensor library_product(const Matrix& a, const Parted& b, const std::optional<Tensor>& bias, const Shape& shape,
+                       Kind kind) {
+  const ScalarType dtype = a.dtype;
+  if (bias && bias->scalar_type() != dtype) return library_product(a, b, cast(*bias, dtype), shape, kind);
+  const Matrix& first = b.parts[0];
+  const bool onednn = use_onednn(dtype, kind, a.rows * a.cols * b.cols);
+  if (b.parts.size() > 1) {
+    // A product that is added to another would be rounded in between, oneDNN's lies where it wants, and weights to be
+    // rounded are copied in any case.
+    const bool in_place = dtype == ScalarType::Float && !onednn && aoti_torch_cpu_mm_out && aoti_torch_cpu_addmm_out;
+    if (in_place) return aten_products(a, b, bias, shape);
+    return library_product(a, joined(b, dtype), bias, shape, kind);
+  }
+  if (first.dtype != dtype) return library_product(a, Matrix(cast(tensor_of(first), dtype)), bias, shape, kind);
+  if (!onednn) return aten_product(a, first, bias, shape);
+  return reshaped(kind == Kind::of_weight ? onednn_gradient(a, first)
+                                          : onednn_linear(tensor_of(a), tensor_of(first.transposed()), bias),
+                  shape);
 }
 
 // The same by whatever is fastest, and then in `dtype`.
-Tensor product(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Shape& shape, ScalarType dtype,
-               bool of_weight = false) {
-  const Way way = way_of(a, b, of_weight);
-  if (way == Way::library) return cast(library_product(a, b, bias, shape, of_weight), dtype);
+Tensor product(const Matrix& a, const Parted& b, const std::optional<Tensor>& bias, const Shape& shape, ScalarType dtype,
+               Kind kind) {
+  const Way way = way_of(a, b, kind);
+  if (way == Way::library) return cast(library_product(a, b, bias, shape, kind), dtype);
+  if (b.side_by_side() && b.parts[0].cols % kWidestPanel != 0) {
+    return product(a, joined(b, a.dtype), bias, shape, dtype, kind);
+  }
   Tensor out = empty(shape, dtype == ScalarType::Float ? dtype : a.dtype);
   multiply(way, out, a, b, bias);
   return cast(out, dtype);
 }
 
+Parts as_parts(const Parted& b) {
+  const Matrix& first = b.parts[0];
+  Parts found{{}, first.rows, first.cols, first.row, first.col};
+  for (size_t i = 0; i < b.parts.size(); ++i) found.data[i] = b.parts[i].data;
+  return found;
+}
+
 }  // namespace
+
+Parted::Parted(std::vector<Matrix> below)
+    : parts(std::move(below)), rows(parts[0].rows * int64_t(parts.size())), cols(parts[0].cols) {}
+
+Parted Parted::transposed() const {
+  Parted t = *this;
+  for (Matrix& part : t.parts) part = part.transposed();
+  std::swap(t.rows, t.cols);
+  return t;
+}
+
+Parted weight_of(const Tensor& first, const std::optional<Tensor>& second, ScalarType dtype) {
+  if (!second) return Matrix(first);
+  const ScalarType common = first.scalar_type() == second->scalar_type() ? first.scalar_type() : dtype;
+  return Parted({Matrix(packed(cast(first, common))), Matrix(packed(cast(*second, common)))});
+}
 
 int64_t set_products(int64_t wanted) {
   if (wanted >= 0) products = wanted;
   return products;
 }
 
-Way way_of(const Matrix& a, const Matrix& b, bool of_weight) {
+Way way_of(const Matrix& a, const Parted& whole, Kind kind) {
+  const Matrix& b = whole.parts[0];
   const bool served = a.dtype == ScalarType::Float || a.dtype == ScalarType::BFloat16;
-  if (!served || (b.dtype != a.dtype && b.dtype != ScalarType::Float) || a.rows * a.cols * b.cols == 0) {
+  const bool odd = whole.parts.size() > 1 && !whole.side_by_side() && a.dtype == ScalarType::BFloat16 && b.rows % 2;
+  if (!served || odd || (b.dtype != a.dtype && b.dtype != ScalarType::Float) || a.rows * a.cols * whole.cols == 0) {
     return Way::library;
   }
   const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
-  if (of_weight && a.cols <= few) return Way::few_terms;
-  if (!of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
-  const bool own = library_for(a.dtype, of_weight) == Library::own && in_words(a, a.cols, a.col, a.row) &&
+  if (kind == Kind::of_weight && a.cols <= few) return Way::few_terms;
+  if (kind != Kind::of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
+  const bool own = library_for(a.dtype, kind) == Library::own && in_words(a, a.cols, a.col, a.row) &&
                    in_words(b, a.cols, b.row, b.col);
   return own ? Way::panels : Way::library;
 }
@@ -165,7 +242,7 @@ void multiply_few(const Product& p, bool terms, float* sums) {
 
 }  // namespace
 
-void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias,
+void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, const std::optional<Tensor>& bias,
               const Follow& follow, const Tensor* b_panels) {
   const DType dtype = dtype_of(a.tensor);
   const Vector<float> bias_values(bias, dtype);
@@ -174,10 +251,10 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
                   follow.then == Then::gate ? b.cols / 2 : b.cols,
                   a.cols,
                   dtype,
-                  dtype_of(b.tensor),
+                  dtype_of(b.parts[0].tensor),
                   dtype_of(out),
                   {a.data, a.row, a.col},
-                  {b.data, b.row, b.col},
+                  as_parts(b),
                   bias_values.get(),
                   follow.then,
                   follow.activation,
@@ -236,16 +313,22 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Matrix& b, cons
   }
 }
 
+Tensor linear(const Matrix& x, const Parted& weight, const std::optional<Tensor>& bias, const Shape& shape) {
+  return product(x, weight.transposed(), bias, shape, x.dtype, Kind::forward);
+}
 Tensor linear(const Matrix& x, const Matrix& weight, const std::optional<Tensor>& bias, const Shape& shape) {
-  return product(x, weight.transposed(), bias, shape, x.dtype);
+  return linear(x, Parted(weight), bias, shape);
 }
 
+Tensor gradient_of_input(const Matrix& dy, const Parted& weight, const Shape& shape) {
+  return product(dy, weight, std::nullopt, shape, dy.dtype, Kind::of_input);
+}
 Tensor gradient_of_input(const Matrix& dy, const Matrix& weight, const Shape& shape) {
-  return product(dy, weight, std::nullopt, shape, dy.dtype);
+  return gradient_of_input(dy, Parted(weight), shape);
 }
 
 Tensor gradient_of_weight(const Matrix& dy, const Matrix& x, const Shape& shape, ScalarType dtype) {
-  return product(dy.transposed(), x, std::nullopt, shape, dtype, true);
+  return product(dy.transposed(), x, std::nullopt, shape, dtype, Kind::of_weight);
 }
 
 Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype) {

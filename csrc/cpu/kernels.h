@@ -46,6 +46,7 @@ struct LayerNormBackward {
 // Where `dtype` is bfloat16, B may lie in float32 and is rounded as it is read, and `out` may be float32, which gets what
 // bfloat16 has (of Then::store alone).
 // Of the steps of A and B, in elements, one is 1. Where that one is along k, bfloat16 wants k and the other step even.
+// Parts of B below each other have an even number of rows then, too; side by side they end where panels do, but for a gate's.
 // out, pre and activated are packed [m, n]; activated may be asked for as the panels of a B with m as its k instead.
 enum class Then { store, activate, activate_backward, gate, gate_backward };
 
@@ -54,10 +55,18 @@ struct Steps {
   int64_t row, col;
 };
 
+// Of a matrix that lies in up to kMostParts tensors of `rows` by `cols`, below each other or side by side.
+constexpr int64_t kMostParts = 3;
+struct Parts {
+  const char* data[kMostParts];
+  int64_t rows, cols, row, col;
+};
+
 struct Product {
   int64_t m, n, k;
   DType dtype, b_dtype, out_dtype;
-  Steps a, b;
+  Steps a;
+  Parts b;
   const float* bias;
   Then then;
   Activation activation;

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b
   const Activation kind = activation_of(activation);
   const Matrix a(x), b = Matrix(w1).transposed();
   const Shape hidden_shape = with_width(shape_of(x), b.cols);
-  const Way way = way_of(a, b);
+  const Way way = way_of(a, b, Kind::forward);
   const Tensor pre = way == Way::library ? linear(a, Matrix(w1), b1, hidden_shape) : empty(x, hidden_shape);
   const Tensor activated = save ? empty(x, hidden_shape) : pre;  // in place where nothing is to be saved
   if (way != Way::library) {
@@ -40,10 +40,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   const Shape hidden_shape{hidden_rows.rows, hidden};
   Maybe db1, dw2;
   const bool needed = needs[0] || needs[1] || needs[2] || needs[3];
-  const Way way = needed ? way_of(g, b) : Way::library;
+  const Way way = needed ? way_of(g, b, Kind::of_input) : Way::library;
   // dw2 = dy^T activation(h): its right side can be written as the product wants to read it
   const bool in_panels =
-      way == Way::panels && needs[3] && way_of(g.transposed(), hidden_rows, true) == Way::panels;
+      way == Way::panels && needs[3] && way_of(g.transposed(), hidden_rows, Kind::of_weight) == Way::panels;
   // becomes the gradient of the pre-activation in place
   const Tensor dh = !needed                ? nothing(x)
                     : way == Way::library ? gradient_of_input(g, b, hidden_shape)

@@ -259,10 +259,9 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t most = panel_columns(p), j = panel * most, columns = p.n - j < most ? p.n - j : most;
       float* const out = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
-      const char* const in = p.b.data + j * p.b.col * S::size;
-      pack_columns<W, S>(out, in, p.b.col, p.k, columns, 0, most);
+      pack_columns<W, S>(out, b_at<S>(p, 0, j), p.b.col, p.k, columns, 0, most);
       if (p.then == Then::gate) {
-        pack_columns<W, S>(out, in + p.n * p.b.col * S::size, p.b.col, p.k, columns, most, kPanel);
+        pack_columns<W, S>(out, b_at<S>(p, 0, p.n + j), p.b.col, p.k, columns, most, kPanel);
       }
       end_panel<W>(out, p.k);
     }

@@ -63,7 +63,8 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t j = panel * kPanel, columns = p.n - j < kPanel ? p.n - j : kPanel;
       for (int64_t k = begin; k < end; ++k) {
-        const char* const later = p.b.data + ((k + at_once) * per_word<W> * p.b.row + j) * S::size;
+        const char* const in = b_at<S>(p, k * per_word<W>, j);
+        const char* const later = in + at_once * per_word<W> * p.b.row * S::size;
         for (int64_t q = 0; q < per_word<W>; ++q) {
           for (int64_t byte = 0; byte < columns * S::size; byte += 64) {
             __builtin_prefetch(later + q * p.b.row * S::size + byte);
@@ -72,7 +73,7 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
         float* const to = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
         alignas(64) float line[kPanel];
         float* const out = by_tiles<W> ? line : to + k * kPanel;
-        interleave_b<W, S>(out, p.b.data + j * S::size, p.b.row, k, p.k, columns);
+        interleave_b<W, S>(out, in, p.b.row, 0, p.k - k * per_word<W>, columns);
         for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
         if (by_tiles<W>) put_words<W>(to, k, line);
       }

@@ -129,6 +129,15 @@ VK_INLINE void interleave_b(float* out, const char* in, int64_t k_step, int64_t 
   }
 }
 
+// Row k, column j of B, which lies in S.
+template <class S>
+VK_INLINE const char* b_at(const Product& p, int64_t k, int64_t j) {
+  int64_t part = 0;
+  for (; k >= p.b.rows; k -= p.b.rows) ++part;
+  for (; j >= p.b.cols; j -= p.b.cols) ++part;
+  return p.b.data[part] + (k * p.b.row + j * p.b.col) * S::size;
+}
+
 // kFloats words of two vectors one behind the other, rounded in the same way.
 VK_INLINE Vec<float> rounded_words(Vec<float> first, Vec<float> second) {
 #if defined(VK_BF16_PAIRS)

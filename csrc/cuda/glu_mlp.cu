@@ -1,5 +1,6 @@
 // glu_mlp: the schemas of vitkernels/ops/glu_mlp.py on CUDA. cuBLAS multiplies, both projections as one product, and adds
-// their bias in its epilogue; one pass each way does the rest.
+// their bias in its epilogue; one pass each way does the rest. Projections that lie apart are copied side by side first,
+// which is little beside the product here; their gradients are products of their own.
 #include "cuda/activations.cuh"
 #include "cuda/column_sums.cuh"
 #include "cuda/launch.h"
@@ -85,15 +86,28 @@ void launch(const Launches& launches, const GateCall& a, bool backward) {
            {blocks(a.rows, kRowsPerPart), blocks(a.width, kTileColumns)}, dim3(kWarp, kTileRows), 0, a);
 }
 
+// Gate and up as one, the second below the first.
+Tensor both(const Tensor& gate, const Maybe& up, ScalarType dtype) { return up ? stacked({gate, *up}, dtype) : gate; }
+
+// The same of their biases, of which one may be missing: zeros.
+Maybe both_biases(const Maybe& gate, const Maybe& up, bool apart, int64_t width) {
+  if (!apart || (!gate && !up)) return gate;
+  const Tensor& there = gate ? *gate : *up;
+  const auto value = [&](const Maybe& each) { return each ? *each : torch::stable::new_zeros(there, {width}); };
+  return stacked({value(gate), value(up)}, there.scalar_type());
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, const Maybe& b_gate_up,
-                                   const Tensor& w_down, const Maybe& b_down, const std::string& activation,
-                                   bool save) {
+                                   const Maybe& w_up, const Maybe& b_up, const Tensor& w_down, const Maybe& b_down,
+                                   const std::string& activation, bool save) {
   const Matrix rows(x);
   const int64_t hidden = w_down.size(1);
   const Shape shape = with_width(shape_of(x), hidden);
-  const Tensor pre = linear(rows, Matrix(w_gate_up), b_gate_up, with_width(shape, 2 * hidden));
+  const Matrix weight(both(w_gate_up, w_up, rows.dtype));
+  const Maybe bias = both_biases(b_gate_up, b_up, w_up.has_value(), hidden);
+  const Tensor pre = linear(rows, weight, bias, with_width(shape, 2 * hidden));
   const Tensor gated = empty(pre, shape);
   const Launches launches("glu_mlp", x, {&w_gate_up, &w_down});
   launch(launches,
@@ -104,38 +118,46 @@ std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, con
   return {y, save ? pre : nothing(x)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> glu_mlp_backward(const Tensor& dy, const Tensor& x,
-                                                                    const Tensor& pre, const Tensor& w_gate_up,
-                                                                    const Tensor& w_down, const std::string& activation,
-                                                                    const std::vector<bool>& needs) {
+GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre, const Tensor& w_gate_up,
+                                const Maybe& w_up, const Tensor& w_down, const std::string& activation,
+                                const std::vector<bool>& needs) {
   const Matrix g(dy);
-  Tensor dx = nothing(x), dw_gate_up = nothing(x), db_gate_up = nothing(x), dw_down = nothing(x);
-  if (needs[0] || needs[1] || needs[2] || needs[3]) {
+  Tensor dx = nothing(x), dw_gate_up = nothing(x), db_gate_up = nothing(x), dw_up = nothing(x), db_up = nothing(x);
+  Tensor dw_down = nothing(x);
+  const bool needs_bias = needs[2] || needs[4], needs_down = needs[5];
+  if (needs[0] || needs[1] || needs[3] || needs_bias || needs_down) {
     const Tensor h = packed(pre);
     const int64_t hidden = w_down.size(1), parts = blocks(g.rows, kRowsPerPart);
     Tensor dgated = gradient_of_input(g, Matrix(w_down), {g.rows, hidden});  // becomes what was multiplied, in place
     const Tensor dpre = empty(dgated, {g.rows, 2 * hidden});
-    const Tensor sums = needs[2] ? empty(x, {parts, 2 * hidden}, ScalarType::Float) : nothing(x);
+    const Tensor sums = needs_bias ? empty(x, {parts, 2 * hidden}, ScalarType::Float) : nothing(x);
     const Launches launches("glu_mlp_backward", dy, {&x, &w_gate_up, &w_down});
     launch(launches,
            {g.rows, int(hidden), activation_of(activation), half_of<Rows>(h, hidden, 0), half_of<Rows>(h, hidden, 1),
-            Operand(dgated).rows, needs[3] ? out_rows(dgated) : kNoOut, half_of<OutRows>(dpre, hidden, 0),
-            half_of<OutRows>(dpre, hidden, 1), needs[2] ? static_cast<float*>(sums.data_ptr()) : nullptr},
+            Operand(dgated).rows, needs_down ? out_rows(dgated) : kNoOut, half_of<OutRows>(dpre, hidden, 0),
+            half_of<OutRows>(dpre, hidden, 1), needs_bias ? static_cast<float*>(sums.data_ptr()) : nullptr},
            true);
-    if (needs[2]) {
-      db_gate_up = empty(x, {2 * hidden});
+    if (needs_bias) {
+      const Tensor db = empty(x, {2 * hidden});
       const Rows in = Operand(sums).rows;
-      column_sums(launches, {in, 0, parts, std::max<int64_t>(parts, 1), int(2 * hidden), {out_rows(db_gate_up)}}, 1);
-      db_gate_up = cast(db_gate_up, w_gate_up.scalar_type());
+      column_sums(launches, {in, 0, parts, std::max<int64_t>(parts, 1), int(2 * hidden), {out_rows(db)}}, 1);
+      const auto half = [&](int64_t first, const Tensor& weight) {
+        return stacked({reinterpreted(db, {hidden}, {1}, first)}, weight.scalar_type());
+      };
+      if (needs[2]) db_gate_up = w_up ? half(0, w_gate_up) : cast(db, w_gate_up.scalar_type());
+      if (needs[4]) db_up = half(hidden, *w_up);
     }
-    if (needs[3]) dw_down = gradient_of_weight(g, Matrix(dgated), shape_of(w_down), w_down.scalar_type());
+    if (needs_down) dw_down = gradient_of_weight(g, Matrix(dgated), shape_of(w_down), w_down.scalar_type());
     dgated = nothing(x);  // its memory may serve the next products
-    if (needs[1]) {
-      dw_gate_up = gradient_of_weight(Matrix(dpre), Matrix(x), shape_of(w_gate_up), w_gate_up.scalar_type());
-    }
-    if (needs[0]) dx = gradient_of_input(Matrix(dpre), Matrix(w_gate_up), shape_of(x));
+    const auto dweight = [&](const Tensor& dright, const Tensor& weight) {
+      return gradient_of_weight(Matrix(dright), Matrix(x), shape_of(weight), weight.scalar_type());
+    };
+    if (needs[1]) dw_gate_up = dweight(w_up ? columns_of(dpre, 0, hidden) : dpre, w_gate_up);
+    if (needs[3]) dw_up = dweight(columns_of(dpre, hidden, hidden), *w_up);
+    if (needs[0]) dx = gradient_of_input(Matrix(dpre), Matrix(both(w_gate_up, w_up, g.dtype)), shape_of(x));
   }
-  return {dx, dw_gate_up, db_gate_up, dw_down, needs[4] ? gradient_of_bias(g, w_down.scalar_type()) : nothing(x)};
+  const Tensor db_down = needs[6] ? gradient_of_bias(g, w_down.scalar_type()) : nothing(x);
+  return {dx, dw_gate_up, db_gate_up, dw_up, db_up, dw_down, db_down};
 }
 
 }  // namespace vk

@@ -68,11 +68,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
                                                                 const std::vector<bool>& needs);
 
 std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, const Maybe& b_gate_up,
-                                   const Tensor& w_down, const Maybe& b_down, const std::string& activation, bool save);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> glu_mlp_backward(const Tensor& dy, const Tensor& x,
-                                                                    const Tensor& pre, const Tensor& w_gate_up,
-                                                                    const Tensor& w_down, const std::string& activation,
-                                                                    const std::vector<bool>& needs);
+                                   const Maybe& w_up, const Maybe& b_up, const Tensor& w_down, const Maybe& b_down,
+                                   const std::string& activation, bool save);
+using GluMlpBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre, const Tensor& w_gate_up,
+                                const Maybe& w_up, const Tensor& w_down, const std::string& activation,
+                                const std::vector<bool>& needs);
 
 Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias, const MaybeNumbers& mean,
                    const MaybeNumbers& std, const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep);

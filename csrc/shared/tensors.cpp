@@ -47,11 +47,16 @@ Shape with_width(Shape shape, int64_t width) {
   return shape;
 }
 
-Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides) {
+Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides, int64_t offset) {
   AtenTensorHandle result = nullptr;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.data(), strides.data(), 0, &result));
+      aoti_torch__reinterpret_tensor(t.get(), int64_t(shape.size()), shape.data(), strides.data(), offset, &result));
   return Tensor(result);
+}
+
+Tensor columns_of(const Tensor& t, int64_t first, int64_t count) {
+  const int64_t width = t.size(t.dim() - 1);
+  return reinterpreted(t, {width ? t.numel() / width : 0, count}, {width, 1}, first);
 }
 
 Tensor reshaped(const Tensor& t, const Shape& shape) { return reinterpreted(packed(t), shape, packed_strides(shape)); }
@@ -59,6 +64,20 @@ Tensor reshaped(const Tensor& t, const Shape& shape) { return reinterpreted(pack
 Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+
+Tensor stacked(const std::vector<Tensor>& parts, ScalarType dtype) {
+  Shape shape = shape_of(parts[0]);
+  shape[0] = 0;
+  for (const Tensor& part : parts) shape[0] += part.size(0);
+  Tensor out = empty(parts[0], shape, dtype);
+  int64_t row = 0;
+  for (const Tensor& part : parts) {
+    Tensor rows = torch::stable::narrow(out, 0, row, part.size(0));
+    torch::stable::copy_(rows, part);
+    row += part.size(0);
+  }
+  return out;
+}
 
 Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),

@@ -32,11 +32,14 @@ inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like,
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}); }
 Shape shape_of(const Tensor& t);
 Shape with_width(Shape shape, int64_t width);  // another last axis
-// The same memory in another shape, as no view of the other: who gets a result so may write into it.
-Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides);
+// The same memory, from `offset` elements on, in another shape; as no view of the other: who gets a result so may write
+// into it.
+Tensor reinterpreted(const Tensor& t, const Shape& shape, const Shape& strides, int64_t offset = 0);
+Tensor columns_of(const Tensor& t, int64_t first, int64_t count);  // of packed rows
 Tensor reshaped(const Tensor& t, const Shape& shape);  // copied only where it is not packed
 Tensor packed(const Tensor& t);  // the tensor itself where it is already
 Tensor cast(const Tensor& t, ScalarType dtype);
+Tensor stacked(const std::vector<Tensor>& parts, ScalarType dtype);  // a copy, each below the one before; of one width
 Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]
 
 inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }

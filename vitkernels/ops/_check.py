@@ -88,16 +88,15 @@ def is_tensor(op: str, *, optional: dict[str, Any], **tensors: Any) -> None:
             )
 
 
-def is_pair(op: str, name: str, value: Sequence[Any]) -> None:
-    """Two tensors of one shape, dtype and device, with an axis or more, to be put below each other."""
-    if len(value) != 2 or not all(isinstance(each, Tensor) for each in value):
+def is_pair(op: str, name: str, value: Sequence[Any], *, optional: bool = False) -> None:
+    """Two tensors of one shape, dtype and device, with an axis or more; each may be None where they are optional."""
+    if len(value) != 2 or not all(isinstance(each, Tensor) or (optional and each is None) for each in value):
         told = ", ".join(type(each).__name__ for each in value)
         raise refused(
             TypeError, f"{op}: argument '{name}' got {type(value).__name__}({told}); needs a torch.Tensor, or two"
         )
-    first, second = value
-    kinds = [(list(each.shape), each.dtype, str(each.device)) for each in (first, second)]
-    if first.dim() == 0 or kinds[0] != kinds[1]:
+    kinds = [(list(each.shape), each.dtype, str(each.device)) for each in value if each is not None]
+    if any(not shape for shape, *_ in kinds) or kinds[:1] != kinds[-1:]:
         told = " and ".join(f"{shape} {dtype} on {device}" for shape, dtype, device in kinds)
         raise refused(
             ValueError, f"{op}: argument '{name}' is {told}; needs two tensors of one shape, dtype and device"

@@ -93,6 +93,7 @@ class Step:
             into.
         keeps: how many tensors its backward keeps.
         op: that reads the norm.
+        beside_norm: which of the weights are multiplied with the norm: their gradients read it.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Step:
     biases: tuple[int, ...]
     keeps: int
     op: Op
+    beside_norm: tuple[int, ...] = (0,)
 
 
 class Stream(NamedTuple):
@@ -149,7 +151,8 @@ class Part:
         dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
         self.branch_dtype = None if branch is None else branch.dtype
         self.normed_dtype = dtype if self.dtype is None else cast_dtype(torch.empty(0, dtype=dtype), self.dtype)
-        reads = self.norm_learns or arguments[0].requires_grad
+        beside_norm = [arguments[index] for index in step.beside_norm]
+        reads = self.norm_learns or any(each is not None and each.requires_grad for each in beside_norm)
         # a frozen norm's input is anybody's to write into
         again = x.shape.numel() >= _SMALL and (x.device.type != "cuda" if again is None else again)
         self.keeps_normed = not (again and self.norm_learns) and reads
@@ -232,7 +235,8 @@ class Part:
         grads: Sequence[Tensor | None] = [None] * count
         if dresult is not None:
             if normed is None:
-                normed = self._again(dresult, of_norm, bias, reads=needs_arguments[0])
+                reads = any(needs_arguments[index] for index in self.step.beside_norm)
+                normed = self._again(dresult, of_norm, bias, reads)
             needs_product = [needs_normed, *needs_arguments]
             dnormed, *found = self.step.backward(launch, dresult, normed, needs_product, arguments, tensors[count:])
             grads = [_in_dtype(*each) for each in zip(found, self.dtypes, strict=True)]

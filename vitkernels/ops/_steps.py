@@ -78,10 +78,10 @@ def glu_mlp(
     x: Tensor,
     added: Added | None,
     norm: Norm,
-    weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None],
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """(total, `ops.glu_mlp` of its norm); arguments as in `mlp`, gate and up packed."""
+    """(total, `ops.glu_mlp` of its norm); arguments as in `mlp`, weights as its torch op has them."""
     return run(x, added, [Stage(GLU_MLP, norm, (*weights, activation))])
 
 
@@ -133,26 +133,38 @@ LINEAR = Step("linear", check_linear, ops.linear, _linear, _linear_backward, (0,
 # --------------------------------------------------------------------------------------------------- feed-forward
 
 
-def _feed_forward(name: str, op: Op, check: Callable[..., None], public: Callable[..., Tensor]) -> Step:
-    """The step of `mlp`, or of `glu_mlp`, whose arguments mean as much to a step."""
-
-    def by_ops(normed: Tensor, *arguments: Any) -> Tensor:
-        return public(normed, *arguments[:4], activation=arguments[4])
+def _feed_forward(name: str, op: Op, check: Callable[..., None], by_ops: Callable[..., Tensor], first: int) -> Step:
+    """The step of `mlp` or of `glu_mlp`: so many weights of the first product, one of the second, each with a bias."""
 
     def forward(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, pre = launch(name, op, normed, *arguments, learns)
         return y, (pre,)
 
     def backward(launch, dy, normed, needs, arguments, kept):
-        w1, _, w2, _, activation = arguments
-        dx, *grads = launch(name, op, dy, normed, *kept, w1, w2, activation, list(needs[:5]))
-        return dx if needs[0] else None, *_given(needs[1:5], grads), None
+        *tensors, activation = arguments
+        weights = tensors[::2]
+        dx, *grads = launch(name, op, dy, normed, *kept, *weights, activation, list(needs[:-1]))
+        return dx if needs[0] else None, *_given(needs[1:-1], grads), None
 
-    return Step(name, check, by_ops, forward, backward, (0, 2), (1, 3), keeps=1, op=op)
+    weights = tuple(range(0, 2 * (first + 1), 2))
+    biases = tuple(weight + 1 for weight in weights)
+    return Step(name, check, by_ops, forward, backward, weights, biases, keeps=1, op=op, beside_norm=weights[:first])
 
 
-MLP = _feed_forward("mlp", op_mlp, check_mlp, ops.mlp)
-GLU_MLP = _feed_forward("glu_mlp", op_glu_mlp, check_glu_mlp, ops.glu_mlp)
+def _mlp_ops(normed: Tensor, *arguments: Any) -> Tensor:
+    *weights, activation = arguments
+    return ops.mlp(normed, *weights, activation=activation)
+
+
+def _glu_mlp_ops(normed: Tensor, *arguments: Any) -> Tensor:
+    weight, bias, w_up, b_up, w_down, b_down, activation = arguments
+    if w_up is not None:
+        weight, bias = (weight, w_up), (bias, b_up)
+    return ops.glu_mlp(normed, weight, bias, w_down, b_down, activation=activation)
+
+
+MLP = _feed_forward("mlp", op_mlp, check_mlp, _mlp_ops, first=1)
+GLU_MLP = _feed_forward("glu_mlp", op_glu_mlp, check_glu_mlp, _glu_mlp_ops, first=2)
 
 
 # ------------------------------------------------------------------------------------------------------ attention

@@ -190,17 +190,23 @@ def gated_branch(
 def _glu_branch(first: tuple[nn.Module, ...], last: nn.Module, kind: str, gate_last: bool) -> Branch:
     """`ops.glu_mlp` as the branch of a residual step."""
 
-    def arguments(bias_apart: bool) -> tuple[Any, ...]:
-        packed = joined(*first)
-        if gate_last:
-            weight, bias = (None if each is None else torch.cat(each.chunk(2)[::-1]) for each in packed)
+    def halves() -> list[Any]:
+        both: list[tuple[Any, Any]]
+        if len(first) == 2:
+            both = [(each.weight, each.bias) for each in first]
+        elif not gate_last:
+            both = [(first[0].weight, first[0].bias), (None, None)]
         else:
-            weight, bias = packed
-        return weight, bias, last.weight, None if bias_apart else last.bias, kind
+            weight, bias = joined(*first)
+            biases: Any = (None, None) if bias is None else bias.chunk(2)
+            both = list(zip(weight.chunk(2), biases, strict=True))
+        return [*both[1], *both[0]] if gate_last else [*both[0], *both[1]]
+
+    def arguments(bias_apart: bool) -> tuple[Any, ...]:
+        return *halves(), last.weight, None if bias_apart else last.bias, kind
 
     def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Any]:
-        *weights, activation = arguments(bias_apart)
-        return ops.glu_mlp(x, *weights, activation=activation), last.bias if bias_apart else None
+        return _steps.GLU_MLP.ops(x, *arguments(bias_apart)), last.bias if bias_apart else None
 
     step = PlainStep(_steps.GLU_MLP, arguments, lambda: last.bias)  # type: ignore[arg-type,return-value]
     return Branch(run, "glu_mlp", first[0], step=step)
@@ -222,7 +228,7 @@ def projected(x: Tensor, *linears: nn.Module) -> Tensor:
 def joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of Linears that read the same tokens, as those of one; a bias that one of them lacks is 0.
 
-    Joining copies the weights, which is little beside the product; its backward splits the gradient by views.
+    Joining copies the weights, little beside the product of many tokens; its backward splits the gradient by views.
     """
     if len(linears) == 1:
         return linears[0].weight, linears[0].bias
