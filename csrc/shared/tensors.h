@@ -38,6 +38,7 @@ Tensor reshaped(const Tensor& t, const Shape& shape);  // copied only where it i
 Tensor packed(const Tensor& t);  // the tensor itself where it is already
 Tensor cast(const Tensor& t, ScalarType dtype);
 Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]
+Tensor heads_last(const Tensor& like, const Shape& shape);
 
 inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 
