@@ -34,6 +34,7 @@ struct BackwardTiles {
 template <class Cores, bool kImage>
 struct QueryTiles : BackwardTiles<Cores, 0, kImage ? PositionSums<Cores>::kBytes : Cores::scratch()> {
   static constexpr int kMaskRow = Cores::kCols + 8;  // as in forward
+  static_assert(PositionSums<Cores>::kBytes >= Cores::scratch());
   static int total(const Attention& a) {
     const int added = kImage ? QueryPositions<Cores>::kBytes : mask_bytes<kMaskRow>(a, Cores::kRows);
     return QueryTiles::mask(a.width) + added;
@@ -213,18 +214,19 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
     if constexpr (kImage) return image().total();
     return (a.keys + kKeys - 1) / kKeys;
   }();
-  const int key_heads = a.heads / a.group;
+  const int tile = blockIdx.x % tiles, key_heads = a.heads / a.group;
   // asked anew at each tile: kept, they would take registers that sums need
   const auto sample = [&] { return int(block_number() / tiles) / key_heads; };
   const auto key_head = [&] { return int(block_number() / tiles) % key_heads; };
   const auto span = [&] { return a.span(sample()); };
-  const int tile = blockIdx.x % tiles;
+  const auto part = [&] { return tile / image().count; };  // of the image's columns, and the tile in it
+  const auto down = [&] { return tile % image().count; };
   const int k0 = [&] {
-    if constexpr (kImage) return image().begin(tile / image().count, tile % image().count);
+    if constexpr (kImage) return image().begin(part(), down());
     return tile * kKeys;
   }();
   const auto end = [&] {
-    if constexpr (kImage) return k0 + image().keys(tile / image().count, tile % image().count);
+    if constexpr (kImage) return k0 + image().keys(part(), down());
     return span().keys;
   };
   if (k0 >= span().keys) return;  // others are longer
@@ -247,9 +249,7 @@ __global__ void __launch_bounds__(Cores::kThreads, kBlocks) attention_dkdv(const
 
   load_rows<kKeys>(cores, k_tile, a.k.of<T>(span().k, key_head()), a.k, k0, end());
   load_rows<kKeys>(cores, v_tile, a.v.of<T>(span().k, key_head()), a.v, k0, end());
-  const auto positions = [&] {
-    return KeyPositions<Cores>{cores, image(), tile / image().count, tile % image().count, mask_tile};
-  };
+  const auto positions = [&] { return KeyPositions<Cores>{cores, image(), part(), down(), mask_tile}; };
   const auto load = [&](int i, int stage) {
     const int h = head_of(i), q0 = query_of(i);
     const Span s = span();
