@@ -53,7 +53,8 @@ def read_all(
 def given_by_launches(ampere: bool) -> dict[str, int]:
     """The most bytes of shared memory that launches give a kernel beside its own, by its mangled name.
 
-    Attention's alone do: the launchers say it, asked for a mask with a row for each query in every width of heads.
+    Attention's alone do: the launchers say it, asked for a mask with a row for each query, and for positions, in every
+    width of heads.
     """
     most: dict[str, int] = {}
     with machine.activate((8, 0) if ampere else (7, 5), take=lambda call, record: None) as record, vk.use("ext"):
@@ -61,6 +62,7 @@ def given_by_launches(ampere: bool) -> dict[str, int]:
             for width in (*range(16, 113, 16), WIDEST_HEAD) if ampere else (WIDEST_TURING_HEAD,):
                 q, mask = torch.zeros(1, 1, 2, width, dtype=dtype), torch.zeros(1, 1, 2, 2, dtype=dtype)
                 vk.ops.attention(q.requires_grad_(), q, q, attn_mask=mask).sum().backward()
+                vk.ops.attention_rel_pos(q, q, q, mask, mask[..., :1]).sum().backward()
     for name, (_, _, shared) in zip(record.names, record.shapes, strict=True):
         most[name] = max(shared, most.get(name, 0))
     return most

@@ -117,8 +117,7 @@ class OpBench:
         }
 
     def _has_cuda_cpp(self) -> bool:
-        there = self.case.op not in ext_cuda.ABSENT
-        return there and self.device.type == "cuda" and ext_cuda.Cuda().why_not() is None
+        return self.device.type == "cuda" and ext_cuda.Cuda().why_not() is None
 
     def _in_cuda_cpp(self, **tensors: Any) -> tuple[Tensor, ...]:
         with dispatch.scope(("ext",)):

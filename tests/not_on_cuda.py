@@ -1,4 +1,4 @@
-"""Which cases of the list the extension's CUDA C++ leaves to others, each with the sentence that says so."""
+"""Which cases of the list the extension's CUDA C++ leaves to others, on which GPUs, with the sentence that says so."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ from case import Case, T
 from vitkernels import ext_cuda
 
 
-def reason_of(case: Case) -> str | None:
-    """What `why_not` ends with; None where its kernels serve the case."""
-    if case.op in ext_cuda.ABSENT:
-        return f"has no {ext_cuda.ABSENT[case.op]} yet"
-    return None
-
-
 def why_not_on(capability: tuple[int, int], case: Case, dtype: torch.dtype) -> str | None:
-    """The same for a dtype on GPUs of one capability."""
-    reason = reason_of(case)
-    if reason is not None or capability >= (8, 0):
-        return reason
+    """What `why_not` says for a dtype on GPUs of one capability; None where the kernels serve the case."""
+    if capability >= (8, 0):
+        return None
     if case.op in ext_cuda.ATTENTION and dtype != torch.float32:
         return "needs compute capability 8.0 or later"
     if case.op in ext_cuda.ATTENTION and _width_of_heads(case) > ext_cuda.WIDEST_TURING_HEAD:

@@ -228,9 +228,10 @@ def test_shared_memory_of_cuda_cpp_is_what_launches_give() -> None:
     if cuda.why_not() is not None:
         pytest.skip(str(cuda.why_not()))
     ampere, turing = cuda.given_by_launches(True), cuda.given_by_launches(False)
-    assert len([name for name in ampere if "TensorCores" in name]) == 2 * 3 * 6, "two dtypes, three kernels, six widths"
+    tensor = [name for name in ampere if "TensorCores" in name]
+    assert len(tensor) == 2 * 2 * 3 * 6, "masks and images, two dtypes, three kernels, six widths"
     assert 16 << 10 < min(ampere.values()) <= max(ampere.values()) <= 99 << 10
-    assert len(turing) == 3
+    assert len(turing) == 2 * 3
     assert max(turing.values()) <= 64 << 10
 
 

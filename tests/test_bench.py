@@ -116,14 +116,12 @@ def test_bytes_are_arguments_results_and_gradients() -> None:
     assert _op("rotary", torch.bfloat16).bytes == 2 * (2 * 2 * x + positions)
 
 
-def test_cuda_cpp_is_timed_where_it_has_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, and nowhere else: an op that it leaves to others is no lane that failed."""
+def test_cuda_cpp_is_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nowhere else."""
     monkeypatch.setattr(ext_cuda.Cuda, "why_not", lambda self: None)
-    cases = {case.op: case for case in of_size(TINY)}
-    for op, case in cases.items():
+    for case in of_size(TINY):
         lanes = [OpBench(case, torch.float32, torch.device(kind), True).lanes() for kind in ("cuda", "cpu")]
-        assert [CUDA_CPP in each for each in lanes] == [op not in ext_cuda.ABSENT, False]
-    assert set(ext_cuda.ABSENT) < set(cases)
+        assert [CUDA_CPP in each for each in lanes] == [True, False]
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["model", "block"])

@@ -1,4 +1,4 @@
-"""The three attention ops in CUDA C++, through the extension's own launchers, executed by the machine in `ptx`."""
+"""The attention ops in CUDA C++, through the extension's own launchers, executed by the machine in `ptx`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from cases import STRIDES, STRIDES_16
 from cases_attention import (
     ATTENTION,
     ATTENTION_QKV,
+    ATTENTION_REL_POS,
     ATTENTION_VARLEN,
     BF16,
     F16,
     F32,
     attention,
     attention_qkv,
+    attention_rel_pos,
     attention_varlen_qkv,
 )
 from draws import keep_some
@@ -46,20 +48,24 @@ BIAS = attention("bias", 1, 2, 70, mask=T((1, 1, 70, 70)))
 PADDED = attention("padding", 2, 2, 40, 70, mask=T((2, 1, 1, 70), convert=keep_some))
 CAUSAL = attention_qkv("causal", 1, 2, 70, causal=True)
 PACKED = attention_varlen_qkv("several", (33, 1, 70))
+IMAGE = attention_rel_pos("image", 1, 2, (5, 14))
+WIDE_IMAGE = attention_rel_pos("wider than Triton takes", 1, 2, (3, 70), queries=9)  # three parts of its columns
 
 
 def _trials() -> Iterator[Any]:
     """The list in bfloat16 and float32, half of it in float16, whose kernels are bfloat16's text.
 
-    Layouts, and sequences end to end, on the same kernels: in one dtype, by turns; of the layouts of these a sample.
+    Layouts, sequences end to end and images: in one dtype, by turns; of the layouts of the last two a sample.
     """
     for number, case in enumerate([*ATTENTION, *ATTENTION_QKV]):
         for dtype in (BF16, F32, F16)[: 2 + number % 2]:
             if dtype in case.dtypes:
                 yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
     layouts = {op: [case for case in (*STRIDES, *STRIDES_16) if case.op == op] for op in ext_cuda.ATTENTION}
-    layouts["attention_varlen"] = layouts["attention_varlen"][::4]
-    for number, case in enumerate([*ATTENTION_VARLEN, *itertools.chain.from_iterable(layouts.values())]):
+    for op in ("attention_rel_pos", "attention_varlen"):
+        layouts[op] = layouts[op][::4]
+    alone = [*ATTENTION_VARLEN, *ATTENTION_REL_POS, WIDE_IMAGE, *itertools.chain.from_iterable(layouts.values())]
+    for number, case in enumerate(alone):
         dtypes = [each for each in (BF16, F32, F16) if each in case.dtypes]
         if dtypes:
             dtype = dtypes[number % len(dtypes)]
@@ -86,6 +92,9 @@ def expected(case: Case) -> list[str]:
         lengths = next(spec for name, spec in case.tensors.items() if name.startswith("cu_seqlens"))
         batch, heads = lengths.shape[0] - 1, 1  # type: ignore[union-attr]
         queries, keys = list(case.options.values())[:2] if "q" in case.tensors else [case.options["max_seqlen"]] * 2
+    elif case.op == "attention_rel_pos":
+        (batch, heads, queries, rows), (*_, columns) = (case.tensors[name].shape for name in ("rel_h", "rel_w"))  # type: ignore[union-attr]
+        keys = rows * columns
     else:
         batch, queries, _ = case.tensors["qkv"].shape  # type: ignore[union-attr]
         heads, keys = case.options["num_heads"], queries
@@ -99,7 +108,7 @@ def test_case(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL, PACKED], ids=str)
+@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL, PACKED, IMAGE], ids=str)
 def test_backward_follows_any_forward(case: Case, dtype: torch.dtype) -> None:
     assert kernels(launched(case, dtype, forward="reference", backward="ext")) == [DQ, DKDV]
     assert kernels(launched(case, dtype, forward="ext", backward="reference")) == [FORWARD]
@@ -122,6 +131,18 @@ def test_heads_are_not_padded_to_powers_of_two(width: int) -> None:
     assert max(shared for _, _, shared in record.shapes) <= (TURING_SHARED if width <= 104 else MOST_SHARED)
 
 
+@pytest.mark.parametrize("width", sorted({*WIDTHS.values(), 104}))
+def test_images_fit_as_masks_do(width: int) -> None:
+    case = attention_rel_pos("width", 1, 1, (1, 5), width)
+    record = launched(case, BF16)
+    assert all(f"TensorCoresI13__nv_bfloat16Li{WIDTHS[width]}E" in name for name in record.names)
+    assert max(shared for _, _, shared in record.shapes) <= MOST_SHARED
+    with cuda.activate(take=lambda call, record: None) as record, vk.use("ext"):  # for their sizes, which say enough
+        case.call(case.build(F32))["out"].sum().backward()
+    assert kernels(record) == list(KERNELS)
+    assert max(shared for _, _, shared in record.shapes) <= (TURING_SHARED if width <= 104 else MOST_SHARED)
+
+
 def test_grids_are_tiles_by_heads() -> None:
     case = attention("grid", 2, 3, 129, 65, 64)
     threads = (128, 1, 1)
@@ -129,6 +150,15 @@ def test_grids_are_tiles_by_heads() -> None:
     assert found == [((2 * 3 * 2, 1, 1), threads)] * 2 + [((2 * 3 * 1, 1, 1), threads)]
     found = [(grid, block) for grid, block, _ in launched(case, F32).shapes]
     assert found == [((2 * 3 * 5, 1, 1), threads)] * 2 + [((2 * 3 * 3, 1, 1), threads)]
+
+
+def test_tiles_of_keys_are_rows_of_an_image_or_parts_of_one() -> None:
+    """Where 128 keys stay: up to 8 rows of the image, or 65 columns of a row of 130."""
+    for image, count in (((14, 14), 2), ((20, 7), 3), ((9, 70), 9), ((3, 130), 6)):
+        case = attention_rel_pos("grid", 1, 2, image, 64, queries=5)
+        with cuda.activate(take=lambda call, record: None) as record, vk.use("ext"):
+            case.call(case.build(BF16))["out"].sum().backward()
+        assert [grid for grid, _, _ in record.shapes] == [(2, 1, 1), (2, 1, 1), (2 * count, 1, 1)]
 
 
 def test_sequences_end_to_end_are_one_launch() -> None:
@@ -155,6 +185,8 @@ def test_declined(width: int, dtype: torch.dtype, capability: tuple[int, int], r
     calls: list[Callable[[], Any]] = [
         lambda: vk.ops.attention(q, q, q),
         lambda: vk.ops.attention_qkv(qkv, 2),
+        lambda: vk.ops.attention_rel_pos(q, q, q, q[..., :3], q[..., :1]),
+        lambda: vk.ops.attention_rel_pos(qkv.view(1, 3, 3, 2, width), q[..., :3], q[..., :1]),
         lambda: vk.ops.attention_varlen(packed, ends, 3),
     ]
     with cuda.activate(capability) as record:
@@ -178,6 +210,13 @@ def test_too_many_tokens_are_declined(shape: tuple[int, ...], reason: str) -> No
         vk.ops.attention(q, q, q)
 
 
+def test_too_large_images_are_declined() -> None:
+    """Of images one key wide a tile has eight keys."""
+    q = torch.zeros(1, dtype=BF16).expand(2**20, 2**10, 17, 16)
+    with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match="2147483647 tiles"):
+        vk.ops.attention_rel_pos(q, q, q, q[..., :1].expand(-1, -1, -1, 17), q[..., :1])
+
+
 def test_too_many_sequences_are_declined() -> None:
     qkv, ends = torch.zeros(1, dtype=BF16).expand(2, 3, 2**20, 16), torch.tensor([0] * 2048 + [2]).int()
     with cuda.activate(), vk.use("ext"), pytest.raises(vk.BackendError, match="2147483647 tiles"):
@@ -193,12 +232,13 @@ def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]) -> No
     monkeypatch.setattr(cuda, "_texts", functools.lru_cache(lambda code: tuple(map(change, texts(code)))))
 
 
-@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL, attention("wide", 1, 1, 33, 70, 104)], ids=str)
+@pytest.mark.parametrize("case", [BIAS, PADDED, CAUSAL, attention("wide", 1, 1, 33, 70, 104), IMAGE], ids=str)
 def test_without_asynchronous_copies(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Capability 7.5 has none: the kernels of float32 as they are compiled for it."""
     toolkit = nvcc.find()
     assert toolkit is not None
-    source, target = nvcc.CSRC / "cuda" / "attention_f32.cu", tmp_path / "attention_f32.ptx"
+    name = "attention_rel_pos_f32" if case is IMAGE else "attention_f32"
+    source, target = nvcc.CSRC / "cuda" / f"{name}.cu", tmp_path / f"{name}.ptx"
     nvcc.run([*nvcc.command(toolkit, source, ["-arch=compute_75"]), "-ptx", "-o", target])
     text = target.read_text()
     assert "cp.async" not in text

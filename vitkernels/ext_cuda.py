@@ -14,16 +14,16 @@ from typing import Any, Protocol
 import torch
 
 LOWEST_CAPABILITY = (7, 5)
-ATTENTION = ("attention", "attention_qkv", "attention_varlen")
+ATTENTION = ("attention", "attention_qkv", "attention_rel_pos", "attention_varlen")
 WIDEST_HEAD, WIDEST_TURING_HEAD = 128, 104  # csrc/cuda/attention.h, attention_f32.cu
 FEWEST_TOKENS, MOST_BLOCKS = 32, 2**31 - 1  # of a block of attention, of a launch
+FEWEST_OF_IMAGE = 8  # the same of keys that are an image: csrc/cuda/attention.h, ImageTiles
 MOST_TOKENS = 2**31 - 256  # of attention, which counts them in 32 bits to the end of a tile
 NORMS = ("add_layer_norm", "add_rms_norm")
 MOST_COLUMNS, MOST_SAMPLES = 6144, 65535  # of a norm, and with weights of their own: csrc/cuda/add_layer_norm.cu
 WIDEST_ROTARY_HEAD = 256  # csrc/cuda/rotary_qkv.cu
 MOST_CHANNELS = 64  # that patch_embed normalises: csrc/cuda/patch_embed.cuh
 PRODUCTS = ("linear", "mlp", "glu_mlp", "patch_embed")  # ops that multiply matrices
-ABSENT = {"attention_rel_pos": "attention with decomposed relative positions"}  # ops that are C++ for CPUs alone
 
 
 class Gpu(Protocol):
@@ -100,8 +100,6 @@ def why_not_call(gpu: Gpu, op: str, call: Any) -> str | None:
     reason = gpu.why_not()
     if reason is not None:
         return f"the extension has no CUDA kernels here: {reason}"
-    if op in ABSENT:
-        return f"the extension's CUDA C++ has no {ABSENT[op]} yet"
     tensors = [arg for arg in call if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     major, minor = capability = gpu.capability(device)
@@ -136,12 +134,17 @@ def _why_not_norm(call: Any) -> str | None:
 
 
 def _why_not_attention(call: Any, capability: tuple[int, int]) -> str | None:
+    fewest = FEWEST_TOKENS
     if "qkv" in call._fields:
         first, heads = call.qkv, call.num_heads
         batch, tokens, width = first.shape[0], first.shape[1], first.shape[2] // (3 * heads)
     elif "cu_seqlens_q" in call._fields:
         first, batch = call.q, call.cu_seqlens_q.shape[0] - 1
         (heads, width), tokens = first.shape[-2:], max(call.max_seqlen_q, call.max_seqlen_k)
+    elif "rel_h" in call._fields:
+        first, fewest = call.q, FEWEST_OF_IMAGE
+        batch, heads, queries, rows = call.rel_h.shape
+        width, tokens = first.shape[-1], max(queries, rows * call.rel_w.shape[3])
     else:
         first, (batch, heads, tokens, width) = call.q, call.q.shape
         tokens = max(tokens, call.k.shape[2])
@@ -149,9 +152,9 @@ def _why_not_attention(call: Any, capability: tuple[int, int]) -> str | None:
         return f"the CUDA C++ kernels take heads up to {WIDEST_HEAD} wide, and these are {width}"
     if tokens > MOST_TOKENS:
         return f"the CUDA C++ kernels take up to {MOST_TOKENS} tokens; got {tokens}"
-    rows = batch * heads
-    if rows * -(-tokens // FEWEST_TOKENS) > MOST_BLOCKS:
-        return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {rows} x {tokens} tokens are more"
+    sequences = batch * heads
+    if sequences * -(-tokens // fewest) > MOST_BLOCKS:
+        return f"the CUDA C++ kernels take up to {MOST_BLOCKS} tiles of tokens; {sequences} x {tokens} tokens are more"
     if capability >= (8, 0):
         return None
     has = f"{first.device} has {capability[0]}.{capability[1]}"

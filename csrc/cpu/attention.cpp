@@ -1,5 +1,5 @@
-// attention, attention_qkv, attention_varlen (shared/attention.cpp calls these) and attention_rel_pos on the CPU. Heads of
-// sequences are the unit of work, and those that share k and v together.
+// Attention on the CPU; shared/attention.cpp has the ops. Heads of sequences are the unit of work, and those that share k
+// and v together.
 #include "shared/attention.h"
 
 #include "tensors.h"
@@ -13,9 +13,15 @@ struct Span {
 };
 
 // Of an image of `columns` keys a row, what is added to its rows and columns, or the gradients of it; 0: there is none.
-struct Positions {
+struct Image {
   Heads rel_h = {}, rel_w = {};
   int64_t columns = 0;
+  explicit Image(const std::optional<Positions>& p) {
+    if (!p || p->rel_h.size(3) == 0) return;
+    rel_h = heads_of(p->rel_h);
+    rel_w = heads_of(p->rel_w);
+    columns = p->rel_w.size(3);
+  }
   Rows rows(const Heads& rel, int64_t span, int64_t h) const { return columns > 0 ? rel.rows(span, h) : Rows{}; }
   OutRows out(const Heads& rel, int64_t span, int64_t h) const { return columns > 0 ? rel.out(span, h) : OutRows{}; }
 };
@@ -24,12 +30,12 @@ struct Positions {
 struct Sequences {
   std::vector<Span> spans;
   int64_t heads, key_heads, width;
-  bool is_causal;
+  bool is_causal, added;
   double scale;
   Heads q, k, v;
   Mask mask;
   int64_t stats_span, stats_head, stats_row;  // steps: of Span.q, of a head, from a largest score to its log-sum
-  Positions positions = {};  // of sequences of one length
+  Image image;  // of sequences of one length
   int64_t group() const { return heads / key_heads; }
   Head head(int64_t span, int64_t h) const {
     const Span& s = spans[span];
@@ -41,17 +47,17 @@ struct Sequences {
             h % group(),
             group(),
             scale,
-            positions.columns > 0 ? scale : score_factor(mask, scale),
-            positions.columns > 0 ? 1.0 : score_unit(mask, scale),
+            score_factor(added, scale),
+            score_unit(added, scale),
             is_causal,
             mask.added(),
             q.rows(s.q, h),
             k.rows(s.k, shared),
             v.rows(s.k, shared),
             mask.rows(span, h),
-            positions.rows(positions.rel_h, s.q, h),
-            positions.rows(positions.rel_w, s.q, h),
-            positions.columns};
+            image.rows(image.rel_h, s.q, h),
+            image.rows(image.rel_w, s.q, h),
+            image.columns};
   }
   int64_t stats_of(int64_t span, int64_t h) const { return spans[span].q * stats_span + h * stats_head; }
   template <class A>
@@ -124,7 +130,7 @@ struct Units {
 
 // Returns dmask.
 Tensor backward(const Sequences& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
-                const Heads& dk, const Heads& dv, const Maybe& mask, bool needs_mask, const Positions& drel = {}) {
+                const Heads& dk, const Heads& dv, const Maybe& mask, bool needs_mask, const Image& drel) {
   return with_accumulate(stats.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const Tensor stats_packed = packed(stats);
@@ -203,71 +209,17 @@ std::vector<Span> spans_of(const Problem& p) {
 
 Sequences sequences(const Problem& p) {
   const int64_t stats_head = 2 * p.rows(), stats_span = p.ends ? 1 : p.heads * stats_head;
-  return {spans_of(p), p.heads, p.key_heads, p.width,    p.is_causal, p.scale, p.q, p.k,
-          p.v,         p.mask,  stats_span,  stats_head, p.rows()};
+  return {spans_of(p), p.heads, p.key_heads, p.width,    p.is_causal, p.added(), p.scale,          p.q, p.k,
+          p.v,         p.mask,  stats_span,  stats_head, p.rows(),    Image(p.positions)};
 }
 
 }  // namespace
 
 void attend(const Problem& p, const Heads& out, const Tensor& stats) { forward(sequences(p), out, stats); }
 
-namespace {
-
-// [B, H, N, K]
-Heads heads_of(const Tensor& t) { return {bytes(t), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-// The same of a third of a packed [B, N, 3, H, K]
-Heads heads_of(const Tensor& t, int64_t which) {
-  return {bytes(t) + which * t.stride(2) * size_of(dtype_of(t)), dtype_of(t), t.stride(0), t.stride(3), t.stride(1),
-          t.stride(4)};
-}
-Heads heads_of(const Tensor& packed, const Maybe& t, int64_t which) { return t ? heads_of(*t) : heads_of(packed, which); }
-
-Positions positions_of(const Tensor& rel_h, const Tensor& rel_w) {
-  return {heads_of(rel_h), heads_of(rel_w), rel_h.size(3) > 0 ? rel_w.size(3) : 0};
-}
-
-Sequences sequences_rel_pos(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& rel_h, const Tensor& rel_w,
-                            double scale) {
-  const int64_t heads = rel_h.size(1), queries = rel_h.size(2), keys = rel_h.size(3) * rel_w.size(3);
-  std::vector<Span> spans;
-  for (int64_t b = 0; b < rel_h.size(0); ++b) spans.push_back({b, queries, b, keys});
-  return {spans, heads, heads, q.size(q.dim() - 1), false, scale, k ? heads_of(q) : heads_of(q, 0), heads_of(q, k, 1),
-          heads_of(q, v, 2), Mask(Maybe()), heads * 2 * queries, 2 * queries, queries, positions_of(rel_h, rel_w)};
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_rel_pos(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& rel_h,
-                                             const Tensor& rel_w, double scale) {
-  const Sequences p = sequences_rel_pos(q, k, v, rel_h, rel_w, scale);
-  const int64_t batch = rel_h.size(0), queries = rel_h.size(2);
-  Tensor out = torch::stable::transpose(empty(q, {batch, queries, p.heads, p.width}), 1, 2);
-  Tensor stats = empty({batch, p.heads, 2, queries}, accumulate_dtype(q.scalar_type()));
-  forward(p, heads_of(out), stats);
-  return {out, stats};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_rel_pos_backward(
-    const Tensor& dout, const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& out, const Tensor& stats,
-    const Tensor& rel_h, const Tensor& rel_w, double scale, bool needs_rel) {
-  const Sequences p = sequences_rel_pos(q, k, v, rel_h, rel_w, scale);
-  Tensor dq = k ? heads_last(q) : empty(q, shape_of(q));
-  Tensor dk = k ? heads_last(*k) : nothing(q), dv = v ? heads_last(*v) : nothing(q);
-  Tensor drel_h = needs_rel ? empty(rel_h, shape_of(rel_h)) : nothing(q);
-  Tensor drel_w = needs_rel ? empty(rel_w, shape_of(rel_w)) : nothing(q);
-  if (needs_rel && p.positions.columns == 0) {  // of an image without keys one may have elements
-    torch::stable::zero_(drel_h);
-    torch::stable::zero_(drel_w);
-  }
-  const Heads to_q = k ? heads_of(dq) : heads_of(dq, 0), to_k = k ? heads_of(dk) : heads_of(dq, 1);
-  backward(p, heads_of(out), heads_of(dout), stats, to_q, to_k, v ? heads_of(dv) : heads_of(dq, 2), {}, false,
-           needs_rel ? positions_of(drel_h, drel_w) : Positions());
-  return {dq, dk, dv, drel_h, drel_w};
-}
-
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
-                       const Heads& dk, const Heads& dv, bool needs_mask) {
-  return backward(sequences(p), out, dout, stats, dq, dk, dv, p.given_mask, needs_mask);
+                       const Heads& dk, const Heads& dv, bool needs_mask, const std::optional<Positions>& drel) {
+  return backward(sequences(p), out, dout, stats, dq, dk, dv, p.given_mask, needs_mask, Image(drel));
 }
 
 }  // namespace vk

@@ -15,11 +15,7 @@ int64_t configure(const std::string& name, int64_t value) {
 
 }  // namespace vk
 
-STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
-  vk::implement(m);
-  m.impl("attention_rel_pos", TORCH_BOX(&vk::attention_rel_pos));
-  m.impl("attention_rel_pos_backward", TORCH_BOX(&vk::attention_rel_pos_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) { vk::implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&vk::configure));

@@ -3,12 +3,16 @@
 //
 // The kernels are written once, on `Cores` that say what a thread holds of a tile and how two tiles are multiplied:
 //   attention_tiles.cuh     tiles of shared memory: copies in and out, masks, scores
+//   attention_image.cuh     what relative positions add to scores of an image of keys, and the gradients of it
 //   attention_forward.cuh   one block a tile of queries, over all keys
 //   attention_backward.cuh  dq by queries, then dk and dv by keys
 //   attention_plain.cuh     Cores of float32: products on the ordinary cores
 //   attention_tensor.cuh    Cores of float16 and bfloat16: the same on tensor cores
-//   attention_{f32,f16,bf16}.cu  the kernels of a dtype; attention_launch.cpp launches them
+//   attention_{f32,f16,bf16}.cu  the kernels of a dtype, attention_rel_pos_{f32,f16,bf16}.cu those for images;
+//   attention_launch.cpp launches them
 #pragma once
+#include <algorithm>
+
 #include "shared/types.h"
 
 namespace vk {
@@ -40,6 +44,13 @@ struct Span {
   int32_t q, queries, k, keys;
 };
 
+// Keys as an image, row by row: each query adds a number to the scores of each of its rows, and of each of its columns.
+struct Image {
+  int32_t rows, columns;
+  const float *rel_h, *rel_w;  // [B, H, Nq, rows] and [B, H, Nq, columns], packed
+  float *drel_h, *drel_w;      // of the same shapes; null where nobody asks for them
+};
+
 struct Attention {
   int32_t heads, group, queries, keys, width;  // heads of q, so many of which share one of k and v
   // cu_seqlens [S + 1] of sequences that lie end to end, queries and keys being those of the longest; null: all are
@@ -55,6 +66,7 @@ struct Attention {
   float* delta;  // [B, H, Nq] or [H, T]: the sum over keys of weight times its gradient
   int64_t rows, stats_span, delta_span;  // Nq or T; strides of Span.q
   float* dscores;                        // [B, H, Nq, Nk]; null where nobody asks for it
+  Image image;                           // of attention_rel_pos
 #if defined(__CUDACC__)
   __device__ Span span(int b) const {
     if (ends_q == nullptr) return {b, queries, b, keys};
@@ -65,6 +77,29 @@ struct Attention {
   __device__ float* stats_of(int32_t q, int h) const { return stats + q * stats_span + 2 * h * rows; }
   __device__ float* delta_of(int32_t q, int h) const { return delta + q * delta_span + h * rows; }
 #endif
+};
+
+// Tiles of up to `most` keys of an image that are neighbours in memory: `down` rows as wide as the image, or `across`
+// columns of one row. They go down the image, one part of its columns after the other.
+struct ImageTiles {
+  static constexpr int kMostDown = 8;  // what is added to rows comes with each tile, and takes shared memory
+  int rows, columns, parts, across, down, count;  // tiles of a part
+  int inverse;                                    // of across, times 2^16
+  VK_BOTH ImageTiles(const Image& image, int most)
+      : rows(image.rows),
+        columns(image.columns),
+        parts((columns + most - 1) / most),
+        across((columns + parts - 1) / parts),
+        down(parts > 1 ? 1 : std::min(most / columns, int(kMostDown))),
+        count((rows + down - 1) / down),
+        inverse((1 << 16) / across + 1) {}
+  VK_BOTH int total() const { return parts * count; }
+  VK_BOTH int begin(int part, int i) const { return i * down * columns + part * across; }
+  VK_BOTH int keys(int part, int i) const {
+    return std::min(down, rows - i * down) * std::min(across, columns - part * across);
+  }
+  // Which of its rows a tile's key is in; keys that are not there are in the last one.
+  VK_BOTH int row_of(int key) const { return std::min(key * inverse >> 16, down - 1); }
 };
 
 constexpr int kWidestHead = 128;
@@ -85,5 +120,8 @@ struct AttentionKernels {
 const AttentionKernels& attention_f32(int64_t width);
 const AttentionKernels& attention_f16(int64_t width);
 const AttentionKernels& attention_bf16(int64_t width);
+const AttentionKernels& attention_rel_pos_f32(int64_t width);
+const AttentionKernels& attention_rel_pos_f16(int64_t width);
+const AttentionKernels& attention_rel_pos_bf16(int64_t width);
 
 }  // namespace vk

@@ -19,15 +19,43 @@ DeviceHeads on_device(const Heads& t, int64_t width) {
   return {t.data, t.batch, t.head, t.token, t.col, is_aligned(t, width)};
 }
 
+// Without keys nothing is added, and the kernels of images are not asked.
+bool has_image(const Problem& p) { return p.positions && p.keys > 0; }
+
 const AttentionKernels& kernels_for(const Problem& p) {
+  const bool image = has_image(p);
   switch (p.q.dtype) {
-    case DType::bf16: return attention_bf16(p.width);
-    case DType::f16: return attention_f16(p.width);
-    default: return attention_f32(p.width);
+    case DType::bf16: return image ? attention_rel_pos_bf16(p.width) : attention_bf16(p.width);
+    case DType::f16: return image ? attention_rel_pos_f16(p.width) : attention_f16(p.width);
+    default: return image ? attention_rel_pos_f32(p.width) : attention_f32(p.width);
   }
 }
 
-Attention described(const Problem& p, const Tensor& stats) {
+// What is added, and its gradients, as the kernels read and write them: float32, packed.
+struct FloatPositions {
+  std::optional<Positions> rel, drel;
+  FloatPositions(const Problem& p, const std::optional<Positions>& gradients = {}) {
+    if (!has_image(p)) return;
+    const auto floats = [](const Tensor& t) { return packed(cast(t, ScalarType::Float)); };
+    rel = {floats(p.positions->rel_h), floats(p.positions->rel_w)};
+    if (gradients) drel = {same_or_float(gradients->rel_h), same_or_float(gradients->rel_w)};
+  }
+  static Tensor same_or_float(const Tensor& t) {
+    return t.scalar_type() == ScalarType::Float ? t : empty(t, shape_of(t), ScalarType::Float);
+  }
+  Image image() const {
+    const auto data = [](const Tensor& t) { return reinterpret_cast<float*>(bytes(t)); };
+    if (!rel) return {};
+    return {int32_t(rel->rel_h.size(3)),        int32_t(rel->rel_w.size(3)),        data(rel->rel_h), data(rel->rel_w),
+            drel ? data(drel->rel_h) : nullptr, drel ? data(drel->rel_w) : nullptr};
+  }
+  void round_to(Positions gradients) const {
+    if (gradients.rel_h.scalar_type() != ScalarType::Float) torch::stable::copy_(gradients.rel_h, drel->rel_h);
+    if (gradients.rel_w.scalar_type() != ScalarType::Float) torch::stable::copy_(gradients.rel_w, drel->rel_w);
+  }
+};
+
+Attention described(const Problem& p, const Tensor& stats, const FloatPositions& positions) {
   Attention a{};
   a.heads = int32_t(p.heads);
   a.group = int32_t(p.heads / std::max<int64_t>(p.key_heads, 1));
@@ -43,22 +71,22 @@ Attention described(const Problem& p, const Tensor& stats) {
   a.stats_span = p.ends ? 1 : 2 * a.delta_span;
   a.causal = p.is_causal;
   a.scale = float(p.scale);
-  a.factor = float(score_factor(p.mask, p.scale));
-  a.unit = float(score_unit(p.mask, p.scale) * kLog2E);
+  a.factor = float(score_factor(p.added(), p.scale));
+  a.unit = float(score_unit(p.added(), p.scale) * kLog2E);
   a.q = on_device(p.q, p.width);
   a.k = on_device(p.k, p.width);
   a.v = on_device(p.v, p.width);
   a.mask = {p.mask.data,  p.mask.dtype, uint32_t(p.mask.masks), p.mask.batch,
             p.mask.head, p.mask.query, p.mask.key};
   a.stats = reinterpret_cast<float*>(bytes(stats));
+  a.image = positions.image();
   return a;
 }
 
-// One block for each tile of `tokens` of each head of queries or of keys.
+// One block for each tile of each head of queries or of keys.
 void launch(const Launches& launches, const char* name, const AttentionKernel& kernel, int threads, int64_t heads,
-            int64_t tokens, const Attention& a) {
-  const int64_t count = heads * blocks(tokens, kernel.rows);
-  launches(name, kernel.kernel, {count}, dim3(threads), kernel.shared(a), a);
+            int64_t tiles, const Attention& a) {
+  launches(name, kernel.kernel, {heads * tiles}, dim3(threads), kernel.shared(a), a);
 }
 
 // The mask's gradient: the gradients of all scores that an element was added to, those of sequences that it served in
@@ -79,18 +107,21 @@ Tensor sum_to(const Tensor& dscores, const Tensor& mask) {
 
 void attend(const Problem& p, const Heads& out, const Tensor& stats) {
   const AttentionKernels& kernels = kernels_for(p);
-  Attention a = described(p, stats);
+  const FloatPositions positions(p);
+  Attention a = described(p, stats, positions);
   a.out = on_device(out, p.width);
   const Launches launches("attention", p.tensor, {given(p.given_mask)});
-  launch(launches, "attention_forward", kernels.forward, kernels.threads, p.batch * p.heads, p.queries, a);
+  launch(launches, "attention_forward", kernels.forward, kernels.threads, p.batch * p.heads,
+         blocks(p.queries, kernels.forward.rows), a);
 }
 
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats_, const Heads& dq,
-                       const Heads& dk, const Heads& dv, bool needs_mask) {
+                       const Heads& dk, const Heads& dv, bool needs_mask, const std::optional<Positions>& drel) {
   const AttentionKernels& kernels = kernels_for(p);
   const Tensor stats = packed(stats_), delta = empty(stats, {p.ends ? 1 : p.batch, p.heads, p.rows()});
   const Tensor dscores = needs_mask ? empty(stats, {p.batch, p.heads, p.queries, p.keys}) : nothing(stats);
-  Attention a = described(p, stats);
+  const FloatPositions positions(p, drel);
+  Attention a = described(p, stats, positions);
   a.out = on_device(out, p.width);
   a.dout = on_device(dout, p.width);
   a.dq = on_device(dq, p.width);
@@ -99,8 +130,12 @@ Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, co
   a.delta = reinterpret_cast<float*>(bytes(delta));
   a.dscores = needs_mask ? reinterpret_cast<float*>(bytes(dscores)) : nullptr;
   const Launches launches("attention_backward", p.tensor, {given(p.given_mask)});
-  launch(launches, "attention_dq", kernels.dq, kernels.threads, p.batch * p.heads, p.queries, a);
-  launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p.batch * p.key_heads, p.keys, a);
+  launch(launches, "attention_dq", kernels.dq, kernels.threads, p.batch * p.heads, blocks(p.queries, kernels.dq.rows),
+         a);
+  const int64_t key_tiles =
+      has_image(p) ? ImageTiles(a.image, kernels.dkdv.rows).total() : blocks(p.keys, kernels.dkdv.rows);
+  launch(launches, "attention_dkdv", kernels.dkdv, kernels.threads, p.batch * p.key_heads, key_tiles, a);
+  if (drel) positions.round_to(*drel);
   return needs_mask ? sum_to(dscores, *p.given_mask) : nothing(stats);
 }
 

@@ -14,6 +14,7 @@ struct OrdinaryCores {
   static constexpr int kThreads = 128, kRows = 32, kWarpRows = 8, kCols = kColumns;
   static constexpr bool kThere = true;
   static constexpr int kStages = 1;  // arithmetic is slow enough to hide little behind it, and shared memory is short
+  static constexpr int kApart = 1;  // as in TensorCores
   static constexpr int kR = 4, kC = kCols / 16, kA = 8;
   static constexpr int kScratchRow = kCols + 4;
   const int width, lane = threadIdx.x % 16, group = threadIdx.x / 16;

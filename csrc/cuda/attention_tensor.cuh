@@ -65,6 +65,7 @@ struct TensorCores {
   using T = Element;
   static constexpr int kThreads = 128, kWarpRows = 16 * kStrips, kRows = 4 * kWarpRows, kCols = kColumns;
   static constexpr int kStages = 2;
+  static constexpr int kApart = 4;  // more numbers in a row that is read down its columns: so lanes find other banks
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   static constexpr bool kThere = false;  // and every call is declined
 #else

@@ -63,10 +63,11 @@ __device__ __forceinline__ void store_sums(const RotaryQkv& a, int part, int fir
 }
 
 // A thread has 8 columns of a head, the same ones of every head that it takes, and of a head in halves also their
-// partners: so weights, biases and the sums of their gradients stay in registers. Its neighbours have the rest of the
-// head, whose norm is then a sum over a few lanes. All heads of a block are of q, or of k, or of v.
+// partners: so weights and biases, and backward the sums of their gradients, stay in registers. Its neighbours have the
+// rest of the head, whose norm is then a sum over a few lanes. All heads of a block are of q, or of k, or of v.
 template <bool kAligned, bool kHalf, bool kBackward>
-__global__ void __launch_bounds__(kThreads) rotary_qkv_kernel(const __grid_constant__ RotaryQkv a) {
+__global__ void __launch_bounds__(kThreads, kHalf || kBackward ? 2 : 3)
+    rotary_qkv_kernel(const __grid_constant__ RotaryQkv a) {
   constexpr int kParts = kHalf ? 2 : 1;
   const int part = blockIdx.y, span = a.width / kParts, first = threadIdx.x % a.lanes * kLanes;
   const bool normed = a.normed && part < 2, turns = a.sin.data && part < 2;
@@ -85,15 +86,18 @@ __global__ void __launch_bounds__(kThreads) rotary_qkv_kernel(const __grid_const
   const auto x_heads = moved(a.x, a.x_part), input_heads = moved(a.input, a.input_part);
   const auto out_heads = moved(a.out, a.out_part);
 
+  const auto load_vector = [&](TwoParts& values, const Rows& vector, float absent) {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) values[p][i] = absent;
+      if (normed && vector.data) load_floats<kAligned>(values[p], from_column(vector, p * span), 0, first, span);
+    }
+  };
   TwoParts weight, bias, dweight = {}, dbias = {};
-#pragma unroll
-  for (int p = 0; p < kParts; ++p) {
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) weight[p][i] = 1, bias[p][i] = 0;
-    if (!normed) continue;
-    const Rows &weights = a.weight[part], &biases = a.bias[part];
-    if (weights.data) load_floats<kAligned>(weight[p], from_column(weights, p * span), 0, first, span);
-    if (biases.data) load_floats<kAligned>(bias[p], from_column(biases, p * span), 0, first, span);
+  if (!kBackward) {
+    load_vector(weight, a.weight[part], 1);
+    load_vector(bias, a.bias[part], 0);
   }
 
   for (int step = 0; step < a.steps; ++step) {  // all threads take every step: lanes add to each other's sums
@@ -151,8 +155,9 @@ __global__ void __launch_bounds__(kThreads) rotary_qkv_kernel(const __grid_const
       each([&](int p, int i) {
         dweight[p][i] += x[p][i] * hat[p][i];
         dbias[p][i] += x[p][i];
-        x[p][i] *= weight[p][i];
       });
+      load_vector(weight, a.weight[part], 1);  // at each step: kept, it would halve the blocks at work
+      each([&](int p, int i) { x[p][i] *= weight[p][i]; });
       const float centre = a.centred ? mean_of([&](int p, int i) { return x[p][i]; }) : 0.f;
       const float slope = mean_of([&](int p, int i) { return x[p][i] * hat[p][i]; });
       each([&](int p, int i) { x[p][i] = (x[p][i] - centre - hat[p][i] * slope) * rstd; });

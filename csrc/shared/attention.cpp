@@ -1,14 +1,15 @@
-// attention, attention_qkv and attention_varlen: the schemas of vitkernels/ops/attention*.py, for both halves of the
-// extension.
+// attention, attention_qkv, attention_rel_pos and attention_varlen: the schemas of vitkernels/ops/attention*.py, for both
+// halves of the extension.
 #include "attention.h"
 
 #include <algorithm>
 #include <cmath>
 
 namespace vk {
-namespace {
 
 Heads heads_of(const Tensor& t) { return {bytes(t), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+namespace {
 
 // Third `which` of a packed [B, N, 3 * D], or all of a [B, N, D] (which = 0).
 Heads packed_heads(const Tensor& t, int64_t width, int64_t heads, int64_t which) {
@@ -27,6 +28,33 @@ Problem problem_qkv(const Tensor& qkv, int64_t heads, const Maybe& mask, bool is
   const auto part = [&](int64_t which) { return packed_heads(qkv, width, heads, which); };
   return {qkv,   qkv.size(0), heads,   heads,   qkv.size(1), qkv.size(1), width, is_causal,
           scale, part(0),     part(1), part(2), mask,        Mask(mask),  {}};
+}
+
+// Third `which` of a packed [B, N, 3, H, K].
+Heads packed_heads(const Tensor& t, int64_t which) {
+  char* data = bytes(t) + which * t.stride(2) * size_of(dtype_of(t));
+  return {data, dtype_of(t), t.stride(0), t.stride(3), t.stride(1), t.stride(4)};
+}
+
+Problem problem_rel_pos(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& rel_h, const Tensor& rel_w,
+                        double scale) {
+  const int64_t heads = rel_h.size(1), queries = rel_h.size(2), keys = rel_h.size(3) * rel_w.size(3);
+  return {q,
+          rel_h.size(0),
+          heads,
+          heads,
+          queries,
+          keys,
+          q.size(q.dim() - 1),
+          false,
+          scale,
+          k ? heads_of(q) : packed_heads(q, 0),
+          k ? heads_of(*k) : packed_heads(q, 1),
+          v ? heads_of(*v) : packed_heads(q, 2),
+          {},
+          Mask(Maybe()),
+          {},
+          Positions{rel_h, rel_w}};
 }
 
 // A tensor [T, H, K], or third `which` of a packed [T, 3, H, K].
@@ -66,11 +94,9 @@ Mask::Mask(const Maybe& mask) {
   key = stride(3);
 }
 
-double score_factor(const Mask& mask, double scale) {
-  return mask.added() || scale == 0 ? scale : std::copysign(1.0, scale);
-}
+double score_factor(bool added, double scale) { return added || scale == 0 ? scale : std::copysign(1.0, scale); }
 
-double score_unit(const Mask& mask, double scale) { return mask.added() || scale == 0 ? 1.0 : std::abs(scale); }
+double score_unit(bool added, double scale) { return added || scale == 0 ? 1.0 : std::abs(scale); }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
                                      bool is_causal, double scale) {
@@ -107,6 +133,33 @@ std::tuple<Tensor, Tensor> attention_qkv_backward(const Tensor& dout, const Tens
   Tensor dmask = attend_backward(p, part(out, 0), part(dout, 0), stats, part(dqkv, 0), part(dqkv, 1), part(dqkv, 2),
                                  needs_mask);
   return {dqkv, needs_mask ? dmask : nothing(qkv)};
+}
+
+std::tuple<Tensor, Tensor> attention_rel_pos(const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& rel_h,
+                                             const Tensor& rel_w, double scale) {
+  const Problem p = problem_rel_pos(q, k, v, rel_h, rel_w, scale);
+  Tensor out = heads_last(q, {p.batch, p.heads, p.queries, p.width}), stats = empty_stats(q, p);
+  attend(p, heads_of(out), stats);
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_rel_pos_backward(
+    const Tensor& dout, const Tensor& q, const Maybe& k, const Maybe& v, const Tensor& out, const Tensor& stats,
+    const Tensor& rel_h, const Tensor& rel_w, double scale, bool needs_rel) {
+  const Problem p = problem_rel_pos(q, k, v, rel_h, rel_w, scale);
+  Tensor dq = k ? heads_last(q) : empty(q, shape_of(q));
+  Tensor dk = k ? heads_last(*k) : nothing(q), dv = v ? heads_last(*v) : nothing(q);
+  Positions drel{needs_rel ? empty(rel_h, shape_of(rel_h)) : nothing(q),
+                 needs_rel ? empty(rel_w, shape_of(rel_w)) : nothing(q)};
+  const bool writes_rel = needs_rel && p.keys > 0;
+  if (needs_rel && !writes_rel) {  // of an image without keys one may have elements
+    torch::stable::zero_(drel.rel_h);
+    torch::stable::zero_(drel.rel_w);
+  }
+  attend_backward(p, heads_of(out), heads_of(dout), stats, k ? heads_of(dq) : packed_heads(dq, 0),
+                  k ? heads_of(dk) : packed_heads(dq, 1), v ? heads_of(dv) : packed_heads(dq, 2), false,
+                  writes_rel ? std::optional(drel) : std::nullopt);
+  return {dq, dk, dv, drel.rel_h, drel.rel_w};
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Maybe& k, const Maybe& v,

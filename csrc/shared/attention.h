@@ -1,5 +1,5 @@
 // A call of attention as both halves of the extension see it: heads, wherever they lie in q, k and v or in a packed
-// projection, a mask, and what scores are made with.
+// projection, a mask or positions, and what scores are made with.
 #pragma once
 #include "shared/ops.h"
 
@@ -28,9 +28,18 @@ struct Mask {
   }
 };
 
-// score_units of vitkernels/ops/attention.py
-double score_factor(const Mask& mask, double scale);
-double score_unit(const Mask& mask, double scale);
+// score_units of vitkernels/ops/attention.py, of a call that adds to scores or not
+double score_factor(bool added, double scale);
+double score_unit(bool added, double scale);
+
+// [B, H, N, K]
+Heads heads_of(const Tensor& t);
+
+// Of keys that are an image: what each query adds to the scores of its rows, [B, H, Nq, Kh], and of its columns,
+// [B, H, Nq, Kw], or the gradients of that.
+struct Positions {
+  Tensor rel_h, rel_w;
+};
 
 // Where sequences that lie end to end begin: a token of one is reached by the stride of a batch.
 struct Ends {
@@ -48,13 +57,16 @@ struct Problem {
   Maybe given_mask;
   Mask mask;                 // where it lies
   std::optional<Ends> ends;  // where it is there, queries and keys are those of the longest sequence
+  std::optional<Positions> positions = {};
+  bool added() const { return mask.added() || positions; }
   int64_t rows() const { return ends ? ends->queries : queries; }  // of stats
 };
 
 // What each half has of its own: writes `out` and stats [B, H, 2, Nq], of sequences end to end [H, 2, T].
 void attend(const Problem& p, const Heads& out, const Tensor& stats);
-// Writes dq, dk and dv; returns the mask's gradient, or a tensor of no elements where it is not needed.
+// Writes dq, dk and dv, and the gradients of positions into `drel`, packed, where it is given; returns the mask's gradient,
+// or a tensor of no elements where it is not needed.
 Tensor attend_backward(const Problem& p, const Heads& out, const Heads& dout, const Tensor& stats, const Heads& dq,
-                       const Heads& dk, const Heads& dv, bool needs_mask);
+                       const Heads& dk, const Heads& dv, bool needs_mask, const std::optional<Positions>& drel = {});
 
 }  // namespace vk

@@ -1,5 +1,4 @@
-// The implementations of the schemas of vitkernels/ops/*.py: same arguments, same order. register.h ties those that both
-// halves of the extension have, cpu/register.cpp the rest.
+// The implementations of the schemas of vitkernels/ops/*.py: same arguments, same order. register.h ties them.
 #pragma once
 #include <optional>
 #include <string>

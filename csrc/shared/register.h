@@ -1,4 +1,4 @@
-// Ties the ops that both halves of the extension have to their schemas, which Python defines beside each op.
+// Ties the ops to their schemas, which Python defines beside each op; both halves of the extension have all.
 #pragma once
 #include "ops.h"
 
@@ -10,6 +10,8 @@ void implement(Library& m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_qkv", TORCH_BOX(&attention_qkv));
   m.impl("attention_qkv_backward", TORCH_BOX(&attention_qkv_backward));
+  m.impl("attention_rel_pos", TORCH_BOX(&attention_rel_pos));
+  m.impl("attention_rel_pos_backward", TORCH_BOX(&attention_rel_pos_backward));
   m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
   m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
   m.impl("linear", TORCH_BOX(&linear_forward));

@@ -86,8 +86,10 @@ Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor heads_last(const Tensor& like) {
-  const Shape shape = shape_of(like), strides = packed_strides({shape[0], shape[2], shape[1], shape[3]});
+Tensor heads_last(const Tensor& like) { return heads_last(like, shape_of(like)); }
+
+Tensor heads_last(const Tensor& like, const Shape& shape) {
+  const Shape strides = packed_strides({shape[0], shape[2], shape[1], shape[3]});
   return empty_strided(like, shape, {strides[0], strides[2], strides[1], strides[3]}, like.scalar_type());
 }
 

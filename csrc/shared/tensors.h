@@ -41,6 +41,7 @@ Tensor packed(const Tensor& t);  // the tensor itself where it is already
 Tensor cast(const Tensor& t, ScalarType dtype);
 Tensor stacked(const std::vector<Tensor>& parts, ScalarType dtype);  // a copy, each below the one before; of one width
 Tensor heads_last(const Tensor& like);  // an empty [B, H, N, K] laid out as [B, N, H, K]
+Tensor heads_last(const Tensor& like, const Shape& shape);
 
 inline char* bytes(const Tensor& t) { return static_cast<char*>(t.data_ptr()); }
 

@@ -51,6 +51,7 @@ KERNELS = (
     Kernel("attention_qkv", "head width 72", (8, 0), "cuda"),
     Kernel("attention", "key padding, cross", (8, 0), "cuda"),
     Kernel("attention_varlen", "grouped keys, causal, cross", (8, 0), "cuda"),
+    Kernel("attention_rel_pos", "a smaller image of keys", (8, 0), "cuda"),
     Kernel("patch_embed", "uint8, mean and std", (8, 0), "cuda"),
 )
 
