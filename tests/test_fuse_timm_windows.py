@@ -84,6 +84,11 @@ def _class(file: str, cls: str, **more: Any) -> nn.Module:
     return _made(file, cls, D, HEADS, mlp_ratio=2.0, **more)
 
 
+def _mvit(width: int = D, **more: Any) -> nn.Module:
+    pooling = {"kernel_q": (3, 3), "kernel_kv": (3, 3), "stride_kv": (2, 2), "has_cls_token": False, **more}
+    return _made("mvitv2", "MultiScaleBlock", D, width, HEADS, (8, 8), 2.0, **pooling)
+
+
 def _parallel(cls: str, **more: Any) -> nn.Module:
     return _made("vision_transformer", cls, D, HEADS, 2.0, init_values=0.5, **more)
 
@@ -186,6 +191,20 @@ BLOCKS: dict[str, Row] = {
     "sam 2, wider": (lambda: _hiera_det(2 * D, q_stride=(2, 2)), (2, 6, 10, D), {}, APART),
     "tinyvit": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 6, 7, D), {}, APART),
     "tinyvit, one window": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 4, 4, D), {}, APART),
+    "mvit v2": (_mvit, (2, 64, D), {"feat_size": [8, 8]}, REL_POS),
+    "mvit v2, a smaller image": (
+        lambda: _mvit(2 * D + HEADS * 4, stride_q=(2, 2), stride_kv=(4, 4), expand_attn=True),
+        (2, 8 * 6, D),
+        {"feat_size": [8, 6]},
+        REL_POS,
+    ),
+    "mvit v2, wider behind": (lambda: _mvit(2 * D, stride_q=(2, 2)), (2, 64, D), {"feat_size": [8, 8]}, REL_POS),
+    "mvit v2, class token": (
+        lambda: _mvit(2 * D, stride_q=(2, 2), has_cls_token=True, expand_attn=True),
+        (2, 65, D),
+        {"feat_size": [8, 8]},
+        APART,
+    ),
     "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
     "cait, class token": (Tokens, TOKENS, {}, APART),
     "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),
@@ -247,7 +266,7 @@ def test_output_and_every_gradient(name: str, autocast: bool) -> None:
     assert not explanation.fallbacks
 
 
-@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera"])
+@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera", "mvit v2, wider behind"])
 def test_drop_path_draws_as_ever(name: str) -> None:
     build, size, keywords, _ = BLOCKS[name]
     block = build()
@@ -286,23 +305,34 @@ def test_the_report_says_both_counts() -> None:
         vk.fuse(vk.unfuse(model), strict=True)
 
 
-def _ways(name: str) -> tuple[nn.Module, torch.Tensor]:
-    build, size, _, _ = BLOCKS[name]
+def _ways(name: str) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    build, size, keywords, _ = BLOCKS[name]
     torch.manual_seed(0)
     block = build()
     fused.stir(block)
-    return vk.fuse(block), torch.randn(size, requires_grad=True)
+    return vk.fuse(block), torch.randn(size, requires_grad=True), keywords
 
 
-@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera, wider", "volo, class token", "side by side"])
+COMPILED = [
+    "swin",
+    "swin v2",
+    "sam",
+    "hiera, wider",
+    "mvit v2, a smaller image",
+    "volo, class token",
+    "side by side",
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_and_checkpointed(name: str) -> None:
-    block, tokens = _ways(name)
-    own = fused.output_and_gradients(block, (tokens,))
+    block, tokens, keywords = _ways(name)
+    own = fused.output_and_gradients(block, (tokens,), keywords)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     checkpointed = Checkpointed(block)
     for other in (compiled, checkpointed):
         with vk.record() as calls:
-            got = fused.output_and_gradients(other, (tokens,))
+            got = fused.output_and_gradients(other, (tokens,), keywords)
         assert "add_layer_norm" in {call.op for call in calls if call.direction == "backward"}
         fused.check_same({key.removeprefix("_orig_mod.").removeprefix("block."): got[key] for key in got}, own)
 
@@ -314,5 +344,5 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.block, x, use_reentrant=False)  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return checkpoint(self.block, x, use_reentrant=False, **keywords)  # type: ignore[no-any-return]

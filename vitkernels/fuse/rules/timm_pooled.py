@@ -19,7 +19,7 @@ from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention
 from vitkernels.fuse.rules.timm_windows import FusedOwnBlock, Names
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import genuine, parts
-from vitkernels.residual.stream import Branch, Part, added_now, pre_norm
+from vitkernels.residual.stream import Branch, Part, Sublayer, added_now, pre_norm
 from vitkernels.residual.sublayers import join_heads, mlp_branch
 
 
@@ -74,28 +74,36 @@ class FusedPoolingBlock(FusedOwnBlock):
 
     names = Names(("ls1", "ls2"))
 
-    def shortcut(self, x: Tensor, normed: Tensor) -> Tensor:
+    def changes(self) -> bool:
+        """Whether the first step does."""
+        block: Any = self
+        return block.dim != block.dim_out
+
+    def shortcut(self, x: Tensor, normed: Tensor, **options: Any) -> Tensor:
         """What the attention of the normed tokens is added to."""
         raise NotImplementedError
 
     def parts(self) -> list[Part]:
-        block: Any = self
         steps = self.sublayers()
-        if block.dim != block.dim_out:
+        if self.changes():
             steps[0].scale = None  # of the features behind, where the norm has those before
         return [part for step in steps for part in step.parts()]
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
-        block: Any = self
-        if block.dim == block.dim_out:
+        if not self.changes():
             return super().run(x, **options)
         state = self._vitkernels
         with self.backend():
             attention, feed_forward = self.sublayers(**options)
-            normed = parts.layer_norm(block.norm1, x, parts.operand_dtype(None, x))
-            x = self.shortcut(x, normed)
-            x = added_now(x, attention, attention.branch.run(normed, False)[0], widen=state.residual_dtype is None)
+            x = self.attended(x, attention, **options)
             return pre_norm(x, [feed_forward], state.residual_dtype, again=state.recompute_norms)
+
+    def attended(self, x: Tensor, attention: Sublayer, **options: Any) -> Tensor:
+        """The stream behind the first step."""
+        normed = parts.layer_norm(attention.norm, x, parts.operand_dtype(None, x))
+        out, _ = attention.branch.run(normed, False)
+        x = self.shortcut(x, normed, **options)
+        return added_now(x, attention, out, widen=self._vitkernels.residual_dtype is None)
 
 
 class FusedHieraBlock(FusedPoolingBlock):
@@ -103,7 +111,7 @@ class FusedHieraBlock(FusedPoolingBlock):
 
     kind = "units of a mask"
 
-    def shortcut(self, x: Tensor, normed: Tensor) -> Tensor:
+    def shortcut(self, x: Tensor, normed: Tensor, **options: Any) -> Tensor:
         block: Any = self
         several = (x if block.proj is None else parts.linear(block.proj, normed)).unflatten(
             1, (block.attn.q_stride, -1)
@@ -117,7 +125,7 @@ class FusedHieraDetBlock(FusedPoolingBlock):
     axes = 4
     kind = "windows"
 
-    def shortcut(self, x: Tensor, normed: Tensor) -> Tensor:
+    def shortcut(self, x: Tensor, normed: Tensor, **options: Any) -> Tensor:
         block: Any = self
         x = parts.linear(block.proj, normed)
         return x if block.pool is None else block.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
