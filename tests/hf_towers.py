@@ -70,6 +70,19 @@ _PVT = {
     "mlp_ratios": [2],
 }
 _PVT_V2 = {"num_encoder_blocks": 1, "sr_ratios": [2], "linear_attention": False}
+_FLORENCE = {
+    "depths": [1],
+    "embed_dim": [D],
+    "num_heads": [HEADS],
+    "num_groups": [HEADS],
+    "window_size": 3,
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.0,
+    "patch_size": [7],
+    "patch_stride": [4],
+    "patch_padding": [3],
+    "patch_prenorm": [False],
+}
 _GROUPED = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}
 _SQUARE = {"image_size": [32, 32]}
 Row = tuple[set[str], dict[str, Any]]
@@ -90,9 +103,10 @@ TOWERS: dict[str, Row] = {
     "ernie4_5_vl_moe": (PACKED, {}),
     "exaone4_5": (
         gated(rms(PACKED)),
-        {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2},
+        _GROUPED,
     ),
     "flava": (QKV, {}),
+    "florence2": (QKV, _FLORENCE),
     "git": (QKV, {}),
     "glm4v": (gated(rms(PACKED)), {}),
     "glm5_next": (rms(PACKED) - {"mlp"}, {}),
@@ -153,6 +167,15 @@ TOWERS: dict[str, Row] = {
     "x_clip": (QKV, {"num_frames": 2}),
     "yolos": (QKV, _SQUARE),
 }
+
+
+# layers beside those of their towers' ops
+_OWN_LAYERS = {"Florence2VisionChannelBlock"}
+
+
+def ops_of(name: str, layer: nn.Module) -> set[str]:
+    """What the kernels of a tower's layer are."""
+    return OWN if genuine.stock_type(layer).__name__ in _OWN_LAYERS else TOWERS[name][0]
 
 
 def tower(name: str, **options: Any) -> nn.Module:
@@ -224,8 +247,10 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
         packed = _packed(lengths)
         keywords |= {key: value for key, value in packed.items() if key in {*arguments, *also}}
         tokens = torch.randn(*((1,) if is_batch_of_one else ()), sum(lengths), width)
-    elif name.startswith(("Sam", "GotOcr", "VitDet")) and not name.startswith("Sapiens"):
-        tokens = torch.randn(2, *((D, 4, 4) if name.startswith("VitDet") else (4, 4, D)))
+    elif name.startswith(("VitDet", "Florence")):
+        tokens = torch.randn(2, D, 4, 4)
+    elif name.startswith(("Sam", "GotOcr")) and not name.startswith("Sapiens"):
+        tokens = torch.randn(2, 4, 4, D)
     else:
         tokens = torch.randn(4, 16 if {"height", "input_dimensions"} & {*arguments} else TOKENS, width)
     return (tokens.requires_grad_(),), keywords

@@ -205,6 +205,8 @@ BLOCKS: dict[str, Row] = {
         {"feat_size": [8, 8]},
         APART,
     ),
+    "davit, windows": (lambda: _made("davit", "SpatialBlock", D, HEADS, 4, 2.0), (2, D, 6, 7), {}, PACKED),
+    "davit, features": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0, v2=True), (2, D, 6, 7), {}, OWN),
     "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
     "cait, class token": (Tokens, TOKENS, {}, APART),
     "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),

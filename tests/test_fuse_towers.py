@@ -8,7 +8,7 @@ from typing import Any
 import fused
 import pytest
 import torch
-from hf_towers import LENGTHS, OWN, TOWERS, call_of, layers, tower
+from hf_towers import LENGTHS, OWN, TOWERS, call_of, layers, ops_of, tower
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +30,8 @@ def stock_layers(name: str, **options: Any) -> list[nn.Module]:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_output_and_every_gradient(name: str) -> None:
-    ops = TOWERS[name][0]
     for layer in stock_layers(name):
+        ops = ops_of(name, layer)
         inputs, keywords = call_of(layer)
         explanation = fused.check_parity(layer, inputs, keywords, ops=ops)
         assert explanation.summary == (AROUND if ops == OWN else WHOLE)
