@@ -83,6 +83,27 @@ _FLORENCE = {
     "patch_padding": [3],
     "patch_prenorm": [False],
 }
+_HIERA = {
+    **_RATIO,
+    "embed_dim": D,
+    "depths": [1, 1],
+    "num_heads": [HEADS, 2 * HEADS],
+    "image_size": (32, 32),
+    "patch_size": (7, 7),
+    "num_query_pool": 1,
+    "masked_unit_size": (2, 2),
+    "masked_unit_attention": [True, True],
+}
+_SAM2 = {
+    **_RATIO,
+    "blocks_per_stage": [1, 1],
+    "embed_dim_per_stage": [D, 2 * D],
+    "num_attention_heads_per_stage": [HEADS, 2 * HEADS],
+    "window_size_per_stage": [2, 2],
+    "global_attention_blocks": [],
+    "num_query_pool_stages": 1,
+    "image_size": [32, 32],
+}
 _GROUPED = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}
 _SQUARE = {"image_size": [32, 32]}
 Row = tuple[set[str], dict[str, Any]]
@@ -107,6 +128,7 @@ TOWERS: dict[str, Row] = {
     ),
     "flava": (QKV, {}),
     "florence2": (QKV, _FLORENCE),
+    "gemma4": (gated(rms(ROPED)), {"head_dim": 16, "num_key_value_heads": HEADS}),
     "git": (QKV, {}),
     "glm4v": (gated(rms(PACKED)), {}),
     "glm5_next": (rms(PACKED) - {"mlp"}, {}),
@@ -114,6 +136,7 @@ TOWERS: dict[str, Row] = {
     "glm_ocr": (gated(rms(PACKED)) | {"add_rms_norm"}, {}),
     "glpn": (APART - {"mlp"}, _PVT | {"sr_ratios": [2]}),
     "got_ocr2": (REL_POS, _WINDOWS),
+    "hiera": (QKV, _HIERA),
     "hunyuan_vl": (BARE, {}),
     "idefics2": (QKV, {}),
     "inkling2": (PACKED, _RATIO),
@@ -149,6 +172,7 @@ TOWERS: dict[str, Row] = {
     "radio": (QKV, _RATIO),
     "rf_detr": (QKV, {"window_block_indexes": [0], "num_windows": 2}),
     "sam": (REL_POS, _WINDOWS),
+    "sam2": (QKV, _SAM2),
     "sam3": (ROPED, {"window_size": 2, "global_attn_indexes": [1]}),
     "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {}),
     "segformer": (APART - {"mlp"}, _PVT | {"sr_ratios": [2], "num_hidden_layers": 1}),
@@ -208,6 +232,13 @@ def positions(width: int = D // HEADS, tokens: int = TOKENS) -> tuple[Tensor, Te
     return angles.cos(), angles.sin()
 
 
+def gemma_positions(batch: int) -> dict[str, Any]:
+    """Gemma 4's, in two directions: one half of each head for one, [B, N, K]."""
+    directions = zip(positions(D // HEADS // 2), (each.flip(0) for each in positions(D // HEADS // 2)), strict=True)
+    cos, sin = (torch.cat(each, dim=-1).expand(batch, -1, -1) for each in directions)
+    return {"position_embeddings": (cos, sin), "position_ids": torch.zeros(batch, TOKENS, 2, dtype=torch.long)}
+
+
 def _packed(lengths: tuple[int, ...]) -> dict[str, Any]:
     ends = torch.tensor((0, *lengths)).cumsum(0).int()
     return {
@@ -240,9 +271,12 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
     name = genuine.stock_type(layer).__name__
     is_batch_of_one = name.startswith(("MiniCPM", "MiniMax", "HunYuan"))
     also = {"cu_seqlens", "position_embeddings"} if name.startswith("MiniMax") else {"cu_seqlens", "max_seqlen"}
-    # of a norm
-    width = next(each.shape[0] for key, each in layer.named_parameters() if each.dim() == 1 and "weight" in key)
+    # of a norm of the layer's own
+    own = (each for key, each in layer.named_parameters() if key.count(".") == 1 and key.endswith("weight"))
+    width = next(each.shape[0] for each in own if each.dim() == 1)
     keywords = {key: make() for key, make in KEYWORDS.items() if key in arguments}
+    if name.startswith("Gemma4"):
+        keywords |= gemma_positions(4)
     if "cu_seqlens" in arguments or is_batch_of_one:
         packed = _packed(lengths)
         keywords |= {key: value for key, value in packed.items() if key in {*arguments, *also}}
@@ -252,5 +286,6 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
     elif name.startswith(("Sam", "GotOcr")) and not name.startswith("Sapiens"):
         tokens = torch.randn(2, 4, 4, D)
     else:
-        tokens = torch.randn(4, 16 if {"height", "input_dimensions"} & {*arguments} else TOKENS, width)
+        images = {"height", "input_dimensions"} & {*arguments} or name.startswith("Hiera")
+        tokens = torch.randn(4, 16 if images else TOKENS, width)
     return (tokens.requires_grad_(),), keywords

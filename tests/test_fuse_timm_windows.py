@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
+from vitkernels.fuse.swap import Fused
 
 if importlib.util.find_spec("timm") is None:
     pytest.skip("timm is not installed", allow_module_level=True)
@@ -115,6 +116,23 @@ class Queried(nn.Module):
         return self.block(x, x[:, :4, ::2].flatten(1, 2))  # type: ignore[no-any-return]
 
 
+class Placed(nn.Module):
+    """Gemma 4's block with the positions of its tokens; some of its projections have limits."""
+
+    def __init__(self, limits: bool = False) -> None:
+        super().__init__()
+        sizes = {"head_dim": 16, "intermediate_size": 2 * D, "use_clipped_linears": limits}
+        self.block = _made("gemma4_vit", "Gemma4Block", D, HEADS, **sizes)
+        for name, limit in self.block.named_buffers():
+            limit.fill_(-1.5 if name.endswith("min") else 1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.linspace(0, 3, x.shape[1])[:, None] * torch.linspace(0.2, 1, 4)
+        angles = torch.cat([angles, angles, angles.flip(0), angles.flip(0)], dim=-1).expand(len(x), -1, -1)
+        mask = torch.zeros(1, 1, 1, x.shape[1]).masked_fill(torch.arange(x.shape[1]) > 13, -1e9)
+        return self.block(x, angles.cos(), angles.sin(), mask)  # type: ignore[no-any-return]
+
+
 BLOCKS: dict[str, Row] = {
     "swin": (_swin, IMAGE, {}, PACKED),
     "swin, windows that are not shifted": (lambda: _swin(shift=0), IMAGE, {}, PACKED),
@@ -207,6 +225,8 @@ BLOCKS: dict[str, Row] = {
     ),
     "davit, windows": (lambda: _made("davit", "SpatialBlock", D, HEADS, 4, 2.0), (2, D, 6, 7), {}, PACKED),
     "davit, features": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0, v2=True), (2, D, 6, 7), {}, OWN),
+    "gemma 4": (Placed, TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention", "glu_mlp"}),
+    "gemma 4, limits": (lambda: Placed(True), TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention"}),
     "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
     "cait, class token": (Tokens, TOKENS, {}, APART),
     "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),
@@ -283,6 +303,19 @@ def test_drop_path_draws_as_ever(name: str) -> None:
     (own, state), (got, after) = runs
     assert torch.equal(state, after)
     fused.check_same(got, own)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_call_that_is_left_to_the_stock_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, size, keywords, _ = BLOCKS[name]
+    block, x = build().eval(), torch.randn(size)
+    own = block(x, **keywords)
+    vk.fuse(block)
+    with monkeypatch.context() as patch, vk.record() as calls:
+        patch.setattr(Fused, "why_not_own", lambda self: "a test")
+        torch.testing.assert_close(block(x, **keywords), own, rtol=0, atol=0)
+    assert not calls
+    assert {"a test": 1} in vk.explain(block).fallbacks.values()
 
 
 def test_a_hook_on_the_feed_forward_is_no_affair_of_the_attentions() -> None:

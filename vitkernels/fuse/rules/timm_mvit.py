@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkernels import ops
+from vitkernels.fuse.pooled import PooledBlock
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention
-from vitkernels.fuse.rules.timm_pooled import FusedPoolingBlock
 from vitkernels.fuse.rules.timm_window_attention import FusedInnerAttention
-from vitkernels.fuse.rules.timm_windows import Names
+from vitkernels.fuse.rules.timm_windows import FusedOwnBlock
 from vitkernels.residual import genuine, parts
 from vitkernels.residual.stream import added_now
 from vitkernels.residual.sublayers import join_heads, split_heads
@@ -86,16 +86,15 @@ class FusedPooledAttention(FusedInnerAttention):
         return ops.attention(q, k, v, attn_mask=F.pad(bias, (1, 0, 1, 0)), scale=attn.scale)
 
 
-class FusedMultiScaleBlock(FusedPoolingBlock):
+class FusedMultiScaleBlock(PooledBlock, FusedOwnBlock):
     """MultiScaleBlock: its stream may be projected and pooled before the attention's sum, or projected before the
     feed-forward's."""
 
-    names = Names()
     kind = "it pools before its projections"
 
     def forward(self, x: Tensor, feat_size: list[int]) -> tuple[Tensor, Sides]:  # type: ignore[override]
         if self.declines(x):
-            return super(FusedPoolingBlock, self).forward(x, feat_size)  # type: ignore[call-arg,return-value]
+            return super(FusedOwnBlock, self).forward(x, feat_size)
         sides: list[Sides] = []
         return self.run(x, feat_size=tuple(feat_size), sides=sides), sides[0]
 
