@@ -83,7 +83,8 @@ def judged(library: str, name: str) -> dict[str, str]:
     try:
         kind, reason = outcome(library, name)
     except (RuntimeError, NotImplementedError, TypeError, AssertionError, ImportError) as error:
-        kind, reason = "failed", f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        said = str(error).strip().splitlines()[0].partition(". ")[0]
+        kind, reason = "failed", f"{type(error).__name__}: {said}"
     return {"outcome": kind, "reason": reason}
 
 

@@ -94,6 +94,7 @@ _HIERA = {
     "masked_unit_size": (2, 2),
     "masked_unit_attention": [True, True],
 }
+_OCR = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 96}
 _SAM2 = {
     **_RATIO,
     "blocks_per_stage": [1, 1],
@@ -118,6 +119,7 @@ TOWERS: dict[str, Row] = {
     "cohere_compass": (PACKED, {"deepstack_visual_indexes": [0]}),
     "cosmos3_edge": (BARE, {}),
     "data2vec.data2vec_vision": (QKV, {"use_relative_position_bias": True}),
+    "deepseek_ocr2": (REL_POS, {"sam_config": _OCR | _WINDOWS, "encoder_config": _OCR | {"num_key_value_heads": 1}}),
     "donut.donut_swin": (QKV, _SWIN),
     "dpt": (QKV, {}),
     "eomt": (QKV, {}),
@@ -174,8 +176,9 @@ TOWERS: dict[str, Row] = {
     "sam": (REL_POS, _WINDOWS),
     "sam2": (QKV, _SAM2),
     "sam3": (ROPED, {"window_size": 2, "global_attn_indexes": [1]}),
-    "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {}),
+    "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {"num_key_value_heads_per_layer": [1, HEADS]}),
     "segformer": (APART - {"mlp"}, _PVT | {"sr_ratios": [2], "num_hidden_layers": 1}),
+    "seggpt": (REL_POS, {**_SQUARE, "mlp_dim": 96, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0}),
     "smolvlm": (QKV, {}),
     "step3p7": (ROPED, _RATIO),
     "swin": (QKV, _SWIN),
@@ -194,12 +197,12 @@ TOWERS: dict[str, Row] = {
 
 
 # layers beside those of their towers' ops
-_OWN_LAYERS = {"Florence2VisionChannelBlock"}
+_LAYERS = {"Florence2VisionChannelBlock": OWN, "DeepseekOcr2VisionEncoderLayer": gated(rms(ROPED))}
 
 
 def ops_of(name: str, layer: nn.Module) -> set[str]:
     """What the kernels of a tower's layer are."""
-    return OWN if genuine.stock_type(layer).__name__ in _OWN_LAYERS else TOWERS[name][0]
+    return _LAYERS.get(genuine.stock_type(layer).__name__, TOWERS[name][0])
 
 
 def tower(name: str, **options: Any) -> nn.Module:
@@ -256,6 +259,7 @@ def _turns() -> Tensor:
 # What layers are called with beside their tokens, by the argument's name.
 KEYWORDS: dict[str, Callable[[], Any]] = {
     "attention_mask": lambda: None,
+    "ensemble_cond": lambda: 1,
     "freqs_ci": _turns,
     "resolution": lambda: (32, 32),
     "position_embeddings": positions,
@@ -277,13 +281,15 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
     keywords = {key: make() for key, make in KEYWORDS.items() if key in arguments}
     if name.startswith("Gemma4"):
         keywords |= gemma_positions(4)
+    if name.startswith("DeepseekOcr2VisionEncoder"):
+        keywords["position_embeddings"] = tuple(each[None] for each in positions())
     if "cu_seqlens" in arguments or is_batch_of_one:
         packed = _packed(lengths)
         keywords |= {key: value for key, value in packed.items() if key in {*arguments, *also}}
         tokens = torch.randn(*((1,) if is_batch_of_one else ()), sum(lengths), width)
     elif name.startswith(("VitDet", "Florence")):
         tokens = torch.randn(2, D, 4, 4)
-    elif name.startswith(("Sam", "GotOcr")) and not name.startswith("Sapiens"):
+    elif name.startswith(("Sam", "SegGpt", "GotOcr", "DeepseekOcr2Sam")) and not name.startswith("Sapiens"):
         tokens = torch.randn(2, 4, 4, D)
     else:
         images = {"height", "input_dimensions"} & {*arguments} or name.startswith("Hiera")

@@ -102,6 +102,7 @@ ROWS |= {
     "torchvision, swin": lambda: _of(lambda: _swin("SwinTransformerBlock"), (2, 8, 6, D)),
     "torchvision, swin v2": lambda: _of(lambda: _swin("SwinTransformerBlockV2"), (2, 8, 6, D)),
     "tower florence2, features": lambda: _tower("florence2", 1),
+    "tower deepseek_ocr2, encoder": lambda: _tower("deepseek_ocr2", 1),
     "videos": lambda: _of(lambda: nn.Sequential(nn.Conv3d(3, 16, (2, 8, 8), (2, 8, 8))), (2, 3, 4, 16, 16)),
 }
 

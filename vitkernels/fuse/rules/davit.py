@@ -47,7 +47,7 @@ class FusedFlorenceAttention(FusedAttention):
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         if self.leaves(hidden_states):
-            return super(FusedAttention, self).forward(hidden_states)  # type: ignore[no-any-return]
+            return super(FusedAttention, self).forward(hidden_states)
         return self.attended(hidden_states)
 
     def attended(self, x: Tensor, **options: Any) -> Tensor:
@@ -95,11 +95,11 @@ class FusedChannelBlock(PreNormBlock):
 
     def moved(self, convolution: Any, x: Tensor) -> Tensor:
         """The image with what its convolution adds."""
-        return convolution(x)  # type: ignore[no-any-return]
+        return convolution(x)
 
     def attend(self, x: Tensor, sides: Sides) -> Tensor:
         """The attention on the normed tokens of an image of these sides."""
-        return getattr(self, self.names.attention)(x)  # type: ignore[no-any-return]
+        return getattr(self, self.names.attention)(x)
 
     def sublayers(self, sides: Sides = (0, 0), **options: Any) -> list[Sublayer]:
         block: Any = self
@@ -134,7 +134,7 @@ class FusedFlorenceBlock(FusedChannelBlock):
         return super().forward(hidden_states)
 
     def moved(self, convolution: Any, x: Tensor) -> Tensor:
-        return convolution(x) + x  # type: ignore[no-any-return]
+        return convolution(x) + x
 
 
 class FusedFlorenceSpatialBlock(FusedFlorenceBlock):

@@ -78,7 +78,7 @@ def _bare(norm: Any, x: Tensor) -> Tensor:
     """An RMSNorm without a weight, in x's dtype."""
     eps = known.RMS_NORMS.get(owner_name(norm), lambda norm: "")(norm)
     if isinstance(eps, str) or parts.why_not_part("", norm) is not None or getattr(norm, "weight", None) is not None:
-        return norm(x).to(x.dtype)  # type: ignore[no-any-return]
+        return norm(x).to(x.dtype)
     return ops.add_rms_norm(x, None, None, eps)[1]
 
 
@@ -186,7 +186,7 @@ class FusedTimmAttention(timm.FusedAttention):
         self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         if self.declines(x, self.why_not_now, attn_mask):
-            return super(timm.FusedAttention, self).forward(x, rope_cos, rope_sin, attn_mask)  # type: ignore[no-any-return]
+            return super(timm.FusedAttention, self).forward(x, rope_cos, rope_sin, attn_mask)
         with self.backend():
             return self.branch(rope_cos=rope_cos, rope_sin=rope_sin, attn_mask=attn_mask).run(x, False)[0]
 
@@ -221,7 +221,7 @@ class FusedGemmaMlp(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
-            return super().forward(x)  # type: ignore[no-any-return,misc]
+            return super().forward(x)
         with self.backend():
             return self.branch().run(x, False)[0]
 
@@ -237,7 +237,7 @@ class FusedGemmaMlp(Fused):
 
             def gate(both: Tensor) -> Tensor:
                 one, two = both.chunk(2, dim=-1)
-                return act(one) * two  # type: ignore[no-any-return]
+                return act(one) * two
 
             return gated_branch(_inside(first), gate, _inside({"down_proj": last}), act=act)
         call: Any = (lambda module, x: module(x)) if why_not is not None else _projected
@@ -296,11 +296,11 @@ class FusedGemmaLayer(FusedLayer):
             **kwargs,
         }
         if self.leaves(hidden_states, **options):
-            return super(FusedLayer, self).forward(hidden_states, **options)  # type: ignore[no-any-return]
+            return super(FusedLayer, self).forward(hidden_states, **options)
         return self.run(hidden_states, **options)
 
     def call(self, attn: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        return attn(hidden_states=x, **options)[0]  # type: ignore[no-any-return]
+        return attn(hidden_states=x, **options)[0]
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         steps = super().sublayers(**options)
@@ -318,7 +318,7 @@ class FusedTimmBlock(timm.FusedBlock):
         self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         if self.declines(x, mask=attn_mask):
-            return super(timm.FusedBlock, self).forward(x, rope_cos, rope_sin, attn_mask)  # type: ignore[no-any-return]
+            return super(timm.FusedBlock, self).forward(x, rope_cos, rope_sin, attn_mask)
         return self.run(x, rope_cos=rope_cos, rope_sin=rope_sin, attn_mask=attn_mask)
 
     def why_not_joined(self) -> str | None:

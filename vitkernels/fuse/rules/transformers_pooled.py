@@ -147,7 +147,8 @@ class FusedScaleLayer(FusedPoolingLayer):
             return whole
 
         def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
-            own, size, sides = _functions(self), layer.window_size, x.shape[1:3]
+            own, size = _functions(self), layer.window_size
+            sides = list(x.shape[1:3])
             windows, padded = own.window_partition(x, size)
             out, bias = whole.run(windows, bias_apart)
             if layer.query_stride:
