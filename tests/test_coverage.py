@@ -57,11 +57,13 @@ def test_a_count_is_told_with_its_reasons() -> None:
     }
     told = coverage.table(content)
     assert told.startswith(
-        "Of the 4 vision towers of transformers 5.23, `vk.fuse` fuses 1 at all their blocks, 1 more at all but an"
+        "Of the 4 vision towers of transformers 5.23, `vk.fuse` fuses every block of 1; of 1 more, every block but for "
+        "its attention. 1 have no Transformer block"
     )
     assert "| no rule for A | 1 |" in told
     assert told.endswith("- Whole: 0.\n- Around their own attention: 1.\n- None of their blocks: 2.\n")
     assert "windows" not in told
+    assert "others" not in told
 
 
 def test_models_are_listed_by_family() -> None:
@@ -79,4 +81,4 @@ def test_the_files_are_those_of_the_report(tmp_path: Path, monkeypatch: pytest.M
     content = json.loads((tmp_path / "timm-coverage.json").read_text())
     assert content["models"] == {"a": {"outcome": "whole", "reason": ""}}
     report = importlib.import_module("bench.report")
-    assert "fuses 1 at all their blocks" in report.BLOCKS["coverage"](report.Results.read(tmp_path))
+    assert "fuses every block of 1." in report.BLOCKS["coverage"](report.Results.read(tmp_path))
