@@ -133,6 +133,32 @@ class Placed(nn.Module):
         return self.block(x, angles.cos(), angles.sin(), mask)  # type: ignore[no-any-return]
 
 
+class Pixels(nn.Module):
+    """TNT's block; what a patch is made of are its pixels."""
+
+    def __init__(self, legacy: bool) -> None:
+        super().__init__()
+        self.block = _made("tnt", "Block", D // 4, D, 4, 1, HEADS, legacy=legacy)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.block(x[:, 1:].reshape(-1, 4, D // 4), x)  # type: ignore[no-any-return]
+
+
+class Shared(nn.Module):
+    """CoaT's block with the convolutions that it shares with its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = {
+            "shared_cpe": _made("coat", "ConvPosEnc", D),
+            "shared_crpe": _made("coat", "ConvRelPosEnc", D // HEADS, HEADS, {3: HEADS}),
+        }
+        self.block = _made("coat", "SerialBlock", D, HEADS, 2.0, **shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x, (4, 4))  # type: ignore[no-any-return]
+
+
 BLOCKS: dict[str, Row] = {
     "swin": (_swin, IMAGE, {}, PACKED),
     "swin, windows that are not shifted": (lambda: _swin(shift=0), IMAGE, {}, PACKED),
@@ -227,6 +253,9 @@ BLOCKS: dict[str, Row] = {
     "davit, features": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0, v2=True), (2, D, 6, 7), {}, OWN),
     "gemma 4": (Placed, TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention", "glu_mlp"}),
     "gemma 4, limits": (lambda: Placed(True), TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention"}),
+    "coat": (Shared, (2, 17, D), {}, OWN),
+    "tnt": (lambda: Pixels(False), TOKENS, {}, PACKED),
+    "tnt, as it was": (lambda: Pixels(True), TOKENS, {}, PACKED),
     "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
     "cait, class token": (Tokens, TOKENS, {}, APART),
     "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),

@@ -15,14 +15,12 @@ _POST_NORM = "norms each sum, and spreads its steps over several modules"
 _TIMM = {
     "layers.diff_attention.DiffAttention": _DIFFERENCE,
     "models.coat.ParallelBlock": "has attention that is factorised, at three scales side by side",
-    "models.coat.SerialBlock": "has attention that is factorised, and positions by convolution",
     "models.csatv2.TransformerBlock": "adds images, with pooling and convolutions between its norm and its attention",
     "models.levit.LevitBlock": _BATCH_NORM,
     "models.lowformer.LowFormerBlock": _BATCH_NORM,
     "models.maxxvit.ParallelPartitionAttention": "has attention of windows and of a grid side by side",
     "models.mobilevit.LinearTransformerBlock": _LINEAR,
     "models.nextvit.NextConvBlock": _BATCH_NORM,
-    "models.tnt.Block": "has two streams, of patches and of the pixels in each",
     "models.vision_transformer.DiffParallelScalingBlock": _DIFFERENCE,
     "models.visformer.Block": _BATCH_NORM,
 }
