@@ -36,7 +36,7 @@ class Names:
 class FusedOwnBlock(PreNormBlock):
     """A pre-norm block called with tokens [B, ..., D] and keywords for its attention, which runs its own code."""
 
-    reads = ("norm1",)
+    reads: ClassVar[tuple[str, ...]] = ("norm1",)
     axes: ClassVar[int | None] = None
     names: ClassVar[Names] = Names()
     kind: ClassVar[str] = _BIAS
