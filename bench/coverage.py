@@ -105,8 +105,8 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Of the {len(models)} {_SUBJECT[library].format(content[library])}, `vk.fuse` fuses every block of "
-            f"{counts['whole']}{around}. {without} have no Transformer block of a kind that it looks for "
-            "(convolutional networks, mixers). What is different in the others, of the first block that is not fused:",
+            f"{counts['whole']}{around}. {without} have no Transformer block of a kind that it looks for. What is "
+            "different in the others, in the first block that is not fused:",
             "",
             "| why not | models |",
             "| --- | ---: |",

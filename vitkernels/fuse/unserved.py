@@ -9,7 +9,7 @@ from torch import nn
 from vitkernels.residual.genuine import owner_name
 
 _BATCH_NORM = "normalises by BatchNorm, where the ops need a LayerNorm or an RMSNorm"
-_LINEAR = "has attention that is linear in the tokens, without a softmax over them"
+_SEPARABLE = "has one score for each token, not one for each pair"
 _DIFFERENCE = "subtracts one softmax from another"
 _POST_NORM = "norms each sum, and spreads its steps over several modules"
 _TIMM = {
@@ -19,7 +19,7 @@ _TIMM = {
     "models.levit.LevitBlock": _BATCH_NORM,
     "models.lowformer.LowFormerBlock": _BATCH_NORM,
     "models.maxxvit.ParallelPartitionAttention": "has attention of windows and of a grid side by side",
-    "models.mobilevit.LinearTransformerBlock": _LINEAR,
+    "models.mobilevit.LinearTransformerBlock": _SEPARABLE,
     "models.nextvit.NextConvBlock": _BATCH_NORM,
     "models.vision_transformer.DiffParallelScalingBlock": _DIFFERENCE,
     "models.visformer.Block": _BATCH_NORM,
@@ -30,7 +30,7 @@ _TRANSFORMERS = {
     "groupvit.modeling_groupvit.GroupViTTokenAssign": "assigns each token to one group",
     "layoutlmv3.modeling_layoutlmv3.LayoutLMv3Layer": _POST_NORM,
     "lfm3_vl.modeling_lfm3_vl.Lfm3VlVisionLayer": "is a gated convolution in some places",
-    "mobilevitv2.modeling_mobilevitv2.MobileViTV2TransformerLayer": _LINEAR,
+    "mobilevitv2.modeling_mobilevitv2.MobileViTV2TransformerLayer": _SEPARABLE,
     "timesformer.modeling_timesformer.TimesformerLayer": "looks along time, adds, and looks across space",
     "tvp.modeling_tvp.TvpEncodeLayer": _POST_NORM,
     "videoprism.modeling_videoprism.VideoPrismAttention": "bounds its scores by a tanh",

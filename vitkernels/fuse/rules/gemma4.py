@@ -53,7 +53,7 @@ def _why_not_projections(**modules: Any) -> str | None:
     """Which projection must be called as it is, and why; None when all may be read."""
     for name, module in modules.items():
         if owner_name(module) not in _PROJECTION:
-            return parts.why_not_part(name, module, nn.Linear) or f"{name} is a Linear, not one inside a module"
+            return parts.why_not_part(name, module, nn.Linear) or f"{name} is Linear, not Gemma4ClippableLinear"
         if (reason := parts.why_not_part(name, module)) is not None:
             return reason
     return why_not_linears(**{f"{name}.linear": module.linear for name, module in modules.items()})
