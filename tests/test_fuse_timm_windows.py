@@ -253,6 +253,7 @@ BLOCKS: dict[str, Row] = {
     "davit, features": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0, v2=True), (2, D, 6, 7), {}, OWN),
     "gemma 4": (Placed, TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention", "glu_mlp"}),
     "gemma 4, limits": (lambda: Placed(True), TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention"}),
+    "davit, features, first version": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0), (2, D, 6, 7), {}, OWN),
     "coat": (Shared, (2, 17, D), {}, OWN),
     "tnt": (lambda: Pixels(False), TOKENS, {}, PACKED),
     "tnt, as it was": (lambda: Pixels(True), TOKENS, {}, PACKED),
