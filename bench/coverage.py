@@ -36,6 +36,7 @@ _TOLD = {
     "none": "None of their blocks",
     "failed": "Could not be built here",
 }
+_ROWS = 20  # of the table of reasons
 _SUBJECT = {"timm": "models that timm {} registers", "transformers": "vision towers of transformers {}"}
 
 
@@ -83,7 +84,8 @@ def judged(library: str, name: str) -> dict[str, str]:
     try:
         kind, reason = outcome(library, name)
     except (RuntimeError, NotImplementedError, TypeError, AssertionError, ImportError) as error:
-        kind, reason = "failed", f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        said = str(error).strip().splitlines()[0].partition(". ")[0]
+        kind, reason = "failed", f"{type(error).__name__}: {said}"
     return {"outcome": kind, "reason": reason}
 
 
@@ -94,22 +96,21 @@ def table(content: dict[str, Any]) -> str:
     counts = collections.Counter(each["outcome"] for each in models)
     rest = [each for each in models if each["outcome"] not in ("whole", "around")]
     reasons = collections.Counter(each["reason"] for each in rest if each["reason"] != NO_BLOCKS)
-    rows = [f"| {reason.replace('|', '/')} | {count} |" for reason, count in reasons.most_common(12)]
-    others = sum(reasons.values()) - sum(count for _, count in reasons.most_common(12))
+    rows = [f"| {reason.replace('|', '/')} | {count} |" for reason, count in reasons.most_common(_ROWS)]
+    others = sum(reasons.values()) - sum(count for _, count in reasons.most_common(_ROWS))
+    if others:
+        rows.append(f"| others | {others} |")
     without = sum(each["reason"] == NO_BLOCKS for each in models)
-    around = (
-        f", {counts['around']} more at all but an attention of a kind that no op serves" if counts["around"] else ""
-    )
+    around = f"; of {counts['around']} more, every block but for its attention" if counts["around"] else ""
     return "\n".join(
         [
-            f"Of the {len(models)} {_SUBJECT[library].format(content[library])}, `vk.fuse` fuses {counts['whole']} at "
-            f"all their blocks{around}, and {without} have no Transformer blocks of a kind that it looks for. Why the "
-            "rest is not:",
+            f"Of the {len(models)} {_SUBJECT[library].format(content[library])}, `vk.fuse` fuses every block of "
+            f"{counts['whole']}{around}. {without} have no Transformer block of a kind that it looks for. What is "
+            "different in the others, in the first block that is not fused:",
             "",
-            "| first reason | models |",
+            "| why not | models |",
             "| --- | ---: |",
             *rows,
-            f"| others | {others} |",
             "",
             *_listed(library, content["models"]),
             "",

@@ -70,6 +70,41 @@ _PVT = {
     "mlp_ratios": [2],
 }
 _PVT_V2 = {"num_encoder_blocks": 1, "sr_ratios": [2], "linear_attention": False}
+_FLORENCE = {
+    "depths": [1],
+    "embed_dim": [D],
+    "num_heads": [HEADS],
+    "num_groups": [HEADS],
+    "window_size": 3,
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.0,
+    "patch_size": [7],
+    "patch_stride": [4],
+    "patch_padding": [3],
+    "patch_prenorm": [False],
+}
+_HIERA = {
+    **_RATIO,
+    "embed_dim": D,
+    "depths": [1, 1],
+    "num_heads": [HEADS, 2 * HEADS],
+    "image_size": (32, 32),
+    "patch_size": (7, 7),
+    "num_query_pool": 1,
+    "masked_unit_size": (2, 2),
+    "masked_unit_attention": [True, True],
+}
+_OCR = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 96}
+_SAM2 = {
+    **_RATIO,
+    "blocks_per_stage": [1, 1],
+    "embed_dim_per_stage": [D, 2 * D],
+    "num_attention_heads_per_stage": [HEADS, 2 * HEADS],
+    "window_size_per_stage": [2, 2],
+    "global_attention_blocks": [],
+    "num_query_pool_stages": 1,
+    "image_size": [32, 32],
+}
 _GROUPED = {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2}
 _SQUARE = {"image_size": [32, 32]}
 Row = tuple[set[str], dict[str, Any]]
@@ -84,15 +119,18 @@ TOWERS: dict[str, Row] = {
     "cohere_compass": (PACKED, {"deepstack_visual_indexes": [0]}),
     "cosmos3_edge": (BARE, {}),
     "data2vec.data2vec_vision": (QKV, {"use_relative_position_bias": True}),
+    "deepseek_ocr2": (REL_POS, {"sam_config": _OCR | _WINDOWS, "encoder_config": _OCR | {"num_key_value_heads": 1}}),
     "donut.donut_swin": (QKV, _SWIN),
     "dpt": (QKV, {}),
     "eomt": (QKV, {}),
     "ernie4_5_vl_moe": (PACKED, {}),
     "exaone4_5": (
         gated(rms(PACKED)),
-        {"hidden_size": 64, "num_attention_heads": 4, "num_heads": 4, "num_key_value_heads": 2},
+        _GROUPED,
     ),
     "flava": (QKV, {}),
+    "florence2": (QKV, _FLORENCE),
+    "gemma4": (gated(rms(ROPED)), {"head_dim": 16, "num_key_value_heads": HEADS}),
     "git": (QKV, {}),
     "glm4v": (gated(rms(PACKED)), {}),
     "glm5_next": (rms(PACKED) - {"mlp"}, {}),
@@ -100,6 +138,7 @@ TOWERS: dict[str, Row] = {
     "glm_ocr": (gated(rms(PACKED)) | {"add_rms_norm"}, {}),
     "glpn": (APART - {"mlp"}, _PVT | {"sr_ratios": [2]}),
     "got_ocr2": (REL_POS, _WINDOWS),
+    "hiera": (QKV, _HIERA),
     "hunyuan_vl": (BARE, {}),
     "idefics2": (QKV, {}),
     "inkling2": (PACKED, _RATIO),
@@ -135,9 +174,11 @@ TOWERS: dict[str, Row] = {
     "radio": (QKV, _RATIO),
     "rf_detr": (QKV, {"window_block_indexes": [0], "num_windows": 2}),
     "sam": (REL_POS, _WINDOWS),
+    "sam2": (QKV, _SAM2),
     "sam3": (ROPED, {"window_size": 2, "global_attn_indexes": [1]}),
-    "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {}),
+    "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {"num_key_value_heads_per_layer": [1, HEADS]}),
     "segformer": (APART - {"mlp"}, _PVT | {"sr_ratios": [2], "num_hidden_layers": 1}),
+    "seggpt": (REL_POS, {**_SQUARE, "mlp_dim": 96, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0}),
     "smolvlm": (QKV, {}),
     "step3p7": (ROPED, _RATIO),
     "swin": (QKV, _SWIN),
@@ -153,6 +194,15 @@ TOWERS: dict[str, Row] = {
     "x_clip": (QKV, {"num_frames": 2}),
     "yolos": (QKV, _SQUARE),
 }
+
+
+# layers beside those of their towers' ops
+_LAYERS = {"Florence2VisionChannelBlock": OWN, "DeepseekOcr2VisionEncoderLayer": gated(rms(ROPED))}
+
+
+def ops_of(name: str, layer: nn.Module) -> set[str]:
+    """What the kernels of a tower's layer are."""
+    return _LAYERS.get(genuine.stock_type(layer).__name__, TOWERS[name][0])
 
 
 def tower(name: str, **options: Any) -> nn.Module:
@@ -185,6 +235,13 @@ def positions(width: int = D // HEADS, tokens: int = TOKENS) -> tuple[Tensor, Te
     return angles.cos(), angles.sin()
 
 
+def gemma_positions(batch: int) -> dict[str, Any]:
+    """Gemma 4's, in two directions: one half of each head for one, [B, N, K]."""
+    directions = zip(positions(D // HEADS // 2), (each.flip(0) for each in positions(D // HEADS // 2)), strict=True)
+    cos, sin = (torch.cat(each, dim=-1).expand(batch, -1, -1) for each in directions)
+    return {"position_embeddings": (cos, sin), "position_ids": torch.zeros(batch, TOKENS, 2, dtype=torch.long)}
+
+
 def _packed(lengths: tuple[int, ...]) -> dict[str, Any]:
     ends = torch.tensor((0, *lengths)).cumsum(0).int()
     return {
@@ -202,6 +259,7 @@ def _turns() -> Tensor:
 # What layers are called with beside their tokens, by the argument's name.
 KEYWORDS: dict[str, Callable[[], Any]] = {
     "attention_mask": lambda: None,
+    "ensemble_cond": lambda: 1,
     "freqs_ci": _turns,
     "resolution": lambda: (32, 32),
     "position_embeddings": positions,
@@ -217,15 +275,23 @@ def call_of(layer: nn.Module, lengths: tuple[int, ...] = LENGTHS[0]) -> tuple[tu
     name = genuine.stock_type(layer).__name__
     is_batch_of_one = name.startswith(("MiniCPM", "MiniMax", "HunYuan"))
     also = {"cu_seqlens", "position_embeddings"} if name.startswith("MiniMax") else {"cu_seqlens", "max_seqlen"}
-    # of a norm
-    width = next(each.shape[0] for key, each in layer.named_parameters() if each.dim() == 1 and "weight" in key)
+    # of a norm of the layer's own
+    own = (each for key, each in layer.named_parameters() if key.count(".") == 1 and key.endswith("weight"))
+    width = next(each.shape[0] for each in own if each.dim() == 1)
     keywords = {key: make() for key, make in KEYWORDS.items() if key in arguments}
+    if name.startswith("Gemma4"):
+        keywords |= gemma_positions(4)
+    if name.startswith("DeepseekOcr2VisionEncoder"):
+        keywords["position_embeddings"] = tuple(each[None] for each in positions())
     if "cu_seqlens" in arguments or is_batch_of_one:
         packed = _packed(lengths)
         keywords |= {key: value for key, value in packed.items() if key in {*arguments, *also}}
         tokens = torch.randn(*((1,) if is_batch_of_one else ()), sum(lengths), width)
-    elif name.startswith(("Sam", "GotOcr", "VitDet")) and not name.startswith("Sapiens"):
-        tokens = torch.randn(2, *((D, 4, 4) if name.startswith("VitDet") else (4, 4, D)))
+    elif name.startswith(("VitDet", "Florence")):
+        tokens = torch.randn(2, D, 4, 4)
+    elif name.startswith(("Sam", "SegGpt", "GotOcr", "DeepseekOcr2Sam")) and not name.startswith("Sapiens"):
+        tokens = torch.randn(2, 4, 4, D)
     else:
-        tokens = torch.randn(4, 16 if {"height", "input_dimensions"} & {*arguments} else TOKENS, width)
+        images = {"height", "input_dimensions"} & {*arguments} or name.startswith("Hiera")
+        tokens = torch.randn(4, 16 if images else TOKENS, width)
     return (tokens.requires_grad_(),), keywords

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
+from vitkernels.fuse.swap import Fused
 
 if importlib.util.find_spec("timm") is None:
     pytest.skip("timm is not installed", allow_module_level=True)
@@ -84,6 +85,11 @@ def _class(file: str, cls: str, **more: Any) -> nn.Module:
     return _made(file, cls, D, HEADS, mlp_ratio=2.0, **more)
 
 
+def _mvit(width: int = D, **more: Any) -> nn.Module:
+    pooling = {"kernel_q": (3, 3), "kernel_kv": (3, 3), "stride_kv": (2, 2), "has_cls_token": False, **more}
+    return _made("mvitv2", "MultiScaleBlock", D, width, HEADS, (8, 8), 2.0, **pooling)
+
+
 def _parallel(cls: str, **more: Any) -> nn.Module:
     return _made("vision_transformer", cls, D, HEADS, 2.0, init_values=0.5, **more)
 
@@ -108,6 +114,49 @@ class Queried(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block(x, x[:, :4, ::2].flatten(1, 2))  # type: ignore[no-any-return]
+
+
+class Placed(nn.Module):
+    """Gemma 4's block with the positions of its tokens; some of its projections have limits."""
+
+    def __init__(self, limits: bool = False) -> None:
+        super().__init__()
+        sizes = {"head_dim": 16, "intermediate_size": 2 * D, "use_clipped_linears": limits}
+        self.block = _made("gemma4_vit", "Gemma4Block", D, HEADS, **sizes)
+        for name, limit in self.block.named_buffers():
+            limit.fill_(-1.5 if name.endswith("min") else 1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.linspace(0, 3, x.shape[1])[:, None] * torch.linspace(0.2, 1, 4)
+        angles = torch.cat([angles, angles, angles.flip(0), angles.flip(0)], dim=-1).expand(len(x), -1, -1)
+        mask = torch.zeros(1, 1, 1, x.shape[1]).masked_fill(torch.arange(x.shape[1]) > 13, -1e9)
+        return self.block(x, angles.cos(), angles.sin(), mask)  # type: ignore[no-any-return]
+
+
+class Pixels(nn.Module):
+    """TNT's block; what a patch is made of are its pixels."""
+
+    def __init__(self, legacy: bool) -> None:
+        super().__init__()
+        self.block = _made("tnt", "Block", D // 4, D, 4, 1, HEADS, legacy=legacy)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.block(x[:, 1:].reshape(-1, 4, D // 4), x)  # type: ignore[no-any-return]
+
+
+class Shared(nn.Module):
+    """CoaT's block with the convolutions that it shares with its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = {
+            "shared_cpe": _made("coat", "ConvPosEnc", D),
+            "shared_crpe": _made("coat", "ConvRelPosEnc", D // HEADS, HEADS, {3: HEADS}),
+        }
+        self.block = _made("coat", "SerialBlock", D, HEADS, 2.0, **shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x, (4, 4))  # type: ignore[no-any-return]
 
 
 BLOCKS: dict[str, Row] = {
@@ -186,6 +235,28 @@ BLOCKS: dict[str, Row] = {
     "sam 2, wider": (lambda: _hiera_det(2 * D, q_stride=(2, 2)), (2, 6, 10, D), {}, APART),
     "tinyvit": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 6, 7, D), {}, APART),
     "tinyvit, one window": (lambda: _made("tiny_vit", "TinyVitBlock", D, HEADS, 4, 2.0), (2, 4, 4, D), {}, APART),
+    "mvit v2": (_mvit, (2, 64, D), {"feat_size": [8, 8]}, REL_POS),
+    "mvit v2, a smaller image": (
+        lambda: _mvit(2 * D + HEADS * 4, stride_q=(2, 2), stride_kv=(4, 4), expand_attn=True),
+        (2, 8 * 6, D),
+        {"feat_size": [8, 6]},
+        REL_POS,
+    ),
+    "mvit v2, wider behind": (lambda: _mvit(2 * D, stride_q=(2, 2)), (2, 64, D), {"feat_size": [8, 8]}, REL_POS),
+    "mvit v2, class token": (
+        lambda: _mvit(2 * D, stride_q=(2, 2), has_cls_token=True, expand_attn=True),
+        (2, 65, D),
+        {"feat_size": [8, 8]},
+        APART,
+    ),
+    "davit, windows": (lambda: _made("davit", "SpatialBlock", D, HEADS, 4, 2.0), (2, D, 6, 7), {}, PACKED),
+    "davit, features": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0, v2=True), (2, D, 6, 7), {}, OWN),
+    "gemma 4": (Placed, TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention", "glu_mlp"}),
+    "gemma 4, limits": (lambda: Placed(True), TOKENS, {}, {"add_rms_norm", "linear", "rotary", "attention"}),
+    "davit, features, first version": (lambda: _made("davit", "ChannelBlock", D, HEADS, 2.0), (2, D, 6, 7), {}, OWN),
+    "coat": (Shared, (2, 17, D), {}, OWN),
+    "tnt": (lambda: Pixels(False), TOKENS, {}, PACKED),
+    "tnt, as it was": (lambda: Pixels(True), TOKENS, {}, PACKED),
     "nest": (lambda: _made("nest", "TransformerLayer", D, HEADS, 2.0), (2, 4, 9, D), {}, PACKED),
     "cait, class token": (Tokens, TOKENS, {}, APART),
     "xcit, class token": (lambda: _class("xcit", "ClassAttentionBlock", eta=0.5), TOKENS, {}, APART),
@@ -247,7 +318,7 @@ def test_output_and_every_gradient(name: str, autocast: bool) -> None:
     assert not explanation.fallbacks
 
 
-@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera"])
+@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera", "mvit v2, wider behind"])
 def test_drop_path_draws_as_ever(name: str) -> None:
     build, size, keywords, _ = BLOCKS[name]
     block = build()
@@ -262,6 +333,19 @@ def test_drop_path_draws_as_ever(name: str) -> None:
     (own, state), (got, after) = runs
     assert torch.equal(state, after)
     fused.check_same(got, own)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_call_that_is_left_to_the_stock_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, size, keywords, _ = BLOCKS[name]
+    block, x = build().eval(), torch.randn(size)
+    own = block(x, **keywords)
+    vk.fuse(block)
+    with monkeypatch.context() as patch, vk.record() as calls:
+        patch.setattr(Fused, "why_not_own", lambda self: "a test")
+        torch.testing.assert_close(block(x, **keywords), own, rtol=0, atol=0)
+    assert not calls
+    assert {"a test": 1} in vk.explain(block).fallbacks.values()
 
 
 def test_a_hook_on_the_feed_forward_is_no_affair_of_the_attentions() -> None:
@@ -286,23 +370,34 @@ def test_the_report_says_both_counts() -> None:
         vk.fuse(vk.unfuse(model), strict=True)
 
 
-def _ways(name: str) -> tuple[nn.Module, torch.Tensor]:
-    build, size, _, _ = BLOCKS[name]
+def _ways(name: str) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    build, size, keywords, _ = BLOCKS[name]
     torch.manual_seed(0)
     block = build()
     fused.stir(block)
-    return vk.fuse(block), torch.randn(size, requires_grad=True)
+    return vk.fuse(block), torch.randn(size, requires_grad=True), keywords
 
 
-@pytest.mark.parametrize("name", ["swin", "swin v2", "sam", "hiera, wider", "volo, class token", "side by side"])
+COMPILED = [
+    "swin",
+    "swin v2",
+    "sam",
+    "hiera, wider",
+    "mvit v2, a smaller image",
+    "volo, class token",
+    "side by side",
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_and_checkpointed(name: str) -> None:
-    block, tokens = _ways(name)
-    own = fused.output_and_gradients(block, (tokens,))
+    block, tokens, keywords = _ways(name)
+    own = fused.output_and_gradients(block, (tokens,), keywords)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     checkpointed = Checkpointed(block)
     for other in (compiled, checkpointed):
         with vk.record() as calls:
-            got = fused.output_and_gradients(other, (tokens,))
+            got = fused.output_and_gradients(other, (tokens,), keywords)
         assert "add_layer_norm" in {call.op for call in calls if call.direction == "backward"}
         fused.check_same({key.removeprefix("_orig_mod.").removeprefix("block."): got[key] for key in got}, own)
 
@@ -314,5 +409,5 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.block, x, use_reentrant=False)  # type: ignore[no-any-return]
+    def forward(self, x: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return checkpoint(self.block, x, use_reentrant=False, **keywords)  # type: ignore[no-any-return]

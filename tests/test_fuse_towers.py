@@ -8,15 +8,16 @@ from typing import Any
 import fused
 import pytest
 import torch
-from hf_towers import LENGTHS, OWN, TOWERS, call_of, layers, tower
+from hf_towers import APART, LENGTHS, OWN, TOWERS, D, call_of, layers, ops_of, tower
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
+from vitkernels.fuse.swap import Fused
 
 WHOLE = "1 of 1 blocks fused"
 AROUND = "0 of 1 blocks fused; 1 of 1 blocks: residual and feed-forward fused, attention its own"
-CHOSEN = ("dpt", "llama4", "pixtral", "qwen2_5_vl", "qwen3_vl", "sam", "sam3", "x_clip")
+CHOSEN = ("dpt", "gemma4", "llama4", "pixtral", "qwen2_5_vl", "qwen3_vl", "sam", "sam3", "x_clip")
 
 
 def stock_layers(name: str, **options: Any) -> list[nn.Module]:
@@ -30,8 +31,8 @@ def stock_layers(name: str, **options: Any) -> list[nn.Module]:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_output_and_every_gradient(name: str) -> None:
-    ops = TOWERS[name][0]
     for layer in stock_layers(name):
+        ops = ops_of(name, layer)
         inputs, keywords = call_of(layer)
         explanation = fused.check_parity(layer, inputs, keywords, ops=ops)
         assert explanation.summary == (AROUND if ops == OWN else WHOLE)
@@ -52,6 +53,19 @@ def test_shifted_windows(name: str) -> None:
     layer = next(each for each in model.modules() if getattr(each, "shift_size", 0))
     inputs, keywords = call_of(layer)
     assert fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0]).summary == WHOLE
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize(("name", "sides"), [("hiera", (16,)), ("sam2", (6, 7))])
+def test_layers_that_leave_fewer_tokens(name: str, sides: tuple[int, ...], autocast: bool) -> None:
+    model = tower(name, **({"window_size_per_stage": [4, 2]} if name == "sam2" else {}))
+    layer = next(each for each in model.modules() if {"proj", "mlp"} <= {*each._modules})
+    tokens = torch.randn(2, *sides, D, requires_grad=True)
+    explanation = fused.check_parity(
+        layer, (tokens,), ops=APART | {"linear"}, autocast=autocast, absolute=4e-3 if autocast else None
+    )
+    assert explanation.summary == WHOLE
+    assert not explanation.fallbacks
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
@@ -86,6 +100,34 @@ def test_keywords_that_transformers_trainer_sends_through(name: str) -> None:
             keywords |= {"use_cache": False, "num_items_in_batch": torch.tensor(4)}
         explanation = fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0])
         assert not explanation.fallbacks
+
+
+def test_projections_with_limits() -> None:
+    """As in the smaller checkpoints of Gemma 4."""
+    model = tower("gemma4", use_clipped_linears=True)
+    for name, limit in model.named_buffers():
+        if name.endswith(("_min", "_max")):
+            limit.fill_(-1.5 if name.endswith("min") else 1.5)
+    layer: Any = next(each for each in model.modules() if hasattr(each, "self_attn"))
+    inputs, keywords = call_of(layer)
+    explanation = fused.check_parity(layer, inputs, keywords, ops=TOWERS["gemma4"][0] - {"glu_mlp"})
+    assert explanation.summary == WHOLE
+    layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: None)
+    explanation = fused.check_parity(layer, inputs, keywords, ops=TOWERS["gemma4"][0] - {"glu_mlp"})
+    assert explanation.unfused == {"": "a hook on q_proj"}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_call_that_is_left_to_the_stock_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for layer in stock_layers(name):
+        inputs, keywords = call_of(layer)
+        own = layer(*inputs, **keywords)
+        vk.fuse(layer)
+        with monkeypatch.context() as patch, vk.record() as calls:
+            patch.setattr(Fused, "why_not_own", lambda self: "a test")
+            torch.testing.assert_close(layer(*inputs, **keywords), own, rtol=0, atol=0)
+        assert not calls
+        assert vk.explain(layer).fallbacks[""] == {"a test": 1}
 
 
 def numbers(layer: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any], checkpointed: bool) -> list[Tensor]:
@@ -209,7 +251,7 @@ def test_twenty_steps_of_training_are_the_stock_models() -> None:
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.parametrize("name", ["blip", "dpt", "mlcd", "sam"])
+@pytest.mark.parametrize("name", ["blip", "dpt", "florence2", "gemma4", "mlcd", "sam", "sam2"])
 def test_compiled_whole(name: str) -> None:
     layer = vk.fuse(stock_layers(name)[0])
     inputs, keywords = call_of(layer)

@@ -28,10 +28,10 @@ STEPS = 20
 Trained = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # and what it is called with
 
 
-def _tower(name: str) -> Trained:
-    """A layer of a tower of transformers."""
+def _tower(name: str, place: int = 0) -> Trained:
+    """A layer of a tower of transformers, the one of its class at this place."""
     model = vk.fuse(hf_towers.tower(name))
-    layer = next(iter(hf_towers.layers(model).values()))
+    layer = list(hf_towers.layers(model).values())[place]
     vk.unfuse(model)
     return layer, *hf_towers.call_of(layer)
 
@@ -101,6 +101,8 @@ ROWS |= {
     "open_clip, custom": lambda: _of(_custom, (2, 7, D)),
     "torchvision, swin": lambda: _of(lambda: _swin("SwinTransformerBlock"), (2, 8, 6, D)),
     "torchvision, swin v2": lambda: _of(lambda: _swin("SwinTransformerBlockV2"), (2, 8, 6, D)),
+    "tower florence2, features": lambda: _tower("florence2", 1),
+    "tower deepseek_ocr2, encoder": lambda: _tower("deepseek_ocr2", 1),
     "videos": lambda: _of(lambda: nn.Sequential(nn.Conv3d(3, 16, (2, 8, 8), (2, 8, 8))), (2, 3, 4, 16, 16)),
 }
 

@@ -36,7 +36,8 @@ def attention_within(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor
     from vitkernels.fuse import rules
 
     if not isinstance(attn, Fused):
-        known = rules.match(attn) is not None
+        match = rules.match(attn)  # one by its structure was tried before, and computes something else
+        known = match is not None and match.certain
         return branch_of(name, attn, call) if known else own_attention(name, attn, call, kind)
 
     def why_not() -> str | None:

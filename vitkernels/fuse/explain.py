@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from vitkernels import dispatch
+from vitkernels.fuse import unserved
 from vitkernels.fuse.candidates import candidates
 from vitkernels.fuse.swap import Fused
 from vitkernels.nn import Block
-from vitkernels.residual import genuine
 from vitkernels.residual.stream import Part
 
 
@@ -144,7 +144,7 @@ def explain(model: nn.Module) -> Explanation:
             reason = known[name].declined or "not fused"
             found = [Row(_join(name, block), "", "", "", reason) for block in inner or [""]]
         elif _looks_like_block(module):
-            found = [Row(name, "", "", "", f"no rule for {genuine.owner_name(module)}")]
+            found = [Row(name, "", "", "", unserved.why_not_block(module))]
             inner = [""]
         else:
             continue

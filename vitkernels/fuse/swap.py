@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import dispatch
+from vitkernels.fuse.unserved import why_not_child
 from vitkernels.nn.transformer import Twin
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
@@ -216,7 +217,7 @@ def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | No
         if why_not is None:
             return child.branch(**options)
     else:
-        why_not = f"{name} is {type(child).__name__}, which is not fused"
+        why_not = why_not_child(name, child)
     return Branch(lambda x, bias_apart: (child(x, **options) if call is None else call(x), None), "", None, why_not)
 
 

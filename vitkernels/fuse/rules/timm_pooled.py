@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,35 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse.around import attention_within, from_windows, to_windows
+from vitkernels.fuse.pooled import PooledBlock
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedMlp
 from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention
 from vitkernels.fuse.rules.timm_windows import FusedOwnBlock, Names
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import genuine, parts
-from vitkernels.residual.stream import Branch, Part, added_now, pre_norm
+from vitkernels.residual.stream import Branch, Part
 from vitkernels.residual.sublayers import join_heads, mlp_branch
+
+
+def unit_attention(
+    x: Tensor, qkv: nn.Module, proj: nn.Module, heads: int, units: int, stride: int, largest: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Hiera's attention: of each unit, whose tokens lie apart in [B, N, D]; queries are the largest of so many.
+
+    Args:
+        x: the tokens.
+        qkv, proj: the projections.
+        heads, units, stride: how many heads, how many units an image has, how many tokens make one query.
+        largest: [B, H, stride, M, K] to [B, H, M, K].
+    """
+    packed = parts.linear(qkv, x.unflatten(1, (-1, units)).transpose(1, 2).flatten(0, 1))
+    if stride == 1:
+        out = ops.attention_qkv(packed, heads)
+    else:
+        q, k, v = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = join_heads(ops.attention(largest(q.unflatten(2, (stride, -1))), k, v))
+    return parts.linear(proj, out.unflatten(0, (-1, units)).transpose(1, 2).flatten(1, 2))
 
 
 class FusedUnitAttention(FusedPlainAttention):
@@ -32,16 +54,9 @@ class FusedUnitAttention(FusedPlainAttention):
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         attn: Any = self
+        units = x.shape[1] // (attn.q_stride * attn.window_size) if attn.use_mask_unit_attn else 1
         with self.backend():
-            units = x.shape[1] // (attn.q_stride * attn.window_size) if attn.use_mask_unit_attn else 1
-            tokens = x.unflatten(1, (-1, units)).transpose(1, 2).flatten(0, 1)
-            qkv = parts.linear(attn.qkv, tokens)
-            if attn.q_stride == 1:
-                heads = ops.attention_qkv(qkv, attn.heads)
-            else:
-                q, k, v = qkv.unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-                heads = join_heads(ops.attention(q.unflatten(2, (attn.q_stride, -1)).amax(2), k, v))
-            return parts.linear(attn.proj, heads.unflatten(0, (-1, units)).transpose(1, 2).flatten(1, 2))
+            return unit_attention(x, attn.qkv, attn.proj, attn.heads, units, attn.q_stride, lambda q: q.amax(2))
 
 
 class FusedScaleAttention(FusedPlainAttention):
@@ -69,33 +84,14 @@ class FusedScaleAttention(FusedPlainAttention):
             return parts.linear(attn.proj, heads.unflatten(1, sides))
 
 
-class FusedPoolingBlock(FusedOwnBlock):
-    """A block whose first step may change the number and the width of its tokens; the sum is torch's there."""
+class FusedPoolingBlock(PooledBlock, FusedOwnBlock):
+    """What both Hieras' blocks share."""
 
     names = Names(("ls1", "ls2"))
 
-    def shortcut(self, x: Tensor, normed: Tensor) -> Tensor:
-        """What the attention of the normed tokens is added to."""
-        raise NotImplementedError
-
-    def parts(self) -> list[Part]:
+    def changes(self) -> bool:
         block: Any = self
-        steps = self.sublayers()
-        if block.dim != block.dim_out:
-            steps[0].scale = None  # of the features behind, where the norm has those before
-        return [part for step in steps for part in step.parts()]
-
-    def run(self, x: Tensor, **options: Any) -> Tensor:
-        block: Any = self
-        if block.dim == block.dim_out:
-            return super().run(x, **options)
-        state = self._vitkernels
-        with self.backend():
-            attention, feed_forward = self.sublayers(**options)
-            normed = parts.layer_norm(block.norm1, x, parts.operand_dtype(None, x))
-            x = self.shortcut(x, normed)
-            x = added_now(x, attention, attention.branch.run(normed, False)[0], widen=state.residual_dtype is None)
-            return pre_norm(x, [feed_forward], state.residual_dtype, again=state.recompute_norms)
+        return block.dim != block.dim_out
 
 
 class FusedHieraBlock(FusedPoolingBlock):
@@ -103,7 +99,7 @@ class FusedHieraBlock(FusedPoolingBlock):
 
     kind = "units of a mask"
 
-    def shortcut(self, x: Tensor, normed: Tensor) -> Tensor:
+    def shortcut(self, x: Tensor, normed: Tensor, **options: Any) -> Tensor:
         block: Any = self
         several = (x if block.proj is None else parts.linear(block.proj, normed)).unflatten(
             1, (block.attn.q_stride, -1)
@@ -117,7 +113,7 @@ class FusedHieraDetBlock(FusedPoolingBlock):
     axes = 4
     kind = "windows"
 
-    def shortcut(self, x: Tensor, normed: Tensor) -> Tensor:
+    def shortcut(self, x: Tensor, normed: Tensor, **options: Any) -> Tensor:
         block: Any = self
         x = parts.linear(block.proj, normed)
         return x if block.pool is None else block.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

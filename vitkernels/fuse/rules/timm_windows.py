@@ -36,24 +36,25 @@ class Names:
 class FusedOwnBlock(PreNormBlock):
     """A pre-norm block called with tokens [B, ..., D] and keywords for its attention, which runs its own code."""
 
-    reads = ("norm1",)
+    reads: ClassVar[tuple[str, ...]] = ("norm1",)
     axes: ClassVar[int | None] = None
     names: ClassVar[Names] = Names()
     kind: ClassVar[str] = _BIAS
+    attention: ClassVar[str] = "attn"  # what the block calls it
 
     def own(self, x: Tensor, **options: Any) -> Tensor:
         """From the normed tokens to what is added to the stream, but for its factors."""
-        block: Any = self
-        return block.attn(x, **options)
+        return getattr(self, self.attention)(x, **options)
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
         names = self.names
         scales = (None, None) if names.scales is None else [getattr(block, name) for name in names.scales]
         one, two = (getattr(block, name) for name in names.drop_paths)
-        attention = attention_within("attn", block.attn, lambda x: self.own(x, **options), self.kind)
+        attn = getattr(self, self.attention)
+        attention = attention_within(self.attention, attn, lambda x: self.own(x, **options), self.kind)
         return [
-            Sublayer("attn", block.norm1, attention, scales[0], one),
+            Sublayer(self.attention, block.norm1, attention, scales[0], one),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), scales[1], two),
         ]
 
@@ -89,6 +90,21 @@ class FusedCaitBlock(FusedOwnBlock):
 
     names = Names(("gamma_1", "gamma_2"), ("drop_path", "drop_path"))
     kind = "heads that talk to each other"
+
+
+class FusedCoatBlock(FusedOwnBlock):
+    """CoaT's SerialBlock (Xu et al. 2021): a convolution of neighbours is added in front."""
+
+    reads = ()
+    names = Names(None, ("drop_path", "drop_path"))
+    kind = "it is factorised, with positions by convolution"
+    attention = "factoratt_crpe"
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        block: Any = self
+        if self.declines(x):
+            return super(FusedOwnBlock, self).forward(x, size)
+        return self.run(block.cpe(x, size), size=tuple(size))
 
 
 class FusedConvitBlock(FusedOwnBlock):
@@ -292,7 +308,7 @@ def _rule(
 
     def contract(block: nn.Module) -> str | None:
         modules = {name for name in scales if name in block._modules}
-        own = {*_STEPS, *names.drop_paths, *children, *modules}
+        own = {*(set(_STEPS) - {"attn"}), mixin.attention, *names.drop_paths, *children, *modules}
         return differs(block, arguments, own, (), {*scales, "gamma3"} - modules)
 
     return Rule(mixin, frozenset({f"timm.models.{owner}"}), contract)
@@ -302,6 +318,7 @@ RULES = (
     _rule(FusedSwinBlock, "swin_transformer.SwinTransformerBlock"),
     _rule(FusedPartitionBlock, "maxxvit.PartitionAttentionCl"),
     _rule(FusedCaitBlock, "cait.LayerScaleBlock"),
+    _rule(FusedCoatBlock, "coat.SerialBlock", ("x", "size"), ("cpe",)),
     _rule(FusedConvitBlock, "convit.Block"),
     _rule(FusedXcaBlock, "xcit.XCABlock", ("x", "H", "W"), ("norm3", "local_mp", "drop_path3")),
     _rule(FusedTwinsBlock, "twins.Block", ("x", "size")),

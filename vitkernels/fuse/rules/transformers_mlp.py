@@ -265,7 +265,7 @@ RULES = (
             """
             aimv2.Aimv2MLP deepseek_ocr2.DeepseekOcr2VisionMLP dinov2.Dinov2SwiGLUFFN
             dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN dinov3_vit.DINOv3ViTGatedMLP
-            dots3_note.Dots3NoteVisionMLP eomt.EomtSwiGLUFFN eomt_dinov3.EomtDinov3GatedMLP gemma4.Gemma4VisionMLP
+            dots3_note.Dots3NoteVisionMLP eomt.EomtSwiGLUFFN eomt_dinov3.EomtDinov3GatedMLP
             ovis2.Ovis2MLP pixtral.PixtralMLP radio.RadioSwiGLUFFN rf_detr.RfDetrDinov2SwiGLUFFN
             sapiens2.Sapiens2GatedMLP tipsv2.Tipsv2VisionSwiGLUFFN
             """

@@ -89,6 +89,21 @@ class FusedVitDetAttention(FusedSamAttention):
         return own.get_rel_pos(side, side, table)
 
 
+class FusedSegGptAttention(FusedVitDetAttention):
+    """SegGptAttention: two values are returned, weights or none."""
+
+    spelling = Spelling(("qkv",), "proj", "num_attention_heads", "scale", is_causal=False)
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if output_attentions or self.leaves(hidden_states):
+            return super(FusedAttention, self).forward(hidden_states, output_attentions)
+        return self.attended(hidden_states), None
+
+    embedded = FusedSamAttention.embedded
+
+
 def _rule(mixin: type[FusedSamAttention], names: str, tokens: str) -> Rule:
     def contract(attn: nn.Module) -> str | None:
         return differs(attn, (tokens, "output_attentions"), ("qkv", "proj"), (), ("rel_pos_h", "rel_pos_w"))
@@ -114,5 +129,6 @@ RULES = (
         """,
         "hidden_states",
     ),
+    _rule(FusedSegGptAttention, "seggpt.SegGptAttention", "hidden_states"),
     _rule(FusedVitDetAttention, "vitdet.VitDetAttention", "hidden_state"),
 )

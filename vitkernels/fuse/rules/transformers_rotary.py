@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitkernels.fuse.rules.transformers import FusedDinoLayer, FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary
 
 Positions = tuple[Tensor, Tensor]
@@ -55,16 +56,66 @@ class FusedRopeAttention(FusedAttention):
         return q, k, v
 
 
+def _grouped(packed: Tensor, heads: int, shared: int) -> list[Tensor]:
+    """q, [B, heads, N, K], k and v, [B, shared, N, K], of the projections' results side by side."""
+    each = packed.unflatten(-1, (heads + 2 * shared, -1)).transpose(1, 2)
+    return list(each.split([heads, shared, shared], dim=1))
+
+
 class FusedSapiensAttention(FusedRopeAttention):
-    """Sapiens2Attention: with norms of each head's q and k."""
+    """Sapiens2Attention: norms of each head's q and k; in some layers several heads of q share those of k and v."""
 
     spelling = Spelling(heads="num_heads", dropout="dropout", norms=("q_norm", "k_norm"), each_head=True)
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        attn: Any = self
+        q, k, v = _grouped(packed, attn.num_heads, attn.num_key_value_heads)
+        return [parts.layer_norm(attn.q_norm, q).to(v.dtype), parts.layer_norm(attn.k_norm, k).to(v.dtype), v]
 
 
 class FusedPixtralAttention(FusedRopeAttention):
     """PixtralAttention: every token has a position."""
 
     has_prefix = False
+
+
+class FusedOcrAttention(FusedPixtralAttention):
+    """DeepseekOcr2VisionAttention, a language model's: several heads of q may share those of k and v."""
+
+    spelling = Spelling(heads="config.num_attention_heads", is_causal="is_causal")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Positions,
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **kwargs}
+        if self.leaves(hidden_states, past_key_values=past_key_values, **options):
+            return super(FusedAttention, self).forward(hidden_states, past_key_values=past_key_values, **options)
+        return self.attended(hidden_states, **options), None
+
+    def why_not_now(self) -> str | None:
+        attn: Any = self
+        return "a window that slides" if attn.sliding_window is not None else super().why_not_now()
+
+    def why_not_call(
+        self,
+        attention_mask: Any = None,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        position_ids: Any = None,
+        **options: Any,
+    ) -> str | None:
+        if past_key_values is not None:
+            return "called with past_key_values"
+        return super().why_not_call(attention_mask, **options)
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        attn: Any = self
+        return _grouped(packed, attn.config.num_attention_heads, attn.config.num_key_value_heads)
 
 
 class FusedStepAttention(FusedRopeAttention):
@@ -180,6 +231,28 @@ class FusedPixtralLayer(FusedRopeLayer):
         return attn(hidden_states=x, **options)[0]
 
 
+class FusedOcrLayer(FusedRopeLayer):
+    """DeepseekOcr2VisionEncoderLayer."""
+
+    names = Names(("input_layernorm", "post_attention_layernorm"), "self_attn")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Positions | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        given = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        return super().forward(hidden_states, attention_mask, position_embeddings, **given)
+
+    def call(self, attn: Any, x: Tensor, **options: Any) -> Tensor:
+        return attn(hidden_states=x, **options)[0]
+
+
 class FusedStepLayer(FusedRopeLayer):
     """Step3p7VisionEncoderLayer."""
 
@@ -244,8 +317,14 @@ _ROPE = ("hidden_states", "attention_mask", "position_embeddings", "kwargs")
 _STEP = ("hidden_states", "position_embeddings", "attention_mask", "kwargs")
 RULES = (
     attention_rule(FusedRopeAttention, owners("dinov3_vit.DINOv3ViTAttention eomt_dinov3.EomtDinov3Attention"), _ROPE),
-    attention_rule(FusedSapiensAttention, owners("sapiens2.Sapiens2Attention"), _ROPE),
+    attention_rule(FusedSapiensAttention, owners("sapiens2.Sapiens2Attention"), _ROPE, shares_keys=True),
     attention_rule(FusedPixtralAttention, owners("pixtral.PixtralAttention"), _ROPE),
+    attention_rule(
+        FusedOcrAttention,
+        owners("deepseek_ocr2.DeepseekOcr2VisionAttention"),
+        ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"),
+        shares_keys=True,
+    ),
     attention_rule(FusedStepAttention, owners("step3p7.Step3p7VisionAttention"), _STEP),
     attention_rule(FusedMlcdAttention, owners("mlcd.MLCDAttention"), _STEP),
     attention_rule(
@@ -259,6 +338,11 @@ RULES = (
         _ROPE,
     ),
     layer_rule(FusedPixtralLayer, owners("pixtral.PixtralAttentionLayer"), _ROPE),
+    layer_rule(
+        FusedOcrLayer,
+        owners("deepseek_ocr2.DeepseekOcr2VisionEncoderLayer"),
+        (*_ROPE[:2], "position_ids", "past_key_values", "use_cache", *_ROPE[2:]),
+    ),
     layer_rule(FusedStepLayer, owners("step3p7.Step3p7VisionEncoderLayer"), _ROPE),
     layer_rule(FusedMlcdLayer, owners("mlcd.MLCDEncoderLayer"), _STEP),
     layer_rule(

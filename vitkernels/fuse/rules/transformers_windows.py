@@ -232,6 +232,24 @@ class FusedVitDetLayer(FusedWindowsLayer):
         return "called with output_attentions" if output_attentions else None
 
 
+class FusedSegGptLayer(FusedLayer):
+    """SegGptLayer: [B, height, width, D]; prompts that are averaged over a batch are its class's."""
+
+    axes = 4
+    names = Names(("layernorm_before", "layernorm_after"), "attention", drop_paths=("drop_path", "drop_path"))
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, ensemble_cond: int, feature_ensemble: bool = False, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        given = {"feature_ensemble": feature_ensemble, "output_attentions": output_attentions}
+        if self.leaves(hidden_states, **given):
+            return super(FusedLayer, self).forward(hidden_states, ensemble_cond, **given)
+        return self.run(hidden_states), None
+
+    def why_not_call(self, **options: Any) -> str | None:
+        return next((f"called with {name}" for name, value in options.items() if value), None)
+
+
 # ------------------------------------------------------------------------------- attention that runs its own code
 
 
@@ -256,7 +274,6 @@ class FusedTupleLayer(FusedLayer):
         return out
 
 
-_SAM3 = ("hidden_states", "kwargs")
 RULES = (
     layer_rule(FusedLwDetrLayer, owners("lw_detr.LwDetrViTLayer"), ("hidden_states", "kwargs")),
     layer_rule(FusedRfDetrLayer, owners("rf_detr.RfDetrDinov2Layer")),
@@ -283,5 +300,10 @@ RULES = (
         ("hidden_states",),
     ),
     layer_rule(FusedVitDetLayer, owners("vitdet.VitDetLayer"), ("hidden_states", "output_attentions"), ("residual",)),
+    layer_rule(
+        FusedSegGptLayer,
+        owners("seggpt.SegGptLayer"),
+        ("hidden_states", "ensemble_cond", "feature_ensemble", "output_attentions"),
+    ),
     layer_rule(FusedTupleLayer, owners("mgp_str.MgpstrLayer"), ("hidden_states",)),
 )
