@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitkernels.kernels import configs
 from vitkernels.kernels.configs import Capability, Row, Table
+from vitkernels.ops._amp import CODES
 
 BATCH, ROWS = 256, 50432  # ViT-B/16 at 224
 
@@ -132,7 +133,7 @@ def _norm_arguments(width: int, direction: str, scaled: bool) -> Callable[[int |
         x, branch = (draw(BATCH, ROWS // BATCH, width) for _ in range(2))
         weight, bias, branch_bias, scale = (draw(width, dtype=torch.float32) for _ in range(4))
         extras = (branch_bias, scale) if scaled else (None, None)
-        forward = (x, branch, weight, bias, 1e-6, *extras, None, torch.bfloat16)
+        forward = (x, branch, weight, bias, 1e-6, *extras, None, CODES[torch.bfloat16])
         if direction == "forward":
             return forward
         total, _, mean, rstd = add_layer_norm.forward(*forward)
