@@ -16,7 +16,7 @@ import torch
 import torch_layers
 from ecosystems import ECOSYSTEMS, HEADS, D
 from test_fuse_timm import MODELS
-from test_fuse_timm_windows import BLOCKS
+from timm_blocks import BLOCKS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
