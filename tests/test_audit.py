@@ -41,7 +41,10 @@ def planted() -> subprocess.CompletedProcess[str]:
 
 def test_faults_end_with_1(planted: subprocess.CompletedProcess[str]) -> None:
     assert planted.returncode == 1, planted.stderr
-    assert "8 rows, 5 faults" in planted.stdout
+    from vitkernels.kernels.fences import FENCED
+
+    unfenced = 0 if FENCED else 1  # older tritons leave a fence out of the greedy product besides
+    assert f"8 rows, {5 + unfenced} faults" in planted.stdout
 
 
 @pytest.mark.parametrize(

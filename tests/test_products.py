@@ -295,18 +295,28 @@ def test_every_choice_gives_the_same_numbers(configure, kind: str, library: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("library", products.LIBRARIES)
 def test_the_chosen_library_is_the_one_that_multiplies(force_library, library: str, dtype: torch.dtype) -> None:
-    """Torch's products have torch's own bits; in float32, where each sums in another order, the others' differ."""
+    """Torch's and oneDNN's products have the bits of their own calls, and the extension's are neither's in float32."""
     if library not in products.candidates(f"{str(dtype).removeprefix('torch.')} products"):
         pytest.skip(f"{library} has no {dtype} products on this machine")
     force_library(library)
     x, weight, bias, dy = (torch.randn(*shape).to(dtype) for shape in ((900, 1000), (1100, 1000), (1100,), (900, 1100)))
     y = torch.ops.vitkernels_ext.linear(x, weight, bias)
     dx, dweight, _ = torch.ops.vitkernels_ext.linear_backward(dy, x, weight, [True, True, False])
-    same = [
-        torch.equal(*pair) for pair in ((y, torch.addmm(bias, x, weight.t())), (dx, dy @ weight), (dweight, dy.t() @ x))
-    ]
-    if library == "torch" or dtype == torch.float32:
-        assert same == [library == "torch"] * 3
+    theirs = {"torch": (torch.addmm(bias, x, weight.t()), dy @ weight, dy.t() @ x)}
+    if "oneDNN" in products.candidates(f"{str(dtype).removeprefix('torch.')} products"):
+        transposed = _onednn(x.t().contiguous(), dy.t()).t()
+        theirs["oneDNN"] = _onednn(x, weight, bias), _onednn(dy, weight.t()), transposed
+    same = {
+        name: [torch.equal(*pair) for pair in zip((y, dx, dweight), each, strict=True)] for name, each in theirs.items()
+    }
+    if library in same:
+        assert all(same[library])
+    elif dtype == torch.float32:
+        assert not any(any(each) for each in same.values())
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @pytest.mark.parametrize("product", [products.PRODUCTS, products.INPUTS, products.WEIGHTS])
