@@ -149,7 +149,7 @@ def _keep(chosen: Choice, path: Path) -> None:
 
 
 def _measure(configure: Callable[[str, int], int]) -> Choice:
-    """Time each kind by each library in turns, on a ViT's shape; about a second in all, two on a busy machine."""
+    """Time each kind by each library in turns, on a ViT's shape; about a second in all on a quiet machine."""
     before = configure("products", -1)
     generator = torch.Generator("cpu").manual_seed(0)
     chosen = decode(0)

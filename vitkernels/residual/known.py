@@ -60,6 +60,7 @@ _tried_linears: set[type] = set()
 _tried_scales: dict[_Tried, str] = {}
 _tried_paths: dict[_Tried, Draw] = {}
 _MODULE = frozenset(vars(nn.Module()))  # attributes that every module has
+_LISTED = torch.__version__ >= "2.13"  # as versions compare, not text: Dynamo of torch 2.11 lists no module's attributes
 
 
 def _tried(module: nn.Module) -> _Tried | None:
@@ -74,14 +75,14 @@ def _tried(module: nn.Module) -> _Tried | None:
 
 
 def _found(tried: dict[_Tried, Any], module: nn.Module) -> Any:
-    if tried and torch.compiler.is_compiling():
+    if tried and not _LISTED and torch.compiler.is_compiling():
         return next((found for key, found in tried.items() if _is_like(key, module)), None)
     key = _tried(module) if tried else None
     return None if key is None else tried.get(key)
 
 
 def _is_like(key: _Tried, module: nn.Module) -> bool:
-    """Whether a module has a tried one's class and attributes: what Dynamo can ask, for torch 2.11's lists none."""
+    """Whether a module has a tried one's class and attributes; it may have others, which no older Dynamo can see."""
     kind, own = key
     return owner(module) is kind and all(
         name in module.__dict__ and _same(module.__dict__[name], each) for name, each in own
