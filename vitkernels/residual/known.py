@@ -60,7 +60,7 @@ _tried_linears: set[type] = set()
 _tried_scales: dict[_Tried, str] = {}
 _tried_paths: dict[_Tried, Draw] = {}
 _MODULE = frozenset(vars(nn.Module()))  # attributes that every module has
-_LISTED = torch.__version__ >= "2.13"  # as versions compare, not text: Dynamo of torch 2.11 lists no module's attributes
+_LISTED = torch.__version__ >= "2.13"  # compared as versions: Dynamo of torch 2.11 lists no attributes
 
 
 def _tried(module: nn.Module) -> _Tried | None:
