@@ -5,7 +5,7 @@ None is the fastest one everywhere, but of a few rows, which the extension alway
 read their operands in different directions, so one library may be the fastest forward and the slowest for the gradient
 of weights: each is timed, once on a machine, and the answer is kept in the user's cache folder. A choice made anew in
 each process would make two runs of the same training differ in their last bits. Where nothing can be kept, the
-extension multiplies float32 and oneDNN, which knows of matrix units, bfloat16.
+extension multiplies float32 and oneDNN bfloat16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Choice = dict[str, str]  # a library for each kind
 _ROWS, _INPUTS, _HIDDEN = 256, 768, 3072
 _ROUNDS, _FEWEST, _SECONDS = 8, 2, 0.2  # of a kind; on a machine that is busy or slow, as few rounds as that takes
 _GAIN = 1.05  # less than this much faster is noise: the extension's own products stay
-_GENERATION = 3  # of the extension's own kernels: one that is younger than the choice kept is timed anew
+_GENERATION = 4  # of the extension's own kernels: one that is younger than the choice kept is timed anew
 
 
 def cpu_name() -> str:

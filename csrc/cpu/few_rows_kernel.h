@@ -130,7 +130,7 @@ void row_panel(const Product& p, const float* a, int64_t j, int64_t count, float
           __builtin_prefetch(later + row * p.b.row * S::size + byte);
         }
       }
-      interleave_b<W, S>(space + q * kPanel, in, p.b.row, 0, p.k - (k + q) * per_word<W>, count);
+      interleave_any<W, S>(space + q * kPanel, kPanel, in, p.b.row, 0, p.k - (k + q) * per_word<W>, count);
       for (int64_t c = count; c < kPanel; ++c) space[q * kPanel + c] = 0;
     }
     for (int64_t i = 0; i < p.m; i += most) {

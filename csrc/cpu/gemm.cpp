@@ -204,7 +204,7 @@ int64_t set_products(int64_t wanted) {
 Way way_of(const Matrix& a, const Parted& whole, Kind kind) {
   const Matrix& b = whole.parts[0];
   const bool served = a.dtype == ScalarType::Float || a.dtype == ScalarType::BFloat16;
-  const bool odd = whole.parts.size() > 1 && !whole.side_by_side() && a.dtype == ScalarType::BFloat16 && b.rows % 2;
+  const bool odd = whole.parts.size() > 1 && !whole.side_by_side() && b.rows % 2;  // words are of two rows
   if (!served || odd || (b.dtype != a.dtype && b.dtype != ScalarType::Float) || a.rows * a.cols * whole.cols == 0) {
     return Way::library;
   }
@@ -221,7 +221,9 @@ Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n) {
   p.k = k;
   p.n = n;
   p.dtype = dtype_of(like);
-  return empty({kernels<float>().product_sizes(p).packed}, ScalarType::Float);
+  p.split = true;
+  const ProductSizes sizes = kernels<float>().product_sizes(p);
+  return empty({sizes.panels * sizes.panel}, ScalarType::Float);
 }
 
 namespace {
@@ -240,31 +242,8 @@ void multiply_few(const Product& p, bool terms, float* sums) {
   });
 }
 
-}  // namespace
-
-void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, const std::optional<Tensor>& bias,
-              const Follow& follow, const Tensor* b_panels) {
-  const DType dtype = dtype_of(a.tensor);
-  const Vector<float> bias_values(bias, dtype);
-  const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
-  const Product p{a.rows,
-                  follow.then == Then::gate ? b.cols / 2 : b.cols,
-                  a.cols,
-                  dtype,
-                  dtype_of(b.parts[0].tensor),
-                  dtype_of(out),
-                  {a.data, a.row, a.col},
-                  as_parts(b),
-                  bias_values.get(),
-                  follow.then,
-                  follow.activation,
-                  bytes(out),
-                  data(follow.pre),
-                  data(follow.activated),
-                  follow.activated_in_panels};
-  const int64_t columns = p.then == Then::gate_backward ? 2 * p.n : p.n;  // of out
-  if (follow.sums) follow.sums->assign(columns, 0);
-  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, follow.sums ? follow.sums->data() : nullptr);
+// Some terms of a product by panels of B, which may be there. `sums`, [columns] or null, are added to.
+void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
   const Kernels<float>& kernel = kernels<float>();
   const ProductSizes sizes = kernel.product_sizes(p);
   // Rows are cut the same way for any number of threads, for the sake of the sums.
@@ -272,30 +251,32 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, cons
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
   int64_t parts = 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
-  std::vector<float> sums(follow.sums ? parts * columns : 0);
-  const auto sums_of = [&](int64_t part) { return follow.sums ? sums.data() + part * columns : nullptr; };
-  const int64_t threads = torch::stable::get_num_threads(), panel = sizes.packed / sizes.panels;
-  if (parts == 1 && p.a.col == 1 && !b_panels) {  // so few rows that each panel is read once: it need not leave the cache
+  std::vector<float> own_sums(sums ? parts * columns : 0);
+  const auto sums_of = [&](int64_t part) { return sums ? own_sums.data() + part * columns : nullptr; };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (!panels) p.panel_step = sizes.panel;
+  if (parts == 1 && sizes.in_place && !panels) {  // so few rows that each panel is read once: it need not leave the cache
     constexpr int64_t cached = 1 << 17;           // floats, half of a usual L2
     const int64_t fair = (sizes.panels + threads - 1) / threads;
-    const int64_t some = std::clamp<int64_t>(cached / panel, 1, fair), tasks = (sizes.panels + some - 1) / some;
+    const int64_t some = std::clamp<int64_t>(cached / sizes.panel, 1, fair), tasks = (sizes.panels + some - 1) / some;
     parallel(tasks, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> scratch(sizes.scratch), panels(some * panel);
+      Buffer<float> scratch(sizes.scratch), own(some * sizes.panel);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * some, last = std::min(first + some, sizes.panels);
-        kernel.product_pack(p, panels.get(), first, last);
-        kernel.product(p, panels.get(), 0, p.m, first, last, sums_of(0), scratch.get());
+        kernel.product_pack(p, own.get(), first, last);
+        kernel.product(p, own.get(), 0, p.m, first, last, sums_of(0), scratch.get());
       }
     });
   } else {
-    const Tensor space = b_panels ? *b_panels : empty({sizes.packed}, ScalarType::Float);
-    float* const panels = reinterpret_cast<float*>(bytes(space));
-    if (!b_panels) {
+    std::optional<Tensor> space;
+    if (!panels) {
+      space = empty({sizes.panels * sizes.panel}, ScalarType::Float);
+      panels = reinterpret_cast<float*>(bytes(*space));
       parallel(sizes.panels, 1, [&](int64_t begin, int64_t end) {
-        kernel.product_pack(p, panels + begin * panel, begin, end);
+        kernel.product_pack(p, panels + begin * p.panel_step, begin, end);
       });
     }
-    const int64_t wanted = threads * (p.a.col == 1 ? 3 : 1);  // for equal shares
+    const int64_t wanted = threads * (sizes.in_place ? 3 : 1);  // for equal shares
     const int64_t groups = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels);
     parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
       Buffer<float> scratch(sizes.scratch);
@@ -303,13 +284,68 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, cons
         const int64_t part = task / groups, group = task % groups;
         const int64_t row = tiles * part / parts * sizes.rows, row_end = tiles * (part + 1) / parts * sizes.rows;
         const int64_t first = sizes.panels * group / groups, last = sizes.panels * (group + 1) / groups;
-        kernel.product(p, panels + first * panel, row, std::min(row_end, p.m), first, last, sums_of(part), scratch.get());
+        kernel.product(p, panels + first * p.panel_step, row, std::min(row_end, p.m), first, last, sums_of(part),
+                       scratch.get());
       }
     });
   }
-  if (!follow.sums) return;
+  if (!sums) return;
   for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t j = 0; j < columns; ++j) (*follow.sums)[j] += sums[part * columns + j];
+    for (int64_t j = 0; j < columns; ++j) sums[j] += own_sums[part * columns + j];
+  }
+}
+
+// All terms, as many at a time as go best. `panels` are of all terms, or null.
+void multiply_terms(const Product& p, int64_t columns, float* sums, float* panels) {
+  const ProductSizes sizes = kernels<float>().product_sizes(p);
+  for (int64_t begin = 0; begin < p.k; begin += sizes.depth) {
+    Product some = p;
+    some.begin = begin;
+    some.k = std::min(sizes.depth, p.k - begin);
+    some.a.data += begin * p.a.col * size_of(p.dtype);
+    some.panel_step = sizes.panel;
+    some.packed_from = panels ? begin : 0;
+    some.add = begin > 0;
+    if (begin > 0) some.bias = nullptr;
+    multiply_panels(some, columns, sums, panels);
+  }
+}
+
+}  // namespace
+
+void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, const std::optional<Tensor>& bias,
+              const Follow& follow, const Tensor* b_panels) {
+  const DType dtype = dtype_of(a.tensor);
+  const Vector<float> bias_values(bias, dtype);
+  const auto data = [](const Tensor* t) { return t ? bytes(*t) : nullptr; };
+  bool not_finite = false;
+  Product p{a.rows,
+            follow.then == Then::gate ? b.cols / 2 : b.cols,
+            a.cols,
+            dtype,
+            dtype_of(b.parts[0].tensor),
+            dtype_of(out),
+            {a.data, a.row, a.col},
+            as_parts(b),
+            bias_values.get(),
+            follow.then,
+            follow.activation,
+            bytes(out),
+            data(follow.pre),
+            data(follow.activated),
+            follow.activated_in_panels,
+            true,
+            &not_finite};
+  const int64_t columns = p.then == Then::gate_backward ? 2 * p.n : p.n;  // of out
+  if (follow.sums) follow.sums->assign(columns, 0);
+  float* const sums = follow.sums ? follow.sums->data() : nullptr;
+  if (way != Way::panels) return multiply_few(p, way == Way::few_terms, sums);
+  float* const panels = b_panels ? reinterpret_cast<float*>(bytes(*b_panels)) : nullptr;
+  multiply_terms(p, columns, sums, panels);
+  if (not_finite && !panels) {  // panels have none but pieces
+    p.split = false;
+    if (sums) std::fill_n(sums, columns, 0);
+    multiply_terms(p, columns, sums, nullptr);
   }
 }
 

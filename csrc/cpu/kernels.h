@@ -72,12 +72,20 @@ struct Product {
   Activation activation;
   char *out, *pre, *activated;
   bool activated_in_panels;
+  bool split;        // float32 may be multiplied in pieces (product_words.h)
+  bool* not_finite;  // set where a sum of such a product is not: that of float32 may be another
+  // Of a product of some terms (k) at a time: the first in B and in the panels, and whether out += C (of Then::store)
+  int64_t begin = 0, packed_from = 0;
+  bool add = false;
+  int64_t panel_step = 0;  // floats from one panel to the next
 };
 
 // Of a Product on the instruction set in use: rows of a tile, tiles that go best together, panels of columns, floats of
-// the packed B and of the scratch that each thread needs.
+// a panel and of the scratch that each thread needs, terms (k) that are best multiplied at a time; and whether A is read
+// where it lies, or at little cost.
 struct ProductSizes {
-  int64_t rows, tiles, panels, packed, scratch;
+  int64_t rows, tiles, panels, panel, scratch, depth;
+  bool in_place;
 };
 
 // The same where A has few rows or, for the gradient of a weight, few terms (k): the one operand that is large, B or C, is

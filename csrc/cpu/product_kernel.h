@@ -25,14 +25,19 @@ VK_INLINE void multiply_rows(int64_t rows, int64_t k, const Left<float>& a, cons
 }
 
 template <class W>
-VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Left<float>& a, const float* b, float* c, bool accumulate) {
+VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Left<float>& a, const float* b, int64_t panel_step, float* c,
+                             bool accumulate) {
 #if defined(VK_TILES)
   if constexpr (by_tiles<W>) {
-    const Tiles left{a.data, kTile, kTileSize, a.tile / 2}, right{b, kTile, kTile * kPanel, kTileSize};
-    return matmul_by_tiles(rows, kPanel, k, left, right, c, kPanel, accumulate);
-  }
+    constexpr int64_t kPieces = pieces<W>;
+    const Tiles left{a.data, kTile, kPieces * kTileSize, a.tile / 2, kTileSize};
+    constexpr int64_t columns = kPieces > 1 ? kAtOnce : kPanel;
+    Tiles right{b, kTile, kPieces * kTile * columns, kTileSize, kPieceStep};
+    if (kPieces > 1) right.pair = panel_step / (kPanel / kAtOnce);
+    matmul_by_tiles<kPieces>(rows, kPanel, k, left, right, c, kPanel, accumulate);
+  } else
 #endif
-  multiply_rows<W>(rows, k, a, b, c, accumulate);
+    multiply_rows<W>(rows, k, a, b, c, accumulate);
 }
 
 // Asks for the lines that finish_row reads or writes, `length` bytes from column j on: they arrive while the tile is
@@ -61,20 +66,35 @@ VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t row
   }
 }
 
+// One of two bfloat16 of each word; the even row's comes first.
+VK_INLINE void put_half(float* out, bool odd, VecU bits) {
+  store(out, (Vec<float>)(odd ? (VecU)load(out) | (bits << 16) : bits));
+}
+
 // Row k of a B, `count` columns from column j on, into B's panels; `rows` is how many it has.
 VK_INLINE void put_in_panel(Singles, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
-  float* const out = panels + (j / kPanel * rows + k) * kPanel;
+  using W = Thirds;  // in which panels hold float32
+  float* const panel = panels + j / kPanel * panel_words<W>(rows) * kPanel;
+  if (k + 1 == rows) end_panel<W>(panel, rows);
   for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
-  for (int64_t c = 0; c < kPanel; c += kFloats) store(out + c, load(row + c));
+  for (int64_t c = 0; c < kPanel; c += kFloats) {
+    float* const out = panel + in_panel<W>(k / per_word<W>, c, rows);
+    if constexpr (pieces<W> == 1) {
+      store(out, load(row + c));
+    } else {
+      Vec<float> words[3];
+      split(load(row + c), Vec<float>{}, words, 1);
+#pragma GCC unroll 3
+      for (int64_t piece = 0; piece < 3; ++piece) put_half(out + piece * kPieceStep, k % 2, (VecU)words[piece]);
+    }
+  }
 }
 VK_INLINE void put_in_panel(Pairs, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
   float* const panel = panels + j / kPanel * panel_words<Pairs>(rows) * kPanel;
   if (k + 1 == rows) end_panel<Pairs>(panel, rows);
   for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
-  for (int64_t c = 0; c < kPanel; c += kFloats) {  // the even row comes first
-    float* const out = panel + in_panel<Pairs>(k / 2, c);
-    const VecU bits = bf16_bits(load(row + c));
-    store(out, (Vec<float>)(k % 2 ? (VecU)load(out) | (bits << 16) : bits));
+  for (int64_t c = 0; c < kPanel; c += kFloats) {
+    put_half(panel + in_panel<Pairs>(k / 2, c, rows), k % 2, bf16_bits(load(row + c)));
   }
 }
 
@@ -133,7 +153,12 @@ VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t coun
     float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
     each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS { put(out + c, round_bf16(get<decltype(lane)>(row + c))); });
   } else {
-    store_row(p.out + (i * p.n + j) * W::size, DType::f32, 1, row, count);
+    float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
+    if (!p.add) return store_row(p.out + (i * p.n + j) * W::size, DType::f32, 1, row, count);
+    each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+      using V = decltype(lane);
+      put(out + c, get<V>(out + c) + get<V>(row + c));
+    });
   }
 }
 
@@ -184,12 +209,20 @@ VK_INLINE void finish_rows(const Product& p, int64_t i, int64_t rows, int64_t j,
   }
 }
 
+// Whether all of C [rows, kPanel] is.
+template <class W>
+VK_INLINE bool is_finite(const float* c, int64_t rows) {
+  Vec<float> zeros{};
+  for (int64_t i = 0; i < rows * kPanel; i += kFloats) zeros += load(c + i) * 0.f;
+  return sum<float>(zeros) == 0;
+}
+
 // One panel of C below `rows` rows of A; `block` holds the sums between one depth of k and the next.
 template <class W>
 void product_block(const Product& p, Left<float> a, const float* b, int64_t i, int64_t rows, int64_t j, float* block,
                    float* sums, float* spare) {
   const bool fetch = j == 0 && p.a.col == 1 && !by_tiles<W>;  // what the first panel reads comes from memory
-  const int64_t words = panel_words<W>(p.k), most = round_up(even_step(words, kDepth), by_tiles<W> ? kTile : 1);
+  const int64_t words = whole_words<W>(p.k), most = round_up(even_step(words, kDepth), by_tiles<W> ? kTile : 1);
   const int64_t columns = panel_columns(p), count = p.n - j < columns ? p.n - j : columns;
   for (int64_t k = 0; k < words; k += most) {
     const int64_t depth = words - k < most ? words - k : most;
@@ -204,7 +237,8 @@ void product_block(const Product& p, Left<float> a, const float* b, int64_t i, i
         const int64_t left = words - k - depth;
         prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
       }
-      multiply_tile<W>(live, depth, tile, b + k * kPanel, c, k > 0);
+      multiply_tile<W>(live, depth, tile, b + in_panel<W>(k, 0, p.k), p.panel_step, c, k > 0);
+      if (pieces<W> > 1 && last && !is_finite<W>(c, live)) __atomic_store_n(p.not_finite, true, __ATOMIC_RELAXED);
       if (last) finish_rows<W>(p, i + r, live, j, count, c, sums, spare);
     }
   }
@@ -214,23 +248,24 @@ template <class W>
 void product_rows(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                   float* sums, float* scratch) {
   [[maybe_unused]] const typename W::Scope scope{};
-  const int64_t most = round_up(even_step(end - begin, block_rows<W>), tile_rows<W>);
-  float *spare = scratch, *block = spare + kSpare, *a_tiles = block + block_rows<W> * kPanel;
+  const int64_t block_rows = tiles_of_block<W>(p.k) * tile_rows<W>;
+  const int64_t most = round_up(even_step(end - begin, block_rows), tile_rows<W>);
+  float *spare = scratch, *block = spare + kSpare, *a_tiles = block + block_rows * kPanel;
   for (int64_t j = 0; j < kSpare; ++j) spare[j] = 0;
   for (int64_t i = begin; i < end; i += most) {
     const int64_t rows = end - i < most ? end - i : most;
     const char* a = p.a.data + i * p.a.row * W::size;
     const int64_t row = p.a.row / per_word<W>;
     Left<float> tiles{reinterpret_cast<const float*>(a), row, 1, kTileRows * row};
-    if (by_tiles<W>) {
-      copy_a(a_tiles, p, a, rows);
-      tiles = {a_tiles, kTile, kTile, tile_rows<W> * panel_words<W>(p.k)};
+    if constexpr (by_tiles<W>) {
+      copy_a<W>(a_tiles, p, a, rows);
+      tiles = {a_tiles, kTile, pieces<W> * kTile, tile_rows<W> * panel_words<W>(p.k)};
     } else if (p.a.col != 1) {
       pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
       tiles = {a_tiles, 1, kTileRows, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
-      const float* const b = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
+      const float* const b = packed + (panel - first) * p.panel_step + in_panel<W>(p.packed_from / per_word<W>, 0, p.k);
       product_block<W>(p, tiles, b, i, rows, panel * panel_columns(p), block, sums, spare);
     }
   }
@@ -241,24 +276,29 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
 template <class W>
 ProductSizes sizes_in(const Product& p) {
   const int64_t panels = (p.n + panel_columns(p) - 1) / panel_columns(p);
-  const int64_t copied = by_tiles<W>     ? block_rows<W> * panel_words<W>(p.k)
+  const int64_t tiles = tiles_of_block<W>(p.k), rows = tiles * tile_rows<W>;
+  const int64_t copied = by_tiles<W>     ? rows * panel_words<W>(p.k)
                          : p.a.col == 1 ? 0
-                                        : block_tiles<W> * tile_words<W>(p.k);
-  return {tile_rows<W>, block_tiles<W>, panels, panels * panel_words<W>(p.k) * kPanel,
-          kSpare + block_rows<W> * kPanel + copied};
+                                        : tiles * tile_words<W>(p.k);
+  const bool deep = pieces<W> > 1 && p.then == Then::store;
+  return {tile_rows<W>, tiles, panels, panel_words<W>(p.k) * kPanel, kSpare + rows * kPanel + copied,
+          deep && p.k > kDepthInPieces ? round_up(even_step(p.k, kDepthInPieces), 2 * kTile) : p.k,
+          pieces<W> == 1 && p.a.col == 1};
 }
 inline ProductSizes product_sizes(const Product& p) {
-  return p.dtype == DType::f32 ? sizes_in<Singles>(p) : sizes_in<Pairs>(p);
+  ProductSizes sizes;
+  with_panels(p, [&](auto word, auto) VK_ALWAYS { sizes = sizes_in<decltype(word)>(p); });
+  return sizes;
 }
 
 inline void product_pack(const Product& p, float* packed, int64_t first, int64_t last) {
-  with_words(p, [&](auto word, auto source) {
+  with_panels(p, [&](auto word, auto source) {
     using W = decltype(word);
     using S = decltype(source);
     if (p.b.row != 1) return pack_rows<W, S>(p, packed, first, last);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t most = panel_columns(p), j = panel * most, columns = p.n - j < most ? p.n - j : most;
-      float* const out = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
+      float* const out = packed + (panel - first) * p.panel_step;
       pack_columns<W, S>(out, b_at<S>(p, 0, j), p.b.col, p.k, columns, 0, most);
       if (p.then == Then::gate) {
         pack_columns<W, S>(out, b_at<S>(p, 0, p.n + j), p.b.col, p.k, columns, most, kPanel);
@@ -270,8 +310,9 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
 
 inline void product(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                     float* sums, float* scratch) {
-  p.dtype == DType::f32 ? product_rows<Singles>(p, packed, begin, end, first, last, sums, scratch)
-                        : product_rows<Pairs>(p, packed, begin, end, first, last, sums, scratch);
+  with_panels(p, [&](auto word, auto) VK_ALWAYS {
+    product_rows<decltype(word)>(p, packed, begin, end, first, last, sums, scratch);
+  });
 }
 
 }  // namespace VK_ISA

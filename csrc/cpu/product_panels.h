@@ -12,8 +12,8 @@ template <class W>
 constexpr int64_t tile_rows = by_tiles<W> ? 2 * kTile : kTileRows;
 template <class W>
 constexpr int64_t block_tiles = by_tiles<W> ? 8 : 20;
-template <class W>
-constexpr int64_t block_rows = block_tiles<W> * tile_rows<W>;
+constexpr int64_t kBlockWords = 5 << 16;  // of a block of A in pieces: more than half of the L2 that goes with the unit
+constexpr int64_t kDepthInPieces = 768;   // terms at a time: a block of more has too few rows for what B takes to pass
 constexpr int64_t kDepth = 384;
 constexpr int64_t kSpare = 4 * kPanel;  // what finish_row keeps of an activation
 constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
@@ -23,27 +23,47 @@ static_assert(kTileVecs % 2 == 0, "half of a panel is whole vectors");
 // Columns of `out` that a panel is for: half of a gate's panel are gates, the other half the ups of the same columns.
 VK_INLINE int64_t panel_columns(const Product& p) { return p.then == Then::gate ? kPanel / 2 : kPanel; }
 
-// Of a panel along k.
+// Along k, with those that fill the last tile.
 template <class W>
-VK_INLINE int64_t panel_words(int64_t k) {
+VK_INLINE int64_t whole_words(int64_t k) {
   return by_tiles<W> ? round_up(words_of<W>(k), kTile) : words_of<W>(k);
 }
-// Where in a panel word p of column c stands, c a multiple of kFloats: of words beside one another or, for the matrix
-// unit, of tiles.
+// Of a panel along k, all pieces of each.
 template <class W>
-VK_INLINE int64_t in_panel(int64_t p, int64_t c) {
-  if (!by_tiles<W>) return p * kPanel + c;
-  return p / kTile * kTile * kPanel + c / kTile * kTileSize + p % kTile * kTile;
+VK_INLINE int64_t panel_words(int64_t k) {
+  return whole_words<W>(k) * pieces<W>;
 }
+// Rows of tiles of A that go through B's panels together.
 template <class W>
-VK_INLINE void put_words(float* panel, int64_t p, const float* words) {
-  for (int64_t c = 0; c < kPanel; c += kFloats) store(panel + in_panel<W>(p, c), load(words + c));
+VK_INLINE int64_t tiles_of_block(int64_t k) {
+  if (pieces<W> == 1) return block_tiles<W>;
+  const int64_t most = kBlockWords / (tile_rows<W> * panel_words<W>(k));
+  return most < 2 ? 2 : most < block_tiles<W> ? most : block_tiles<W>;
+}
+// Where in a panel [k, kPanel] the first piece of word p of column c stands, c a multiple of kFloats: of words beside one
+// another or, for the matrix unit, of tiles. The columns of a panel in pieces that are multiplied at a time lie together,
+// in the order in which they are read; from one piece to the next it is kPieceStep.
+constexpr int64_t kAtOnce = 2 * kTile, kPieceStep = kTile * kAtOnce;
+template <class W>
+VK_INLINE int64_t in_panel(int64_t p, int64_t c, int64_t k) {
+  if (!by_tiles<W>) return p * kPanel + c;
+  const int64_t in_tile = p % kTile * kTile;
+  if (pieces<W> == 1) return p / kTile * kTile * kPanel + c / kTile * kTileSize + in_tile;
+  const int64_t before = c / kAtOnce * whole_words<W>(k) + p / kTile * kTile;
+  return before * pieces<W> * kAtOnce + c % kAtOnce / kTile * kTileSize + in_tile;
+}
+// `words` are [pieces, kPanel].
+template <class W>
+VK_INLINE void put_words(float* panel, int64_t p, int64_t k, const float* words) {
+  for (int64_t piece = 0; piece < pieces<W>; ++piece, panel += kPieceStep, words += kPanel) {
+    for (int64_t c = 0; c < kPanel; c += kFloats) store(panel + in_panel<W>(p, c, k), load(words + c));
+  }
 }
 // The words of a panel behind the last that B has: zeros.
 template <class W>
 VK_INLINE void end_panel(float* panel, int64_t k) {
-  alignas(64) const float zeros[kPanel] = {};
-  for (int64_t p = words_of<W>(k); p < panel_words<W>(k); ++p) put_words<W>(panel, p, zeros);
+  alignas(64) const float zeros[pieces<W> * kPanel] = {};
+  for (int64_t p = words_of<W>(k); p < whole_words<W>(k); ++p) put_words<W>(panel, p, k, zeros);
 }
 
 // What each step is where `count` goes in equal steps of at most `most`.
@@ -70,17 +90,17 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
             __builtin_prefetch(later + q * p.b.row * S::size + byte);
           }
         }
-        float* const to = packed + (panel - first) * panel_words<W>(p.k) * kPanel;
-        alignas(64) float line[kPanel];
+        float* const to = packed + (panel - first) * p.panel_step;
+        alignas(64) float line[pieces<W> * kPanel];
         float* const out = by_tiles<W> ? line : to + k * kPanel;
-        interleave_b<W, S>(out, in, p.b.row, 0, p.k - k * per_word<W>, columns);
-        for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
-        if (by_tiles<W>) put_words<W>(to, k, line);
+        if (columns < kPanel) std::memset(out, 0, pieces<W> * kPanel * sizeof(float));
+        interleave_any<W, S>(out, kPanel, in, p.b.row, 0, p.k - k * per_word<W>, columns);
+        if (by_tiles<W>) put_words<W>(to, k, p.k, line);
       }
     }
   }
   for (int64_t panel = first; panel < last; ++panel) {
-    end_panel<W>(packed + (panel - first) * panel_words<W>(p.k) * kPanel, p.k);
+    end_panel<W>(packed + (panel - first) * p.panel_step, p.k);
   }
 }
 
@@ -91,26 +111,30 @@ void pack_columns(float* out, const char* in, int64_t column_step, int64_t k, in
   constexpr int64_t elements = kFloats * per_word<W>;
   for (int64_t j0 = from; j0 < to; j0 += kFloats) {
     const auto transpose = [&](int64_t p, int64_t words, auto load_some) VK_ALWAYS {
-      Vec<float> lanes[kFloats];
+      Vec<float> lanes[pieces<W> * kFloats] = {};
 #pragma GCC unroll 16
       for (int64_t j = 0; j < kFloats; ++j) {
-        lanes[j] = Vec<float>{};
         const int64_t column = j0 - from + j;
-        if (column < columns) lanes[j] = load_some(in + (column * column_step + p) * S::size);
+        if (column < columns) load_some(lanes + j, in + (column * column_step + p) * S::size);
       }
-      transpose_lanes(lanes);
-      float* const words_to = out + in_panel<W>(p / per_word<W>, j0);
+      float* words_to = out + in_panel<W>(p / per_word<W>, j0, k);
+#pragma GCC unroll 3
+      for (int64_t piece = 0; piece < pieces<W>; ++piece, words_to += kPieceStep) {
+        transpose_lanes(lanes + piece * kFloats);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kFloats; ++i) {
-        if (i < words) store(words_to + i * (by_tiles<W> ? kTile : kPanel), lanes[i]);
+        for (int64_t i = 0; i < kFloats; ++i) {
+          if (i < words) store(words_to + i * (by_tiles<W> ? kTile : kPanel), lanes[piece * kFloats + i]);
+        }
       }
     };
     int64_t p = 0;
     for (; p + elements <= k; p += elements) {
-      transpose(p, kFloats, [&](const char* row) VK_ALWAYS { return load_words<W, S>(row); });
+      transpose(p, kFloats, [&](Vec<float>* to, const char* row) VK_ALWAYS { load_pieces<W, S>(to, kFloats, row); });
     }
     if (p < k) {
-      transpose(p, words_of<W>(k - p), [&](const char* row) VK_ALWAYS { return load_last_words<W, S>(row, k - p); });
+      transpose(p, words_of<W>(k - p), [&](Vec<float>* to, const char* row) VK_ALWAYS {
+        load_last_pieces<W, S>(to, kFloats, row, k - p);
+      });
     }
   }
 }
@@ -122,7 +146,7 @@ VK_INLINE int64_t tile_words(int64_t k) {
 }
 template <class W>
 void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t rows) {
-  alignas(64) float line[block_rows<W> + kCopied] = {};
+  alignas(64) float line[block_tiles<W> * tile_rows<W> + kCopied] = {};
   const int64_t words = words_of<W>(k), step = tile_words<W>(k);
   for (int64_t p = 0; p < words; ++p) {
     for (int64_t byte = 0; byte < rows * W::size; byte += 64) {
@@ -136,42 +160,48 @@ void pack_tiles(float* out, const char* in, int64_t k_step, int64_t k, int64_t r
   }
 }
 
-// A for the matrix unit, [tiles of rows][tiles of words]: `words(q, i)` is the vector of words q to q + kTile of row i or,
-// `kAcross`, word q of rows i to i + kTile.
-template <bool kAcross, class F>
+// A for the matrix unit, [tiles of rows][tiles of words][pieces]: `load_some(to, q, i)` gives the pieces of words q to
+// q + kTile of row i or, `kAcross`, of word q of rows i to i + kTile; what it leaves are zeros.
+template <class W, bool kAcross, class F>
 VK_INLINE void copy_tiles(float* out, int64_t rows, int64_t words, F load_some) {
-  for (int64_t i = 0; i < rows; i += kTile) {
-    for (int64_t p = 0; p < words; p += kTile, out += kTileSize) {
-      Vec<float> lanes[kTile];
+  const int64_t across = (rows + kTile - 1) / kTile, along = words / kTile;
+  for (int64_t at = 0; at < across * along; ++at) {  // in the order in which memory is read
+    const int64_t i = (kAcross ? at % across : at / along) * kTile, p = (kAcross ? at / across : at % along) * kTile;
+    float* to = out + (i * along + p) * kTile * pieces<W>;
+    Vec<float> lanes[pieces<W> * kTile] = {};
 #pragma GCC unroll 16
-      for (int64_t q = 0; q < kTile; ++q) lanes[q] = kAcross ? load_some(p + q, i) : load_some(p, i + q);
-      if (kAcross) transpose_lanes(lanes);
+    for (int64_t q = 0; q < kTile; ++q) kAcross ? load_some(lanes + q, p + q, i) : load_some(lanes + q, p, i + q);
+#pragma GCC unroll 3
+    for (int64_t piece = 0; piece < pieces<W>; ++piece, to += kTileSize) {
+      if (kAcross) transpose_lanes(lanes + piece * kTile);
 #pragma GCC unroll 16
-      for (int64_t q = 0; q < kTile; ++q) store(out + q * kTile, lanes[q]);
+      for (int64_t q = 0; q < kTile; ++q) store(to + q * kTile, lanes[piece * kTile + q]);
     }
   }
 }
-inline void copy_a(float* out, const Product& p, const char* a, int64_t rows) {
-  const int64_t words = panel_words<Pairs>(p.k);
+template <class W>
+void copy_a(float* out, const Product& p, const char* a, int64_t rows) {
+  const int64_t words = whole_words<W>(p.k);
   if (p.a.col == 1) {
-    return copy_tiles<false>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
-      const char* const from = a + (i * p.a.row + 2 * q) * Pairs::size;
-      if (i >= rows) return Vec<float>{};
-      __builtin_prefetch(from + 4 * p.a.row * Pairs::size);
-      if (2 * (q + kTile) <= p.k) return load(reinterpret_cast<const float*>(from));
-      return load_last_words<Pairs, Pairs>(from, p.k - 2 * q);
+    return copy_tiles<W, false>(out, rows, words, [&](Vec<float>* to, int64_t q, int64_t i) VK_ALWAYS {
+      const char* const from = a + (i * p.a.row + 2 * q) * W::size;
+      if (i >= rows || 2 * q >= p.k) return;
+      for (int64_t byte = 0; byte < 32 * W::size; byte += 64) __builtin_prefetch(from + 4 * p.a.row * W::size + byte);
+      if (2 * (q + kTile) <= p.k) return load_pieces<W, W>(to, kTile, from);
+      load_last_pieces<W, W>(to, kTile, from, p.k - 2 * q);
     });
   }
-  copy_tiles<true>(out, rows, words, [&](int64_t q, int64_t i) VK_ALWAYS {
-    alignas(64) float line[kTile] = {};
-    const char* const from = a + i * Pairs::size;
-    if (2 * q >= p.k) return Vec<float>{};
+  copy_tiles<W, true>(out, rows, words, [&](Vec<float>* to, int64_t q, int64_t i) VK_ALWAYS {
+    alignas(64) float line[pieces<W> * kTile] = {};
+    const char* const from = a + i * W::size;
+    if (2 * q >= p.k) return;
     if (i + kTile <= rows) {
-      interleave(Pairs{}, line, from, p.a.col, q, p.k, kTile);
+      interleave_any<W, W>(line, kTile, from, p.a.col, q, p.k, kTile);
     } else {
-      interleave(Pairs{}, line, from, p.a.col, q, p.k, rows - i);
+      interleave_any<W, W>(line, kTile, from, p.a.col, q, p.k, rows - i);
     }
-    return load(static_cast<const float*>(line));
+#pragma GCC unroll 3
+    for (int64_t piece = 0; piece < pieces<W>; ++piece) to[piece * kTile] = load(line + piece * kTile);
   });
 }
 

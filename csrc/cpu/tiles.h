@@ -44,15 +44,15 @@ class TileScope {
 #define VK_TILE_DOT(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 VK_INLINE void fence_tiles() { asm volatile("" ::: "memory"); }
 
-// Where A or B lies, in words: from one row of a tile to the next, from one tile to the next along k, and to the next one
-// beside it.
+// Where A or B lies, in words: from one row of a tile to the next, from one tile to the next along k, to the next one
+// beside it, to the same one's next piece (product_words.h), and to the next pair of tiles beside it.
 struct Tiles {
   const float* data;
-  int64_t row, along, beside;
+  int64_t row, along, beside, piece = 0, pair = 2 * beside;
 };
 
 // C [32 rows or 16, 32 columns or 16] (+)= A B over `words` of k, a multiple of kTile.
-template <bool kTall, bool kWide>
+template <int64_t kPieces, bool kTall, bool kWide>
 VK_INLINE void multiply_tiles(int64_t words, Tiles a, Tiles b, float* c, int64_t c_row, bool accumulate) {
   const int64_t a_bytes = a.row * 4, b_bytes = b.row * 4, c_bytes = c_row * 4;
   float* const below = c + kTile * c_row;
@@ -68,15 +68,34 @@ VK_INLINE void multiply_tiles(int64_t words, Tiles a, Tiles b, float* c, int64_t
     if (kTall) VK_TILE_ZERO(2);
     if (kTall && kWide) VK_TILE_ZERO(3);
   }
-  for (int64_t k = 0; k < words; k += kTile, a.data += a.along, b.data += b.along) {
-    VK_TILE_LOAD(4, a.data, a_bytes);
-    if (kTall) VK_TILE_LOAD(5, a.data + a.beside, a_bytes);
-    VK_TILE_LOAD(6, b.data, b_bytes);
-    if (kWide) VK_TILE_LOAD(7, b.data + b.beside, b_bytes);
+  const auto load_a = [&](int64_t piece) VK_ALWAYS {
+    const float* const from = a.data + piece * a.piece;
+    VK_TILE_LOAD(4, from, a_bytes);
+    if (kTall) VK_TILE_LOAD(5, from + a.beside, a_bytes);
+  };
+  const auto load_b = [&](int64_t piece) VK_ALWAYS {
+    const float* const from = b.data + piece * b.piece;
+    VK_TILE_LOAD(6, from, b_bytes);
+    if (kWide) VK_TILE_LOAD(7, from + b.beside, b_bytes);
+  };
+  const auto dot = [&]() VK_ALWAYS {
     VK_TILE_DOT(0, 4, 6);
     if (kWide) VK_TILE_DOT(1, 4, 7);
     if (kTall) VK_TILE_DOT(2, 5, 6);
     if (kTall && kWide) VK_TILE_DOT(3, 5, 7);
+  };
+  for (int64_t k = 0; k < words; k += kTile, a.data += a.along, b.data += b.along) {
+    load_b(0);
+    if (kPieces == 3) {  // in an order in which most tiles stay
+      load_a(2), dot();
+      load_a(1), dot();
+    }
+    load_a(0), dot();
+    if (kPieces == 3) {
+      load_b(2), dot();
+      load_b(1), dot();
+      load_a(1), dot();
+    }
   }
   VK_TILE_STORE(0, c, c_bytes);
   if (kWide) VK_TILE_STORE(1, c + kTile, c_bytes);
@@ -85,19 +104,20 @@ VK_INLINE void multiply_tiles(int64_t words, Tiles a, Tiles b, float* c, int64_t
 }
 
 // C [m rows, and those that fill the last tile; n columns, a multiple of kTile] (+)= A B.
+template <int64_t kPieces = 1>
 VK_INLINE void matmul_by_tiles(int64_t m, int64_t n, int64_t words, Tiles a, const Tiles& b, float* c, int64_t c_row,
                                bool accumulate) {
   const auto rows = [&](auto tall, float* out) VK_ALWAYS {
     constexpr bool kTall = decltype(tall)::value == 2;
     Tiles right = b;
     int64_t j = 0;
-    for (; j + 2 * kTile <= n; j += 2 * kTile, right.data += 2 * b.beside) {
-      multiply_tiles<kTall, true>(words, a, right, out + j, c_row, accumulate);
+    for (; j + 2 * kTile <= n; j += 2 * kTile, right.data += b.pair) {
+      multiply_tiles<kPieces, kTall, true>(words, a, right, out + j, c_row, accumulate);
     }
-    if (j < n) multiply_tiles<kTall, false>(words, a, right, out + j, c_row, accumulate);
+    if (j < n) multiply_tiles<kPieces, kTall, false>(words, a, right, out + j, c_row, accumulate);
   };
   int64_t i = 0;
-  for (; i + kTile < m; i += 2 * kTile, a.data += 2 * a.beside, c += 2 * kTile * c_row) rows(Count<2>{}, c);
+  for (; i + kTile < m; i += 2 * kTile, a.data += a.pair, c += 2 * kTile * c_row) rows(Count<2>{}, c);
   if (i < m) rows(Count<1>{}, c);
 }
 
