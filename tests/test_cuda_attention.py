@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ import pytest
 import torch
 from accuracy import check_case
 from case import Case, T
-from cases import STRIDES, STRIDES_16
 from cases_attention import (
-    ATTENTION,
-    ATTENTION_QKV,
-    ATTENTION_REL_POS,
-    ATTENTION_VARLEN,
     BF16,
     F16,
     F32,
@@ -29,9 +23,10 @@ from cases_attention import (
     attention_varlen_qkv,
 )
 from draws import keep_some
-from ptx import cuda
+from ptx import cuda, sample
 from ptx.findings import FLIGHT, RACE
 from ptx.launch import Packed
+from ptx.trials import Trial
 
 import vitkernels as vk
 from vitkernels import ext_cuda
@@ -49,27 +44,9 @@ PADDED = attention("padding", 2, 2, 40, 70, mask=T((2, 1, 1, 70), convert=keep_s
 CAUSAL = attention_qkv("causal", 1, 2, 70, causal=True)
 PACKED = attention_varlen_qkv("several", (33, 1, 70))
 IMAGE = attention_rel_pos("image", 1, 2, (5, 14))
-WIDE_IMAGE = attention_rel_pos("wider than Triton takes", 1, 2, (3, 70), queries=9)  # three parts of its columns
 
 
-def _trials() -> Iterator[Any]:
-    """The list in bfloat16 and float32, half of it in float16, whose kernels are bfloat16's text.
-
-    Layouts, sequences end to end and images: in one dtype, by turns; of the layouts of the last two a sample.
-    """
-    for number, case in enumerate([*ATTENTION, *ATTENTION_QKV]):
-        for dtype in (BF16, F32, F16)[: 2 + number % 2]:
-            if dtype in case.dtypes:
-                yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
-    layouts = {op: [case for case in (*STRIDES, *STRIDES_16) if case.op == op] for op in ext_cuda.ATTENTION}
-    for op in ("attention_rel_pos", "attention_varlen"):
-        layouts[op] = layouts[op][::4]
-    alone = [*ATTENTION_VARLEN, *ATTENTION_REL_POS, WIDE_IMAGE, *itertools.chain.from_iterable(layouts.values())]
-    for number, case in enumerate(alone):
-        dtypes = [each for each in (BF16, F32, F16) if each in case.dtypes]
-        if dtypes:
-            dtype = dtypes[number % len(dtypes)]
-            yield pytest.param(case, dtype, id=f"{str(dtype).removeprefix('torch.')} {case}")
+TRIALS = [each for each in sample.cuda() if each.case.op in ext_cuda.ATTENTION]
 
 
 def launched(case: Case, dtype: torch.dtype, capability: tuple[int, int] = (8, 0), **backends: str) -> cuda.Launched:
@@ -102,9 +79,9 @@ def expected(case: Case) -> list[str]:
     return [kernel for kernel in KERNELS if batch * heads * rows[kernel]]
 
 
-@pytest.mark.parametrize(("case", "dtype"), list(_trials()))
-def test_case(case: Case, dtype: torch.dtype) -> None:
-    assert kernels(launched(case, dtype)) == expected(case)
+@pytest.mark.parametrize("trial", TRIALS, ids=str)
+def test_case(trial: Trial) -> None:
+    assert kernels(launched(trial.case, trial.dtype)) == expected(trial.case)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)

@@ -85,6 +85,11 @@ def build(architecture: int = ARCHITECTURE) -> Path:
     return module
 
 
+def entries() -> set[str]:
+    """The mangled names of all kernels of the module."""
+    return {name.decode() for name in re.findall(rb"\.entry (\w+)\(", build().read_bytes())}
+
+
 def _current(name: str, contents: bytes) -> Path:
     """Where a library of these contents lies; what was made of others goes."""
     path = CACHE / f"{name}-{hashlib.sha256(contents).hexdigest()[:16]}.so"
