@@ -216,7 +216,7 @@ def test_frozen_parameters_get_no_gradient(images: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- compiled, exported
 
 COMPILED: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"depth": 1},
     "all": {"reg_tokens": 2, "init_values": 0.5, "qk_norm": True, "global_pool": "avg", "drop_path_rate": 0.4},
 }
 
