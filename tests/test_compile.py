@@ -34,12 +34,10 @@ from vitkernels import dispatch
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._inductor.config.patch(compile_threads=1):  # in this process: the workers already share the cores
+def _one_thread() -> Iterator[None]:
+    """Inductor compiles in this process: the workers already share the cores."""
+    with torch._inductor.config.patch(compile_threads=1):
         yield
-    torch._dynamo.reset()
 
 
 def _compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
