@@ -18,8 +18,9 @@ from vitkernels import dispatch, ext, products, tape
 # read when cuBLAS makes its first handle; without it, its products are not deterministic, and torch warns
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Inductor keeps compiled code by graph: what another version of an op left on the machine would assert its shapes
-_inductor = tempfile.TemporaryDirectory(prefix="vitkernels-inductor-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that starts them
+    _inductor = tempfile.TemporaryDirectory(prefix="vitkernels-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 tape.FROM_CALL = 1  # tests call a thing twice at most: the first call is taped, the second one replayed
 
