@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,23 +56,12 @@ def test_static_shapes(loss: Loss) -> None:
     _check_compiled(loss, _compiled(loss, dynamic=False))
 
 
-def test_inductor() -> None:
-    """All ops in one graph, for the C++ that inductor writes around them takes seconds to compile."""
-    losses = list(map(Loss, SMALL))
-
-    def function(leaves: list[list[Tensor]]) -> list[Tensor]:
-        return [loss(*each) for loss, each in zip(losses, leaves, strict=True)]
-
-    leaves = [loss.leaves() for loss in losses]
-    with vk.record() as calls:
-        values = _compiled(function, backend="inductor")(leaves)
-        torch.stack(values).sum().backward()
-    assert Counter((call.op, call.direction) for call in calls) == Counter(
-        (case.op, direction) for case in SMALL for direction in ("forward", "backward")
-    )
-    for loss, value, each in zip(losses, values, leaves, strict=True):
-        torch.testing.assert_close(value, loss(*loss.values))
-        torch.testing.assert_close([leaf.grad for leaf in each], loss.gradients())
+@pytest.mark.parametrize(
+    "loss", [case for case in SMALL if case.pairs or "attn_mask" in case.tensors], ids=str, indirect=True
+)
+def test_inductor(loss: Loss) -> None:
+    """What `Model`, which has every op, gives none: masks, and pairs of weights."""
+    _check_compiled(loss, _compiled(loss, backend="inductor"))
 
 
 def _sizes(op: str, batch: int, tokens: int) -> Case:
