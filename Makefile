@@ -92,7 +92,7 @@ TRITON_PATH := $(if $(TRITON),.venv/triton-$(TRITON))
 audit: .venv/.built .venv/.cuda $(TRITON_PATH) ## compile every kernel without a GPU and judge it: Triton's for sm_80, 90, 100, CUDA C++ for sm_75 to 90
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit
 
-audit-short: .venv/.built .venv/.cuda $(TRITON_PATH) ## one row of each kernel, sm_90 only
+audit-short: .venv/.built .venv/.cuda $(TRITON_PATH) ## one row of each kernel: Triton's for sm_90, CUDA C++ for sm_80
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
 
 emulate: .venv/.built .venv/.cuda $(TRITON_PATH) ## run every case on the compiled kernels, Triton's and CUDA C++, executed by a PTX machine on the CPU (hours; goes on where it stopped)
@@ -140,7 +140,7 @@ check: .venv/.built lint ## lint, and the tests that break first (about a minute
 	$(PY) -m pytest -n $(WORKERS) -q tests/test_ops_reference.py tests/test_steps.py tests/test_tape.py tests/test_kept.py \
 		tests/test_contributing.py tests/test_fuse_timm.py
 
-test: .venv/.built .venv/.cuda lint docs audit-short ## ruff, mypy, the site, the short audit and all tests (half an hour on 2 cores)
+test: .venv/.built .venv/.cuda lint docs audit-short ## ruff, mypy, the site, the short audit and all tests (under half an hour on 2 cores)
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 

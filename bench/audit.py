@@ -204,14 +204,14 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _cuda_rows(asked: Sequence[int], only: str) -> list[Row]:
-    """CUDA C++ for the architectures that it is written for, of those asked for if any are."""
+def _cuda_rows(asked: Sequence[int], only: str, short: bool) -> list[Row]:
+    """CUDA C++ for the architectures that it is written for, of those asked for if any are; short, as tests run it."""
     reason = cuda.why_not()
     architectures = [each for each in cuda.ARCHITECTURES if each in asked or not asked]
     if reason is not None or not architectures:
         print(f"CUDA C++ is not compiled: {reason or 'it is written for other architectures'}")
         return []
-    found = cuda.read_all(architectures, only, WORKERS)
+    found = cuda.read_of_tests(only, WORKERS) if short else cuda.read_all(architectures, only, WORKERS)
     return [Row(Variant(name, None, {}, {}), architecture, *outcome) for name, architecture, *outcome in found]
 
 
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=CHIPS, help="targets; default: 80 90 100")
     parser.add_argument("--only", default="", metavar="NAME", help="rows whose name contains this")
-    parser.add_argument("--short", action="store_true", help="one row a kernel, sm_90 alone")
+    parser.add_argument("--short", action="store_true", help="one row a kernel: Triton's for sm_90, CUDA C++ for sm_80")
     parser.add_argument("--page", nargs="+", metavar="MODULE", help="modules with variants(); default: every op's page")
     options = parser.parse_args(argv)
     if kernels.interpreting():
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pages = options.page or registered
     capabilities = [90] if options.short else options.capability or [80, 90, 100]
     work = _select(pages, [each for each in capabilities if each >= 80], options.only, options.short)
-    cpp = [] if options.page else _cuda_rows(capabilities if options.capability or options.short else (), options.only)
+    cpp = [] if options.page else _cuda_rows(options.capability or (), options.only, options.short)
     if not work and not cpp:
         parser.error(f"nothing to compile in {', '.join(pages) or 'no page'} with {options.only!r} in its name")
 

@@ -49,6 +49,14 @@ def read_all(
             yield from (each for each in found if only in each[0])
 
 
+def read_of_tests(only: str = "", jobs: int = 2) -> Iterator[tuple[str, int, Reading | None, str]]:
+    """The same for sm_80 alone, of the PTX that the tests execute: one pass of the compiler for both."""
+    given = {machine.ARCHITECTURE: given_by_launches(True)}
+    with ThreadPoolExecutor(jobs) as pool:
+        for found in pool.map(lambda each: _assemble(*each, given), machine.texts().items()):
+            yield from (each for each in found if only in each[0])
+
+
 @functools.cache
 def given_by_launches(ampere: bool) -> dict[str, int]:
     """The most bytes of shared memory that launches give a kernel beside its own, by its mangled name.
@@ -80,11 +88,41 @@ def _read(source: Path, given: Mapping[int, Mapping[str, int]]) -> list[tuple[st
         try:
             printed = nvcc.run([*nvcc.command(toolkit, source, flags), *keep])
         except RuntimeError as error:
-            reason = next((line for line in str(error).splitlines() if "error" in line), str(error).splitlines()[-1])
-            return [(f"{source.stem} (CUDA C++)", each, None, reason) for each in architectures]
+            return _failed(source, given, error)
         texts = [each.read_text() for each in Path(folder).glob("*.ptx")]
-        bodies = {architecture_of(text): bodies_of(text) for text in texts}
-    found = []
+    return _readings(source, printed, texts, given)
+
+
+def _assemble(
+    source: Path, text: str, given: Mapping[int, Mapping[str, int]]
+) -> list[tuple[str, int, Reading | None, str]]:
+    """Of one file that is PTX already."""
+    toolkit = nvcc.find()
+    assert toolkit is not None, why_not()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{source.stem}.ptx"
+        path.write_text(text)
+        target = f"-arch=sm_{architecture_of(text)}"
+        try:
+            printed = nvcc.run([toolkit.nvcc.with_name("ptxas"), "-v", "-Werror", target, "-o", f"{path}.cubin", path])
+        except RuntimeError as error:
+            return _failed(source, given, error)
+    return _readings(source, printed, [text], given)
+
+
+def _failed(
+    source: Path, given: Mapping[int, Mapping[str, int]], error: RuntimeError
+) -> list[tuple[str, int, Reading | None, str]]:
+    reason = next((line for line in str(error).splitlines() if "error" in line), str(error).splitlines()[-1])
+    return [(f"{source.stem} (CUDA C++)", each, None, reason) for each in given]
+
+
+def _readings(
+    source: Path, printed: str, texts: Sequence[str], given: Mapping[int, Mapping[str, int]]
+) -> list[tuple[str, int, Reading | None, str]]:
+    """What ptxas printed of a file, beside the PTX of its architectures."""
+    bodies = {architecture_of(text): bodies_of(text) for text in texts}
+    found: list[tuple[str, int, Reading | None, str]] = []
     for name, architecture, text in _entries(printed):
         threads, body = bodies[architecture][name]
         stack = [int(number) for each in _STACK.findall(text) for number in each[:1]]

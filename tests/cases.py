@@ -324,3 +324,5 @@ PLAIN = [
     *ROTARY_QKV,
 ]
 CASES = [*PLAIN, *GLU_MLP_APART, *STRIDES, *STRIDES_16]
+# with every fourth layout, for tests of what layouts share; a tensor has 3, 7 or 9, so that all of them have turns
+FEWER = [*PLAIN, *GLU_MLP_APART, *STRIDES[::4], *STRIDES_16[::4]]

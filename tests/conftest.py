@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from vitkernels import dispatch, ext, products, tape
 # read when cuBLAS makes its first handle; without it, its products are not deterministic, and torch warns
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Inductor keeps compiled code by graph: what another version of an op left on the machine would assert its shapes
-_inductor = tempfile.TemporaryDirectory(prefix="vitkernels-inductor-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that starts them
+    _inductor = tempfile.TemporaryDirectory(prefix="vitkernels-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 tape.FROM_CALL = 1  # tests call a thing twice at most: the first call is taped, the second one replayed
 
@@ -107,3 +109,13 @@ def _clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_order", None)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """What a test compiled is forgotten behind it: the next one's sizes would make shapes dynamic, and take minutes."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()

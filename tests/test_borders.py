@@ -280,7 +280,6 @@ ALONE: dict[str, tuple[Callable[[nn.Module], None], str]] = {
 @pytest.mark.parametrize("change", ALONE)
 @each_kind
 def test_a_block_that_is_called_by_itself(kind: str, change: str) -> None:
-    torch.compiler.reset()
     model, x = built(kind), images()
     expected = fused.output_and_gradients(model, (x,))
     act, reason = ALONE[change]

@@ -11,6 +11,7 @@ import torch.utils.checkpoint as checkpoint
 from case import Case, Loss, T
 from cases import (
     LAYER,
+    SMALL,
     add_layer_norm,
     add_rms_norm,
     attention,
@@ -32,12 +33,10 @@ from vitkernels import dispatch
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._inductor.config.patch(compile_threads=1):  # in this process: the workers already share the cores
+def _one_thread() -> Iterator[None]:
+    """Inductor compiles in this process: the workers already share the cores."""
+    with torch._inductor.config.patch(compile_threads=1):
         yield
-    torch._dynamo.reset()
 
 
 def _compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
@@ -57,7 +56,11 @@ def test_static_shapes(loss: Loss) -> None:
     _check_compiled(loss, _compiled(loss, dynamic=False))
 
 
+@pytest.mark.parametrize(
+    "loss", [case for case in SMALL if case.pairs or "attn_mask" in case.tensors], ids=str, indirect=True
+)
 def test_inductor(loss: Loss) -> None:
+    """What `Model`, which has every op, gives none: masks, and pairs of weights."""
     _check_compiled(loss, _compiled(loss, backend="inductor"))
 
 

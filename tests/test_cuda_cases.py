@@ -1,5 +1,5 @@
 """The case list on the extension's CUDA kernels, as nvcc compiles them, launched by their own C++ and executed by the
-machine in `ptx`: numbers, races, bounds, hangs."""
+machine in `ptx`: numbers, races, bounds, hangs. Which cases: the rules of `ptx/sample.py`."""
 
 from __future__ import annotations
 
@@ -8,71 +8,44 @@ import re
 
 import pytest
 import torch
-from accuracy import check_case
-from case import Case
-from cases import (
-    ADD_LAYER_NORM,
-    ADD_RMS_NORM,
-    GLU_MLP,
-    LINEAR,
-    MLP,
-    PATCH_EMBED,
-    ROTARY,
-    ROTARY_QKV,
-    STRIDES,
-    STRIDES_16,
-    add_layer_norm,
-    linear,
-    patch_embed,
-    rotary_qkv,
-)
-from cases_rotary import LAYER
-from ptx import cuda
+from accuracy import check_case, run
+from cases import add_layer_norm
+from ptx import cuda, sample
 from ptx.findings import PROGRAMS, RACE, Fault
+from ptx.trials import Trial
 from torch import Tensor
 
 import vitkernels as vk
-from vitkernels import dispatch
+from vitkernels import dispatch, ext_cuda
 
 if cuda.why_not() is not None:
     pytest.skip(f"{cuda.why_not()}", allow_module_level=True)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# widths that the cases of all backends do not have: a block for a row, and sums that do not fit registers
-WIDE = [
-    add_layer_norm("width 1152", (2, 3, 1152)),
-    add_layer_norm("width 1025", (1, 3, 1025)),
-    add_layer_norm("width 4104", (1, 3, 4104)),
-    add_layer_norm("width 4097", (1, 2, 4097)),
-]
-LONG = [
-    linear("1,100 rows", (1100,), 8, 72),  # partial sums of a bias
-    patch_embed("chunks of tokens", 1, (65, 65), batch=2, channels=1, width=8, prefix=1, pos_embed=4226),
-    patch_embed("two parts, kept", 2, (7, 7), batch=18, channels=1, width=8, prefix=1, pos_embed=50, keep=40),
-    rotary_qkv("blocks of heads", (1, 50, 2, 3, 256), half=False, **LAYER),
-]
-# a minute on the machine, for what "two parts, kept" shows
-SLOW = ("many tokens kept",)
-PLAIN = [*ADD_LAYER_NORM, *ADD_RMS_NORM, *LINEAR, *MLP, *GLU_MLP, *PATCH_EMBED, *ROTARY, *ROTARY_QKV, *WIDE, *LONG]
+TRIALS = [each for each in sample.cuda() if each.case.op not in ext_cuda.ATTENTION]
 
 
-def _trials() -> list[tuple[Case, torch.dtype]]:
-    """Every case in one dtype, by turns; of the layouts a sample."""
-    plain = [case for case in PLAIN if case.name not in SLOW]
-    layouts = [case for case in (*STRIDES[::5], *STRIDES_16[::5]) if not case.op.startswith("attention")]
-    trials = []
-    for number, case in enumerate([*plain, *layouts]):
-        dtypes = [each for each in (BF16, F32, F16) if each in case.dtypes]
-        if dtypes:
-            trials.append((case, dtypes[number % len(dtypes)]))
-    return trials
-
-
-@pytest.mark.parametrize(("case", "dtype"), _trials(), ids=str)
-def test_case(case: Case, dtype: torch.dtype) -> None:
-    with cuda.activate() as record:
-        check_case(case, dtype, "ext")
+@pytest.mark.parametrize("trial", TRIALS, ids=str)
+def test_case(trial: Trial) -> None:
+    with cuda.activate(trial.capability) as record:
+        check_case(trial.case, trial.dtype, "ext")
     assert not record.findings, "\n".join(map(str, record.findings))
+
+
+def test_the_sample_launches_every_kernel() -> None:
+    """Of the module, in the text of one of the dtypes that share it."""
+
+    def of_any_half(name: str) -> str:
+        return name.replace("6__half", "13__nv_bfloat16")
+
+    left = {of_any_half(name) for name in cuda.entries()}
+    for trial in reversed(sample.cuda()):  # layouts and sizes of its own are last
+        with cuda.activate(trial.capability, take=lambda call, record: None) as record:
+            run(trial.case, trial.case.build(trial.dtype), forward="ext")
+        left -= set(map(of_any_half, record.names))
+        if not left:
+            return
+    assert not left
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

@@ -22,7 +22,7 @@ STEPS = {
     "reading": 150,
     "mae": 350,
     "dino": 120,
-    "lora": 80,
+    "lora": 60,
 }
 TORCHRUN = {"distributed": 70}
 

@@ -170,7 +170,6 @@ def test_prompts_written_in_a_compiled_model(write: str, grad: bool) -> None:
             out = torch.compile(prompted, fullgraph=True, backend="aot_eager")(tokens)
         return [out] if not grad else [out, *torch.autograd.grad(out.sin().sum(), [tokens, *prompted.parameters()])]
 
-    torch.compiler.reset()
     check_same(run, vit(), adds=3 * 2)
 
 

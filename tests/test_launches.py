@@ -1,4 +1,4 @@
-"""The Triton launchers without a GPU: every case's call binds to its kernel, and its results are laid out as declared.
+"""The Triton launchers without a GPU: each case's call binds to its kernel, and its results are laid out as declared.
 
 Kernels are bound as for an H100, by their real argument types, alignments and launch options, but neither compiled nor
 run (`make audit` compiles them, `test_triton.py` interprets them): results hold no numbers, and have to have the
@@ -7,6 +7,8 @@ shapes, dtypes and strides that the ops' fake implementations promise to torch.c
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from case import Case
-from cases import CASES, IMAGENET, UINT8, attention_qkv, mlp, patch_embed
+from cases import FEWER, IMAGENET, UINT8, attention_qkv, mlp, patch_embed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,10 +29,16 @@ triton = pytest.importorskip("triton")
 if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: interpreted kernels bind nothing", allow_module_level=True)
 
+from ptx import sample  # noqa: E402
 from ptx.driver import Gpu, Nothing, activate  # noqa: E402  # needs triton
 
-from vitkernels.kernels import attention_long, attention_short, fences, patch_embed_kernels  # noqa: E402
+from vitkernels.kernels import fences, patch_embed_kernels  # noqa: E402
 from vitkernels.kernels.fences import FENCED  # noqa: E402
+
+
+def _name(kernel: Any) -> str:
+    """Such as "attention_long.dq_kernel"."""
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
 
 
 @pytest.fixture
@@ -43,10 +51,10 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         return True  # as if another had compiled it
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", bind)
-    for page in (attention_short, attention_long):  # what tests before this one have bound would not be bound again
-        for kernel in vars(page).values():
-            if isinstance(kernel, triton.JITFunction):
-                monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    pages = [page for name, page in sys.modules.items() if name.startswith(f"{kernels.__name__}.")]
+    for kernel in {each for page in pages for each in vars(page).values() if isinstance(each, triton.JITFunction)}:
+        # what tests before this one have bound would not be bound again
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     with activate(Gpu(), Nothing):
         yield seen
 
@@ -80,11 +88,25 @@ def test_every_case_binds(
 
     watched = dispatch.Implementation(checked("forward"), checked("backward"), triton_kernels.why_not)
     monkeypatch.setitem(there, "triton", watched)
-    cases = [case for case in CASES if case.op == op and dtype in case.dtypes]
+    cases = [case for case in FEWER if case.op == op and dtype in case.dtypes]
     assert cases
     for case in cases:
         _run(case, dtype)
     assert bound, "no kernel was launched"
+
+
+@pytest.mark.parametrize("op", kernels.PAGES)
+def test_the_sample_of_the_machine_launches_every_kernel(op: str, bound: list[dict[str, Any]]) -> None:
+    """Which the audit compiles for sm_90, by the trials of `ptx.sample`."""
+    page = importlib.import_module(f"{kernels.__name__}.{kernels.PAGES[op][0]}")
+    left = {_name(variant.kernel) for variant in page.variants((9, 0))}
+    assert left
+    for trial in sample.triton():
+        if left and trial.case.op == op:
+            with activate(Gpu(trial.capability, trial.processors), Nothing):
+                _run(trial.case, trial.dtype)
+            left -= {each["kernel"] for each in bound}
+    assert not left
 
 
 def _run(case: Case, dtype: torch.dtype) -> None:

@@ -373,7 +373,6 @@ def test_compile_has_no_graph_break(packed: bool, subset: bool) -> None:
     model = build(depth=1, use_rot_pos_emb=True, qk_norm=True, patch_drop_rate=0.3, drop_path_subset=subset)
     model.blocks[0].drop_path1, model.blocks[0].drop_path2 = DropPath(0.3), DropPath(0.3)
     pixels: Any = [images(*size) for size in SIZES_OF_IMAGES] if packed else images()
-    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = weighed(model, lambda model: model(pixels))
     with vk.record() as calls:

@@ -12,8 +12,9 @@ Read it in this order:
 5. `schedule`: which threads run next, where they part ways and meet. `launch.run` is the whole: PTX text, a kernel's
    name, a grid, a block and arguments, from wherever they come. `driver` puts it behind Triton's launchers, `cuda`
    behind those of the extension's CUDA C++.
-6. `trials` is what runs on it, `alike` what of that need not run twice, `emulate` the command that runs all. `faults`
-   and `plant` take statements out of compiled kernels, `trace` shows where that changes nothing.
+6. `trials` is what runs on it, `sample` what of that `make test` runs, `alike` what need not run twice, `emulate` the
+   command that runs all. `faults` and `plant` take statements out of compiled kernels, `trace` shows where that
+   changes nothing.
 
 A register of all threads is one array [CTAs or 1, threads or 1], so a value that threads share is kept once. Whatever
 a GPU would do wrongly without a word is a finding (`findings`); an instruction or form that is not defined here raises

@@ -60,6 +60,15 @@ def _namespace(architecture: int) -> str:
     return f"vitkernels_on_the_machine_{architecture}"
 
 
+def _flags(architecture: int) -> list[str]:
+    name = f"-DVITKERNELS_NAMESPACE={_namespace(architecture)}"
+    return [*nvcc.WARNINGS, *nvcc.ptx(architecture), name, "-DVITKERNELS_KEY=CPU"]
+
+
+def _objects(toolkit: nvcc.Toolkit, architecture: int) -> list[Path]:
+    return nvcc.compile_all(toolkit, _flags(architecture), CACHE / f"sm_{architecture}")
+
+
 @functools.cache
 def build(architecture: int = ARCHITECTURE) -> Path:
     """Compile the module with the stand-in for its runtime, or find it compiled.
@@ -69,11 +78,9 @@ def build(architecture: int = ARCHITECTURE) -> Path:
     """
     toolkit = nvcc.find()
     assert toolkit is not None, why_not()
-    name = f"-DVITKERNELS_NAMESPACE={_namespace(architecture)}"
-    flags = [*nvcc.WARNINGS, *nvcc.ptx(architecture), name, "-DVITKERNELS_KEY=CPU"]
     source = Path(__file__).with_name("cudart.cpp")
     with _locked(CACHE):
-        objects = nvcc.compile_all(toolkit, flags, CACHE / f"sm_{architecture}")
+        objects = _objects(toolkit, architecture)
         key = b"".join(each.name.encode() for each in objects) + source.read_bytes()
         module = _current(f"sm_{architecture}/cuda", key)
         if not module.exists():
@@ -83,6 +90,27 @@ def build(architecture: int = ARCHITECTURE) -> Path:
             libraries = ["-cudart=none", *nvcc.TORCH[:3], "-Xlinker=-Bsymbolic"]
             nvcc.link(toolkit, [*objects, runtime], module, libraries)
     return module
+
+
+def texts() -> dict[Path, str]:
+    """The PTX that the module was made of, by source."""
+    toolkit = nvcc.find()
+    assert toolkit is not None, why_not()
+    with _locked(CACHE):
+        objects = _objects(toolkit, ARCHITECTURE)
+    files = zip(nvcc.sources(), objects, strict=True)
+    return {source: text for source, file in files for text in _ptx_in(file.read_bytes())}  # of C++ there is none
+
+
+def _ptx_in(raw: bytes) -> tuple[str, ...]:
+    """The PTX texts of an object or a fat binary."""
+    parts = raw.split(b".version ")[1:]
+    return tuple(".version " + part.split(b"\0")[0].decode() for part in parts)
+
+
+def entries() -> set[str]:
+    """The mangled names of all kernels of the module."""
+    return {name for text in texts().values() for name in re.findall(r"\.entry (\w+)\(", text)}
 
 
 def _current(name: str, contents: bytes) -> Path:
@@ -125,8 +153,7 @@ def stand_in() -> Any:
 def _texts(address: int) -> tuple[str, ...]:
     """The PTX texts of a fat binary; its header is a magic number, a version, its own size, the size of the rest."""
     header, size = (int.from_bytes(ctypes.string_at(address + at, n), "little") for at, n in ((6, 2), (8, 8)))
-    parts = ctypes.string_at(address + header, size).split(b".version ")[1:]
-    return tuple(".version " + part.split(b"\0")[0].decode() for part in parts)
+    return _ptx_in(ctypes.string_at(address + header, size))
 
 
 @functools.lru_cache(maxsize=256)

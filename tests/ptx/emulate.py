@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ptx import alike, cuda
+from ptx import alike, cuda, sample
 from ptx.attempt import Outcome, attempt
 from ptx.plant import KERNELS, Planted, listing, plant
-from ptx.trials import BACKENDS, Trial, everything, name_of, quick
+from ptx.trials import BACKENDS, Trial, everything, name_of
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
@@ -42,7 +42,8 @@ JOBS = 400  # of a process: Triton keeps all that it compiled there, 4 GB in an 
 ENOUGH = 0.95  # of the planted faults that are not redundant
 # what decides, beside launches, numbers drawn and references, what comes of a trial
 MACHINE = ("tests/ptx/*.py", "tests/ptx/*.cpp", "tests/accuracy.py", "vitkernels/accuracy.py")
-CHOOSING = ("emulate.py", "trials.py", "plant.py", "alike.py")  # files there that say what is done, and how it is kept
+# files there that say what is done, and how it is kept
+CHOOSING = ("emulate.py", "trials.py", "sample.py", "plant.py", "alike.py")
 # what decides about launches, numbers and references
 _CASES = ("tests/case*.py", "tests/layouts.py", "tests/draws.py", "tests/ptx/trials.py", "vitkernels/ops/*.py")
 LAUNCHES = {
@@ -115,9 +116,7 @@ def _prepare() -> None:
 
 @functools.cache
 def _trials(backend: str, short: bool) -> list[Trial]:
-    if short:  # what make test runs of CUDA C++ stands in test files of its own
-        return quick() if backend == "triton" else []
-    return everything(backend)
+    return sample.of(backend) if short else everything(backend)
 
 
 def _attempt(backend: str, short: bool, numbers: list[int], known: frozenset[str]) -> list[dict[str, Any]]:

@@ -10,8 +10,6 @@ import torch
 from case import Case
 from cases import (
     CASES,
-    PLAIN,
-    STRIDES_16,
     add_layer_norm,
     add_rms_norm,
     attention,
@@ -27,7 +25,7 @@ from cases import (
 )
 from not_on_cuda import why_not_on
 
-from ptx import cuda, driver
+from ptx import cuda
 from ptx.call import Call, Record
 
 CAPABILITIES = ((9, 0), (8, 0), (8, 9), (8, 6))
@@ -108,6 +106,8 @@ def launching(
     """Let the package believe in a GPU inside the block, and `take` have every launch of a backend's."""
     if backend == "cuda":
         return cuda.activate(capability, processors, architecture=10 * capability[0] + capability[1], take=take)
+    from ptx import driver  # needs triton, without which CUDA C++ is run too
+
     return driver.activate(driver.Gpu(capability, processors), driver.taking(take))
 
 
@@ -157,16 +157,6 @@ FEW = named(
     "rotary: head width 64, halves",
     "rotary_qkv: LayerNorm, halves",
 )
-
-
-def quick() -> list[Trial]:
-    """What `make test` runs: bfloat16 on sm_90 over the list, a few cases of the rest."""
-    trials = list(_on(PLAIN, (BF16,), (9, 0), spread=()))
-    trials += _on(STRIDES_16[::16], (BF16,), (9, 0), spread=())
-    trials += _on(FEW, (F16, F32), (9, 0))
-    trials += _on(FEW, (BF16,), (8, 0))
-    trials += [Trial(case, BF16, processors=132) for case in FEW if case.op in HEADS]
-    return trials
 
 
 def everything(backend: str) -> list[Trial]:
