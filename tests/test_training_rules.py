@@ -1,4 +1,4 @@
-"""One model of every rule of `vk.fuse`, trained for ten steps: the losses are the stock model's."""
+"""One model of every rule of `vk.fuse`, trained for twenty steps: the losses are the stock model's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import vitkernels as vk
 from vitkernels.fuse import rules
 from vitkernels.fuse.swap import Fused
 
-STEPS = 10
+STEPS = 20
 Trained = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # and what it is called with
 
 
