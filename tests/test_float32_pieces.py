@@ -39,7 +39,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(40, LONG, 72), (LONG, 40, 72), (40, 72, LONG), (300, 769, 65), (33, 31, 17)],
+    [(140, LONG, 172), (LONG, 140, 172), (140, 172, LONG), (300, 769, 165), (33, 31, 17)],
     ids=str,
 )
 @pytest.mark.parametrize(("spread", "factor"), [(0, 1.1), (20, 2)], ids=["alike", "2^-20 to 2^20"])
@@ -81,9 +81,9 @@ def test_what_has_no_pieces(value: float, force_isa) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["mlp", "glu_mlp"])
 def test_activations_written_as_pieces(gated: bool) -> None:
     """Backward writes what is activated in the order in which the weight's gradient reads it: over many tokens, too."""
-    x, dy = torch.randn(LONG, 48), torch.randn(LONG, 40)
-    first = 2 if gated else 1
-    weights = [torch.randn(first * 136, 48) / 7, torch.randn(first * 136), torch.randn(40, 136) / 12, torch.randn(40)]
+    x, dy = torch.randn(LONG, 148), torch.randn(LONG, 140)
+    w1, b1 = torch.randn(200 * (2 if gated else 1), 148) / 12, torch.randn(200 * (2 if gated else 1))
+    weights = [w1, b1, torch.randn(140, 200) / 14, torch.randn(140)]
     op = vk.ops.glu_mlp if gated else vk.ops.mlp
 
     def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:

@@ -22,6 +22,7 @@ int64_t products = 0;
 constexpr int64_t kFew = 16, kFewPairs = 8;
 constexpr int64_t kWidestPanel = 64;  // product_panels.h's kPanel
 constexpr int64_t kWorthIt = 1 << 20;  // multiplications from which a call of oneDNN pays: it costs 10 us more than torch's
+constexpr int64_t kNarrow = 128;  // rows, columns or terms up to which copies of large operands take too long
 
 Library library_for(ScalarType dtype, Kind kind) {
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return Library::torch;
@@ -211,7 +212,9 @@ Way way_of(const Matrix& a, const Parted& whole, Kind kind) {
   const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
   if (kind == Kind::of_weight && a.cols <= few) return Way::few_terms;
   if (kind != Kind::of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
-  const bool own = library_for(a.dtype, kind) == Library::own && in_words(a, a.cols, a.col, a.row) &&
+  const bool narrow = a.dtype == ScalarType::Float && kind != Kind::forward &&  // which has the activation done in cache
+                      std::min({a.rows, a.cols, whole.cols}) <= kNarrow && a.rows * a.cols * whole.cols > kWorthIt;
+  const bool own = library_for(a.dtype, kind) == Library::own && !narrow && in_words(a, a.cols, a.col, a.row) &&
                    in_words(b, a.cols, b.row, b.col);
   return own ? Way::panels : Way::library;
 }
@@ -248,15 +251,39 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
   const ProductSizes sizes = kernel.product_sizes(p);
   // Rows are cut the same way for any number of threads, for the sake of the sums.
   constexpr int64_t most_parts = 32;
-  const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows;
-  int64_t parts = 1;
+  const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows, blocks = (tiles + sizes.tiles - 1) / sizes.tiles;
+  // Each panel of a few blocks in pieces is made where it is used, in cache, and again for each block.
+  const bool in_turn = sizes.in_pieces && !panels && blocks <= 3;
+  int64_t parts = in_turn ? blocks : 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
   std::vector<float> own_sums(sums ? parts * columns : 0);
   const auto sums_of = [&](int64_t part) { return sums ? own_sums.data() + part * columns : nullptr; };
   const int64_t threads = torch::stable::get_num_threads();
   if (!panels) p.panel_step = sizes.panel;
-  if (parts == 1 && sizes.in_place && !panels) {  // so few rows that each panel is read once: it need not leave the cache
-    constexpr int64_t cached = 1 << 17;           // floats, half of a usual L2
+  // f(rows, their end, panels, their end, part) for each part of the rows and group of panels
+  const auto each_task = [&](int64_t groups, const auto& f) {
+    parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<float> scratch(sizes.scratch), own(in_turn ? sizes.panel : 1);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task / groups, group = task % groups;
+        const int64_t row = tiles * part / parts * sizes.rows, row_end = tiles * (part + 1) / parts * sizes.rows;
+        const int64_t first = sizes.panels * group / groups, last = sizes.panels * (group + 1) / groups;
+        f(row, std::min(row_end, p.m), first, last, sums_of(part), scratch.get(), own.get());
+      }
+    });
+  };
+  if (in_turn) {
+    int64_t groups = (threads + parts - 1) / parts;
+    while (parts * groups % threads != 0 && groups < threads) ++groups;  // for equal shares
+    each_task(std::min(groups, sizes.panels), [&](int64_t row, int64_t row_end, int64_t first, int64_t last, float* to,
+                                                  float* scratch, float* own) {
+      for (int64_t i = first; i < last; ++i) {
+        kernel.product_pack(p, own, i, i + 1);
+        kernel.product(p, own, row, row_end, i, i + 1, to, scratch, i > first);
+      }
+    });
+  } else if (parts == 1 && p.a.col == 1 && !panels) {  // so few rows that each panel is read once, and may stay in cache
+    constexpr int64_t cached = 1 << 17;                // floats, half of a usual L2
     const int64_t fair = (sizes.panels + threads - 1) / threads;
     const int64_t some = std::clamp<int64_t>(cached / sizes.panel, 1, fair), tasks = (sizes.panels + some - 1) / some;
     parallel(tasks, 1, [&](int64_t begin, int64_t end) {
@@ -264,7 +291,7 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * some, last = std::min(first + some, sizes.panels);
         kernel.product_pack(p, own.get(), first, last);
-        kernel.product(p, own.get(), 0, p.m, first, last, sums_of(0), scratch.get());
+        kernel.product(p, own.get(), 0, p.m, first, last, sums_of(0), scratch.get(), false);
       }
     });
   } else {
@@ -276,18 +303,11 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
         kernel.product_pack(p, panels + begin * p.panel_step, begin, end);
       });
     }
-    const int64_t wanted = threads * (sizes.in_place ? 3 : 1);  // for equal shares
-    const int64_t groups = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels);
-    parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> scratch(sizes.scratch);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t part = task / groups, group = task % groups;
-        const int64_t row = tiles * part / parts * sizes.rows, row_end = tiles * (part + 1) / parts * sizes.rows;
-        const int64_t first = sizes.panels * group / groups, last = sizes.panels * (group + 1) / groups;
-        kernel.product(p, panels + first * p.panel_step, row, std::min(row_end, p.m), first, last, sums_of(part),
-                       scratch.get());
-      }
-    });
+    const int64_t wanted = threads * (p.a.col == 1 && !sizes.in_pieces ? 3 : 1);  // for equal shares
+    each_task(std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels),
+              [&](int64_t row, int64_t row_end, int64_t first, int64_t last, float* to, float* scratch, float*) {
+                kernel.product(p, panels + first * p.panel_step, row, row_end, first, last, to, scratch, false);
+              });
   }
   if (!sums) return;
   for (int64_t part = 0; part < parts; ++part) {

@@ -81,11 +81,11 @@ struct Product {
 };
 
 // Of a Product on the instruction set in use: rows of a tile, tiles that go best together, panels of columns, floats of
-// a panel and of the scratch that each thread needs, terms (k) that are best multiplied at a time; and whether A is read
-// where it lies, or at little cost.
+// a panel and of the scratch that each thread needs; terms (k) that are best multiplied at a time; and whether float32 is
+// multiplied in pieces, of which to copy A takes a while and panels are larger than B.
 struct ProductSizes {
   int64_t rows, tiles, panels, panel, scratch, depth;
-  bool in_place;
+  bool in_pieces;
 };
 
 // The same where A has few rows or, for the gradient of a weight, few terms (k): the one operand that is large, B or C, is
@@ -153,9 +153,10 @@ struct Kernels {
   ProductSizes (*product_sizes)(const Product&);
   // B's panels [first, last) into `packed`, where the next reads them
   void (*product_pack)(const Product&, float* packed, int64_t first, int64_t last);
-  // rows [begin, end) of panels [first, last); `sums` has out's columns, or is null
+  // rows [begin, end) of panels [first, last); `sums` has out's columns, or is null. `again`: of rows that are one block,
+  // `scratch` being as the last call left it
   void (*product)(const Product&, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                  float* sums, float* scratch);
+                  float* sums, float* scratch, bool again);
 
   FewSizes (*few_sizes)(const Product&, bool terms);
   void (*few_pack)(const Product&, bool terms, float* packed);

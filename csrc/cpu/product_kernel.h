@@ -246,7 +246,7 @@ void product_block(const Product& p, Left<float> a, const float* b, int64_t i, i
 
 template <class W>
 void product_rows(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                  float* sums, float* scratch) {
+                  float* sums, float* scratch, bool again) {
   [[maybe_unused]] const typename W::Scope scope{};
   const int64_t block_rows = tiles_of_block<W>(p.k) * tile_rows<W>;
   const int64_t most = round_up(even_step(end - begin, block_rows), tile_rows<W>);
@@ -258,10 +258,10 @@ void product_rows(const Product& p, const float* packed, int64_t begin, int64_t 
     const int64_t row = p.a.row / per_word<W>;
     Left<float> tiles{reinterpret_cast<const float*>(a), row, 1, kTileRows * row};
     if constexpr (by_tiles<W>) {
-      copy_a<W>(a_tiles, p, a, rows);
+      if (!again) copy_a<W>(a_tiles, p, a, rows);
       tiles = {a_tiles, kTile, pieces<W> * kTile, tile_rows<W> * panel_words<W>(p.k)};
     } else if (p.a.col != 1) {
-      pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
+      if (!again) pack_tiles<W>(a_tiles, a, p.a.col, p.k, rows);
       tiles = {a_tiles, 1, kTileRows, tile_words<W>(p.k)};
     }
     for (int64_t panel = first; panel < last; ++panel) {
@@ -283,7 +283,7 @@ ProductSizes sizes_in(const Product& p) {
   const bool deep = pieces<W> > 1 && p.then == Then::store;
   return {tile_rows<W>, tiles, panels, panel_words<W>(p.k) * kPanel, kSpare + rows * kPanel + copied,
           deep && p.k > kDepthInPieces ? round_up(even_step(p.k, kDepthInPieces), 2 * kTile) : p.k,
-          pieces<W> == 1 && p.a.col == 1};
+          pieces<W> > 1};
 }
 inline ProductSizes product_sizes(const Product& p) {
   ProductSizes sizes;
@@ -309,9 +309,9 @@ inline void product_pack(const Product& p, float* packed, int64_t first, int64_t
 }
 
 inline void product(const Product& p, const float* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                    float* sums, float* scratch) {
+                    float* sums, float* scratch, bool again) {
   with_panels(p, [&](auto word, auto) VK_ALWAYS {
-    product_rows<decltype(word)>(p, packed, begin, end, first, last, sums, scratch);
+    product_rows<decltype(word)>(p, packed, begin, end, first, last, sums, scratch, again);
   });
 }
 

@@ -72,6 +72,20 @@ VK_INLINE int64_t even_step(int64_t count, int64_t most) {
   return (count + steps - 1) / steps;
 }
 
+// Word p of a panel in pieces, of two rows in memory.
+VK_INLINE void pack_split(float* panel, int64_t p, int64_t k, const char* in, int64_t k_step, int64_t columns) {
+  const float *first = at<float>(in, 0), *second = first + k_step;
+  const bool two = 2 * p + 1 < k;
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < kPanel; c += kFloats) {
+    Vec<float> words[3];
+    split(load_up_to(first + c, columns - c), two ? load_up_to(second + c, columns - c) : Vec<float>{}, words, 1);
+    float* const to = panel + in_panel<Thirds>(p, c, k);
+#pragma GCC unroll 3
+    for (int64_t piece = 0; piece < 3; ++piece) store(to + piece * kPieceStep, words[piece]);
+  }
+}
+
 // Panels [first, last) of a B whose rows are packed: [panel][words][kPanel], zeros past the last column. Some rows at a
 // time, so that memory is read along them.
 template <class W, class S>
@@ -91,11 +105,15 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
           }
         }
         float* const to = packed + (panel - first) * p.panel_step;
-        alignas(64) float line[pieces<W> * kPanel];
-        float* const out = by_tiles<W> ? line : to + k * kPanel;
-        if (columns < kPanel) std::memset(out, 0, pieces<W> * kPanel * sizeof(float));
-        interleave_any<W, S>(out, kPanel, in, p.b.row, 0, p.k - k * per_word<W>, columns);
-        if (by_tiles<W>) put_words<W>(to, k, p.k, line);
+        if constexpr (pieces<W> > 1) {
+          pack_split(to, k, p.k, in, p.b.row, columns);
+        } else {
+          alignas(64) float line[kPanel];
+          float* const out = by_tiles<W> ? line : to + k * kPanel;
+          interleave_any<W, S>(out, kPanel, in, p.b.row, 0, p.k - k * per_word<W>, columns);
+          for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
+          if (by_tiles<W>) put_words<W>(to, k, p.k, line);
+        }
       }
     }
   }

@@ -151,6 +151,7 @@ VK_INLINE void split(Vec<float> first, Vec<float> second, Vec<float>* words, int
 VK_INLINE Vec<float> load_up_to(const float* in, int64_t count) {
   if (count >= kFloats) return load(in);
   Vec<float> v{};
+  if (count <= 0) return v;
   std::memcpy(&v, in, size_t(count) * 4);
   return v;
 }
