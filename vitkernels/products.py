@@ -30,8 +30,8 @@ KINDS = tuple(f"{dtype} {product}" for product in (PRODUCTS, INPUTS, WEIGHTS) fo
 LIBRARIES = ("torch", "oneDNN", "vitkernels")
 Choice = dict[str, str]  # a library for each kind
 
-_ROWS, _INPUTS, _HIDDEN = 256, 768, 3072
-_ROUNDS, _FEWEST, _SECONDS = 8, 2, 0.2  # of a kind; on a machine that is busy or slow, as few rounds as that takes
+_ROWS, _INPUTS, _HIDDEN = 512, 768, 3072  # of a training step; few rows are multiplied otherwise in any case
+_ROUNDS, _FEWEST, _SECONDS = 8, 3, 0.3  # of a kind; on a machine that is busy or slow, as few rounds as that takes
 _GAIN = 1.05  # less than this much faster is noise: the extension's own products stay
 _GENERATION = 4  # of the extension's own kernels: one that is younger than the choice kept is timed anew
 
