@@ -81,11 +81,11 @@ struct Product {
 };
 
 // Of a Product on the instruction set in use: rows of a tile, tiles that go best together, panels of columns, floats of
-// a panel and of the scratch that each thread needs; terms (k) that are best multiplied at a time; and whether float32 is
-// multiplied in pieces, of which to copy A takes a while and panels are larger than B.
+// a panel and of the scratch that each thread needs; terms (k) that are best multiplied at a time; and whether the matrix
+// unit multiplies, for which A is copied.
 struct ProductSizes {
   int64_t rows, tiles, panels, panel, scratch, depth;
-  bool in_pieces;
+  bool by_tiles;
 };
 
 // The same where A has few rows or, for the gradient of a weight, few terms (k): the one operand that is large, B or C, is

@@ -43,8 +43,8 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
   // Rows are cut the same way for any number of threads, for the sake of the sums.
   constexpr int64_t most_parts = 32;
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows, blocks = (tiles + sizes.tiles - 1) / sizes.tiles;
-  // Each panel of a few blocks in pieces is made where it is used, in cache, and again for each block.
-  const bool in_turn = sizes.in_pieces && !panels && blocks <= 3;
+  // Of a few blocks for the matrix unit each panel is made where it is used, in cache, and again for each block.
+  const bool in_turn = sizes.by_tiles && p.a.col == 1 && !panels && blocks <= 3;
   int64_t parts = in_turn ? blocks : 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
   std::vector<float> own_sums(sums ? parts * columns : 0);
@@ -94,7 +94,7 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
         kernel.product_pack(p, panels + begin * p.panel_step, begin, end);
       });
     }
-    const int64_t wanted = threads * (p.a.col == 1 && !sizes.in_pieces ? 3 : 1);  // for equal shares
+    const int64_t wanted = threads * (p.a.col == 1 && !sizes.by_tiles ? 3 : 1);  // for equal shares
     each_task(std::clamp<int64_t>((wanted + parts - 1) / parts, 1, sizes.panels),
               [&](int64_t row, int64_t row_end, int64_t first, int64_t last, float* to, float* scratch, float*) {
                 kernel.product(p, panels + first * p.panel_step, row, row_end, first, last, to, scratch, false);

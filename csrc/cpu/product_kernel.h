@@ -31,9 +31,7 @@ VK_INLINE void multiply_tile(int64_t rows, int64_t k, const Left<float>& a, cons
   if constexpr (by_tiles<W>) {
     constexpr int64_t kPieces = pieces<W>;
     const Tiles left{a.data, kTile, kPieces * kTileSize, a.tile / 2, kTileSize};
-    constexpr int64_t columns = kPieces > 1 ? kAtOnce : kPanel;
-    Tiles right{b, kTile, kPieces * kTile * columns, kTileSize, kPieceStep};
-    if (kPieces > 1) right.pair = panel_step / (kPanel / kAtOnce);
+    const Tiles right{b, kTile, kPieces * kPieceStep, kTileSize, kPieceStep, panel_step / (kPanel / kAtOnce)};
     matmul_by_tiles<kPieces>(rows, kPanel, k, left, right, c, kPanel, accumulate);
   } else
 #endif
@@ -283,7 +281,7 @@ ProductSizes sizes_in(const Product& p) {
   const bool deep = pieces<W> > 1 && p.then == Then::store;
   return {tile_rows<W>, tiles, panels, panel_words<W>(p.k) * kPanel, kSpare + rows * kPanel + copied,
           deep && p.k > kDepthInPieces ? round_up(even_step(p.k, kDepthInPieces), 2 * kTile) : p.k,
-          pieces<W> > 1};
+          by_tiles<W>};
 }
 inline ProductSizes product_sizes(const Product& p) {
   ProductSizes sizes;

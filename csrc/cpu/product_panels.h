@@ -41,16 +41,14 @@ VK_INLINE int64_t tiles_of_block(int64_t k) {
   return most < 2 ? 2 : most < block_tiles<W> ? most : block_tiles<W>;
 }
 // Where in a panel [k, kPanel] the first piece of word p of column c stands, c a multiple of kFloats: of words beside one
-// another or, for the matrix unit, of tiles. The columns of a panel in pieces that are multiplied at a time lie together,
-// in the order in which they are read; from one piece to the next it is kPieceStep.
+// another or, for the matrix unit, of tiles. There the columns that are multiplied at a time lie together, in the order in
+// which they are read: memory is fetched ahead along it. From one piece to the next it is kPieceStep.
 constexpr int64_t kAtOnce = 2 * kTile, kPieceStep = kTile * kAtOnce;
 template <class W>
 VK_INLINE int64_t in_panel(int64_t p, int64_t c, int64_t k) {
   if (!by_tiles<W>) return p * kPanel + c;
-  const int64_t in_tile = p % kTile * kTile;
-  if (pieces<W> == 1) return p / kTile * kTile * kPanel + c / kTile * kTileSize + in_tile;
   const int64_t before = c / kAtOnce * whole_words<W>(k) + p / kTile * kTile;
-  return before * pieces<W> * kAtOnce + c % kAtOnce / kTile * kTileSize + in_tile;
+  return before * pieces<W> * kAtOnce + c % kAtOnce / kTile * kTileSize + p % kTile * kTile;
 }
 // `words` are [pieces, kPanel].
 template <class W>
