@@ -27,6 +27,13 @@ Library library_for(ScalarType dtype, Kind kind) {
   return Library(products >> (2 * place) & 3);
 }
 
+// Whether float32 is so narrow that copies of its tall operands take longer than the own product gains.
+bool narrow(const Matrix& a, const Parted& b, Kind kind) {
+  const int64_t most = kind == Kind::forward ? 64 : 128;
+  return a.dtype == ScalarType::Float && std::min({a.rows, a.cols, b.cols}) <= most &&
+         a.rows * a.cols * b.cols > kWorthIt;
+}
+
 bool use_onednn(ScalarType dtype, Kind kind, int64_t work) {
   return aoti_torch_cpu__linear_pointwise && work >= kWorthIt && library_for(dtype, kind) == Library::onednn;
 }
@@ -202,7 +209,7 @@ Way way_of(const Matrix& a, const Parted& whole, Kind kind) {
   const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
   if (kind == Kind::of_weight && a.cols <= few) return Way::few_terms;
   if (kind != Kind::of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
-  const bool own = library_for(a.dtype, kind) == Library::own && in_words(a, a.cols, a.col, a.row) &&
+  const bool own = library_for(a.dtype, kind) == Library::own && !narrow(a, whole, kind) && in_words(a, a.cols, a.col, a.row) &&
                    in_words(b, a.cols, b.row, b.col);
   return own ? Way::panels : Way::library;
 }
