@@ -209,8 +209,8 @@ Way way_of(const Matrix& a, const Parted& whole, Kind kind) {
   const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
   if (kind == Kind::of_weight && a.cols <= few) return Way::few_terms;
   if (kind != Kind::of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
-  const bool own = library_for(a.dtype, kind) == Library::own && !narrow(a, whole, kind) && in_words(a, a.cols, a.col, a.row) &&
-                   in_words(b, a.cols, b.row, b.col);
+  const bool own = library_for(a.dtype, kind) == Library::own && !narrow(a, whole, kind) &&
+                   in_words(a, a.cols, a.col, a.row) && in_words(b, a.cols, b.row, b.col);
   return own ? Way::panels : Way::library;
 }
 
