@@ -89,6 +89,22 @@ def device_seconds(step: Callable[[Any], Any], sets: Sequence[Any], calls: int =
     return statistics.median(taken)
 
 
+def kernel_seconds(step: Callable[[Any], Any], sets: Sequence[Any]) -> dict[str, float]:
+    """Seconds of each kernel that a call runs on the GPU, by name, the longest first; calls of one name together."""
+    step(sets[0])
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for inputs in sets:
+            step(inputs)
+        torch.cuda.synchronize()
+    assert profiled.profiler is not None
+    taken: dict[str, float] = {}
+    for event in profiled.profiler.kineto_results.events():
+        if event.device_type() == torch.profiler.DeviceType.CUDA:
+            taken[event.name()] = taken.get(event.name(), 0.0) + event.duration_ns() / 1e9 / len(sets)
+    return dict(sorted(taken.items(), key=lambda each: -each[1]))
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache; 32 MiB where the system does not tell."""
     if device.type == "cuda":

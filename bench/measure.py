@@ -144,10 +144,11 @@ def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
             seconds = timed[name].attempt(functools.partial(_seconds, lanes[name], next(supply), bench.device))
             if seconds is not None:
                 timed[name].samples.append(seconds)
-    if bench.device.type == "cuda" and bench.key.kind == "op":
+    if bench.device.type == "cuda":
+        one, of_a_call = ("device_seconds", machine.device_seconds), ("kernels", machine.kernel_seconds)
+        figure, take = one if bench.key.kind == "op" else of_a_call
         for name, lane in lanes.items():
-            calls = functools.partial(machine.device_seconds, lane.step, sets)
-            timed[name].row["device_seconds"] = timed[name].attempt(calls)
+            timed[name].row[figure] = timed[name].attempt(functools.partial(take, lane.step, sets))
     return timed
 
 

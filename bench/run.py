@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = pytest.main([str(Path(__file__).with_name("test_bench.py")), *options, *others])
     if out.exists():
         content = read(out)
-        made = (table(content) for table in (tables.models, tables.towers, tables.ops, scaling.growth))
+        made = (table(content) for table in (tables.models, tables.towers, tables.ops, scaling.growth, tables.kernels))
         print("", f"Ceilings: {tables.ceilings(content)}.", *made, sep="\n")
     return int(code)
 

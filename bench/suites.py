@@ -6,6 +6,7 @@ models     blocks and whole models against every library's
 scaling    how cost grows with tokens, batch, width and depth
 towers     what people train beside plain ViTs, stock and after `vk.fuse`
 memory     memory against time: whole models, stock and fused, with and without running each block again in backward
+training   whole models at the sizes that people train at, against eager and compiled timm
 full       ops, models and scaling
 autotuned  one whole model, at the size of training, against the fastest that torch.compile makes
 smoke      seconds: what the tests run, too small to say anything
@@ -31,6 +32,7 @@ FORWARD, BOTH = False, True
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EAGER = (OURS, "vk.fuse(timm)", "naive", "timm")
 LIBRARIES = (*EAGER, "timm, compiled", "transformers", "torchvision")
+TRAINED = ("vk.fuse(timm)", "timm", "vk.fuse(timm), compiled", "timm, compiled", "naive", OURS)
 RECOMPUTE = ("timm", "timm, recompute", OURS, f"{OURS}, recompute", "vk.fuse(timm)", "vk.fuse(timm), recompute")
 EVERY = (*LIBRARIES, "naive, conv2d", f"{OURS}, compiled", "timm, max-autotune")
 
@@ -165,6 +167,21 @@ def memory(device: torch.device) -> Iterator[Plan]:
             yield _model(Effort(8, 5, 15), f"vit_{name}_patch16", {}, batch, dtype, device, RECOMPUTE, kind="memory")
 
 
+def training(device: torch.device) -> Iterator[Plan]:
+    gpu = device.type == "cuda"
+    for name, batch, side, patch in (
+        ("base", 256, 224, 16),
+        ("small", 256, 224, 16),
+        ("large", 128, 224, 16),
+        ("large", 16, 518, 14),  # as DINOv2 is trained
+    ):
+        arguments = {"img_size": side} if gpu else {"img_size": side, "depth": 1}
+        yield _model(
+            Effort(4, 5, 15), f"vit_{name}_patch{patch}", arguments, batch if gpu else 1, BF16, device, TRAINED,
+            update=True,
+        )  # fmt: skip
+
+
 def autotuned(device: torch.device) -> Iterator[Plan]:
     gpu = device.type == "cuda"
     peer = "timm, max-autotune" if gpu else "timm, compiled"
@@ -187,6 +204,7 @@ SUITES: dict[str, Callable[[torch.device], Iterator[Plan]]] = {
     "scaling": scaling,
     "towers": towers,
     "memory": memory,
+    "training": training,
     "autotuned": autotuned,
     "smoke": smoke,
 }

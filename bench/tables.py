@@ -5,6 +5,7 @@ Ratios say how many times as long another lane takes; bold where it takes less t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -199,6 +200,21 @@ def work(contents: list[Content]) -> str:
         for name, (key, row) in found.items()
     )
     return grid(("op", "shape", "GFLOP", "memory touched", "FLOP a byte"), rows, numbers=3) + "\n"
+
+
+def kernels(content: Content, most: int = 12) -> str:
+    """What kept a GPU busy: for each lane of a model or block its longest kernels, milliseconds and share."""
+    parts = []
+    for key, lanes in of_kind(content, "model", "block").items():
+        for name, row in lanes.items():
+            taken = row.get("kernels")
+            if not taken:
+                continue
+            busy = sum(taken.values())
+            head = f"{key}: {name}: {duration(busy)} of {duration(row['seconds'])} in kernels"
+            rows = ((f"`{each[:90]}`", f"{1e3 * took:.2f}", share(took / busy)) for each, took in taken.items())
+            parts.append(f"{head}\n\n{grid(('kernel', 'ms', 'of all'), itertools.islice(rows, most), numbers=2)}\n")
+    return "\n".join(parts)
 
 
 def lanes(content: Content) -> str:

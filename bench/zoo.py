@@ -197,6 +197,7 @@ MAKERS: dict[str, Callable[[VisionTransformer, Mapping[str, Any]], Model]] = {
 }
 COMPILED: dict[str, tuple[str, str | None]] = {
     f"{OURS}, compiled": (OURS, None),
+    "vk.fuse(timm), compiled": ("vk.fuse(timm)", None),
     "timm, compiled": ("timm", None),
     "timm, max-autotune": ("timm", "max-autotune"),
 }

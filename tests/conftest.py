@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,21 @@ tape.FROM_CALL = 1  # tests call a thing twice at most: the first call is taped,
 
 BACKENDS = ("reference", "ext")  # a new backend is one more name
 ISAS = ext.ISAS
+DEADLINE = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vitkernels")
+    group.addoption("--limit", type=float, default=float("inf"), help="start no test after so many seconds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DEADLINE] = time.monotonic() + config.getoption("limit")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > item.config.stash[DEADLINE]:
+        pytest.skip("not run: out of time")
 
 
 def skip_without(backend: str) -> None:

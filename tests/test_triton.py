@@ -9,6 +9,8 @@ compiled.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from accuracy import check_case
@@ -25,7 +27,8 @@ if not torch.cuda.is_available() and not kernels.interpreting():
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 is not set: make test sets it", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+# on a GPU what people train with first, in case the time does not suffice for all
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if DEVICE == "cuda" else (torch.float32, torch.float16)
 
 
 class OneMultiprocessor(Cuda):
@@ -43,14 +46,26 @@ def _interpreted(number: int, case: Case, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.float32 not in case.dtypes or (number % 2 == 0 and not large)
 
 
+def _by_turns(trials: list[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtype]]:
+    """Of each dtype an op after the other, plain cases before layouts: whenever they end, each kernel had its share."""
+    seen: Counter[tuple[str, torch.dtype, bool]] = Counter()
+    places = {}
+    for case, dtype in trials:
+        group = (case.op, dtype, "strides" in case.name)
+        places[case, dtype] = (DTYPES.index(dtype), group[2], seen[group])
+        seen[group] += 1
+    return sorted(trials, key=places.__getitem__)
+
+
 def _product(cases: list[Case]) -> list[tuple[Case, torch.dtype]]:
-    return [
+    trials = [
         (case, dtype)
         for number, case in enumerate(cases)
         for dtype in DTYPES
         if case.op in kernels.PAGES and dtype in case.dtypes
         if DEVICE == "cuda" or _interpreted(number, case, dtype)
     ]
+    return _by_turns(trials) if DEVICE == "cuda" else trials
 
 
 @pytest.mark.parametrize(("case", "dtype"), _product(CASES if DEVICE == "cuda" else FEWER), ids=str)
