@@ -77,9 +77,7 @@ def _attention(capability: Capability) -> Iterator[Slot]:
     for tokens, width, heads in ((197, 64, 12), (257, 80, 16)):
         for direction, table in configs.SHORT.items():
             call: dict[str, int | bool] = {"keys": tokens, "width": width, "masked": False}
-            yield from _attention_slots(
-                f"short {direction}_kernel", table, capability, call, tokens, width, heads, direction
-            )
+            yield from _attention_slots(f"short {direction}", table, capability, call, tokens, width, heads, direction)
     for tokens in (577, 1370):
         for kernel, table in (
             ("forward", configs.LONG_FORWARD),
@@ -88,7 +86,7 @@ def _attention(capability: Capability) -> Iterator[Slot]:
         ):
             direction = "forward" if kernel == "forward" else "backward"
             call = {"width": 64, "float32": False, "image": False}
-            yield from _attention_slots(f"long {kernel}_kernel", table, capability, call, tokens, 64, 16, direction)
+            yield from _attention_slots(f"long {kernel}", table, capability, call, tokens, 64, 16, direction)
 
 
 def _attention_slots(

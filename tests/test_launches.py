@@ -37,7 +37,7 @@ from vitkernels.kernels.fences import FENCED  # noqa: E402
 
 
 def _name(kernel: Any) -> str:
-    """Such as "attention_long.dq_kernel"."""
+    """Such as "attention_long.attention_long_dq"."""
     return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
 
 
@@ -120,8 +120,8 @@ def _run(case: Case, dtype: torch.dtype) -> None:
     assert [call.backend for call in calls] == ["triton", "triton"], case
 
 
-SHORT = ["attention_short.forward_kernel", "attention_short.backward_kernel"]
-LONG = [f"attention_long.{name}_kernel" for name in ("forward", "delta", "dq", "dkdv")]
+SHORT = [f"attention_short.attention_short_{name}" for name in ("forward", "backward")]
+LONG = [f"attention_long.attention_long_{name}" for name in ("forward", "delta", "dq", "dkdv")]
 
 
 @pytest.mark.parametrize(

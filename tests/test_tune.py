@@ -22,7 +22,7 @@ from vitkernels import dispatch
 from vitkernels.kernels import LOWEST_CAPABILITY, configs, interpreting
 
 NORM = "add_layer_norm forward, bf16 residual, 50432x384"
-SHORT = "attention short forward_kernel N=197 K=64 bf16"
+SHORT = "attention short forward N=197 K=64 bf16"
 
 if interpreting():
     pytest.skip("TRITON_INTERPRET is set: interpreted kernels do not compile", allow_module_level=True)
@@ -87,7 +87,7 @@ def test_a_call_finds_what_was_compiled_for_it(tmp_path: Path, monkeypatch: pyte
     each = slot(NORM)
 
     def compiled(*arguments: object) -> list[Path]:
-        reading = warm.read(lambda: tune._launcher(each)(*arguments), "forward_kernel", 90, 132)
+        reading = warm.read(lambda: tune._launcher(each)(*arguments), "add_layer_norm_forward", 90, 132)
         assert reading.registers > 0
         return sorted(tmp_path.rglob("*.cubin"))
 

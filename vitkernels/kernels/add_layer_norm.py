@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 
 from vitkernels.kernels import capability, configs
-from vitkernels.kernels.add_layer_norm_kernels import backward_kernel, forward_kernel, sum_kernel
+from vitkernels.kernels.add_layer_norm_kernels import (
+    add_layer_norm_backward,
+    add_layer_norm_forward,
+    add_layer_norm_sum,
+)
 from vitkernels.kernels.common import processors
 from vitkernels.kernels.configs import Capability, Row, RowTile
 from vitkernels.kernels.launch import cdiv, launch, next_power_of_2
@@ -90,7 +94,7 @@ def forward(
         rows_of_x, strides = _as_rows(x)
         rows_of_branch, branch_strides = _as_rows(branch)
         launch(
-            forward_kernel,
+            add_layer_norm_forward,
             (cdiv(rows, tile.rows),),
             rows_of_x,
             rows_of_branch,
@@ -150,7 +154,7 @@ def backward(
     if rows:
         tensors, strides = zip(*map(_as_rows, (dtotal, dnormed, total, branch)), strict=True)
         launch(
-            backward_kernel,
+            add_layer_norm_backward,
             (samples * programs,),
             *tensors,
             *_contiguous(weight, None if rms else mean, rstd, branch_bias, scale, row_scale),
@@ -175,7 +179,7 @@ def backward(
                 grad.zero_()  # a sum of nothing
     elif any(needs[2:6]):
         launch(
-            sum_kernel,
+            add_layer_norm_sum,
             (samples * cdiv(width, _SUM_COLUMNS), 4),
             *partials,
             *grads[2:6],
@@ -251,9 +255,9 @@ def variants(capability: Capability) -> list[Variant]:
         scaled = ("p_branch", "p_branch_bias", "p_scale", "p_dscale", "p_drow_scale")
         plain = {arg: each for arg, each in given.items() if arg not in scaled}
         for kernel, name, table, pointers, bytes_each in (
-            (forward_kernel, "forward", configs.LAYER_NORM_FORWARD, given, 2 * size + 4),
-            (backward_kernel, "backward", configs.LAYER_NORM_BACKWARD, plain, 3 * size + 4),
-            (backward_kernel, "backward with scale", configs.LAYER_NORM_BACKWARD_SCALED, given, 3 * size + 6),
+            (add_layer_norm_forward, "forward", configs.LAYER_NORM_FORWARD, given, 2 * size + 4),
+            (add_layer_norm_backward, "backward", configs.LAYER_NORM_BACKWARD, plain, 3 * size + 4),
+            (add_layer_norm_backward, "backward with scale", configs.LAYER_NORM_BACKWARD_SCALED, given, 3 * size + 6),
         ):
             title = f"{op} {name}, {residual} residual{', by sample' if by_sample else ''}"
             found += [_variant(kernel, title, row, pointers, bytes_each, by_sample) for row in table.of(capability)]
@@ -263,8 +267,9 @@ def variants(capability: Capability) -> list[Variant]:
         found.append(
             Variant(
                 name=f"add_layer_norm sum of {shares} partial sums, for {vectors_of}",
-                kernel=sum_kernel,
-                signature=dict.fromkeys(sum_kernel.arg_names[:8], "*fp32") | {"samples": "i32", "programs": "i32"},
+                kernel=add_layer_norm_sum,
+                signature=dict.fromkeys(add_layer_norm_sum.arg_names[:8], "*fp32")
+                | {"samples": "i32", "programs": "i32"},
                 constants={"D": 768, "BLOCK_R": _SUM_ROWS, "BLOCK_C": _SUM_COLUMNS}
                 | dict.fromkeys(("WEIGHT_BY_SAMPLE", "SCALE_BY_SAMPLE"), samples > 1),
                 moved=4.0 * 4 * shares * 768,

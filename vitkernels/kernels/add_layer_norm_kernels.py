@@ -23,7 +23,7 @@ def _vector(p, i_sample, o_d, m_d, D: tl.constexpr, BY_SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def add_layer_norm_forward(
     p_x,
     p_branch,
     p_weight,
@@ -87,7 +87,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def add_layer_norm_backward(
     p_dtotal,
     p_dnormed,
     p_total,
@@ -241,7 +241,7 @@ def _sum_one(
 
 
 @triton.jit
-def sum_kernel(
+def add_layer_norm_sum(
     p_weight,
     p_bias,
     p_branch_bias,

@@ -198,7 +198,7 @@ def _forward(
     values, (mask_b, mask_h, _, mask_n), _ = mask_arguments(mask)
     _, unit = units_of(mask, scale)
     launch(
-        attention_short.forward_kernel, (batch * heads,),
+        attention_short.attention_short_forward, (batch * heads,),
         q, k, v, values, out, stats, *strides_of(q, align), *strides_of(k, align), *strides_of(v, align),
         mask_b, mask_h, mask_n, *strides_of(out, align)[:3], heads, queries, unit,
         NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), MASK="none" if mask is None else "keys",
@@ -220,7 +220,7 @@ def long_forward(
     tile = long_tile(configs.LONG_FORWARD, q, columns)
     values, mask_strides, mask_constants = mask_arguments(mask, columns)
     launch(
-        attention_long.forward_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
+        attention_long.attention_long_forward, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, values, out, stats, of.cu_q, of.cu_k, *strides_of(q, align), *strides_of(k, align),
         *strides_of(v, align), *mask_strides, *strides_of(out, align)[:3], of.heads, of.rows, of.keys,
         of.longest(of.queries), _in_turn(mask, of.batch),
@@ -252,7 +252,7 @@ def _backward(
     values, (mask_b, mask_h, _, mask_n), _ = mask_arguments(mask)
     _, unit = units_of(mask, scale)
     launch(
-        attention_short.backward_kernel, (batch * heads,),
+        attention_short.attention_short_backward, (batch * heads,),
         q, k, v, values, dout, stats, *grads, *strides_of(q, align), *strides_of(k, align), *strides_of(v, align),
         mask_b, mask_h, mask_n, *strides_of(dout, align), *strides_dq, *strides_dk, *strides_dv,
         heads, queries, scale, unit, NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width),
@@ -281,7 +281,7 @@ def long_backward(
     ds = q.new_empty((of.batch, of.heads, of.rows, of.keys), dtype=torch.float32) if needs_mask else None
     tile = long_tile(configs.LONG_DS if needs_mask else configs.LONG_DQ, q)
     launch(
-        attention_long.dq_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
+        attention_long.attention_long_dq, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, values, dout, stats, delta, dq, ds, of.cu_q, of.cu_k, *strides, *strides_of(dq, align)[:3],
         of.heads, of.rows, of.keys, of.longest(of.queries), _in_turn(mask, of.batch), scale, factor, unit,
         **sizes, **mask_constants, CAUSAL=is_causal, STORE_DS=needs_mask, GROUP=group, BM=tile.queries,
@@ -294,12 +294,12 @@ def long_backward(
 
 
 def long_delta(of: Sequences, out: Tensor, dout: Tensor, stats: Tensor, align: int) -> Tensor:
-    """rowsum(dout * out), as `attention_long.delta_kernel` has it."""
+    """rowsum(dout * out), as `attention_long.attention_long_delta` has it."""
     delta = stats.new_empty((*stats.shape[:-2], of.rows))
     width = out.shape[-1]
     tile = long_tile(configs.LONG_DELTA, out)
     launch(
-        attention_long.delta_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
+        attention_long.attention_long_delta, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         out, dout, delta, of.cu_q, *strides_of(out, align), *strides_of(dout, align), of.heads, of.rows,
         of.longest(of.queries), K=width, ALIGN=align, WIDTHS=configs.attention_widths(width), BM=tile.queries,
         **launch_options(tile),
@@ -318,7 +318,7 @@ def long_dkdv(
     width, tile = q.shape[-1], long_tile(configs.LONG_DKDV, q)
     values, mask_strides, mask_constants = mask_arguments(mask, columns)
     launch(
-        attention_long.dkdv_kernel, (of.batch * k.shape[1] * cdiv(of.keys, tile.keys),),
+        attention_long.attention_long_dkdv, (of.batch * k.shape[1] * cdiv(of.keys, tile.keys),),
         q, k, v, values, dout, stats, delta, dk, dv, of.cu_q, of.cu_k, *strides_of(q, align), *strides_of(k, align),
         *strides_of(v, align), *mask_strides, *strides_of(dout, align), *strides_of(dk, align)[:3],
         *strides_of(dv, align)[:3], of.heads, of.rows, of.keys, of.longest(of.keys), _in_turn(mask, of.batch), scale,

@@ -63,7 +63,7 @@ def _keys_step(
 
 
 @triton.jit
-def forward_kernel(
+def attention_long_forward(
     p_q, p_k, p_v, p_mask, p_out, p_stats, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
@@ -115,7 +115,7 @@ def forward_kernel(
 
 
 @triton.jit
-def delta_kernel(
+def attention_long_delta(
     p_out, p_dout, p_delta, p_cu_q,
     stride_ob, stride_oh, stride_on, stride_ok, stride_gb, stride_gh, stride_gn, stride_gk, H, NQ, LONGEST,
     K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, BM: tl.constexpr,
@@ -198,7 +198,7 @@ def _head_step(
 
 
 @triton.jit
-def dkdv_kernel(
+def attention_long_dkdv(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dk, p_dv, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,
@@ -275,7 +275,7 @@ def _dq_step(
 
 
 @triton.jit
-def dq_kernel(
+def attention_long_dq(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_ds, p_cu_q, p_cu_k,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm, stride_mn,

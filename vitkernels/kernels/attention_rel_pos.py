@@ -91,7 +91,7 @@ def backward(
         sums, shares = stats.new_empty(2, *rel_h.shape).unbind(0)
         exact = stats.new_empty(delta.shape)
     launch(
-        attention_rel_pos_kernels.dq_kernel, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
+        attention_rel_pos_kernels.attention_rel_pos_dq, (of.batch * of.heads * cdiv(of.queries, tile.queries),),
         q, k, v, mask, dout, stats, delta, grads[0], sums, shares, exact,
         drel_w if needs_rel else None,
         *strides_of(q, align), *strides_of(k, align), *strides_of(v, align), *mask_strides[:3],

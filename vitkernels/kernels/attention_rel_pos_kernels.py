@@ -28,7 +28,7 @@ from vitkernels.kernels.attention_tiles import (
 
 
 @triton.jit
-def dq_kernel(
+def attention_rel_pos_dq(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_delta, p_dq, p_sums, p_shares, p_exact, p_drel_w,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mm,

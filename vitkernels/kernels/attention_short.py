@@ -55,7 +55,7 @@ def _seen(p_mask, stride_mn, o_n, NK: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def attention_short_forward(
     p_q, p_k, p_v, p_mask, p_out, p_stats,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mn,
@@ -105,7 +105,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def attention_short_backward(
     p_q, p_k, p_v, p_mask, p_dout, p_stats, p_dq, p_dk, p_dv,
     stride_qb, stride_qh, stride_qn, stride_qk, stride_kb, stride_kh, stride_kn, stride_kk,
     stride_vb, stride_vh, stride_vn, stride_vk, stride_mb, stride_mh, stride_mn,

@@ -80,27 +80,27 @@ class _Shape:
         if short is not None:
             pieces = configs.attention_keys(self.tokens)
             constants = {"KEYS": pieces, "NK": self.tokens}
-            yield self._variant(attention_short.forward_kernel, short, 4, 4, sum(pieces), constants)
+            yield self._variant(attention_short.attention_short_forward, short, 4, 4, sum(pieces), constants)
         else:
             yield forward
         short = self._short("backward")
         if short is not None:
-            yield self._variant(attention_short.backward_kernel, short, 7, 10, short.keys, {"NK": self.tokens})
+            yield self._variant(attention_short.attention_short_backward, short, 7, 10, short.keys, {"NK": self.tokens})
         else:
             yield from backward
 
     def long(self) -> Iterator[Variant]:
         dq = configs.LONG_DS if "gradient" in self.mask else configs.LONG_DQ
-        dq_kernel: Any = attention_long.dq_kernel
+        dq_kernel: Any = attention_long.attention_long_dq
         call = {"width": self.width, "float32": self.dtype == "fp32", "image": bool(self.columns)}
         if self.columns:
-            dq, dq_kernel = configs.REL_POS_DQ, attention_rel_pos_kernels.dq_kernel
+            dq, dq_kernel = configs.REL_POS_DQ, attention_rel_pos_kernels.attention_rel_pos_dq
             call["columns"] = self.columns
         for kernel, table, tensors, flops in (
-            (attention_long.forward_kernel, configs.LONG_FORWARD, 4, 4),
-            (attention_long.delta_kernel, configs.LONG_DELTA, 2, 0),
+            (attention_long.attention_long_forward, configs.LONG_FORWARD, 4, 4),
+            (attention_long.attention_long_delta, configs.LONG_DELTA, 2, 0),
             (dq_kernel, dq, 5, 6),
-            (attention_long.dkdv_kernel, configs.LONG_DKDV, 6, 8),
+            (attention_long.attention_long_dkdv, configs.LONG_DKDV, 6, 8),
         ):
             tile = table.pick(self.capability, **call)
             if table is configs.REL_POS_DQ:
@@ -124,7 +124,7 @@ class _Shape:
         known = _UNMASKED | _MASKS.get(self.mask, {})
         if self.columns:
             known |= {"MASK": f"image {self.columns}", "MASK_ROWS": True, "PLAIN": False}
-            if kernel is attention_rel_pos_kernels.dq_kernel:
+            if kernel is attention_rel_pos_kernels.attention_rel_pos_dq:
                 keys = self.tokens // self.columns * tile.keys
         known |= {"K": self.width, "ALIGN": 8, "WIDTHS": widths, "BM": tile.queries, "BN": tile.keys}
         if constants:  # the short kernels
@@ -137,13 +137,12 @@ class _Shape:
         known |= {} if known["STORE_DS"] else {"p_ds": None}
         known = {name: value for name, value in known.items() if name in kernel.arg_names}
         queries = -(-self.tokens // tile.queries) * tile.queries
-        page = kernel.__module__.rpartition(".")[2].replace("_", " ")
         mask = f" {self.mask}" if self.mask else ""
         mask += " varlen" if self.packed else ""
         mask += f" image of {self.columns} columns" if self.columns else ""
         mask += f" {self.group} heads a key" if self.group > 1 else ""
         return Variant(
-            name=f"{page} {kernel.__name__} N={self.tokens} K={self.width} {self.dtype}{mask}",
+            name=f"{kernel.__name__.replace('_', ' ')} N={self.tokens} K={self.width} {self.dtype}{mask}",
             kernel=kernel,
             signature={name: self._type(name) for name in kernel.arg_names if name not in known},
             constants=known,

@@ -32,7 +32,7 @@ from vitkernels.kernels import capability, configs
 from vitkernels.kernels.common import column_sum, column_sum_variant
 from vitkernels.kernels.configs import Capability
 from vitkernels.kernels.fences import fenced
-from vitkernels.kernels.glu_mlp_kernels import backward_kernel, forward_kernel
+from vitkernels.kernels.glu_mlp_kernels import glu_mlp_backward, glu_mlp_forward
 from vitkernels.kernels.launch import cdiv
 from vitkernels.kernels.mlp import launch_product, pick_tile, product_variant, why_not
 from vitkernels.kernels.variants import Variant
@@ -46,7 +46,7 @@ def _gated(pre: Tensor, gated: Tensor, activation: str) -> None:
     """gated = f(gate) * up by the forward kernel, which takes pre for a product that is there."""
     sizes = (*gated.shape, 0)
     tile = configs.ELEMENTWISE.pick(capability(pre.device))
-    launch_product(forward_kernel, tile, pre, None, (None, None, gated), sizes, activation, "n")
+    launch_product(glu_mlp_forward, tile, pre, None, (None, None, gated), sizes, activation, "n")
 
 
 def forward(
@@ -73,7 +73,7 @@ def forward(
         bias = None if b_gate_up is None else b_gate_up.contiguous()  # one row: packing a strided one costs nothing
         tile = pick_tile(configs.GLU_MLP["forward"], configs.GLU_MLP_SMALL, count, outer // 2, x)
         pointers, sizes = (bias, pre if save else None, gated), (count, outer // 2, inner)
-        launch_product(forward_kernel, tile, rows, w_gate_up, pointers, sizes, activation, "n")
+        launch_product(glu_mlp_forward, tile, rows, w_gate_up, pointers, sizes, activation, "n")
     y = F.linear(gated.view(*lead, outer // 2), w_down, b_down)
     return y, pre.reshape(*lead, outer) if save else nothing(x)
 
@@ -105,7 +105,7 @@ def backward(
             a, b = g, w_down
             gated = x.new_empty(count, hidden) if needs[5] else None
         pointers, sizes = (pre, gated, partial, dpre), (count, hidden, outer)
-        launch_product(backward_kernel, tile, a, b, pointers, sizes, activation, "k")
+        launch_product(glu_mlp_backward, tile, a, b, pointers, sizes, activation, "k")
     elif needs[5]:
         gated = x.new_empty(count, hidden)
         _gated(pre, gated, activation)
@@ -130,8 +130,8 @@ def variants(capability: Capability) -> list[Variant]:
     found, chip = [], configs.chip(capability)
     sizes = (50432, 2048, 768)
     for kernel, direction, b_rows, passes, products in (
-        (forward_kernel, "forward", "n", 3, 2),
-        (backward_kernel, "backward", "k", 5, 1),
+        (glu_mlp_forward, "forward", "n", 3, 2),
+        (glu_mlp_backward, "backward", "k", 5, 1),
     ):
         name, tile = f"glu_mlp {direction}", configs.GLU_MLP[direction].pick(capability)
         small = configs.GLU_MLP_SMALL.pick(capability)
@@ -141,8 +141,8 @@ def variants(capability: Capability) -> list[Variant]:
             pointers = fenced(dataclasses.replace(tile, tma=False), chip)
             found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "silu", **more))
         found.append(product_variant(kernel, f"{name} small", fenced(small, chip), (197, 2048, 768), "silu", **more))
-        absent = ["p_b", "p_bias", "p_pre"] if kernel is forward_kernel else ["p_b"]
-        more |= {"passes": 1 if kernel is forward_kernel else passes, "absent": absent}
+        absent = ["p_b", "p_bias", "p_pre"] if kernel is glu_mlp_forward else ["p_b"]
+        more |= {"passes": 1 if kernel is glu_mlp_forward else passes, "absent": absent}
         tile = configs.ELEMENTWISE.pick(capability)
         found.append(product_variant(kernel, f"{name} float32", tile, sizes, "silu", **more))
     return [*found, column_sum_variant("glu_mlp", cdiv(50432, 128), 4096, "fp32")]

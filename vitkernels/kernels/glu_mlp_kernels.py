@@ -40,7 +40,7 @@ def _two_products(
 
 
 @triton.jit
-def forward_kernel(
+def glu_mlp_forward(
     p_a,
     p_b,
     p_bias,
@@ -97,7 +97,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def glu_mlp_backward(
     p_a,
     p_b,
     p_pre,

@@ -39,7 +39,7 @@ from vitkernels.kernels.common import column_sum, column_sum_variant, processors
 from vitkernels.kernels.configs import Capability, ProductTile, Table
 from vitkernels.kernels.fences import fenced
 from vitkernels.kernels.launch import cdiv, launch
-from vitkernels.kernels.mlp_kernels import backward_kernel, forward_kernel
+from vitkernels.kernels.mlp_kernels import mlp_backward, mlp_forward
 from vitkernels.kernels.variants import Variant
 from vitkernels.ops._amp import nothing
 from vitkernels.ops.mlp import ACTIVATIONS
@@ -116,7 +116,7 @@ def _activated(pre: Tensor, activation: str) -> Tensor:
     activated = torch.empty_like(pre)
     pointers = (None, None, activated)
     tile = configs.ELEMENTWISE.pick(capability(pre.device))
-    launch_product(forward_kernel, tile, pre, None, pointers, (*pre.shape, 0), activation, "n")
+    launch_product(mlp_forward, tile, pre, None, pointers, (*pre.shape, 0), activation, "n")
     return activated
 
 
@@ -135,7 +135,7 @@ def forward(
         bias = None if b1 is None else b1.contiguous()  # one row: packing a strided one costs nothing
         tile = pick_tile(configs.MLP["forward"], configs.MLP_SMALL, *sizes[:2], x)
         pointers = (bias, pre if save else None, activated)
-        launch_product(forward_kernel, tile, rows, w1, pointers, sizes, activation, "n")
+        launch_product(mlp_forward, tile, rows, w1, pointers, sizes, activation, "n")
     y = F.linear(activated.view(*lead, sizes[1]), w2, b2)
     return y, pre.reshape(*lead, sizes[1]) if save else nothing(x)
 
@@ -155,7 +155,7 @@ def backward(
         partial = x.new_empty(cdiv(count, tile.rows), hidden, dtype=torch.float32) if needs[2] else None
         a, b = (dpre, None) if vendor else (g, w2)  # the vendor's product turns into dpre where it lies
         pointers, sizes = (pre, activated, partial, dpre), (count, hidden, outer)
-        launch_product(backward_kernel, tile, a, b, pointers, sizes, activation, "k")
+        launch_product(mlp_backward, tile, a, b, pointers, sizes, activation, "k")
     elif needs[3]:
         activated = _activated(pre, activation)
     return (
@@ -225,8 +225,8 @@ def variants(capability: Capability) -> list[Variant]:
     found, chip = [], configs.chip(capability)
     sizes = (50432, 3072, 768)
     for kernel, direction, b_rows, passes in (
-        (forward_kernel, "forward", "n", 2),
-        (backward_kernel, "backward", "k", 3),
+        (mlp_forward, "forward", "n", 2),
+        (mlp_backward, "backward", "k", 3),
     ):
         name, tile = f"mlp {direction}", configs.MLP[direction].pick(capability)
         found += [product_variant(kernel, name, tile, sizes, each, b_rows, passes) for each in ACTIVATIONS]
@@ -235,7 +235,7 @@ def variants(capability: Capability) -> list[Variant]:
             found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu", b_rows, passes))
         small = (fenced(configs.MLP_SMALL.pick(capability), chip), (197, 3072, 768), "gelu", b_rows, passes)
         found.append(product_variant(kernel, f"{name} small", *small))
-        absent, passes = (["p_b", "p_bias", "p_pre"], 1) if kernel is forward_kernel else (["p_b"], passes)
+        absent, passes = (["p_b", "p_bias", "p_pre"], 1) if kernel is mlp_forward else (["p_b"], passes)
         float32 = (configs.ELEMENTWISE.pick(capability), sizes, "gelu", b_rows, passes)
         found.append(product_variant(kernel, f"{name} float32", *float32, absent))
     partial = cdiv(50432, 128)

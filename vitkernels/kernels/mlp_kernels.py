@@ -9,7 +9,7 @@ from vitkernels.kernels.mlp_tiles import activate, load, pieces, place, product
 
 
 @triton.jit
-def forward_kernel(
+def mlp_forward(
     p_a,
     p_b,
     p_bias,
@@ -59,7 +59,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def mlp_backward(
     p_a,
     p_b,
     p_pre,
