@@ -205,7 +205,7 @@ SHORT = {
         Row(AttentionTile(32, 128, 8, 1), _DKDV, 100, keys=128, width=96),
         Row(AttentionTile(16, 128, 8), _DKDV, 100, keys=128, width=128),
         Row(AttentionTile(16, 256, 8), _DKDV, 100, keys=256, width=64),
-        space={"queries": (16, 32, 64, 128), "warps": (4, 8), "stages": (1, 2)},
+        space={"queries": (16, 32, 64, 128), "warps": (4, 8, 16), "stages": (1, 2)},
         by_pointers=True,
     ),
 }
