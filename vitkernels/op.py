@@ -15,10 +15,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from vitkernels import dispatch
+from vitkernels.tape import Taped
 
 _NAMESPACE = "vitkernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")  # held: the ops live as long as it does
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+MOST = 4096  # kinds of calls that are remembered
 
 
 class Op:
@@ -53,6 +55,7 @@ class Op:
         self.schemas = {name: schema, f"{name}_backward": backward_schema}
         self.implementations: dict[str, dispatch.Implementation] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
+        self._taped: dict[Any, Taped] = {}
         self.forward_op = self._define(name, schema, "forward", fake)
         self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
         # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
@@ -121,16 +124,29 @@ class Op:
 
     def run(self, direction: str, args: tuple[Any, ...]) -> Any:
         """Launch the first backend that can serve a plain call; direction is "forward" or "backward"."""
-        choice = self.choose(direction, args)
         kind = dispatch.device_type(args)
+        launch = self._launcher(direction, kind, args)
         if not torch.is_autocast_enabled(kind):
-            return choice(*args)
+            return launch(*args)
         # dtypes were settled before the op; inside it, autocast would cast again
         torch.set_autocast_enabled(kind, False)
         try:
-            return choice(*args)
+            return launch(*args)
         finally:
             torch.set_autocast_enabled(kind, True)
+
+    def _launcher(self, direction: str, kind: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The launcher that serves a plain call: from its tape, where calls of its kind have come before."""
+        found = signature(args)
+        if found is None:
+            return self.choose(direction, args)
+        key = direction, found, dispatch.order(kind), dispatch.generation()
+        taped = self._taped.get(key)
+        if taped is None:
+            if len(self._taped) == MOST:
+                self._taped.clear()  # so many kinds are shapes that do not come again
+            taped = self._taped[key] = Taped(self.choose(direction, args))
+        return taped
 
 
 def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
@@ -171,7 +187,7 @@ def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
         elif isinstance(arg, torch.Tensor):
             return None
         else:
-            found.append(arg)
+            found.append(tuple(arg) if type(arg) is list else arg)
     return tuple(found)
 
 
