@@ -257,7 +257,7 @@ def _backward(
         mask_b, mask_h, mask_n, *strides_of(dout, align), *strides_dq, *strides_dk, *strides_dv,
         heads, queries, scale, unit, NK=keys, K=width, ALIGN=align, WIDTHS=configs.attention_widths(width),
         MASK="none" if mask is None else "keys", CAUSAL=is_causal, BM=short.queries, BN=short.keys,
-        **launch_options(short),
+        PREFETCH=short.stages > 1, num_warps=short.warps, num_stages=1,
     )  # fmt: skip
     return nothing(q)
 

@@ -112,9 +112,13 @@ def attention_short_backward(
     stride_gb, stride_gh, stride_gn, stride_gk, stride_dqb, stride_dqh, stride_dqn,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, H, NQ, scale, unit,
     NK: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, WIDTHS: tl.constexpr, MASK: tl.constexpr,
-    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """One program a head; BN >= NK, and the scale is positive. Scores are transposed, [keys, queries]."""
+    """One program a head; BN >= NK, and the scale is positive. Scores are transposed, [keys, queries].
+
+    `PREFETCH` brings the next queries into registers while these are worked on. By the compiler's pipelining they would
+    come by cp.async, which triton before 3.7.1 does not fence (`fences`).
+    """
     i_bh = tl.program_id(0)
     i_b, i_h = i_bh // H, i_bh % H
     p_q = head_of(p_q, i_b, i_h, stride_qb, stride_qh, ALIGN)
@@ -131,11 +135,21 @@ def attention_short_backward(
         p_mask = head_of(p_mask, i_b, i_h, stride_mb, stride_mh, 1)
     m_seen = _seen(p_mask, stride_mn, o_n, NK, MASK)
     dk, dv = zeros(BN, WIDTHS), zeros(BN, WIDTHS)
-    for i_m in tl.range(0, NQ, BM):
+    if PREFETCH:
+        o_next = tl.arange(0, BM)
+        q_next = load(p_q, o_next, o_next < NQ, stride_qn, stride_qk, K, ALIGN, WIDTHS)
+        dout_next = load(p_dout, o_next, o_next < NQ, stride_gn, stride_gk, K, ALIGN, WIDTHS)
+    for i_m in tl.range(0, NQ, BM, num_stages=1):
         o_m = i_m + tl.arange(0, BM)
         m_m = o_m < NQ
-        q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
-        dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
+        if PREFETCH:
+            q, dout = q_next, dout_next
+            o_next = o_m + BM
+            q_next = load(p_q, o_next, o_next < NQ, stride_qn, stride_qk, K, ALIGN, WIDTHS)
+            dout_next = load(p_dout, o_next, o_next < NQ, stride_gn, stride_gk, K, ALIGN, WIDTHS)
+        else:
+            q = load(p_q, o_m, m_m, stride_qn, stride_qk, K, ALIGN, WIDTHS)
+            dout = load(p_dout, o_m, m_m, stride_gn, stride_gk, K, ALIGN, WIDTHS)
         s = across(k, q, WIDTHS)
         b_max, b_log = load_stats(p_stats, o_m, m_m, NQ)  # not before the product, which needs the registers
         p = weights(s, b_max[None, :], b_log[None, :], unit)

@@ -85,7 +85,9 @@ class _Shape:
             yield forward
         short = self._short("backward")
         if short is not None:
-            yield self._variant(attention_short.attention_short_backward, short, 7, 10, short.keys, {"NK": self.tokens})
+            constants = {"NK": self.tokens, "PREFETCH": short.stages > 1}
+            short = dataclasses.replace(short, stages=1)
+            yield self._variant(attention_short.attention_short_backward, short, 7, 10, short.keys, constants)
         else:
             yield from backward
 

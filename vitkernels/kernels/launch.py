@@ -71,7 +71,7 @@ def _launch(
         else arg
         for arg in args
     ]
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    device = next(each.device for arg in args if isinstance(each := getattr(arg, "base", arg), Tensor))
     key = kernel, device, dispatch.generation(), *kinds, *options.items()
     known = _compiled.get(key)
     if known is None:

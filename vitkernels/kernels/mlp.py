@@ -45,6 +45,8 @@ from vitkernels.ops._amp import nothing
 from vitkernels.ops.mlp import ACTIVATIONS
 
 Tiles = Table[ProductTile]
+# of the pointers behind the operands: (bias, pre, activated) and (pre, activated, partial, dpre)
+FORWARD_RESULTS, BACKWARD_RESULTS = (1, 2), (1, 3)
 
 
 def why_not(direction: str, call: Any) -> str | None:
@@ -79,8 +81,15 @@ def launch_product(
     sizes: tuple[int, int, int],
     activation: str,
     b_rows: str,
+    results: Sequence[int] = (),
 ) -> None:
-    """Run a kernel over the tiles of [M, N], sizes being (M, N, K). b_rows says what b's rows are, "n" or "k"."""
+    """Run a kernel over the tiles of [M, N].
+
+    Args:
+        sizes: (M, N, K).
+        b_rows: what b's rows are, "n" or "k".
+        results: which pointers may be stored to by the copy engine.
+    """
     rows, columns = cdiv(sizes[0], tile.rows), cdiv(sizes[1], tile.columns)
     if rows * columns == 0:
         return
@@ -89,6 +98,14 @@ def launch_product(
     if not tma:
         tile = fenced(tile, configs.chip(capability(a.device)))
     block_b = [tile.columns, tile.inner] if b_rows == "n" else [tile.inner, tile.columns]
+    given = [each for index in results if (each := pointers[index]) is not None]
+    tma_out = tma and tile.tma_out and all(map(_suits_tma, given))
+    if tma_out:
+        block = [tile.rows, tile.columns // tile.pieces]
+        pointers = [
+            TensorDescriptor.from_tensor(each, block) if index in results and each is not None else each
+            for index, each in enumerate(pointers)
+        ]
     launch(
         kernel,
         (min(rows * columns, tile.programs * processors(a.device)),),
@@ -105,6 +122,7 @@ def launch_product(
         PIECES=tile.pieces,
         GROUP=configs.GROUP,
         TMA=tma,
+        **({"TMA_OUT": tma_out} if results else {}),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.maxnreg,
@@ -116,7 +134,7 @@ def _activated(pre: Tensor, activation: str) -> Tensor:
     activated = torch.empty_like(pre)
     pointers = (None, None, activated)
     tile = configs.ELEMENTWISE.pick(capability(pre.device))
-    launch_product(mlp_forward, tile, pre, None, pointers, (*pre.shape, 0), activation, "n")
+    launch_product(mlp_forward, tile, pre, None, pointers, (*pre.shape, 0), activation, "n", FORWARD_RESULTS)
     return activated
 
 
@@ -135,7 +153,7 @@ def forward(
         bias = None if b1 is None else b1.contiguous()  # one row: packing a strided one costs nothing
         tile = pick_tile(configs.MLP["forward"], configs.MLP_SMALL, *sizes[:2], x)
         pointers = (bias, pre if save else None, activated)
-        launch_product(mlp_forward, tile, rows, w1, pointers, sizes, activation, "n")
+        launch_product(mlp_forward, tile, rows, w1, pointers, sizes, activation, "n", FORWARD_RESULTS)
     y = F.linear(activated.view(*lead, sizes[1]), w2, b2)
     return y, pre.reshape(*lead, sizes[1]) if save else nothing(x)
 
@@ -155,7 +173,7 @@ def backward(
         partial = x.new_empty(cdiv(count, tile.rows), hidden, dtype=torch.float32) if needs[2] else None
         a, b = (dpre, None) if vendor else (g, w2)  # the vendor's product turns into dpre where it lies
         pointers, sizes = (pre, activated, partial, dpre), (count, hidden, outer)
-        launch_product(mlp_backward, tile, a, b, pointers, sizes, activation, "k")
+        launch_product(mlp_backward, tile, a, b, pointers, sizes, activation, "k", BACKWARD_RESULTS)
     elif needs[3]:
         activated = _activated(pre, activation)
     return (
@@ -180,6 +198,7 @@ def product_variant(
     passes: int,
     absent: Sequence[str] = (),
     products: int = 1,
+    results: Sequence[str] = (),
 ) -> Variant:
     """A kernel at a row of its table; strides are those of whole tensors.
 
@@ -188,6 +207,7 @@ def product_variant(
         passes: over [M, N] that the epilogue makes.
         absent: pointers that are not there; without p_b, a is the product, and all is float32.
         products: of a with N columns of b.
+        results: pointers that may be stored to by the copy engine.
     """
     (m, n, k), vendor = sizes, "p_b" in absent
     dtype, size = ("fp32", 4) if vendor else ("bf16", 2)
@@ -197,11 +217,14 @@ def product_variant(
     if tile.tma:
         block_b = [tile.columns, tile.inner] if b_rows == "n" else [tile.inner, tile.columns]
         types |= {"p_a": f"tensordesc<bf16{[tile.rows, tile.inner]}>", "p_b": f"tensordesc<bf16{block_b}>"}
+    if tile.tma and tile.tma_out:
+        types |= dict.fromkeys(results, f"tensordesc<bf16{[tile.rows, tile.columns // tile.pieces]}>")
     types |= {arg: "i32" for arg in kernel.arg_names if arg in ("M", "N", "K") or arg.startswith("stride")}
     constants: dict[str, Any] = dict.fromkeys(absent)
     constants |= {"stride_a_k": 1, "stride_b_k" if b_rows == "n" else "stride_b_n": 1}
     constants |= {"ACTIVATION": activation, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner}
     constants |= {"PIECES": tile.pieces, "GROUP": configs.GROUP, "TMA": tile.tma}
+    constants |= {"TMA_OUT": tile.tma and tile.tma_out} if results else {}
     operands = products * m * n if vendor else m * k + products * n * k
     padded = cdiv(m, tile.rows) * tile.rows * cdiv(n, tile.columns) * tile.columns
     return Variant(
@@ -213,6 +236,7 @@ def product_variant(
         num_stages=tile.stages,
         maxnreg=tile.maxnreg,
         divisible=tuple(arg for arg in ("N", "K", "stride_a_m", "stride_b_n", "stride_b_k") if arg not in constants),
+        spills=tile.spills,
         matrix=not vendor,
         moved=float(size * (operands + m * n * passes)),
         flops=0.0 if vendor else 2.0 * padded * k * products,
@@ -224,19 +248,21 @@ def variants(capability: Capability) -> list[Variant]:
     """Each row of the tables at ViT-B's size, B=256, with every activation; the small one for one image."""
     found, chip = [], configs.chip(capability)
     sizes = (50432, 3072, 768)
-    for kernel, direction, b_rows, passes in (
-        (mlp_forward, "forward", "n", 2),
-        (mlp_backward, "backward", "k", 3),
+    for kernel, direction, b_rows, passes, outs in (
+        (mlp_forward, "forward", "n", 2, FORWARD_RESULTS),
+        (mlp_backward, "backward", "k", 3, BACKWARD_RESULTS),
     ):
+        results = [kernel.arg_names[2 + index] for index in outs]
         name, tile = f"mlp {direction}", configs.MLP[direction].pick(capability)
-        found += [product_variant(kernel, name, tile, sizes, each, b_rows, passes) for each in ACTIVATIONS]
+        more: dict[str, Any] = {"b_rows": b_rows, "passes": passes, "results": results}
+        found += [product_variant(kernel, name, tile, sizes, each, **more) for each in ACTIVATIONS]
         if tile.tma:
             pointers = fenced(dataclasses.replace(tile, tma=False), chip)
-            found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu", b_rows, passes))
-        small = (fenced(configs.MLP_SMALL.pick(capability), chip), (197, 3072, 768), "gelu", b_rows, passes)
-        found.append(product_variant(kernel, f"{name} small", *small))
-        absent, passes = (["p_b", "p_bias", "p_pre"], 1) if kernel is mlp_forward else (["p_b"], passes)
-        float32 = (configs.ELEMENTWISE.pick(capability), sizes, "gelu", b_rows, passes)
-        found.append(product_variant(kernel, f"{name} float32", *float32, absent))
+            found.append(product_variant(kernel, f"{name} by pointers", pointers, sizes, "gelu", **more))
+        small = fenced(configs.MLP_SMALL.pick(capability), chip)
+        found.append(product_variant(kernel, f"{name} small", small, (197, 3072, 768), "gelu", **more))
+        more |= {"absent": ["p_b", "p_bias", "p_pre"], "passes": 1} if kernel is mlp_forward else {"absent": ["p_b"]}
+        tile = configs.ELEMENTWISE.pick(capability)
+        found.append(product_variant(kernel, f"{name} float32", tile, sizes, "gelu", **more))
     partial = cdiv(50432, 128)
     return [*found, column_sum_variant("mlp", partial, 3072, "fp32")]

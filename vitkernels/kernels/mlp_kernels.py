@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitkernels.kernels.mlp_tiles import activate, load, pieces, place, product
+from vitkernels.kernels.mlp_tiles import activate, load, pieces, place, product, put
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def mlp_forward(
     PIECES: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_OUT: tl.constexpr,
 ):
     """pre = a b^T + bias, activated = f(pre), both [M, N]; without b, a is the product."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -47,15 +48,23 @@ def mlp_forward(
         b_pieces = pieces(b_acc, PIECES)
         for i_piece in tl.static_range(PIECES):
             b_pre = b_pieces[i_piece]
-            o_n = i_n + i_piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
+            i_column = i_n + i_piece * (BLOCK_N // PIECES)
+            o_n = i_column + tl.arange(0, BLOCK_N // PIECES)
             m = (o_m < M)[:, None] & (o_n < N)[None, :]
             o = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
             if p_bias is not None:
                 b_pre += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
             if p_pre is not None:
-                tl.store(p_pre + o, b_pre.to(p_pre.dtype.element_ty), mask=m)
+                put(p_pre, b_pre, i_m, i_column, o, m, TMA_OUT)
             b_activated, _ = activate(b_pre, ACTIVATION, p_b is None)
-            tl.store(p_activated + o, b_activated.to(p_activated.dtype.element_ty), mask=m)
+            put(p_activated, b_activated, i_m, i_column, o, m, TMA_OUT)
+
+
+@triton.jit
+def _load_pre(p_pre, o_m, i_n, M, N, COLUMNS: tl.constexpr):
+    o_n = i_n + tl.arange(0, COLUMNS)
+    o = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+    return tl.load(p_pre + o, mask=(o_m < M)[:, None] & (o_n < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -80,6 +89,7 @@ def mlp_backward(
     PIECES: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_OUT: tl.constexpr,
 ):
     """dpre = (a b) f'(pre), activated = f(pre), and dpre summed over each row of tiles; without b, a is the product."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -95,16 +105,20 @@ def mlp_backward(
                 TMA, "k",
             )  # fmt: skip
         o_m = i_m + tl.arange(0, BLOCK_M)
+        b_next = _load_pre(p_pre, o_m, i_n, M, N, BLOCK_N // PIECES)
         b_pieces = pieces(b_acc, PIECES)
         for i_piece in tl.static_range(PIECES):
-            o_n = i_n + i_piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
+            i_column = i_n + i_piece * (BLOCK_N // PIECES)
+            o_n = i_column + tl.arange(0, BLOCK_N // PIECES)
             m = (o_m < M)[:, None] & (o_n < N)[None, :]
             o = o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-            b_pre = tl.load(p_pre + o, mask=m, other=0.0).to(tl.float32)
+            b_pre = b_next.to(tl.float32)
+            if i_piece + 1 < PIECES:  # on its way while this piece is worked on
+                b_next = _load_pre(p_pre, o_m, i_column + BLOCK_N // PIECES, M, N, BLOCK_N // PIECES)
             b_activated, b_slope = activate(b_pre, ACTIVATION, p_b is None)
             b_dpre = b_pieces[i_piece] * b_slope  # zero past the edges, as the product is
             if p_activated is not None:
-                tl.store(p_activated + o, b_activated.to(p_activated.dtype.element_ty), mask=m)
-            tl.store(p_dpre + o, b_dpre.to(p_dpre.dtype.element_ty), mask=m)
+                put(p_activated, b_activated, i_m, i_column, o, m, TMA_OUT)
+            put(p_dpre, b_dpre, i_m, i_column, o, m, TMA_OUT)
             if p_partial is not None:
                 tl.store(p_partial + i_row * N + o_n, tl.sum(b_dpre, 0), mask=o_n < N)

@@ -78,6 +78,15 @@ def load(p, i_r, i_c, rows, columns, stride_r, stride_c, ROWS: tl.constexpr, COL
 
 
 @triton.jit
+def put(p, b, i_r, i_c, o, m, TMA: tl.constexpr):
+    """Store a tile; p is a tensor descriptor where the copy engine stores, which keeps to the matrix by itself."""
+    if TMA:
+        p.store([i_r, i_c], b.to(p.dtype))
+    else:
+        tl.store(p + o, b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def place(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile: GROUP rows of tiles at a time, column by column, so that L2 holds what they share."""
     i_first = i_tile // (GROUP * tiles_n) * GROUP

@@ -34,8 +34,7 @@ class RowTile:
 _WARP = "one warp a row: no barrier"
 _BLOCK = "8 elements a thread"
 LAYER_NORM_FORWARD = Table(
-    Row(RowTile(warps=1, rows=4), _WARP, width=512),
-    Row(RowTile(warps=1, rows=4), _WARP, width=1024),
+    Row(RowTile(warps=1, rows=1), _WARP, width=1024),
     Row(RowTile(warps=4, rows=4), _BLOCK, width=2048),
     Row(RowTile(warps=8, rows=4), _BLOCK, width=4096),
     Row(RowTile(warps=16, rows=4), _BLOCK, width=8192),
@@ -46,12 +45,13 @@ _SPACE = {"warps": (2, 4, 8), "rows": (1, 2, 4), "stages": (1, 2), "programs": (
 # Two rows a step share the barriers of their sums, and with the next two fetched meanwhile 27 KiB a multiprocessor are
 # always in flight at D=768, where 18 hide the latency.
 _TWO_ROWS = "two rows share barriers, and the next two are fetched meanwhile"
+_TWO_WARPS = "two warps meet at a barrier sooner than four, and hold one row"
 _ONE_ROW = "registers hold one row, and the next one is fetched meanwhile"
 _ALONE = "a second stage is past sm_86's shared memory"
 LAYER_NORM_BACKWARD = Table(
     Row(RowTile(warps=1, rows=2, stages=2, programs=12), _TWO_ROWS, width=256),
-    Row(RowTile(warps=2, rows=2, stages=2, programs=6), _TWO_ROWS, width=512),
-    Row(RowTile(warps=4, rows=2, stages=2, programs=3), _TWO_ROWS, width=1024),
+    Row(RowTile(warps=2, rows=2, stages=2, programs=8), _TWO_ROWS, width=512),
+    Row(RowTile(warps=2, rows=1, stages=2, programs=8), _TWO_WARPS, width=1024),
     Row(RowTile(warps=8, rows=1, stages=2, programs=2, maxnreg=128), _ONE_ROW, width=2048),
     Row(RowTile(warps=16, rows=1, stages=2, programs=1), _ONE_ROW, width=4096),
     Row(RowTile(warps=16, rows=1, programs=1, spills=72), _ALONE, width=8192),
