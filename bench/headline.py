@@ -48,17 +48,23 @@ def gains(contents: Iterable[Content]) -> Iterator[Gain]:
 
 
 def sentence(contents: Iterable[Content]) -> str:
-    """The range of all gains, the worst one too, and on what they were measured."""
+    """The range of all gains, the worst one too, and on what they were measured: GPUs first, then processors."""
+    contents = list(contents)
+    found = [text for kind in ("cuda", "cpu") if (text := _range([each for each in contents if each["kind"] == kind]))]
+    return "\n".join(found) or "Not yet measured.\n"
+
+
+def _range(contents: list[Content]) -> str:
     found = list(gains(contents))
     if not found:
-        return "Not yet measured.\n"
+        return ""
     times = [gain.time for gain in found]
     memory = [gain.memory for gain in found if gain.memory is not None]
     devices = " and ".join(dict.fromkeys(gain.device for gain in found))
     kept = f", and {min(memory):.2f} to {max(memory):.2f} times the memory" if memory else ""
     return (
-        f"Forward and backward, timm's own model takes {min(times):.2f} to {max(times):.2f} times as long as the same "
-        f"model after `vk.fuse`{kept}: {len(found)} models and dtypes, on {devices}.\n"
+        f"On {devices}, timm's own model takes {min(times):.2f} to {max(times):.2f} times as long as the same model "
+        f"after `vk.fuse`, forward and backward{kept} ({len(found)} models and dtypes).\n"
     )
 
 

@@ -89,8 +89,8 @@ def device_seconds(step: Callable[[Any], Any], sets: Sequence[Any], calls: int =
     return statistics.median(taken)
 
 
-def kernel_seconds(step: Callable[[Any], Any], sets: Sequence[Any]) -> dict[str, float]:
-    """Seconds of each kernel that a call runs on the GPU, by name, the longest first; calls of one name together."""
+def kernel_seconds(step: Callable[[Any], Any], sets: Sequence[Any], most: int = 24) -> dict[str, float]:
+    """Seconds of each kernel that a call runs on the GPU, the longest first; the rest of them together."""
     step(sets[0])
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -102,7 +102,9 @@ def kernel_seconds(step: Callable[[Any], Any], sets: Sequence[Any]) -> dict[str,
     for event in profiled.profiler.kineto_results.events():
         if event.device_type() == torch.profiler.DeviceType.CUDA:
             taken[event.name()] = taken.get(event.name(), 0.0) + event.duration_ns() / 1e9 / len(sets)
-    return dict(sorted(taken.items(), key=lambda each: -each[1]))
+    ranked = sorted(taken.items(), key=lambda each: -each[1])
+    rest = ranked[most:]
+    return dict(ranked[:most]) | ({f"{len(rest)} others": sum(took for _, took in rest)} if rest else {})
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -132,6 +132,7 @@ def report(results: Results) -> str:
             "Ops": tables.ops(content),
             "Memory against time": tables.memory(content),
             "How cost grows": scaling.growth(content),
+            **({"Time by kernel": by_kernel} if (by_kernel := tables.kernels(content)) else {}),
             "Every lane": f"{tables.lanes(content)}\n",
             "No figure, or one with a remark": f"{tables.wrong(content)}\n",
         }
