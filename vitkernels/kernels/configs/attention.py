@@ -68,6 +68,7 @@ LONG_DKDV = Table(
     ),
     Row(AttentionTile(16, 64, 4), _REGISTERS, 80, float32=False, width=96),
     Row(AttentionTile(32, 64, 8), _REGISTERS, 80, float32=False, width=128),
+    Row(AttentionTile(32, 128, 8), "dk and dv of 128 keys stay in registers", 90, float32=False, width=64),
     Row(AttentionTile(32, 64, 4), "dk and dv of 64 keys stay in registers", 90, float32=False, width=128),
     space=_SPACE | {"queries": (16, 32, 64)},
     by_pointers=True,
