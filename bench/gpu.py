@@ -90,14 +90,19 @@ def stages(command: str) -> list[Stage]:
     """Of "tests", "checks", "cuda" or "models", in the order in which they run."""
     pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider"]
 
-    def parallel(most: int, distribution: str) -> list[str]:
+    def parallel(most: int, *distribution: str) -> list[str]:
         """Compiling takes most of the tests' time, and runs on the CPU."""
         workers = min(most, os.cpu_count() or 1)
-        return ["-n", str(workers), "--dist", distribution] if importlib.util.find_spec("xdist") else []
+        return ["-n", str(workers), "--dist", *distribution] if importlib.util.find_spec("xdist") else []
 
+    in_order = (
+        "load",
+        "--maxschedchunk",
+        "3",
+    )  # the first tests first: those that the time does not suffice for end it
     # loadgroup: the cases of 48 GiB are one group
-    behaviour = [*pytest, *parallel(4, "loadgroup"), "tests/test_gpu.py"]
-    cases = [*pytest, *parallel(12, "worksteal"), "--maxfail", "60", "tests/test_triton.py"]
+    behaviour = [*pytest, *parallel(6, "loadgroup"), "--limit=95", "tests/test_gpu.py"]
+    cases = [*pytest, *parallel(13, *in_order), "--limit=160", "tests/test_triton.py"]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "3", "--target-processes", "all"]
     # the allocator's own blocks would hide what lies beside a tensor
     exposed = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -107,7 +112,7 @@ def stages(command: str) -> list[Stage]:
     needed = ("pytest", "pytest_benchmark")
     build = [PYTHON, "setup.py", "-q", "build_ext", "--inplace"]
     install = Stage("install", build, 90, ("setuptools",), {"VITKERNELS_BUILD_CUDA": "0"})
-    cuda = [*pytest, *parallel(12, "worksteal"), "--maxfail", "60", "tests/test_cuda.py"]
+    cuda = [*pytest, *parallel(13, *in_order), "--limit=180", "tests/test_cuda.py"]
     return {
         "tests": [
             install,
