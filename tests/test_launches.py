@@ -163,7 +163,7 @@ def test_converted_pixels_are_multiplied_in_one_stage(
 @pytest.mark.parametrize(
     ("processors", "inner", "stages"),
     [
-        (1, 96, [4, 3]),  # tiles come by the copy engine
+        (1, 96, [3, 3]),  # tiles come by the copy engine
         (1, 95, [1, 1]),  # rows that it cannot address
         (132, 96, [1, 1]),  # small tiles, which come by pointers
     ],
