@@ -144,14 +144,22 @@ def attention_short_backward(
         if CAUSAL:
             p = tl.where(o_n[:, None] <= o_m[None, :], p, 0.0)
         dp = across(v, dout, WIDTHS)
-        dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
+        # where ds fits, it takes the place of q or dout in shared memory once they are read, in another layout, and
+        # ptxas 12.8 mixes up descriptors of two layouts at one address. There q and dout are read last, in loops that
+        # are not pipelined: in those that are, the compiler would wait for each product
+        if WIDTHS[0] < BN:
+            dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
         ds = p * (dp - tl.sum(p * dp, 0)[None, :])
         ds = ds.to(q[0].dtype)
-        dk = along(ds, q, dk, WIDTHS)
+        if WIDTHS[0] < BN:
+            dk = along(ds, q, dk, WIDTHS)
         dq = ()
         for i in tl.static_range(len(WIDTHS)):  # transposed: its 64 rows and more are what a warp group multiplies
             block = dot(tl.trans(k[i]), ds, None) * scale
             dq = dq + (tl.trans(block.to(p_dq.dtype.element_ty)),)  # noqa: RUF005
+        if WIDTHS[0] >= BN:
+            dv = along(p.to(dout[0].dtype), dout, dv, WIDTHS)
+            dk = along(ds, q, dk, WIDTHS)
         store(p_dq, dq, 1, o_m, m_m, stride_dqn, K, ALIGN, WIDTHS)
     p_dk = head_of(p_dk, i_b, i_h, stride_dkb, stride_dkh, ALIGN)
     p_dv = head_of(p_dv, i_b, i_h, stride_dvb, stride_dvh, ALIGN)

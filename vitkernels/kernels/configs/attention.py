@@ -140,6 +140,7 @@ _FEWER = "more queries, keys or wider heads spill"
 # Backward, dk and dv of all keys stay in registers: 255 of them at 256 keys of 64. Where tiles of 32 queries spill,
 # tiles of 16, or one stage: the next queries are fetched later, and their addresses need no registers meanwhile.
 _DKDV = "dk and dv of all keys stay in registers"
+_ONE_PLACE = "one stage: q and dout are read last, lest two layouts share an address, which ptxas 12.8 mixes up"
 _AMPERE = f"{_DKDV}, within 99 KiB of shared memory"
 SHORT = {
     "forward": Table(
@@ -184,15 +185,12 @@ SHORT = {
             keys=8,
             width=96,
         ),
-        Row(AttentionTile(32, 64, 4), _DKDV, 90, keys=64, width=96),
-        Row(
-            AttentionTile(32, 64, 4, 1, spills=8),
-            "no spills but for 104-wide heads by triton 3.6",
-            90,
-            keys=64,
-            width=128,
-        ),
-        Row(AttentionTile(32, 128, 8, spills=8), _DKDV, 90, keys=128, width=128),
+        Row(AttentionTile(32, 64, 4), _DKDV, 90, keys=64, width=48),
+        Row(AttentionTile(32, 64, 4, 1), _ONE_PLACE, 90, keys=64, width=96),
+        Row(AttentionTile(32, 64, 8, 1), f"{_ONE_PLACE}; by 4 warps these spill", 90, keys=64, width=112),
+        Row(AttentionTile(32, 64, 4, 1), _ONE_PLACE, 90, keys=64, width=128),
+        Row(AttentionTile(32, 128, 8, spills=8), _DKDV, 90, keys=128, width=112),
+        Row(AttentionTile(32, 128, 8, 1), _ONE_PLACE, 90, keys=128, width=128),
         Row(
             AttentionTile(32, 256, 8, spills=40),
             "8 bytes by triton 3.7, to 40 by 3.6; none in tiles of 16 queries, which feed tensor cores half as well",
