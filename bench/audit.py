@@ -3,9 +3,10 @@
     python -m bench.audit [--capability 80 90 100] [--only NAME] [--short] [--page MODULE]
 
 Fails on a spill above what the row states, a matrix kernel without HGMMA on sm_90, registers of an HGMMA written before
-its wait, copies that an HGMMA reads unfenced, more shared memory than the chip gives a program, and a row that does not
-compile. The roofline columns are estimates for an H100. CUDA C++ (csrc/cuda) is compiled for sm_75, 80, 86, 89 and 90
-with warnings as errors; its shared memory is the most that a launch gives it.
+its wait, copies that an HGMMA reads unfenced, a register that is read before anything can have written it, more shared
+memory than the chip gives a program, and a row that does not compile. The roofline columns are estimates for an H100.
+CUDA C++ (csrc/cuda) is compiled for sm_75, 80, 86, 89 and 90 with warnings as errors; its shared memory is the most
+that a launch gives it.
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ class Row:
             faults.append(
                 f"multiplies what cp.async wrote without a proxy fence, {len(reading.unfenced)} times; first: "
                 f"{reading.unfenced[0]}"
+            )
+        if reading.undefined:
+            faults.append(
+                f"reads registers that nothing wrote, {len(reading.undefined)} times; first: {reading.undefined[0]}"
             )
         if reading.scratch:
             faults.append(f"wants {reading.scratch} bytes of scratch memory, which nobody allocates")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import wgmma
+from bench import registers, wgmma
+from bench.listing import Listing, parse
 from vitkernels.kernels.variants import Variant
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_LABEL = re.compile(r"^(\.L_x_\d+):")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*)")
-_JUMP = re.compile(r"^BRA\b.*`\((\.L_x_\d+)\)")
 _MATRIX = re.compile(r"^(HGMMA|HMMA|UTC\w*MMA)\b")
 _LOAD = re.compile(r"^(?:LDG|LDGSTS)\.(\S+)")
 
@@ -42,6 +41,7 @@ class Reading:
         waits: waits for matrix instructions and for copies in an iteration of the main loop; None without a loop.
         overwritten: instructions that write what an HGMMA in flight still reads.
         unfenced: HGMMAs that may read what cp.async wrote with no proxy fence between.
+        undefined: instructions that read a register which nothing can have written.
     """
 
     threads: int
@@ -54,6 +54,7 @@ class Reading:
     waits: tuple[int, int] | None
     overwritten: tuple[str, ...] = ()
     unfenced: tuple[str, ...] = ()
+    undefined: tuple[str, ...] = ()
 
 
 def read(variant: Variant, capability: int) -> Reading:
@@ -73,18 +74,19 @@ def reading(cubin: bytes, threads: int, shared: int, scratch: int) -> Reading:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "--dump-resource-usage", path)
-        instructions, labels = parse(_tool("nvdisasm", "-c", path))
+        listing = parse(_tool("nvdisasm", "-c", path))
     return Reading(
         threads=threads,
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         shared=shared,
-        matrix=_count_matrix(instructions),
-        widest=_widest_load(instructions),
+        matrix=_count_matrix(listing.instructions),
+        widest=_widest_load(listing.instructions),
         scratch=scratch,
-        waits=_waits(_main_loop(instructions, labels)),
-        overwritten=tuple(wgmma.overwritten(instructions, labels)),
-        unfenced=tuple(wgmma.unfenced(instructions, labels)),
+        waits=_waits(_main_loop(listing)),
+        overwritten=tuple(wgmma.overwritten(listing)),
+        unfenced=tuple(wgmma.unfenced(listing)),
+        undefined=tuple(registers.undefined(listing)),
     )
 
 
@@ -123,19 +125,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def parse(listing: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions without their predicates, and the index of the one behind each label."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in listing.splitlines():
-        if label := _LABEL.match(line):
-            labels[label.group(1)] = len(instructions)
-        elif instruction := _INSTRUCTION.match(line):
-            instructions.append(instruction.group(1))
-    return instructions, labels
-
-
-def _count_matrix(instructions: list[str]) -> dict[str, int]:
+def _count_matrix(instructions: Sequence[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for instruction in instructions:
         if found := _MATRIX.match(instruction):
@@ -143,7 +133,7 @@ def _count_matrix(instructions: list[str]) -> dict[str, int]:
     return counts
 
 
-def _widest_load(instructions: list[str]) -> int:
+def _widest_load(instructions: Sequence[str]) -> int:
     widest = 0
     for instruction in instructions:
         if instruction.startswith("UTMALDG"):
@@ -155,22 +145,18 @@ def _widest_load(instructions: list[str]) -> int:
     return widest
 
 
-def _main_loop(instructions: list[str], labels: dict[str, int]) -> list[str]:
+def _main_loop(listing: Listing) -> Sequence[str]:
     """The innermost loop with the most matrix instructions, or the longest one; empty without a loop."""
-    loops = []
-    for end, instruction in enumerate(instructions):
-        jump = _JUMP.match(instruction)
-        if jump and labels.get(jump.group(1), end) < end:
-            loops.append((labels[jump.group(1)], end))
+    loops = [(begin, end) for end in range(len(listing.instructions)) if (begin := listing.jump_back(end)) is not None]
     innermost = [
-        instructions[begin : end + 1]
+        listing.instructions[begin : end + 1]
         for begin, end in loops
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in loops)
     ]
-    return max(innermost, key=lambda body: (sum(_count_matrix(body).values()), len(body)), default=[])
+    return max(innermost, key=lambda body: (sum(_count_matrix(body).values()), len(body)), default=())
 
 
-def _waits(body: list[str]) -> tuple[int, int] | None:
+def _waits(body: Sequence[str]) -> tuple[int, int] | None:
     if not body:
         return None
     matrix = sum(instruction.startswith("WARPGROUP.DEPBAR") for instruction in body)

@@ -89,6 +89,10 @@ def test_the_table_reads_what_was_compiled(planted: subprocess.CompletedProcess[
             "multiplies what cp.async wrote without a proxy fence, 1 times; first: "
             "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;",
         ),
+        (
+            {"undefined": ("UIADD3 UR34, UP0, UR34, 0x40, URZ",)},
+            "reads registers that nothing wrote, 1 times; first: UIADD3 UR34, UP0, UR34, 0x40, URZ",
+        ),
         ({"scratch": 256}, "wants 256 bytes of scratch memory, which nobody allocates"),
     ],
 )
@@ -136,11 +140,10 @@ LOOP = """
     ],
 )
 def test_registers_of_a_product_in_flight(left: str, before: str, behind: str, found: list[str]) -> None:
-    from bench.sass import parse
+    from bench.listing import parse
     from bench.wgmma import overwritten
 
-    instructions, labels = parse(LOOP.format(left=left, before=before, behind=behind))
-    assert [each.rstrip(" ;") for each in overwritten(instructions, labels)] == found
+    assert overwritten(parse(LOOP.format(left=left, before=before, behind=behind))) == found
 
 
 # copies for the next step are issued behind the products of this one
@@ -170,10 +173,59 @@ COPY = "LDGSTS.E.BYPASS.128 [R17], desc[UR16][R4.64]"
     ],
 )
 def test_copies_that_a_product_reads_are_fenced(first: str, between: str, behind: str, found: int) -> None:
-    from bench.sass import parse
+    from bench.listing import parse
     from bench.wgmma import unfenced
 
-    assert len(unfenced(*parse(COPIES.format(first=first, between=between, behind=behind)))) == found
+    assert len(unfenced(parse(COPIES.format(first=first, between=between, behind=behind)))) == found
+
+
+# two ways into a loop whose product takes descriptors out of uniform registers 4 to 7
+PATHS = """
+        /*0010*/                   ULDC.64 UR4, c[0x0][0x208] ;
+        /*0020*/                   ULDC UR6, c[0x0][0x210] ;
+        /*0030*/                   CS2R R24, SRZ ;
+        /*0040*/              @!P0 BRA `(.L_x_0) ;
+        /*0050*/                   {above} ;
+        /*0060*/                   BRA `(.L_x_1) ;
+.L_x_0:
+        /*0070*/                   {below} ;
+.L_x_1:
+        /*0080*/                   HGMMA.64x8x16.F32.BF16 R28, {product}, RZ, !UPT, gsb0 ;
+        /*0090*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00a0*/                   {after} ;
+        /*00b0*/              @!P5 BRA `(.L_x_1) ;
+        /*00c0*/                   EXIT ;
+"""
+SHARED = "gdesc[UR4]"
+LOST = f"HGMMA.64x8x16.F32.BF16 R28, {SHARED}, RZ, !UPT, gsb0"
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "product", "after", "found"),
+    [
+        ("UMOV UR7, URZ", "NOP", SHARED, "NOP", []),  # on one path of two
+        ("NOP", "@P1 UMOV UR7, URZ", SHARED, "NOP", []),  # what a predicate may skip
+        ("NOP", "NOP", SHARED, "UMOV UR7, URZ", []),  # in an earlier turn of the loop
+        ("NOP", "NOP", SHARED, "NOP", [LOST]),
+        ("UIADD3 UR7, UP0, UR7, 0x40, URZ", "NOP", SHARED, "NOP", ["UIADD3 UR7, UP0, UR7, 0x40, URZ"]),
+        ("NOP", "UIMAD.WIDE UR6, UR4, UR5, URZ", SHARED, "NOP", []),
+        # with A in registers only the second two are read
+        ("CS2R R26, SRZ", "NOP", "R24, gdesc[UR2].tnspB", "NOP", []),
+        ("NOP", "NOP", "R24, gdesc[UR2].tnspB", "NOP", [LOST.replace(SHARED, "R24, gdesc[UR2].tnspB")]),
+        ("UMOV UR7, URZ", "NOP", SHARED, "STG.E.128 desc[UR4][R24.64], R28", []),
+        ("UMOV UR7, URZ", "NOP", SHARED, "STG.E.128 desc[UR4][R26.64], R28", ["STG.E.128 desc[UR4][R26.64], R28"]),
+        ("UMOV UR7, URZ", "NOP", SHARED, "STG.E.128 desc[UR4][R24.64], R29", ["STG.E.128 desc[UR4][R24.64], R29"]),
+        ("UMOV UR7, URZ", "NOP", SHARED, "PRMT R40, RZ, 0x7610, R40", []),  # keeps bits of what it writes
+        ("UMOV UR7, URZ", "LDSM.16.M88.4 R40, [R24+UR4]", SHARED, "IADD3 R1, R43, R40, RZ", []),
+        ("UMOV UR7, URZ", "LDSM.16.M88.2 R40, [R24+UR4]", SHARED, "MOV R1, R43", ["MOV R1, R43"]),
+    ],
+)
+def test_registers_that_nothing_wrote(above: str, below: str, product: str, after: str, found: list[str]) -> None:
+    from bench.listing import parse
+    from bench.registers import undefined
+
+    text = PATHS.format(above=above, below=below, product=product, after=after)
+    assert undefined(parse(text)) == found
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

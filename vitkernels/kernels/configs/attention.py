@@ -172,19 +172,14 @@ SHORT = {
     ),
     "backward": Table(
         Row(AttentionTile(32, 64, 4, 1), _AMPERE, 80, 86, keys=64, width=80),
-        Row(AttentionTile(32, 64, 8, 1), _AMPERE, 80, 86, keys=64, width=104),
+        Row(AttentionTile(32, 64, 8, 1), _AMPERE, 80, 86, keys=64, width=96),
         Row(AttentionTile(16, 64, 8, 1), _AMPERE, 80, 86, keys=64, width=128),
         Row(AttentionTile(32, 128, 8), _AMPERE, 80, 86, keys=128, width=64),
         Row(AttentionTile(16, 128, 8, 1, spills=56), "no spills but for 104-wide heads", 80, keys=128, width=128),
         Row(AttentionTile(16, 256, 8, 1, spills=8), "no spills where no keys are hidden", 80, keys=256, width=64),
         Row(AttentionTile(32, 64, 4), _DKDV, 90, keys=64, width=96),
-        Row(
-            AttentionTile(32, 64, 4, 1, spills=8),
-            "no spills but for 104-wide heads by triton 3.6",
-            90,
-            keys=64,
-            width=128,
-        ),
+        Row(AttentionTile(32, 64, 8, 1), "by 4 warps 104-wide heads spill", 90, keys=64, width=112),
+        Row(AttentionTile(32, 64, 4, 1), _DKDV, 90, keys=64, width=128),
         Row(AttentionTile(32, 128, 8, spills=8), _DKDV, 90, keys=128, width=128),
         Row(
             AttentionTile(32, 256, 8, spills=72),
