@@ -48,6 +48,8 @@ def written(instruction: str) -> set[int]:
 def read(instruction: str) -> set[int]:
     """The numbers of the registers that an instruction reads; where its form is not known here, the first ones."""
     name, flags, _, sources = _parts(instruction)
+    if name == "STL":  # spills a register whether or not something is in it
+        sources = sources[:1]
     found: set[int] = set()
     for place, source in enumerate(sources):
         brackets = _BRACKETS.findall(source)

@@ -173,7 +173,7 @@ SHORT = {
     "backward": Table(
         Row(AttentionTile(32, 64, 4, 1), _AMPERE, 80, 86, keys=64, width=80),
         Row(AttentionTile(32, 64, 8, 1), _AMPERE, 80, 86, keys=64, width=96),
-        Row(AttentionTile(16, 64, 8, 1), _AMPERE, 80, 86, keys=64, width=128),
+        Row(AttentionTile(16, 64, 8, 1, spills=16), "no spills but for 104-wide heads", 80, 86, keys=64, width=128),
         Row(AttentionTile(32, 128, 8), _AMPERE, 80, 86, keys=128, width=64),
         Row(AttentionTile(16, 128, 8, 1, spills=56), "no spills but for 104-wide heads", 80, keys=128, width=128),
         Row(AttentionTile(16, 256, 8, 1, spills=8), "no spills where no keys are hidden", 80, keys=256, width=64),
