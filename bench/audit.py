@@ -106,6 +106,10 @@ class Row:
             faults.append(
                 f"reads registers that nothing wrote, {len(reading.undefined)} times; first: {reading.undefined[0]}"
             )
+        if reading.layouts:
+            faults.append(
+                f"multiplies out of one address in two layouts, which ptxas 12.8 mixes up: {reading.layouts[0]}"
+            )
         if reading.scratch:
             faults.append(f"wants {reading.scratch} bytes of scratch memory, which nobody allocates")
         if reading.shared > limit:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -42,6 +43,7 @@ class Reading:
         overwritten: instructions that write what an HGMMA in flight still reads.
         unfenced: HGMMAs that may read what cp.async wrote with no proxy fence between.
         undefined: instructions that read a register which nothing can have written.
+        layouts: addresses that products read in two layouts; empty where the PTX was not at hand.
     """
 
     threads: int
@@ -55,6 +57,7 @@ class Reading:
     overwritten: tuple[str, ...] = ()
     unfenced: tuple[str, ...] = ()
     undefined: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
 
 
 def read(variant: Variant, capability: int) -> Reading:
@@ -65,7 +68,8 @@ def read(variant: Variant, capability: int) -> Reading:
     """
     found = compiled(variant, capability)
     threads = _number(r"\.(?:reqntid|maxntid)\s+(\d+)", found.asm["ptx"])
-    return reading(found.asm["cubin"], threads, found.metadata.shared, found.metadata.global_scratch_size)
+    made = reading(found.asm["cubin"], threads, found.metadata.shared, found.metadata.global_scratch_size)
+    return dataclasses.replace(made, layouts=tuple(wgmma.layouts(found.asm["ptx"])))
 
 
 def reading(cubin: bytes, threads: int, shared: int, scratch: int) -> Reading:

@@ -12,6 +12,7 @@ generic one, so between `DEPBAR.LE SB0`, which waits for it, and the product the
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 
 from bench.listing import Listing
@@ -19,6 +20,7 @@ from bench.registers import written
 
 _PRODUCT = re.compile(r"^HGMMA\.\S+\s+R\d+,\s+R(\d+)\b")
 _WAIT = re.compile(r"^WARPGROUP\.DEPBAR\.LE\s+gsb0,\s+(\w+)")
+_DESCRIPTOR = re.compile(r"(?:or\.b64|add\.s64)\s+%rd\d+, (%rd\d+), (-?\d+);")
 _A = 4  # registers of A: 64 rows of 32 bytes over the 128 threads of a warpgroup
 
 
@@ -65,3 +67,17 @@ def _walk(listing: Listing) -> Iterator[int]:
         begin = listing.jump_back(index)
         if begin is not None:
             yield from range(begin, index + 1)
+
+
+def layouts(ptx: str) -> list[str]:
+    """The registers with an address that descriptors of two swizzles are made from, in PTX.
+
+    A descriptor is an address and a constant whose highest two bits name the swizzle. ptxas 12.8 mixes up those of one
+    address: it took a register that nothing had written, or another one, for the constant of the second.
+    """
+    swizzles: dict[str, set[int]] = defaultdict(set)
+    for address, constant in _DESCRIPTOR.findall(ptx):
+        bits = int(constant) % 2**64
+        if bits >= 2**61:  # else an offset
+            swizzles[address].add(bits >> 62)
+    return [address for address, found in swizzles.items() if len(found) > 1]

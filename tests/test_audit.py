@@ -93,6 +93,7 @@ def test_the_table_reads_what_was_compiled(planted: subprocess.CompletedProcess[
             {"undefined": ("UIADD3 UR34, UP0, UR34, 0x40, URZ",)},
             "reads registers that nothing wrote, 1 times; first: UIADD3 UR34, UP0, UR34, 0x40, URZ",
         ),
+        ({"layouts": ("%rd75",)}, "multiplies out of one address in two layouts, which ptxas 12.8 mixes up: %rd75"),
         ({"scratch": 256}, "wants 256 bytes of scratch memory, which nobody allocates"),
     ],
 )
@@ -226,6 +227,22 @@ def test_registers_that_nothing_wrote(above: str, below: str, product: str, afte
 
     text = PATHS.format(above=above, below=below, product=product, after=after)
     assert undefined(parse(text)) == found
+
+
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [
+        ("or.b64 %rd4, %rd1, -9223371899415822336;", ["%rd1"]),  # a swizzle of 64 bytes beside one of 128
+        ("add.s64 %rd4, %rd1, -9223371899415822272;", ["%rd1"]),
+        ("or.b64 %rd4, %rd2, -9223371899415822336;", []),  # another address
+        ("add.s64 %rd4, %rd1, 4611686293372403714;", []),  # the same swizzle, further on
+        ("add.s64 %rd4, %rd1, 4096;", []),
+    ],
+)
+def test_two_layouts_at_one_address(second: str, found: list[str]) -> None:
+    from bench.wgmma import layouts
+
+    assert layouts(f"or.b64 %rd3, %rd1, 4611686293372403712;\n{second}\n") == found
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
