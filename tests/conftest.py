@@ -121,8 +121,9 @@ def _poisoned_memory() -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default order of backends, a fixed seed, one thread."""
+    """The default order of backends, a fixed seed, one thread; no launcher that another test's calls have chosen."""
     monkeypatch.setattr(dispatch, "_order", None)
+    dispatch.backends_changed()
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

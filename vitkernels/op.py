@@ -56,6 +56,7 @@ class Op:
         self.implementations: dict[str, dispatch.Implementation] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
         self._taped: dict[Any, Taped] = {}
+        self._generation = dispatch.generation()  # of the backends that they were chosen from
         self.forward_op = self._define(name, schema, "forward", fake)
         self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
         # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
@@ -140,11 +141,12 @@ class Op:
         found = signature(args)
         if found is None:
             return self.choose(direction, args)
-        key = direction, found, dispatch.order(kind), dispatch.generation()
+        if self._generation != dispatch.generation() or len(self._taped) == MOST:
+            self._taped.clear()  # backends have changed; or so many kinds are shapes that do not come again
+            self._generation = dispatch.generation()
+        key = direction, found, dispatch.order(kind)
         taped = self._taped.get(key)
         if taped is None:
-            if len(self._taped) == MOST:
-                self._taped.clear()  # so many kinds are shapes that do not come again
             taped = self._taped[key] = Taped(self.choose(direction, args))
         return taped
 

@@ -34,6 +34,7 @@ class RowTile:
 _WARP = "one warp a row: no barrier"
 _BLOCK = "8 elements a thread"
 LAYER_NORM_FORWARD = Table(
+    Row(RowTile(warps=1, rows=1), _WARP, width=512),
     Row(RowTile(warps=1, rows=1), _WARP, width=1024),
     Row(RowTile(warps=4, rows=4), _BLOCK, width=2048),
     Row(RowTile(warps=8, rows=4), _BLOCK, width=4096),
