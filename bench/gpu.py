@@ -95,11 +95,8 @@ def stages(command: str) -> list[Stage]:
         workers = min(most, os.cpu_count() or 1)
         return ["-n", str(workers), "--dist", *distribution] if importlib.util.find_spec("xdist") else []
 
-    in_order = (
-        "load",
-        "--maxschedchunk",
-        "3",
-    )  # the first tests first: those that the time does not suffice for end it
+    # the first tests first: the time may not suffice for the last ones
+    in_order = ("load", "--maxschedchunk", "3")
     # loadgroup: the cases of 48 GiB are one group
     behaviour = [*pytest, *parallel(6, "loadgroup"), "--limit=95", "tests/test_gpu.py"]
     cases = [*pytest, *parallel(13, *in_order), "--limit=160", "tests/test_triton.py"]

@@ -145,8 +145,8 @@ def measure(bench: Bench, effort: Effort) -> dict[str, Timed]:
             if seconds is not None:
                 timed[name].samples.append(seconds)
     if bench.device.type == "cuda":
-        one, of_a_call = ("device_seconds", machine.device_seconds), ("kernels", machine.kernel_seconds)
-        figure, take = one if bench.key.kind == "op" else of_a_call
+        figure: str = "device_seconds" if bench.key.kind == "op" else "kernels"
+        take: Callable[..., Any] = machine.device_seconds if bench.key.kind == "op" else machine.kernel_seconds
         for name, lane in lanes.items():
             timed[name].row[figure] = timed[name].attempt(functools.partial(take, lane.step, sets))
     return timed

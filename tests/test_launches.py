@@ -176,3 +176,5 @@ def test_mlp_by_pointers_takes_one_stage_where_triton_leaves_out_fences(
         _run(mlp("launch", (2, 100), (inner, 288, inner)), torch.bfloat16)
     products = [each for each in bound if each["kernel"].startswith("mlp_kernels")]
     assert [each["num_stages"] for each in products] == stages
+    by_tma = [each["signature"]["p_activated"].startswith("tensordesc") for each in products]
+    assert by_tma == [count > 1 for count in stages], "results leave by the copy engine where operands come by it"
