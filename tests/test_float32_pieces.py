@@ -39,7 +39,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(140, LONG, 172), (LONG, 140, 172), (140, 172, LONG), (300, 769, 165), (33, 31, 17)],
+    [(140, LONG, 230), (LONG, 390, 400), (270, 230, LONG), (300, 769, 270), (33, 31, 17)],
     ids=str,
 )
 @pytest.mark.parametrize(("spread", "factor"), [(0, 1.1), (20, 2)], ids=["alike", "2^-20 to 2^20"])
@@ -84,9 +84,9 @@ def test_what_has_no_pieces(value: float, force_isa) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["mlp", "glu_mlp"])
 def test_activations_written_as_pieces(gated: bool) -> None:
     """Backward writes what is activated in the order in which the weight's gradient reads it: over many tokens, too."""
-    x, dy = torch.randn(LONG, 148), torch.randn(LONG, 140)
-    w1, b1 = torch.randn(200 * (2 if gated else 1), 148) / 12, torch.randn(200 * (2 if gated else 1))
-    weights = [w1, b1, torch.randn(140, 200) / 14, torch.randn(140)]
+    x, dy = torch.randn(LONG, 148), torch.randn(LONG, 390)
+    w1, b1 = torch.randn(400 * (2 if gated else 1), 148) / 12, torch.randn(400 * (2 if gated else 1))
+    weights = [w1, b1, torch.randn(390, 400) / 20, torch.randn(390)]
     op = vk.ops.glu_mlp if gated else vk.ops.mlp
 
     def gradients(backend: str, dtype: torch.dtype) -> list[Tensor]:
@@ -107,6 +107,16 @@ def test_the_same_for_any_number_of_threads() -> None:
     alone = _run(*tensors)
     torch.set_num_threads(3)
     assert all(torch.equal(a, b) for a, b in zip(alone, _run(*tensors), strict=True))
+
+
+def test_what_is_copied_often_is_torchs(force_library) -> None:
+    """Where an element that is copied in pieces has few multiplications, torch multiplies: the bits are its own."""
+    tensors = _linear(1600, 192, 192)
+    found = _run(*tensors)
+    force_library("torch")
+    plain = _run(*tensors)
+    assert not torch.equal(found[0], plain[0])  # of 1,600 rows the forward product pays
+    assert torch.equal(found[2], plain[2])  # of 192 columns the weight's gradient does not
 
 
 def test_a_row_depends_on_itself_alone() -> None:

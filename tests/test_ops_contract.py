@@ -168,8 +168,9 @@ def _flags_at(address: int) -> str:
     raise AssertionError(f"no memory at {address:#x}")
 
 
-def test_large_results_ask_for_large_pages() -> None:
+def test_large_results_ask_for_large_pages(force_library) -> None:
     skip_without("ext")
+    force_library("torch")  # oneDNN allocates its results itself
     if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
         pytest.skip("this system has no transparent huge pages")
     configure = torch.ops.vitkernels_ext.configure

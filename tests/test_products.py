@@ -374,7 +374,7 @@ def test_the_matrix_unit_sums_what_pairs_sum(force_isa, force_library, rows: int
 @pytest.mark.parametrize("rows", [5, 64, 197, 1576])
 def test_own_products_do_not_depend_on_the_number_of_threads(force_library, rows: int) -> None:
     force_library("vitkernels")
-    x, w1, w2 = torch.randn(rows, 160), torch.randn(200, 160), torch.randn(160, 200)  # narrow ones are a library's
+    x, w1, w2 = torch.randn(rows, 390), torch.randn(400, 390), torch.randn(390, 400)  # narrow ones are a library's
     pre, results = x @ w1.T, []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

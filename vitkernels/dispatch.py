@@ -153,9 +153,14 @@ def scope(backends: tuple[str, ...]) -> Iterator[None]:
         _scope.reset(token)
 
 
+def asked() -> tuple[str, ...] | None:
+    """The order that was asked for; None for the default one of a call's device."""
+    return _scope.get() or _order
+
+
 def order(device_type: str) -> tuple[str, ...]:
     """The backends that a call on this type of device asks, first to last."""
-    return _scope.get() or _order or _default_order(device_type, _generation)
+    return asked() or _default_order(device_type, _generation)
 
 
 @functools.cache

@@ -15,12 +15,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from vitkernels import dispatch
+from vitkernels.kinds import MOST, look_at, noting, signature
 from vitkernels.tape import Taped
 
 _NAMESPACE = "vitkernels"
 _library = torch.library.Library(_NAMESPACE, "DEF")  # held: the ops live as long as it does
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-MOST = 4096  # kinds of calls that are remembered
 
 
 class Op:
@@ -98,14 +97,24 @@ class Op:
                 self.function.jvp()  # refuses, where the bare op would answer with a tangent of zeros
             return self.forward_op(*args)
         plain, function = look_at(args)
-        if function:
-            return self.apply_plain(*args) if plain else self.function.apply(*args)
-        return self.run("forward", args) if plain else self.forward_op(*args)
+        if not plain:
+            return self.function.apply(*args) if function else self.forward_op(*args)
+        results = self.apply_plain(*args, self._run_forward) if function else self.run("forward", args)
+        note = noting()
+        if note is not None:
+            launcher = self._launcher("forward", dispatch.device_type(args), args)
+            note.call(self.apply_plain if function else None, launcher, args, results)
+        return results
 
     def backward(self, *args: Any) -> Any:
         """The backward op; asking for its own gradient raises."""
         if torch.compiler.is_compiling():
             return self.backward_op(*args)
+        if not (torch.autograd._profiler_enabled() or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
+            found = signature(args)
+            taped = None if found is None else self._taped_before("backward", found)
+            if taped is not None:
+                return taped(*args)
         plain, function = look_at(args)
         if function:
             return self.backward_function.apply(*args)
@@ -141,75 +150,35 @@ class Op:
         found = signature(args)
         if found is None:
             return self.choose(direction, args)
+        taped = self._taped_before(direction, found)
+        if taped is None:
+            taped = self._taped[direction, found, dispatch.asked()] = Taped(self.choose(direction, args))
+        return taped
+
+    def _taped_before(self, direction: str, found: tuple[Any, ...]) -> Taped | None:
+        """The launcher of plain calls with this signature, if one came before."""
         if self._generation != dispatch.generation() or len(self._taped) == MOST:
             self._taped.clear()  # backends have changed; or so many kinds are shapes that do not come again
             self._generation = dispatch.generation()
-        key = direction, found, dispatch.order(kind)
-        taped = self._taped.get(key)
-        if taped is None:
-            taped = self._taped[key] = Taped(self.choose(direction, args))
-        return taped
+        return self._taped.get((direction, found, dispatch.asked()))
 
-
-def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
-    """Whether the call is plain, and whether it needs an autograd Function; one look, at every call.
-
-    A call is plain where nobody looks on: tensors of memory, no transform, no dispatch mode, no profiler. Such a call
-    goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors, tensor
-    subclasses, counters of FLOPs.
-    """
-    transformed = _transformed()
-    plain = not (transformed or _watched() or torch.autograd._profiler_enabled())
-    learns = False
-    for arg in args:
-        if type(arg) in _PLAIN:
-            learns = learns or arg.requires_grad
-            plain = plain and not arg.is_meta and torch._C._has_storage(arg)
-        elif isinstance(arg, torch.Tensor):
-            learns, plain = learns or arg.requires_grad, False
-    return plain, transformed or (learns and torch.is_grad_enabled())
-
-
-def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All but their values that a plain call's tensors decide about, and what is no tensor; None if it is not plain.
-
-    Two calls of one signature, in one order of backends, pass the same checks, are served by the same launchers and do
-    the same with their tensors (`vitkernels.tape`). A profiler changes nothing: what it sees, it sees at each launch.
-    Devices are part of it: who asks looks himself for tensors without memory.
-    """
-    if _transformed() or _watched():
-        return None
-    found: list[Any] = []
-    for arg in args:
-        if type(arg) in _PLAIN:
-            try:  # kernels move 16 bytes at a time where they may
-                found.append((arg.dtype, arg.shape, arg.stride(), arg.device, arg.data_ptr() & 15, arg.requires_grad))
-            except RuntimeError:  # it has no memory
-                return None
-        elif isinstance(arg, torch.Tensor):
-            return None
-        else:
-            found.append(tuple(arg) if type(arg) is list else arg)
-    return tuple(found)
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _watched() -> bool:
-    return torch._C._len_torch_dispatch_stack() != 0 or torch._C._is_tracing()
+    def _run_forward(self, *args: Any) -> Any:
+        return self.run("forward", args)
 
 
 def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` of the Function of plain calls; it needs no `setup_context` of torch's and no transforms."""
+    """`apply` of the Function of plain calls, (*arguments of the op, launcher) -> results.
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = own(op.run("forward", args))
+    It needs no `setup_context` of torch's and no transforms.
+    """
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        *args, launcher = given
+        output = own(launcher(*args))
         setup_context(ctx, args, output)
         return output
 
-    return plain_function(op.name, forward, gradients)
+    return plain_function(op.name, forward, lambda ctx, *grads: (*gradients(ctx, *grads), None))
 
 
 def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:

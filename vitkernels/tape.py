@@ -1,7 +1,7 @@
 """Tapes: what a function of tensors does at one kind of call, written down once and replayed at the later ones.
 
 On a GPU, Python that chooses tiles, strides and shapes takes longer than the launch it prepares, and at every call of
-one kind (`op.signature`) it comes to the same. A tape notes the torch functions and the launches of such a call, and
+one kind (`kinds.signature`) it comes to the same. A tape notes the torch functions and the launches of such a call, and
 becomes a function of straight-line Python: allocations, products, compiled kernels. Tensors that a launcher only looks
 at are not made again, and views of views become one.
 

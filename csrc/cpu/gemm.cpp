@@ -27,11 +27,15 @@ Library library_for(ScalarType dtype, Kind kind) {
   return Library(products >> (2 * place) & 3);
 }
 
-// Whether float32 is so narrow that copies of its tall operands take longer than the own product gains.
+// Whether copying operands of float32, in pieces for a matrix unit, takes longer than multiplying them there gains: it
+// depends on how many multiplications each element that is copied has. Measured on one (bench/NOTES.md).
 bool narrow(const Matrix& a, const Parted& b, Kind kind) {
-  const int64_t most = kind == Kind::forward ? 64 : 128;
-  return a.dtype == ScalarType::Float && std::min({a.rows, a.cols, b.cols}) <= most &&
-         a.rows * a.cols * b.cols > kWorthIt;
+  if (a.dtype != ScalarType::Float || a.rows * a.cols * b.cols <= kWorthIt) return false;
+  Product p{a.rows, b.cols, a.cols};
+  p.split = true;
+  if (!kernels<float>().product_sizes(p).by_tiles) return false;
+  constexpr int64_t shortest = 64, fewest[] = {68, 110, 190};  // the weight's gradient copies both
+  return std::min({a.rows, a.cols, b.cols}) <= shortest || a.rows * b.cols < fewest[int(kind)] * (a.rows + b.cols);
 }
 
 bool use_onednn(ScalarType dtype, Kind kind, int64_t work) {

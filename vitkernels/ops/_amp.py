@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import noting
+
 # Dtypes as ops' schemas have them, the numbers of c10::ScalarType: AOTInductor of torch 2.11 hands a ScalarType on by
 # another table (float32 as float64), and an int as it is.
 CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
@@ -30,7 +32,13 @@ def cast_dtype(tensor: Tensor, autocast: torch.dtype | None) -> torch.dtype:
 
 def cast(autocast: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """The floating-point tensors as nn.Linear would get them under autocast."""
-    return [None if tensor is None else tensor.to(cast_dtype(tensor, autocast)) for tensor in tensors]
+    found = [None if tensor is None else tensor.to(cast_dtype(tensor, autocast)) for tensor in tensors]
+    note = noting()
+    if note is not None:
+        for before, after in zip(tensors, found, strict=True):
+            if before is not None and after is not None and after is not before:
+                note.cast(before, after)
+    return found
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels.op import look_at, own, plain_function
+from vitkernels.kinds import look_at
+from vitkernels.op import own, plain_function
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast
 from vitkernels.ops.attention_rel_pos import attention_rel_pos, op

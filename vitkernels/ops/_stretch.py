@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vitkernels import dispatch
-from vitkernels.op import own, plain_function, signature
+from vitkernels.kinds import signature
+from vitkernels.op import own, plain_function
 from vitkernels.ops._amp import autocast_dtype, cast_dtype
 from vitkernels.ops._plan import MOST, Launch, Plan, by_the_ops, keep
 from vitkernels.ops._step import ADDED, FEW_ROWS, NOTHING_ADDED, Added, Norm, Part, Step, Stream, add_norm, check

@@ -24,11 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import CODES, DTYPES, accumulate_dtype, given, nothing, wide
 
 
+@remembered
 def add_layer_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -67,6 +69,7 @@ def add_layer_norm(
     return _normed(op, x, branch, weight, bias, eps, branch_bias, scale, row_scale, out_dtype)
 
 
+@remembered
 def add_rms_norm(
     x: Tensor,
     branch: Tensor | None,

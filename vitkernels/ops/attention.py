@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import accumulate_dtype, autocast_dtype, cast, given, nothing, wide
@@ -21,6 +22,7 @@ from vitkernels.ops._amp import accumulate_dtype, autocast_dtype, cast, given, n
 _NO_WEIGHT = -1e30  # added to a score, it leaves nothing of it, and of its weight
 
 
+@remembered
 def attention(
     q: Tensor,
     k: Tensor,
@@ -83,6 +85,7 @@ def _check_args(
     _check.same_dtype(name, autocast, q=q, k=k, v=v)
 
 
+@remembered
 def attention_qkv(
     qkv: Tensor,
     num_heads: int,

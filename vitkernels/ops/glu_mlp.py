@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
@@ -24,6 +25,7 @@ Pair = tuple[Tensor, Tensor]
 Biases = tuple[Tensor | None, Tensor | None]
 
 
+@remembered
 def glu_mlp(
     x: Tensor,
     w_gate_up: Tensor | Pair,

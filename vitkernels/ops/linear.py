@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
 
 
+@remembered
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear projection of the last axis, as `torch.nn.functional.linear`.
 

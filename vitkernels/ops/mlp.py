@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
@@ -20,6 +21,7 @@ from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
+@remembered
 def mlp(
     x: Tensor,
     w1: Tensor,

@@ -152,7 +152,7 @@ def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 8
     image, weight, prefix, pos_embed, keep = ctx.saved_tensors
-    image_, weight_, bias_, _, _, prefix_, pos_embed_, _ = ctx.needs_input_grad
+    image_, weight_, bias_, _, _, prefix_, pos_embed_, *_ = ctx.needs_input_grad
     needs = [image_, weight_, bias_, prefix_, pos_embed_]
     grads = op.backward(dout, image, weight, ctx.mean, ctx.std, prefix, pos_embed, keep, needs)
     dimage, dweight, dbias, dprefix, dpos = (given(need, grad) for need, grad in zip(needs, grads, strict=True))

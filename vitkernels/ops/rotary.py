@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import given, nothing
 from vitkernels.ops.attention import _heads_last
 
 
+@remembered
 def rotary(x: Tensor, sin: Tensor, cos: Tensor, *, prefix: int = 0, half: bool = False) -> Tensor:
     """Turn q or k by its tokens' positions.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
 from vitkernels.ops._amp import given, nothing
@@ -27,6 +28,7 @@ NORMS = ("layer_norm", "rms_norm")
 _NONE = "none"  # in the schema, for no norm
 
 
+@remembered
 def rotary_qkv(
     qkv: Tensor,
     sin: Tensor | None = None,
