@@ -163,11 +163,14 @@ def remembered(function: Callable[Given, Result]) -> Callable[Given, Result]:
         found = signature(given)
         if found is None or not given or type(given[0]) not in _PLAIN:
             return function(*args, **kwargs)
+        types = tuple(map(type, given))
+        if tuple in types or list in types:  # tensors in them would be taken for constants
+            return function(*args, **kwargs)
         device = given[0].device.type  # type: ignore[attr-defined]
         autocast = None
         if torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
-        kind = found, tuple(map(type, given)), tuple(kwargs), torch.is_grad_enabled(), autocast, dispatch.asked()
+        kind = found, types, tuple(kwargs), torch.is_grad_enabled(), autocast, dispatch.asked()
         if generation != dispatch.generation() or len(ways) == MOST:
             ways.clear()  # backends have changed; or so many kinds are shapes that do not come again
             generation = dispatch.generation()

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
 from vitkernels import dispatch
 from vitkernels.kinds import MOST, look_at, noting, signature
+from vitkernels.ops._amp import cast
 from vitkernels.tape import Taped
 
 _NAMESPACE = "vitkernels"
@@ -120,6 +122,21 @@ class Op:
             return self.backward_function.apply(*args)
         return self.run("backward", args) if plain else self.backward_op(*args)
 
+    def cast(self, autocast: torch.dtype, x: Tensor, *others: Tensor | None) -> list[Any]:
+        """Tensors as nn.Linear gets them under autocast, but weights in float32 as they are where kernels round them.
+
+        That spares copies of the weights, and of their gradients; results have the same bits. It is for plain calls on
+        CPUs, where a copy takes as long as a product of few rows.
+        """
+        (narrow,) = cast(autocast, x)
+        if narrow.device.type == "cpu" and narrow.dtype == autocast and not torch.compiler.is_compiling():
+            asked = (each for each in dispatch.order("cpu") if each in self.implementations)
+            first = next((each for each in asked if dispatch.why_not(each) is None), None)
+            rounds = first is not None and self.implementations[first].rounds_weights
+            if rounds and look_at((narrow, *others))[0]:
+                return [narrow, *(None if each is None else _rounded_later(each, autocast) for each in others)]
+        return [narrow, *cast(autocast, *others)]
+
     def call(self, direction: str, args: Sequence[Any]) -> Any:
         """A call's arguments by the names of its schema (`call.weight`): "forward" or "backward"."""
         return self._calls[direction](*args)
@@ -164,6 +181,10 @@ class Op:
 
     def _run_forward(self, *args: Any) -> Any:
         return self.run("forward", args)
+
+
+def _rounded_later(tensor: Tensor, autocast: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else cast(autocast, tensor)[0]
 
 
 def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:

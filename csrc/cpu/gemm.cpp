@@ -27,15 +27,27 @@ Library library_for(ScalarType dtype, Kind kind) {
   return Library(products >> (2 * place) & 3);
 }
 
+// Whether a product is one for the matrix unit, float32 in pieces.
+bool for_tiles(const Matrix& a, const Parted& b) {
+  Product p{a.rows, b.cols, a.cols, dtype_of(a.tensor)};
+  p.split = true;
+  return kernels<float>().product_sizes(p).by_tiles;
+}
+
 // Whether copying operands of float32, in pieces for a matrix unit, takes longer than multiplying them there gains: it
 // depends on how many multiplications each element that is copied has. Measured on one (bench/NOTES.md).
 bool narrow(const Matrix& a, const Parted& b, Kind kind) {
-  if (a.dtype != ScalarType::Float || a.rows * a.cols * b.cols <= kWorthIt) return false;
-  Product p{a.rows, b.cols, a.cols};
-  p.split = true;
-  if (!kernels<float>().product_sizes(p).by_tiles) return false;
+  if (a.dtype != ScalarType::Float || a.rows * a.cols * b.cols <= kWorthIt || !for_tiles(a, b)) return false;
   constexpr int64_t shortest = 64, fewest[] = {68, 110, 190};  // the weight's gradient copies both
   return std::min({a.rows, a.cols, b.cols}) <= shortest || a.rows * b.cols < fewest[int(kind)] * (a.rows + b.cols);
+}
+
+// Whether a weight in float32 has so few rows to be multiplied with that rounding a copy of it for a library takes longer
+// than the library gains. Measured on a matrix unit.
+bool worth_no_copy(const Matrix& a, const Parted& b, Kind kind) {
+  constexpr int64_t most = 256;
+  return kind != Kind::of_weight && a.dtype == ScalarType::BFloat16 && b.parts[0].dtype == ScalarType::Float &&
+         a.rows <= most && for_tiles(a, b);
 }
 
 bool use_onednn(ScalarType dtype, Kind kind, int64_t work) {
@@ -213,8 +225,8 @@ Way way_of(const Matrix& a, const Parted& whole, Kind kind) {
   const int64_t few = a.dtype == ScalarType::Float ? kFew : kFewPairs;
   if (kind == Kind::of_weight && a.cols <= few) return Way::few_terms;
   if (kind != Kind::of_weight && a.rows <= few && (b.row == 1 || b.col == 1)) return Way::few_rows;
-  const bool own = library_for(a.dtype, kind) == Library::own && !narrow(a, whole, kind) &&
-                   in_words(a, a.cols, a.col, a.row) && in_words(b, a.cols, b.row, b.col);
+  const bool own = (library_for(a.dtype, kind) == Library::own || worth_no_copy(a, whole, kind)) &&
+                   !narrow(a, whole, kind) && in_words(a, a.cols, a.col, a.row) && in_words(b, a.cols, b.row, b.col);
   return own ? Way::panels : Way::library;
 }
 

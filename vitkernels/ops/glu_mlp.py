@@ -18,7 +18,7 @@ from torch import Tensor
 from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
+from vitkernels.ops._amp import autocast_dtype, given, nothing, wide
 from vitkernels.ops.mlp import ACTIVATIONS, activate
 
 Pair = tuple[Tensor, Tensor]
@@ -56,7 +56,7 @@ def glu_mlp(
     tensors = [x, *_apart(w_gate_up, b_gate_up), w_down, b_down]
     check(*tensors, activation, dtype)
     if dtype is not None:
-        tensors = cast(dtype, *tensors)
+        tensors = op.cast(dtype, *tensors)
     # without a gradient to come, the pre-activations need not leave the cache
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
     y, _ = op(*tensors, activation, save or torch._C._are_functorch_transforms_active())

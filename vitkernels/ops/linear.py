@@ -15,7 +15,7 @@ from torch import Tensor
 from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
+from vitkernels.ops._amp import autocast_dtype, given, nothing, wide
 
 
 @remembered
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = autocast_dtype(x)
     check(x, weight, bias, dtype)
     if dtype is not None:
-        x, weight, bias = cast(dtype, x, weight, bias)
+        x, weight, bias = op.cast(dtype, x, weight, bias)
     return op(x, weight, bias)
 
 

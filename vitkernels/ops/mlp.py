@@ -16,7 +16,7 @@ from torch import Tensor
 from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import autocast_dtype, cast, given, nothing, wide
+from vitkernels.ops._amp import autocast_dtype, given, nothing, wide
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
@@ -49,7 +49,7 @@ def mlp(
     dtype = autocast_dtype(x)
     check(x, w1, b1, w2, b2, activation, dtype)
     if dtype is not None:
-        x, w1, b1, w2, b2 = cast(dtype, x, w1, b1, w2, b2)
+        x, w1, b1, w2, b2 = op.cast(dtype, x, w1, b1, w2, b2)
     # without a gradient to come, the pre-activation need not leave the cache
     save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, w1, b1, w2, b2))
     y, _ = op(x, w1, b1, w2, b2, activation, save or torch._C._are_functorch_transforms_active())
