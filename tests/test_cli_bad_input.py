@@ -120,7 +120,7 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         {"model": "vit_smal_patch16"},
         _nothing,
         ValueError,
-        "argument 'model' got 'vit_smal_patch16'; needs a name that timm knows, such as vit_small_patch16",
+        "argument 'model' got 'vit_smal_patch16'; needs a preset or a name that timm knows, such as vit_small_patch16",
     ),
     "unknown model argument": (
         {"model_args": {"dept": 3}},
