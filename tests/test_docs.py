@@ -157,7 +157,7 @@ def test_what_a_drawing_would_cut_off_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(pages.ROOT / "docs")
     drawings, panels = importlib.import_module("drawings"), importlib.import_module("panels")
     assert all("<svg" in panel.svg() for each in panels.PANELS.values() for panel in each)
-    with pytest.raises(ValueError, match="argument 'title' has 'xxx.*; needs 92 letters or less"):
+    with pytest.raises(ValueError, match=r"argument 'title' has 'xxx.*; needs 92 letters or less"):
         drawings.Panel("x" * 93, (), (), ())
-    with pytest.raises(ValueError, match="argument 'does' has 'yyy.*; needs 40 letters or less"):
+    with pytest.raises(ValueError, match=r"argument 'does' has 'yyy.*; needs 40 letters or less"):
         drawings.Panel("x", (), ("y" * 41,), ())
