@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections import Counter
@@ -172,6 +173,18 @@ def test_an_image_that_is_none(
     shown = capsys.readouterr().err
     assert sentence in shown
     assert shown.count("\n") == 1
+
+
+def test_weights_too_large_for_one_file_of_onnx_lie_beside_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(importlib.import_module("vitkernels.train.export"), "LARGEST", 1000)
+    path = export(run, "onnx", tmp_path / "large.onnx")  # read back, and compared
+    assert (tmp_path / "large.onnx.data").stat().st_size > 1000
+    initializers = onnx.load(path, load_external_data=False).graph.initializer
+    assert any(each.external_data for each in initializers)
 
 
 def test_rollout_follows_the_attention(runs: dict[str, Path]) -> None:
