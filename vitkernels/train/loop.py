@@ -27,7 +27,7 @@ from vitkernels.train.from_timm import Mix
 from vitkernels.train.lane import FIGURES, Lane
 from vitkernels.train.logs import Log
 from vitkernels.train.metrics import Metrics
-from vitkernels.train.model import WEIGHTS, ModelSpec, build_all, core, freeze_all_but_head, require_logits
+from vitkernels.train.model import WEIGHTS, ModelSpec, build_all, core, freeze_all_but_head
 from vitkernels.train.progress import progress
 from vitkernels.train.start import load_weights
 from vitkernels.train.stopping import Stop
@@ -72,7 +72,6 @@ class Trainer:
                 f"trains {', '.join(freeze_all_but_head(core(models['fused']), len(source.classes)))} alone"
             )
         self.lanes = {name: Lane(model, config, world, self.steps_per_epoch) for name, model in models.items()}
-        require_logits(self.main.model, self.spec, world.device)
         self.mix = Mix(config, source, config.batch_size // world.size, world.device)
         torch.manual_seed(config.seed + world.rank)  # processes draw different DropPath masks
         self.step, self.best, self.is_best = 0, -1.0, False
