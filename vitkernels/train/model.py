@@ -167,7 +167,7 @@ def build_all(spec: ModelSpec, position_std: float | None, compare: str | None) 
 
 @torch.no_grad()
 def require_logits(model: nn.Module, spec: ModelSpec, device: torch.device) -> None:
-    """Before a run's folder is made: a library may build what runs on no image of the run's size; a preset is not tried.
+    """Before a run's folder is made: a library may build what runs on no image of its size; presets run.
 
     Raises:
         ValueError: the model does not run, or does not give [B, classes].
