@@ -210,7 +210,7 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         FileNotFoundError,
         "argument 'init_from' got 'nowhere.pt', which is no file",
     ),
-    "unknown optimizer": ({"opt": "adamm"}, _nothing, ValueError, "argument 'opt' got 'adamm'; needs one of timm: "),
+    "unknown optimizer": ({"opt": "adamm"}, _nothing, ValueError, "optimizers that timm knows, such as adam"),
     "unknown schedule": ({"sched": "cosin"}, _nothing, ValueError, "argument 'sched' got 'cosin'; needs one of cosine"),
     "unknown augmentation": (
         {"aug": "rnd-m9"},
