@@ -54,7 +54,7 @@ def import_torch() -> None:
     except ModuleNotFoundError as error:
         stop(
             f"{error}; the extension is built with the torch that it will run with. Needs torch 2.11 or later "
-            f"installed first, the CPU build or one for CUDA, then: pip install --no-build-isolation . ; {WITHOUT}"
+            f"installed first, the CPU build or one for CUDA, then: pip install . (or: {WITHOUT})"
         )
 
 

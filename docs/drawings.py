@@ -17,6 +17,7 @@ LINE = 17
 LABEL = 32  # two lines over a tensor
 PROGRAM = (235, 260)  # left edge and width of the box in the middle
 WRITTEN = 575  # left edge of what is written
+LETTERS = {"title": 92, "does": 40}  # of a line, in the widest font that a browser takes
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class Panel:
     does: tuple[str, ...]
     writes: tuple[Tensor, ...]
     held: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, lines in (("title", (self.title,)), ("does", self.does)):
+            for line in lines:
+                if len(line) > LETTERS[name]:
+                    raise ValueError(f"Panel: argument {name!r} has {line!r}; needs {LETTERS[name]} letters or less")
 
     def svg(self) -> str:
         columns = [sum(each.height for each in tensors) for tensors in (self.reads, self.writes)]

@@ -108,7 +108,7 @@ ATTENTION = (
         held=tile("scores", "[B, H, Nq, Nk]", (0.5, 0.25, 0.25, 0.25), (64, 64)),
     ),
     Panel(
-        "Backward, many keys: dq by queries, dk and dv by keys, so that no two programs add into one place",
+        "Backward, many keys: dq by queries, dk and dv by keys; no two programs add into one place",
         (
             tile("q, dout", "[B, H, Nq, K]", (0.0, 0.0, 1.0, 1.0)),
             tile("k, v", "[B, H, Nk, K]", (0.0, 0.5, 1.0, 0.25)),
@@ -129,7 +129,7 @@ ATTENTION = (
 
 ATTENTION_REL_POS = (
     Panel(
-        "Backward: a program is one tile of queries of one head, and a tile of keys is a row of their image",
+        "Backward: a program is one tile of queries of a head; a tile of keys is a row of their image",
         (
             tile("q, dout", "[Nq, K]", (0.0, 0.3, 1.0, 0.2), (44, 90)),
             Tensor("k, v", "[Kh * Kw, K]", (44, 90), (0.0, 0.3, 1.0, 0.12)),

@@ -120,7 +120,7 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         {"model": "vit_smal_patch16"},
         _nothing,
         ValueError,
-        "argument 'model' got 'vit_smal_patch16'; needs a name that timm knows, such as vit_small_patch16",
+        "argument 'model' got 'vit_smal_patch16'; needs a preset or a name that timm knows, such as vit_small_patch16",
     ),
     "unknown model argument": (
         {"model_args": {"dept": 3}},
@@ -210,7 +210,7 @@ BAD: dict[str, tuple[dict[str, object], Change, type[BaseException], str]] = {
         FileNotFoundError,
         "argument 'init_from' got 'nowhere.pt', which is no file",
     ),
-    "unknown optimizer": ({"opt": "adamm"}, _nothing, ValueError, "argument 'opt' got 'adamm'; needs one of timm: "),
+    "unknown optimizer": ({"opt": "adamm"}, _nothing, ValueError, "optimizers that timm knows, such as adam"),
     "unknown schedule": ({"sched": "cosin"}, _nothing, ValueError, "argument 'sched' got 'cosin'; needs one of cosine"),
     "unknown augmentation": (
         {"aug": "rnd-m9"},

@@ -239,7 +239,7 @@ def _missing(library: str) -> Callable[[pytest.MonkeyPatch], None]:
 BAD: dict[str, tuple[list[str], str, Callable[[pytest.MonkeyPatch], None]]] = {
     "no preset": (
         ["vit_smal"],
-        "argument MODEL got 'vit_smal'; needs a name that timm knows, such as vit_small",
+        "argument MODEL got 'vit_smal'; needs a preset or a name that timm knows, such as vit_small",
         lambda patch: None,
     ),
     "another library": (

@@ -6,6 +6,7 @@ import io
 import shutil
 import sys
 import tarfile
+import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -72,8 +73,11 @@ def test_a_damaged_exif_block_does_not_lose_the_picture(folder: Path, tmp_path: 
             folder / place, kind, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xffdamaged"
         )
     source = open_source(tiny(folder, tmp_path, val_split=0.0))
-    samples = [source.train[0, index] for index in range(len(source.train))]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        samples = [source.train[0, index] for index in range(len(source.train))]
     assert [error for _, _, error in samples if error] == []
+    assert [str(each.message) for each in warned] == []
 
 
 def test_the_first_frame_of_several_counts(tmp_path: Path) -> None:

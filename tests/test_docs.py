@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import importlib
 import importlib.util
 import io
 import os
@@ -149,3 +150,14 @@ def test_its_messages_are_those_of_the_code() -> None:
     # what differs may be more than one thing, and a part of it may be a constant's value
     patterns = {each: re.compile(r".+".join(map(re.escape, each.split("...")))) for each in found}
     assert [each for each, pattern in patterns.items() if not any(map(pattern.search, known))] == []
+
+
+def test_what_a_drawing_would_cut_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="sphinx is not installed")
+    monkeypatch.syspath_prepend(pages.ROOT / "docs")
+    drawings, panels = importlib.import_module("drawings"), importlib.import_module("panels")
+    assert all("<svg" in panel.svg() for each in panels.PANELS.values() for panel in each)
+    with pytest.raises(ValueError, match=r"argument 'title' has 'xxx.*; needs 92 letters or less"):
+        drawings.Panel("x" * 93, (), (), ())
+    with pytest.raises(ValueError, match=r"argument 'does' has 'yyy.*; needs 40 letters or less"):
+        drawings.Panel("x", (), ("y" * 41,), ())

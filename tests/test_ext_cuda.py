@@ -184,7 +184,7 @@ def test_backends_say_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "vitkernels._cuda", None)
     reason = ext_cuda.Cuda().why_not()
     assert reason is not None
-    assert "pip install --no-build-isolation -e ." in reason
+    assert "pip install -e ." in reason
 
 
 @NO_COMPILER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections import Counter
@@ -62,15 +63,41 @@ def test_eval(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert main(words) == 0
     assert {call.op for call in calls} >= {"patch_embed", "attention_qkv", "mlp"}
     found = json.loads((tmp_path / "eval/eval.json").read_text())
-    assert found["images"] == 24
+    result = json.loads((run / "result.json").read_text())
+    assert found["images"] == result["test_images"] == 6, "of the run's own data, what it held out"
     confusion = torch.tensor(found["confusion"])
-    assert confusion.sum(1).tolist() == [8, 8, 8]
-    assert found["accuracy"] == confusion.diagonal().sum().item() / 24
+    assert confusion.sum(1).tolist() == [2, 2, 2]
+    assert found["accuracy"] == confusion.diagonal().sum().item() / 6 == result["test_accuracy"]["fused"]
     assert found["top5"] == 1.0
     assert (tmp_path / "eval/confusion.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert f"{found['accuracy']:.2%}" in shown
     assert "calibration error" in shown
+    assert "of 24 images" in shown
+
+
+def test_eval_on_other_images_takes_all_of_them(run: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "others")
+    found = evaluate(run, tmp_path / "others", workers=0)
+    assert found.confusion.sum(1).tolist() == [8, 8, 8]
+    assert found.notes == []
+
+
+def test_eval_says_where_a_run_knows_the_images(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny(folder, out, epochs=1, warmup_epochs=0.0, val_split=0.0), silent())
+    found = evaluate(out, folder, workers=0)
+    assert int(found.confusion.sum()) == 24
+    assert "was trained on the images" in str(found)
+
+
+def test_eval_on_scikit_learns_scans(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = tiny("digits", out, model_args=SIZES, epochs=1, warmup_epochs=0.0, batch_size=400, image_size=16)
+    result = train(config, silent())
+    found = evaluate(out, "digits", workers=0)
+    assert int(found.confusion.sum()) == result["test_images"]
+    assert found.accuracy == pytest.approx(result["test_accuracy"]["fused"])
 
 
 def test_eval_names_what_it_cannot_read_and_takes_the_held_out_half(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -146,6 +173,18 @@ def test_an_image_that_is_none(
     shown = capsys.readouterr().err
     assert sentence in shown
     assert shown.count("\n") == 1
+
+
+def test_weights_too_large_for_one_file_of_onnx_lie_beside_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(importlib.import_module("vitkernels.train.export"), "LARGEST", 1000)
+    path = export(run, "onnx", tmp_path / "large.onnx")  # read back, and compared
+    assert (tmp_path / "large.onnx.data").stat().st_size > 1000
+    initializers = onnx.load(path, load_external_data=False).graph.initializer
+    assert any(each.external_data for each in initializers)
 
 
 def test_rollout_follows_the_attention(runs: dict[str, Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import peers
@@ -12,6 +13,7 @@ import pytest
 import torch
 from train_setup import COLOURS, make_images, silent, tiny
 
+from vitkernels import models
 from vitkernels.nn import create_model
 from vitkernels.train import demo_config, load_model, metrics, report, train
 from vitkernels.train.data import held_out_loader, open_source
@@ -151,6 +153,27 @@ def test_only_matrices_decay() -> None:
     }
     assert {"pos_embed", "cls_token", "reg_token", "norm.weight", "blocks.0.ls1.gamma", "head.bias"} <= others
     assert decayed | others == set(names.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("torchvision:vit_b_16", {}),
+        ("transformers:vit", {"num_hidden_layers": 1}),
+        ("timm:deit_tiny_distilled_patch16_224", {"depth": 1}),
+    ],
+)
+def test_positions_and_tokens_of_no_library_decay(name: str, arguments: dict[str, int]) -> None:
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    model = models.create(name, models.Asked(image_size=32, classes=3, arguments=arguments)).module
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = (
+        {names[id(parameter)] for parameter in group["params"]} for group in parameter_groups(model, 0.05)
+    )
+    assert len([each for each in decayed if re.search("pos|token|class_emb", each)]) == 0, decayed
+    assert len([each for each in others if re.search("pos|token|class_emb", each)]) >= 2, others
+    assert any("proj" in each for each in decayed)
 
 
 def test_positions_start_as_large_as_asked(folder: Path, tmp_path: Path) -> None:

@@ -225,7 +225,11 @@ def _run_options(command: Parser, name: str) -> None:
         "--weights", choices=WEIGHTS, default="last", help="of the run's weights, which (default: %(default)s)"
     )
     if name == "eval":
-        command.add_argument("--data", required=True, help="folder of images, as `train` takes it")
+        command.add_argument(
+            "--data",
+            required=True,
+            help="images, as `train` takes them; of those that RUN trained on, the ones that it held out",
+        )
         command.add_argument("--batch-size", type=_positive, default=64, help="images at a time (default: %(default)s)")
         command.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")
         command.add_argument("--out", help="folder for eval.json and confusion.png (default: RUN/eval)")

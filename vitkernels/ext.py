@@ -32,7 +32,7 @@ def why_not() -> str | None:
     try:
         importlib.import_module("vitkernels._C")
     except ImportError as error:
-        return f"the compiled extension did not load ({error}); build it with: pip install --no-build-isolation -e ."
+        return f"the compiled extension did not load ({error}); build it with: pip install -e ."
     configure = torch.ops.vitkernels_ext.configure
     configure("products", products.encode(products.choose(configure)))
     return None

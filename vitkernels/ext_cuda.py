@@ -62,7 +62,7 @@ class Cuda:
             if torch.version.cuda is None:
                 return "torch was built without CUDA"
             if isinstance(error, ModuleNotFoundError):
-                return "it was not built; with a CUDA toolkit there: pip install --no-build-isolation -e ."
+                return "it was not built; with a CUDA toolkit there: pip install -e ."
             return f"vitkernels._cuda did not load ({error})"
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
 

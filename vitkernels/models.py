@@ -83,7 +83,7 @@ def create(name: str, asked: Asked = Asked()) -> Named:
     library, rest = library_of(name)
     try:
         module, image = _BUILDERS[library](rest, asked)
-    except (TypeError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
+    except (TypeError, AssertionError, RuntimeError, AttributeError, KeyError, ImportError) as error:
         size = "" if asked.image_size is None else f" for images of {asked.image_size} x {asked.image_size}"
         more = f" with {dict(asked.arguments)}" if asked.arguments else ""
         raise ValueError(f"argument 'model' got {name!r}, which cannot be built{size}{more}: {error}") from error
@@ -144,7 +144,7 @@ def _known_timm(name: str, full: str) -> None:
     near = difflib.get_close_matches(name, presets, n=1, cutoff=0.6)
     timm = needed("timm", f"argument 'model' got {full!r}{f' (no preset; {near[0]} is one)' if near else ''}, which")
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(_unknown(full, "timm", [*presets, *timm.list_models()]))
+        raise ValueError(_unknown(full, "timm", [*presets, *timm.list_models()], "a preset or " if presets else ""))
 
 
 def _timm(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -190,14 +190,21 @@ def _transformers(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, i
     config = configs.from_pretrained(name, local_files_only=True) if Path(name).exists() else configs.for_model(name)
     auto = _auto_class(transformers, config, needs_classes=asked.classes is not None)
     options = asked.options(channels="num_channels", drop_path="drop_path_rate")
-    if asked.image_size is not None and hasattr(config, "image_size"):
+    vision = getattr(config, "vision_config", config)  # of two towers, the one that sees
+    if asked.image_size is not None and hasattr(vision, "image_size"):
         options = {"image_size": asked.image_size, **options}
     if asked.classes is not None:
         config.num_labels = asked.classes
     for key, value in options.items():
-        if not hasattr(config, key):
+        holder = next((each for each in (config, vision) if hasattr(each, key)), None)
+        if holder is None:
             raise TypeError(f"its config, {type(config).__name__}, has no {key!r}")
-        setattr(config, key, value)
+        if key == "image_size" and isinstance(holder.image_size, list | tuple) and isinstance(value, int):
+            value = [value, value]
+        try:
+            setattr(holder, key, value)
+        except Exception as error:  # the config's checks are errors of a class of their own
+            raise TypeError(str(error)) from error
     kind = auto._model_mapping[type(config)]
     forward = inspect.signature((kind[0] if isinstance(kind, tuple) else kind).forward)
     required = {
@@ -210,9 +217,11 @@ def _transformers(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, i
             f"argument 'model' got transformers' {name!r}, which takes {', '.join(list(forward.parameters)[1:4])}; "
             "needs one that takes pixel_values alone, such as vit, dinov2 or clip_vision_model"
         )
-    size = getattr(config, "image_size", None) or asked.image_size or DEFAULT_SIZE
+    size = getattr(vision, "image_size", None) or asked.image_size or DEFAULT_SIZE
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return auto.from_config(config), (getattr(config, "num_channels", 3), height, width)
+    if config.architectures is None:  # where a type has two classifiers, from_config looks through these
+        config.architectures = []
+    return auto.from_config(config), (getattr(vision, "num_channels", 3), height, width)
 
 
 def _auto_class(transformers: Any, config: Any, needs_classes: bool) -> Any:
@@ -234,7 +243,13 @@ def _vitkernels(name: str, asked: Asked) -> tuple[nn.Module, tuple[int, int, int
     options = asked.options(
         classes="num_classes", channels="in_chans", drop_path="drop_path_rate", mean="mean", std="std"
     )
-    return create_model(str(preset_of(name)), **{"img_size": size, **options}), (asked.channels or 3, size, size)
+    try:
+        module = create_model(str(preset_of(name)), **{"img_size": size, **options})
+    except ValueError as error:
+        raise ValueError(
+            f"argument 'model' got {name!r}, which cannot be built for images of {size} x {size}: {error}"
+        ) from error
+    return module, (asked.channels or 3, size, size)
 
 
 _KNOWN: dict[str, Callable[[str, str], None]] = {
@@ -251,7 +266,7 @@ _BUILDERS: dict[str, Callable[[str, Asked], tuple[nn.Module, tuple[int, int, int
 }
 
 
-def _unknown(full: str, library: str, known: Iterable[str]) -> str:
+def _unknown(full: str, library: str, known: Iterable[str], or_else: str = "") -> str:
     near = difflib.get_close_matches(full.rpartition(":")[2], list(known), n=3, cutoff=0.5)
     hint = f", such as {', '.join(near)}" if near else ""
-    return f"argument 'model' got {full!r}; needs a name that {library} knows{hint}"
+    return f"argument 'model' got {full!r}; needs {or_else}a name that {library} knows{hint}"

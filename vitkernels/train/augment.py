@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import warnings
 from collections.abc import Iterator
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ from vitkernels.libraries import needed
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+def read(file: str | BinaryIO) -> Image.Image:
+    """An image file, `upright`; what Pillow warns of in it (a damaged EXIF block) is no matter of its pixels.
+
+    Raises:
+        Exception: of any kind, where a decoder is fed garbage.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL", category=UserWarning)
+        with Image.open(file) as image:
+            return upright(image)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -76,16 +76,13 @@ class ImageSet(Dataset[tuple[Tensor, int, str | None]]):
         return len(self.images)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, str | None]:
-        from PIL import Image
-
         epoch, index = key
         name = f"image {index}"
         try:
             image = self.images[index]
             if isinstance(image, str):
                 name = image
-                with Image.open(image) as file:
-                    image = augment.upright(file)
+                image = augment.read(image)
             view = self.view(image, Random(f"{self.seed} {epoch} {index}"))
         except Exception as error:  # a decoder that is fed garbage may raise anything
             return torch.zeros(self.shape, dtype=torch.uint8, device="cpu"), IGNORED, f"{name} ({error})"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vitkernels.settings import require_packages
+from vitkernels.settings import require_packages, resume_config
 from vitkernels.text import table
 from vitkernels.train import augment, stored
 from vitkernels.train.charts import write_chart
 from vitkernels.train.checkpoint import write_json
-from vitkernels.train.data import IGNORED, ImageSet, loader
+from vitkernels.train.data import IGNORED, ImageSet, loader, open_source
 from vitkernels.train.folders import halves, scan
 from vitkernels.train.model import ModelSpec, load_model
 
@@ -132,7 +132,7 @@ def evaluate(
     Args:
         run: the run's folder.
         data: images as `train` takes them, their classes named as the run's are; of several parts, the one that is
-            held out: val/ of train/ and val/.
+            held out: val/ of train/ and val/. Of what the run was trained on, the images that it held out.
         weights: "last", "best" or "ema".
         batch_size: images at a time.
         workers: processes that decode.
@@ -144,7 +144,7 @@ def evaluate(
     """
     require_packages()
     model, classes = load_model(run, weights)
-    place, names, paths, numbers, notes = _images(str(data))
+    place, names, found, numbers, notes = _images(run, str(data))
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise ValueError(
@@ -153,9 +153,12 @@ def evaluate(
         )
     labels = [classes.index(names[number]) for number in numbers]
     spec = model.spec
-    images = ImageSet(
-        paths, labels, functools.partial(view, spec=spec), shape=(spec.channels, *2 * (spec.image_size,)), seed=0
-    )
+    if isinstance(found, ImageSet) and names == classes:
+        images = found  # seen as the run saw them
+    else:
+        files = found.images if isinstance(found, ImageSet) else found
+        shape = (spec.channels, spec.image_size, spec.image_size)
+        images = ImageSet(files, labels, functools.partial(view, spec=spec), shape=shape, seed=0)
     model.to(device)
     keys = [(0, index) for index in range(len(images))]
     logits, known, skipped = [], [], []
@@ -182,15 +185,31 @@ def evaluate(
     )
 
 
-def _images(data: str) -> tuple[str, list[str], Sequence[Any], list[int], list[str]]:
+Images = tuple[str, list[str], Sequence[Any] | ImageSet, Sequence[int], list[str]]
+
+
+def _images(run: str | Path, data: str) -> Images:
     """Where the images that a run is tested on are, their classes, they, their labels, and notes."""
     parts = stored.find(data, "data")
-    if parts is not None:
-        name, part = stored.held_out(parts)
+    name, part = ("train", None) if parts is None else stored.held_out(parts)
+    if part is not None and name != "train":
         return f"{data}/{name}", part.classes, part.images, part.labels, []
-    found = halves(data) if Path(data).is_dir() else None
-    folder = data if found is None else str(found[1])
-    return folder, *scan(folder, "data")
+    found = halves(data) if part is None and Path(data).is_dir() else None
+    if found is not None:
+        return str(found[1]), *scan(found[1], "data")
+    notes = []
+    config = resume_config(str(run), aug=None)
+    if data == config.data or Path(data).resolve() == Path(config.data).resolve():
+        source = open_source(config) if config.val_data is None else None
+        if source is not None and source.test is not None:
+            of = len(source.train) + len(source.test)
+            notes = [*source.notes, f"of {of:,} images in {data}, the {len(source.test):,} that the run held out"]
+            return data, source.classes, source.test, source.test.labels, notes
+        notes = [f"the run was trained on the images in {data}: it knows them"]
+    if part is not None:
+        return f"{data}/{name}", part.classes, part.images, part.labels, notes
+    classes, paths, labels, left_out = scan(data, "data")
+    return data, classes, paths, labels, [*left_out, *notes]
 
 
 def view(image: Image.Image, rng: Any, *, spec: ModelSpec) -> Image.Image:

@@ -26,6 +26,7 @@ from vitkernels.train.model import Trained, core, load_model
 from vitkernels.train.standard import decompositions
 
 OPSET = 20  # the first with Gelu; 23 has Attention too, which fewer runtimes have
+LARGEST = 2**31 - 2**24  # bytes of weights that a file of ONNX (protobuf) holds; more lie in a file beside it
 RTOL, ATOL = 1e-3, 1e-4  # sums in another order, through all layers
 
 
@@ -191,7 +192,8 @@ def _onnx(model: Trained, path: Path, images: Tensor) -> Tensor:
         needed(library, "argument 'to'")
     onnxruntime = needed("onnxruntime", "argument 'to', whose file is checked,")
     graph = _exported(copy.deepcopy(model), images).run_decompositions(decompositions())
-    torch.onnx.export(graph, (), str(path), opset_version=OPSET, dynamo=True, external_data=False)
+    beside = sum(each.nbytes for each in model.state_dict().values()) > LARGEST
+    torch.onnx.export(graph, (), str(path), opset_version=OPSET, dynamo=True, external_data=beside)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (name,) = (each.name for each in session.get_inputs())
     return torch.from_numpy(session.run(None, {name: images.numpy()})[0])

@@ -5,6 +5,7 @@ Each is the library's own, called where a setting asks for it; a run without tho
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -27,8 +28,13 @@ def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | 
         return None
     optim = needed("timm.optim", f"argument '{'layer_decay' if config.opt is None else 'opt'}'")
     name = config.opt or "adamw"
-    if name not in optim.list_optimizers():
-        raise ValueError(f"train: argument 'opt' got {name!r}; needs one of timm: {', '.join(optim.list_optimizers())}")
+    known = optim.list_optimizers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["adamw", "lamb", "lion", "sgd"]
+        raise ValueError(
+            f"train: argument 'opt' got {name!r}; needs one of the {len(known)} optimizers that timm knows, such as "
+            f"{', '.join(near)}"
+        )
     if config.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise ValueError(
             f"train: argument 'layer_decay' got {config.layer_decay} with model {config.model!r}; needs a preset, or a "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkernels.dispatch import BackendError
 from vitkernels.fuse import explain, fuse
 from vitkernels.models import Asked, create, library_of
 from vitkernels.nn import VisionTransformer
@@ -22,7 +23,11 @@ from vitkernels.train.data import Source
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS = {"last": WEIGHTS_FILE, "best": "best.safetensors", "ema": "ema.safetensors"}
 PAST = 0.05  # how far bicubic resizing goes past 0 and 1
-_UNDECAYED = frozenset({"pos_embed", "cls_token", "reg_token"})
+# positions and tokens, as timm, torchvision and transformers name them
+_UNDECAYED = frozenset(
+    {"pos_embed", "pos_embedding", "position_embedding", "position_embeddings"}
+    | {"cls_token", "class_token", "dist_token", "distillation_token", "mask_token", "reg_token", "register_tokens"}
+)
 
 
 class Normalised(nn.Module):
@@ -160,6 +165,35 @@ def build_all(spec: ModelSpec, position_std: float | None, compare: str | None) 
     return {"naive": from_fused(model), "fused": model}
 
 
+@torch.no_grad()
+def require_logits(model: nn.Module, spec: ModelSpec, device: torch.device) -> None:
+    """Before a run's folder is made: a library may build what runs on no image of its size; presets run.
+
+    Raises:
+        ValueError: the model does not run, or does not give [B, classes].
+    """
+    if isinstance(model, VisionTransformer):
+        return
+    images = torch.zeros(2, spec.channels, spec.image_size, spec.image_size, dtype=torch.uint8, device=device)
+    size = f"{spec.image_size} x {spec.image_size}"
+    model.eval()
+    try:
+        logits = model(images)
+    except BackendError:  # of the run's settings, not of the model
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError) as error:
+        reason = f", which does not run on images of {size}: {error}"
+        raise ValueError(f"train: argument 'model' got {spec.name!r}{reason}") from error
+    finally:
+        model.train()
+    shape = list(getattr(logits, "shape", ()))
+    if shape != [2, spec.num_classes]:
+        raise ValueError(
+            f"train: argument 'model' got {spec.name!r}, which gives {shape or type(logits).__name__} of 2 images; "
+            f"needs logits of {spec.num_classes} classes"
+        )
+
+
 def freeze_all_but_head(model: nn.Module, classes: int) -> list[str]:
     """Let the last Linear as wide as there are classes train alone; the names of its parameters.
 
@@ -187,7 +221,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in _trained(model):
-        plain = parameter.dim() > 1 and name not in own and name.rpartition(".")[2] not in _UNDECAYED
+        plain = parameter.dim() > 1 and name not in own and _UNDECAYED.isdisjoint(name.split("."))
         (decayed if plain else others).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 

@@ -79,13 +79,10 @@ def predict(
 
 
 def _read(path: str, model: Trained) -> Tensor:
-    from PIL import Image
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"predict: argument 'images' got {path!r}, which is no file")
     try:
-        with Image.open(path) as file:
-            image = augment.upright(file)
+        image = augment.read(path)
     except Exception as error:  # a decoder that is fed garbage may raise anything
         raise ValueError(f"predict: argument 'images' got {path!r}, which cannot be read: {error}") from error
     return augment.to_tensor(view(image, Random(0), spec=model.spec))

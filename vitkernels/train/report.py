@@ -167,6 +167,7 @@ def _ops_text(ops: list[dict[str, Any]]) -> str:
 
 def _draw_curves(curves: dict[str, Curve], steps_per_epoch: int) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = dict(zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True))
@@ -195,7 +196,7 @@ def _draw_curves(curves: dict[str, Curve], steps_per_epoch: int) -> Figure:
                 )
         axes.set(xlabel="epoch", ylabel=name, title=f"{name}, smoothed (raw: faint)")
         axes.grid(alpha=0.3)
-    panels["accuracy"].yaxis.set_major_formatter(lambda share, place: f"{share:.0%}")
+    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1.0))  # as many digits as the ticks have
     figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

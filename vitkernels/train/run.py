@@ -16,7 +16,7 @@ from vitkernels.train import checkpoint, machine
 from vitkernels.train.data import DIGITS, open_source
 from vitkernels.train.distributed import World, is_lost, world
 from vitkernels.train.loop import CHECKPOINT, Trainer
-from vitkernels.train.model import fused_blocks
+from vitkernels.train.model import fused_blocks, require_logits
 from vitkernels.train.report import report
 from vitkernels.train.stopping import Stop, Stopped, listening
 
@@ -74,6 +74,7 @@ def _run(config: TrainConfig, here: World, console: Console, stop: Stop) -> dict
     trainer = Trainer(config, here, source, folder, console, stop)
     if state is not None:
         trainer.load_state_dict(state)
+    require_logits(trainer.main.model, trainer.spec, here.device)
     if here.is_first:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -70,12 +70,10 @@ class Places(Sequence[Any]):
         return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
-        from PIL import Image
-
         path, offset, size = self.places[index]
         with open(path, "rb") as file:
             file.seek(offset)
-            return augment.upright(Image.open(io.BytesIO(file.read(size))))
+            return augment.read(io.BytesIO(file.read(size)))
 
 
 def find(path: str, argument: str) -> dict[str, Stored] | None:
