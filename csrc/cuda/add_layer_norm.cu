@@ -1,6 +1,8 @@
 // add_layer_norm and add_rms_norm: the schemas of vitkernels/ops/add_layer_norm.py on CUDA.
 #include "cuda/add_layer_norm.cuh"
 
+#include <type_traits>
+
 #include "cuda/column_sums.cuh"
 #include "cuda/launch.h"
 
@@ -9,10 +11,9 @@ namespace {
 
 constexpr Rows kNoRows{nullptr, DType::f32, 0, 0};
 constexpr OutRows kNoOut{nullptr, DType::f32, 0, 0};
-constexpr int kWarpColumns = 1024, kInRegisters = 4096;
+constexpr int kWarpColumns = 1024;
 constexpr int kMostColumns = 6144;  // 8 a thread: more threads in a block would leave each too few registers
 constexpr int kRowsPerBlock = 4;    // of a warp each
-constexpr int kBlocksPerProcessor = 8;
 
 // Rows of one sample share a row_scale; a tensor of one axis is one row of one sample.
 int64_t samples_of(const Tensor& x) { return x.dim() > 1 ? x.size(0) : 1; }
@@ -71,6 +72,7 @@ Norm norm(const char* op, bool rms, const Tensor& x, const Maybe& branch, const 
     const auto kernel = !aligned       ? layer_norm_forward<4, false, false>
                         : width <= 256 ? layer_norm_forward<1, true, false>
                         : width <= 512 ? layer_norm_forward<2, true, false>
+                        : width <= 768 ? layer_norm_forward<3, true, false>
                                        : layer_norm_forward<4, true, false>;
     launches("layer_norm_forward", kernel, {blocks(rows, kRowsPerBlock)}, dim3(kWarp, kRowsPerBlock), 0, a);
   }
@@ -104,38 +106,52 @@ NormBackward norm_backward(const char* op, bool rms, const Maybe& dtotal, const 
   if (branch) branch_rows.emplace(*branch);
   const Tensor means = packed(mean), rstds = packed(rstd);
   const int sums = needs[5] ? 4 : needs[4] ? 3 : 2;
-  const bool in_registers = width <= kInRegisters;
-  // as many blocks as are at work at once, or one a sample that has sums of its own: each writes one row of partial sums
+  const Tensor row_sums = needs[6] ? empty(total, {rows}, ScalarType::Float) : nothing(total);
+  // parameters' gradients are summed over all rows, or over those of each sample that has vectors of its own
   const int64_t groups = of_sample[0] || of_sample[3] ? samples : 1, each = rows / std::max<int64_t>(groups, 1);
-  const int64_t at_once = int64_t(kBlocksPerProcessor) * launches.multiprocessors();
+  LayerNormBackward a{rows_per_sample(total, rows),
+                      each,
+                      0,
+                      int(width),
+                      sums,
+                      dtotal ? dtotal_rows->rows : kNoRows,
+                      dnormed ? dnormed_rows->rows : kNoRows,
+                      total_rows.rows,
+                      branch ? branch_rows->rows : kNoRows,
+                      vector_rows(weight),
+                      vector_rows(branch_bias),
+                      vector_rows(scale),
+                      vector_rows(row_scale),
+                      rms ? nullptr : static_cast<const float*>(means.data_ptr()),
+                      static_cast<const float*>(rstds.data_ptr()),
+                      needs[0] ? out_rows(dx) : kNoOut,
+                      needs[1] ? out_rows(dbranch) : kNoOut,
+                      nullptr,
+                      needs[6] ? static_cast<float*>(row_sums.data_ptr()) : nullptr};
+  const bool aligned = all_aligned(width, {a.dtotal, a.dnormed, a.total, a.branch, a.weight, a.branch_bias, a.scale},
+                                   {a.dx, a.dbranch});
+  const auto is_narrow = [](const Rows& r) { return !r.data || size_of(r.dtype) == 2; };
+  const bool narrow = is_narrow(a.dtotal) && is_narrow(a.dnormed) && is_narrow(a.total) && is_narrow(a.branch);
+  const bool scaled = needs[1] || sums > 2 || needs[6];
+  const auto kernel_of = [&](auto threads) {
+    return !aligned ? layer_norm_backward<false, 2, threads>
+           : narrow ? layer_norm_backward<true, 1, threads>
+                    : layer_norm_backward<true, 2, threads>;
+  };
+  const unsigned threads = threads_for(width);
+  const auto kernel = threads > kFourSums ? (aligned ? layer_norm_backward<true, 2, kSumsInMemory>
+                                                     : layer_norm_backward<false, 2, kSumsInMemory>)
+                      : scaled || threads > kTwoSums ? kernel_of(std::integral_constant<int, kFourSums>())
+                                                     : kernel_of(std::integral_constant<int, kTwoSums>());
+  // as many blocks as are at work at once, for one more would run alone when all others are done; or one a sample that
+  // has sums of its own: each writes one row of partial sums
+  const int64_t at_once = launches.at_once(kernel, threads);
   const int64_t blocks_each = std::min(each, std::max<int64_t>(at_once / std::max<int64_t>(groups, 1), 1));
   const int64_t parts = groups * blocks_each;
   const Tensor partial = empty(total, {parts, sums, width}, ScalarType::Float);
-  const Tensor row_sums = needs[6] ? empty(total, {rows}, ScalarType::Float) : nothing(total);
-  const LayerNormBackward a{rows_per_sample(total, rows),
-                            each,
-                            int(blocks_each),
-                            int(width),
-                            sums,
-                            dtotal ? dtotal_rows->rows : kNoRows,
-                            dnormed ? dnormed_rows->rows : kNoRows,
-                            total_rows.rows,
-                            branch ? branch_rows->rows : kNoRows,
-                            vector_rows(weight),
-                            vector_rows(branch_bias),
-                            vector_rows(scale),
-                            vector_rows(row_scale),
-                            rms ? nullptr : static_cast<const float*>(means.data_ptr()),
-                            static_cast<const float*>(rstds.data_ptr()),
-                            needs[0] ? out_rows(dx) : kNoOut,
-                            needs[1] ? out_rows(dbranch) : kNoOut,
-                            static_cast<float*>(partial.data_ptr()),
-                            needs[6] ? static_cast<float*>(row_sums.data_ptr()) : nullptr};
-  const bool aligned = all_aligned(width, {a.dtotal, a.dnormed, a.total, a.branch, a.weight, a.branch_bias, a.scale},
-                                   {a.dx, a.dbranch});
-  const auto kernel = in_registers ? (aligned ? layer_norm_backward<true, true> : layer_norm_backward<false, true>)
-                                   : (aligned ? layer_norm_backward<true, false> : layer_norm_backward<false, false>);
-  launches("layer_norm_backward", kernel, {parts}, dim3(threads_for(width)), 0, a);
+  a.blocks_per_group = int(blocks_each);
+  a.partial = static_cast<float*>(partial.data_ptr());
+  launches("layer_norm_backward", kernel, {parts}, dim3(threads), 0, a);
 
   for (const bool own : {false, true}) {  // sums over all blocks, and over those of a sample
     const Rows in{bytes(partial), DType::f32, sums * width, 1};
