@@ -31,16 +31,10 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) rotary_kernel(cons
     Parts<kParts> factor, cosine;
     const auto load_positions = [&](int head) {
       Loaded<> sines[kParts], cosines[kParts];
-#pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-        sines[p] = load_lanes<kAligned>(row_of<kAligned, Rows>(a.sin, sample, head, place, p * span), 0, column, span);
-        cosines[p] = load_lanes<kAligned>(row_of<kAligned, Rows>(a.cos, sample, head, place, p * span), 0, column, span);
-      }
-#pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-        to_floats<kAligned>(factor[p], sines[p], a.sin.dtype);
-        to_floats<kAligned>(cosine[p], cosines[p], a.cos.dtype);
-      }
+      load_parts<kAligned>(sines, a.sin, sample, head, place, column, span);
+      load_parts<kAligned>(cosines, a.cos, sample, head, place, column, span);
+      to_floats<kAligned>(factor, sines, a.sin.dtype);
+      to_floats<kAligned>(cosine, cosines, a.cos.dtype);
       to_factors<kParts>(factor, a.backward);
     };
     for (int first = threadIdx.y; first < a.heads; first += blockDim.y * kAhead) {
@@ -48,11 +42,7 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) rotary_kernel(cons
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int head = first + i * blockDim.y;
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          loaded[i][p] = load_lanes<kAligned, kWords>(row_of<kAligned, Rows>(a.x, sample, head, token, p * span), 0,
-                                                      head < a.heads ? column : span, span);
-        }
+        load_parts<kAligned>(loaded[i], a.x, sample, head, token, head < a.heads ? column : span, span);
       }
       if (a.shared && place >= 0 && first == threadIdx.y) load_positions(0);
 #pragma unroll
@@ -60,14 +50,10 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) rotary_kernel(cons
         const int head = first + i * blockDim.y;
         if (head >= a.heads) break;
         Parts<kParts> x;
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) to_floats<kAligned>(x[p], loaded[i][p], a.x.dtype);
+        to_floats<kAligned>(x, loaded[i], a.x.dtype);
         if (!a.shared && place >= 0) load_positions(head);
         if (place >= 0) turn<kParts>(x, factor, cosine);  // what stands in front is copied: what is infinite stays so
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          store_floats<kAligned>(row_of<kAligned, OutRows>(a.out, sample, head, token, p * span), 0, column, span, x[p]);
-        }
+        store_parts<kAligned>(a.out, sample, head, token, column, span, x);
       }
     }
   }

@@ -26,6 +26,31 @@ __device__ __forceinline__ AnyRows row_of(const Heads<Pointer>& t, int64_t sampl
 template <int kParts>
 using Parts = float[kParts][kLanes];
 
+// Of the columns from `column` on of each part, whose width is `span`.
+template <bool kAligned, int kParts, int kWords>
+__device__ __forceinline__ void load_parts(Loaded<kWords> (&out)[kParts], const Heads<const char*>& t, int64_t sample,
+                                           int head, int64_t token, int column, int span) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    out[p] = load_lanes<kAligned, kWords>(row_of<kAligned, Rows>(t, sample, head, token, p * span), 0, column, span);
+  }
+}
+
+template <bool kAligned, int kParts, int kWords>
+__device__ __forceinline__ void to_floats(Parts<kParts>& out, const Loaded<kWords> (&in)[kParts], DType dtype) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) to_floats<kAligned>(out[p], in[p], dtype);
+}
+
+template <bool kAligned, int kParts>
+__device__ __forceinline__ void store_parts(const Heads<char*>& t, int64_t sample, int head, int64_t token, int column,
+                                            int span, const Parts<kParts>& values) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    store_floats<kAligned>(row_of<kAligned, OutRows>(t, sample, head, token, p * span), 0, column, span, values[p]);
+  }
+}
+
 // Sines become what the other number of each pair is multiplied with.
 template <int kParts>
 __device__ __forceinline__ void to_factors(Parts<kParts>& sine, bool backward) {
