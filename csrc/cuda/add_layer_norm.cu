@@ -36,6 +36,15 @@ bool all_aligned(int64_t width, std::initializer_list<Rows> in, std::initializer
          std::all_of(out.begin(), out.end(), [&](const OutRows& r) { return is_aligned(r, width); });
 }
 
+// Whether all that are there are of 16-bit dtypes.
+template <class AnyRows = Rows>
+bool are_narrow(std::initializer_list<AnyRows> all) {
+  return std::all_of(all.begin(), all.end(), [](const AnyRows& r) { return !r.data || size_of(r.dtype) == 2; });
+}
+
+template <int count>
+using pieces_t = std::integral_constant<int, count>;
+
 Norm norm(const char* op, bool rms, const Tensor& x, const Maybe& branch, const Maybe& weight, const Maybe& bias,
           double eps, const Maybe& branch_bias, const Maybe& scale, const Maybe& row_scale, int64_t out_dtype) {
   const Shape shape = shape_of(x), lead(shape.begin(), shape.end() - 1);
@@ -48,8 +57,9 @@ Norm norm(const char* op, bool rms, const Tensor& x, const Maybe& branch, const 
   std::optional<Operand> branch_rows;
   if (branch) branch_rows.emplace(*branch);
   const LayerNormForward a{rows,
-                           rows_per_sample(x, rows),
+                           row_scale || by_sample(weight) || by_sample(scale) ? rows_per_sample(x, rows) : 0,
                            int(width),
+                           1.f / float(width),
                            float(eps),
                            x_rows.rows,
                            branch ? branch_rows->rows : kNoRows,
@@ -65,15 +75,20 @@ Norm norm(const char* op, bool rms, const Tensor& x, const Maybe& branch, const 
   const bool aligned =
       all_aligned(width, {a.x, a.branch, a.weight, a.bias, a.branch_bias, a.scale}, {a.total, a.normed});
   const Launches launches(op, x, {given(branch), given(weight)});
+  const bool narrow = are_narrow({a.x, a.branch}) && are_narrow({a.total, a.normed});
+  const auto kernel_of = [&](auto pieces, auto block) {
+    return narrow ? layer_norm_forward<pieces, true, 1, block> : layer_norm_forward<pieces, true, 2, block>;
+  };
+  using std::true_type, std::false_type;
   if (width > kWarpColumns) {
-    launches("layer_norm_forward", aligned ? layer_norm_forward<1, true, true> : layer_norm_forward<1, false, true>,
-             {rows}, dim3(threads_for(width)), 0, a);
+    const auto kernel = aligned ? kernel_of(pieces_t<1>(), true_type()) : layer_norm_forward<1, false, 2, true>;
+    launches("layer_norm_forward", kernel, {rows}, dim3(threads_for(width)), 0, a);
   } else {
-    const auto kernel = !aligned       ? layer_norm_forward<4, false, false>
-                        : width <= 256 ? layer_norm_forward<1, true, false>
-                        : width <= 512 ? layer_norm_forward<2, true, false>
-                        : width <= 768 ? layer_norm_forward<3, true, false>
-                                       : layer_norm_forward<4, true, false>;
+    const auto kernel = !aligned       ? layer_norm_forward<4, false, 2, false>
+                        : width <= 256 ? kernel_of(pieces_t<1>(), false_type())
+                        : width <= 512 ? kernel_of(pieces_t<2>(), false_type())
+                        : width <= 768 ? kernel_of(pieces_t<3>(), false_type())
+                                       : kernel_of(pieces_t<4>(), false_type());
     launches("layer_norm_forward", kernel, {blocks(rows, kRowsPerBlock)}, dim3(kWarp, kRowsPerBlock), 0, a);
   }
   return {total, normed, mean, rstd};
@@ -114,6 +129,7 @@ NormBackward norm_backward(const char* op, bool rms, const Maybe& dtotal, const 
                       0,
                       int(width),
                       sums,
+                      1.f / float(width),
                       dtotal ? dtotal_rows->rows : kNoRows,
                       dnormed ? dnormed_rows->rows : kNoRows,
                       total_rows.rows,
@@ -130,8 +146,7 @@ NormBackward norm_backward(const char* op, bool rms, const Maybe& dtotal, const 
                       needs[6] ? static_cast<float*>(row_sums.data_ptr()) : nullptr};
   const bool aligned = all_aligned(width, {a.dtotal, a.dnormed, a.total, a.branch, a.weight, a.branch_bias, a.scale},
                                    {a.dx, a.dbranch});
-  const auto is_narrow = [](const Rows& r) { return !r.data || size_of(r.dtype) == 2; };
-  const bool narrow = is_narrow(a.dtotal) && is_narrow(a.dnormed) && is_narrow(a.total) && is_narrow(a.branch);
+  const bool narrow = are_narrow({a.dtotal, a.dnormed, a.total, a.branch}) && are_narrow({a.dx, a.dbranch});
   const bool scaled = needs[1] || sums > 2 || needs[6];
   const auto kernel_of = [&](auto threads) {
     return !aligned ? layer_norm_backward<false, 2, threads>

@@ -8,9 +8,9 @@ namespace vk {
 // ------------------------------------------------------------------------------------------------------- forward
 
 struct LayerNormForward {
-  int64_t rows, rows_per_sample;
+  int64_t rows, rows_per_sample;  // 0 where nothing is a sample's own
   int width;
-  float eps;
+  float share, eps;  // share is 1 over the width
   Rows x, branch, weight, bias, branch_bias, scale, row_scale;  // data null where absent
   OutRows total, normed;
   float *mean, *rstd;  // mean null: an RMSNorm's
@@ -20,39 +20,18 @@ __device__ __forceinline__ float scale_of(const Rows& row_scale, int64_t sample)
   return row_scale.data ? load(row_scale.data, row_scale.dtype, sample * row_scale.col) : 1.f;
 }
 
+// Of one row of vectors, as `at_row` gives it.
 template <bool kAligned>
-__device__ __forceinline__ void load_weight(float (&out)[kLanes], const Rows& weight, int64_t sample, int column,
-                                            int width) {
+__device__ __forceinline__ void load_weight(float (&out)[kLanes], const Rows& weight, int column, int width) {
+  if (weight.data) return load_floats<kAligned>(out, weight, 0, column, width);
+#pragma unroll
   for (float& each : out) each = 1;
-  if (weight.data) load_floats<kAligned>(out, weight, sample, column, width);
-}
-
-// total = x + row_scale * scale * (branch + branch_bias) as it is once stored, 8 columns.
-template <bool kAligned>
-__device__ __forceinline__ void add_branch(float (&value)[kLanes], const Loaded<>& loaded, const LayerNormForward& a,
-                                           int64_t row, int64_t sample, int column, float row_scale) {
-  float branch[kLanes], factor[kLanes];
-  to_floats<kAligned>(branch, loaded, a.branch.dtype);
-  if (a.branch_bias.data) {
-    load_floats<kAligned>(factor, a.branch_bias, 0, column, a.width);
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) branch[i] += factor[i];
-  }
-  if (a.scale.data) {
-    load_floats<kAligned>(factor, a.scale, sample, column, a.width);
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) branch[i] *= factor[i];
-  }
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) value[i] += row_scale * branch[i];
-  round_floats(value, a.total.dtype);
-  store_floats<kAligned>(a.total, row, column, a.width, value);
 }
 
 // A row stays in registers from its first load to its last store: kPieces times 8 columns a thread. Up to 1,024 columns
 // a warp has the row, which needs no barrier, and four of them make a block; beyond, the block has it. All of x and
-// branch is on its way before anything is computed: at 768 columns 3 KiB a warp, of which a multiprocessor has 20.
-template <int kPieces, bool kAligned, bool kBlock>
+// branch is on its way before anything is computed: at 768 columns 3 KiB a warp, of which a multiprocessor has 24.
+template <int kPieces, bool kAligned, int kWords, bool kBlock>
 __global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
     layer_norm_forward(const __grid_constant__ LayerNormForward a) {
   __shared__ float2 spaces[2][kWarp];
@@ -64,49 +43,75 @@ __global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
   };
   const auto column_of = [&](int piece) { return (piece * threads + int(threadIdx.x)) * kLanes; };
 
-  Loaded<> x[kPieces], branch[kPieces];
+  Loaded<kWords> x_loaded[kPieces], branch_loaded[kPieces];
+  const Rows x = at_row<kAligned, kWords>(a.x, row), branch = at_row<kAligned, kWords>(a.branch, row);
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) x[p] = load_lanes<kAligned>(a.x, row, column_of(p), a.width);
+  for (int p = 0; p < kPieces; ++p) x_loaded[p] = load_lanes<kAligned, kWords>(x, 0, column_of(p), a.width);
   if (a.branch.data) {
 #pragma unroll
-    for (int p = 0; p < kPieces; ++p) branch[p] = load_lanes<kAligned>(a.branch, row, column_of(p), a.width);
+    for (int p = 0; p < kPieces; ++p) branch_loaded[p] = load_lanes<kAligned, kWords>(branch, 0, column_of(p), a.width);
   }
-  const int64_t sample = row / a.rows_per_sample;
-  const float row_scale = scale_of(a.row_scale, sample);
+  const int64_t sample = a.rows_per_sample ? row / a.rows_per_sample : 0;
 
   float value[kPieces][kLanes], sum = 0;
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    to_floats<kAligned>(value[p], x[p], a.x.dtype);
-    if (a.branch.data) add_branch<kAligned>(value[p], branch[p], a, row, sample, column_of(p), row_scale);
+  for (int p = 0; p < kPieces; ++p) to_floats<kAligned>(value[p], x_loaded[p], a.x.dtype);
+  if (a.branch.data) {  // total = x + row_scale * scale * (branch + branch_bias), as it is once stored
+    const float row_scale = scale_of(a.row_scale, sample);
+    const Rows scale = at_row<kAligned>(a.scale, sample);
+    const OutRows total = at_row<kAligned, kWords>(a.total, row);
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) sum += is_inside<kAligned>(column_of(p), i, a.width) ? value[p][i] : 0.f;
+    for (int p = 0; p < kPieces; ++p) {
+      float added[kLanes], vector[kLanes];
+      to_floats<kAligned>(added, branch_loaded[p], a.branch.dtype);
+      if (a.branch_bias.data) {
+        load_floats<kAligned>(vector, a.branch_bias, 0, column_of(p), a.width);
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) added[i] += vector[i];
+      }
+      if (a.scale.data) {
+        load_floats<kAligned>(vector, scale, 0, column_of(p), a.width);
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) added[i] *= vector[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) value[p][i] += row_scale * added[i];
+      round_floats<kWords>(value[p], a.total.dtype);
+      store_floats<kAligned, kWords>(total, 0, column_of(p), a.width, value[p]);
+    }
   }
-  const float mean = a.mean ? row_sum(sum, spaces[0]) / a.width : 0.f;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) sum += value[p][i];  // zeros from `width` on, as what is loaded there
+  }
+  const float mean = a.mean ? row_sum(sum, spaces[0]) * a.share : 0.f;
 
   float squares = 0;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      const float centred = is_inside<kAligned>(column_of(p), i, a.width) ? value[p][i] - mean : 0.f;
-      squares += centred * centred;
+      value[p][i] = is_inside<kAligned>(column_of(p), i, a.width) ? value[p][i] - mean : 0.f;
+      squares += value[p][i] * value[p][i];
     }
   }
-  const float rstd = 1.f / sqrtf(row_sum(squares, spaces[1]) / a.width + a.eps);
+  const float rstd = 1.f / sqrtf(row_sum(squares, spaces[1]) * a.share + a.eps);
   if (threadIdx.x == 0) {
     if (a.mean) a.mean[row] = mean;
     a.rstd[row] = rstd;
   }
 
+  const Rows weights = at_row<kAligned>(a.weight, sample), biases = at_row<kAligned>(a.bias, sample);
+  const OutRows normed = at_row<kAligned, kWords>(a.normed, row);
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
     float weight[kLanes], bias[kLanes] = {};
-    load_weight<kAligned>(weight, a.weight, sample, column_of(p), a.width);
-    if (a.bias.data) load_floats<kAligned>(bias, a.bias, sample, column_of(p), a.width);
+    load_weight<kAligned>(weight, weights, column_of(p), a.width);
+    if (a.bias.data) load_floats<kAligned>(bias, biases, 0, column_of(p), a.width);
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) value[p][i] = (value[p][i] - mean) * rstd * weight[i] + bias[i];
-    store_floats<kAligned>(a.normed, row, column_of(p), a.width, value[p]);
+    for (int i = 0; i < kLanes; ++i) value[p][i] = value[p][i] * rstd * weight[i] + bias[i];
+    store_floats<kAligned, kWords>(normed, 0, column_of(p), a.width, value[p]);
   }
 }
 
@@ -120,6 +125,7 @@ struct LayerNormBackward {
   int64_t rows_per_group;
   int blocks_per_group;
   int width, sums;                                                             // so many of the four
+  float share;                                                                 // 1 over the width
   Rows dtotal, dnormed, total, branch, weight, branch_bias, scale, row_scale;  // data null where absent
   const float *mean, *rstd;                                                    // mean null: an RMSNorm's
   OutRows dx, dbranch;  // data null where not wanted
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
   int64_t at = blockIdx.x % a.blocks_per_group;
   LoadedRow<kWords> next;
   if (kAhead && at < a.rows_per_group) load_row(next, begin + at);
-  load_weight<kAligned>(weight, a.weight, group, column, a.width);
+  load_weight<kAligned>(weight, at_row<kAligned>(a.weight, group), column, a.width);
   for (int parity = 0; at < a.rows_per_group; at += a.blocks_per_group, parity ^= 1) {
     // element by element, addresses of vectors that are kept from row to row would take the sums' registers
     if constexpr (!kAligned) asm volatile("" : "+r"(column));
@@ -210,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
       add(0, first, term);
       add(1, first, dy);
       c = block_sum(c, space[0]);
-      const float c0 = a.mean ? c.x / a.width : 0.f, c1 = c.y / a.width;
+      const float c0 = a.mean ? c.x * a.share : 0.f, c1 = c.y * a.share;
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) g[i] = (dy[i] * weight[i] - c0 - normalised[i] * c1) * now.rstd;
     }
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) g[i] += term[i];
     }
-    if (a.dx.data) store_floats<kAligned>(a.dx, row, column, a.width, g);
+    if (a.dx.data) store_floats<kAligned, kWords>(a.dx, row, column, a.width, g);
     if constexpr (!kScaled) continue;
 
     float scale[kLanes];
@@ -228,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
     if (a.scale.data) load_floats<kAligned>(scale, a.scale, group, column, a.width);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) term[i] = g[i] * row_scale * (a.scale.data ? scale[i] : 1.f);
-    if (a.dbranch.data) store_floats<kAligned>(a.dbranch, row, column, a.width, term);
+    if (a.dbranch.data) store_floats<kAligned, kWords>(a.dbranch, row, column, a.width, term);
     if (a.sums > 2) add(2, first, term);
     if (!branch_read) continue;
 

@@ -54,9 +54,16 @@ struct Loaded {
 };
 
 // Bytes of an element; rows that are read in 16 bytes are of no 8-bit dtype.
-template <bool kAligned>
+template <bool kAligned, int kWords = 2>
 __device__ __forceinline__ int size_in(DType dtype) {
-  return kAligned ? (dtype == DType::f32 ? 4 : 2) : int(size_of(dtype));
+  return kWords == 1 ? 2 : kAligned ? (dtype == DType::f32 ? 4 : 2) : int(size_of(dtype));
+}
+
+// One row alone, from whose address on columns are small numbers: the product of 64 bits is taken once.
+template <bool kAligned, int kWords = 2, class AnyRows>
+__device__ __forceinline__ AnyRows at_row(AnyRows r, int64_t row) {
+  r.data += row * r.row * size_in<kAligned, kWords>(r.dtype);
+  return r;
 }
 
 // Whether element `i` of those at `column` is one: all 8 are, or none, in aligned rows.
@@ -76,7 +83,7 @@ __device__ __forceinline__ Loaded<kWords> load_lanes(const Rows& r, int64_t row,
   Loaded<kWords> out{};
   if constexpr (kAligned) {
     if (column >= width) return out;
-    const uint4* from = reinterpret_cast<const uint4*>(r.data + (row * r.row + column) * size_in<true>(r.dtype));
+    const uint4* from = reinterpret_cast<const uint4*>(r.data + (row * r.row + column) * size_in<true, kWords>(r.dtype));
     out.words[0] = from[0];
     if constexpr (kWords == 2) {
       if (r.dtype == DType::f32) out.words[1] = from[1];
@@ -122,9 +129,10 @@ __device__ __forceinline__ void load_floats(float (&out)[kLanes], const Rows& r,
 }
 
 // As they are stored where rows are aligned.
-__device__ __forceinline__ Loaded<> to_words(const float (&values)[kLanes], DType dtype) {
+template <int kWords = 2>
+__device__ __forceinline__ Loaded<kWords> to_words(const float (&values)[kLanes], DType dtype) {
   uint32_t words[kLanes] = {};
-  if (dtype == DType::f32) {
+  if (kWords == 2 && dtype == DType::f32) {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) words[i] = __float_as_uint(values[i]);
   } else if (dtype == DType::bf16) {
@@ -140,23 +148,29 @@ __device__ __forceinline__ Loaded<> to_words(const float (&values)[kLanes], DTyp
       words[i / 2] = pair.x | uint32_t(pair.y) << 16;
     }
   }
-  return {{{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}}};
+  Loaded<kWords> out;
+  out.words[kWords - 1] = {words[4], words[5], words[6], words[7]};
+  out.words[0] = {words[0], words[1], words[2], words[3]};
+  return out;
 }
 
 // Numbers as they are once stored.
+template <int kWords>
 __device__ __forceinline__ void round_floats(float (&values)[kLanes], DType dtype) {
-  if (dtype != DType::f32) to_floats<true>(values, to_words(values, dtype), dtype);
+  if (kWords == 1 || dtype != DType::f32) to_floats<true>(values, to_words<1>(values, dtype), dtype);
 }
 
-template <bool kAligned>
+template <bool kAligned, int kWords = 2>
 __device__ __forceinline__ void store_floats(const OutRows& r, int64_t row, int column, int width,
                                              const float (&values)[kLanes]) {
   if constexpr (kAligned) {
     if (column >= width) return;
-    uint4* to = reinterpret_cast<uint4*>(r.data + (row * r.row + column) * size_in<true>(r.dtype));
-    const Loaded<> words = to_words(values, r.dtype);
+    uint4* to = reinterpret_cast<uint4*>(r.data + (row * r.row + column) * size_in<true, kWords>(r.dtype));
+    const Loaded<kWords> words = to_words<kWords>(values, r.dtype);
     to[0] = words.words[0];
-    if (r.dtype == DType::f32) to[1] = words.words[1];
+    if constexpr (kWords == 2) {
+      if (r.dtype == DType::f32) to[1] = words.words[1];
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
@@ -181,6 +195,7 @@ __device__ __forceinline__ float2 block_sum(float2 value, float2* space) {
   if (threadIdx.x % kWarp == 0) space[warp] = value;
   __syncthreads();
   float2 sum = space[0];
+#pragma unroll 4
   for (int i = 1; i < warps; ++i) {
     sum.x += space[i].x;
     sum.y += space[i].y;
