@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
   int64_t at = blockIdx.x % a.blocks_per_group;
   LoadedRow<kWords> next;
   if (kAhead && at < a.rows_per_group) load_row(next, begin + at);
-  load_weight<kAligned>(weight, at_row<kAligned>(a.weight, group), column, a.width);
+  if (kInRegisters) load_weight<kAligned>(weight, at_row<kAligned>(a.weight, group), column, a.width);
   for (int parity = 0; at < a.rows_per_group; at += a.blocks_per_group, parity ^= 1) {
     // element by element, addresses of vectors that are kept from row to row would take the sums' registers
     if constexpr (!kAligned) asm volatile("" : "+r"(column));
@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
     float g[kLanes] = {}, term[kLanes];
     if (a.dnormed.data) {
       float normalised[kLanes], dy[kLanes];
+      if (!kInRegisters) load_weight<kAligned>(weight, at_row<kAligned>(a.weight, group), column, a.width);
       to_floats<kAligned>(normalised, now.total, a.total.dtype);
       to_floats<kAligned>(dy, now.dnormed, a.dnormed.dtype);
       float2 c = {};  // the means of dy * weight, and of that times the normalised row

@@ -195,7 +195,7 @@ __device__ __forceinline__ float2 block_sum(float2 value, float2* space) {
   if (threadIdx.x % kWarp == 0) space[warp] = value;
   __syncthreads();
   float2 sum = space[0];
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 1; i < warps; ++i) {
     sum.x += space[i].x;
     sum.y += space[i].y;
