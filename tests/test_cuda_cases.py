@@ -79,7 +79,7 @@ def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(name: str, dtype: 
 
 
 def test_blocks_for_every_multiprocessor() -> None:
-    """The backward pass of a norm has as many blocks as are at work at once, and one block a row at the most."""
+    """The backward pass of a norm has as many blocks as the device holds at once, and one block a row at the most."""
     case = add_layer_norm("many rows", (4, 65, 48))
     grids = {}
     for processors in (1, 132):
@@ -89,7 +89,7 @@ def test_blocks_for_every_multiprocessor() -> None:
         grids[processors] = next(
             grid for name, (grid, _, _) in zip(record.names, record.shapes, strict=True) if "norm_backward" in name
         )
-    assert grids == {1: (8, 1, 1), 132: (260, 1, 1)}
+    assert grids == {1: (cuda.BLOCKS_AT_ONCE, 1, 1), 132: (260, 1, 1)}
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ Norm norm(const char* op, bool rms, const Tensor& x, const Maybe& branch, const 
   const LayerNormForward a{rows,
                            row_scale || by_sample(weight) || by_sample(scale) ? rows_per_sample(x, rows) : 0,
                            int(width),
-                           1.f / float(width),
                            float(eps),
                            x_rows.rows,
                            branch ? branch_rows->rows : kNoRows,

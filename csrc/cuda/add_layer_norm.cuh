@@ -10,7 +10,7 @@ namespace vk {
 struct LayerNormForward {
   int64_t rows, rows_per_sample;  // 0 where nothing is a sample's own
   int width;
-  float share, eps;  // share is 1 over the width
+  float eps;
   Rows x, branch, weight, bias, branch_bias, scale, row_scale;  // data null where absent
   OutRows total, normed;
   float *mean, *rstd;  // mean null: an RMSNorm's
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) sum += value[p][i];  // zeros from `width` on, as what is loaded there
   }
-  const float mean = a.mean ? row_sum(sum, spaces[0]) * a.share : 0.f;
+  const float mean = a.mean ? row_sum(sum, spaces[0]) / a.width : 0.f;  // of equal numbers the same
 
   float squares = 0;
 #pragma unroll
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
       squares += value[p][i] * value[p][i];
     }
   }
-  const float rstd = 1.f / sqrtf(row_sum(squares, spaces[1]) * a.share + a.eps);
+  const float rstd = 1.f / sqrtf(row_sum(squares, spaces[1]) / a.width + a.eps);
   if (threadIdx.x == 0) {
     if (a.mean) a.mean[row] = mean;
     a.rstd[row] = rstd;
