@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
     const int64_t row = begin + at;
     const bool first = at < a.blocks_per_group;
     if (!kAhead) load_row(next, row);
+    if (kAligned && !kAhead) asm volatile("" ::: "memory");  // else each load would go to where it is used
     LoadedRow<kWords> now = next;
     if (kAhead && at + a.blocks_per_group < a.rows_per_group) load_row(next, row + a.blocks_per_group);
     float2(&space)[2][kWarp] = spaces[parity];

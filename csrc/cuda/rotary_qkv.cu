@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
         each([&](int p, int lane) { x[p][lane] = x[p][lane] * weight[p][lane] + bias[p][lane]; });
       }
       if (turned) {
-        if (kAhead == 1 || !a.shared) load_positions(head);
+        if (kAhead == 1 || !a.shared) load_positions(head);  // backward as late as this: registers hold no more at once
         turn<kParts>(x, factor, cosine);
       }
       if (kBackward && normed) {
