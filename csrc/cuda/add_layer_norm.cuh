@@ -30,7 +30,8 @@ __device__ __forceinline__ void load_weight(float (&out)[kLanes], const Rows& we
 
 // A row stays in registers from its first load to its last store: kPieces times 8 columns a thread. Up to 1,024 columns
 // a warp has the row, which needs no barrier, and four of them make a block; beyond, the block has it. All of x and
-// branch is on its way before anything is computed: at 768 columns 3 KiB a warp, of which a multiprocessor has 24.
+// branch is on its way before anything is computed: at 768 columns of 16 bits 3 KiB a warp, of which a multiprocessor has
+// 24 or more.
 template <int kPieces, bool kAligned, int kWords, bool kBlock>
 __global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
     layer_norm_forward(const __grid_constant__ LayerNormForward a) {
@@ -140,9 +141,9 @@ struct LoadedRow {
   float mean, rstd;
 };
 
-// The most threads of a block, by where it keeps the sums of the parameters' gradients until its last row: in registers,
-// the first two of the four, which is all there is without LayerScale and DropPath, so few that five blocks fit; all
-// four; or, where so many threads have too few registers, in `partial`.
+// The most threads of a block, by where it keeps the sums of the parameters' gradients until its last row: in
+// registers, the first two of the four, which is all there is without LayerScale and DropPath, so few that five blocks
+// fit; all four; or, where so many threads have too few registers, in `partial`.
 constexpr int kTwoSums = 128, kFourSums = 512, kSumsInMemory = 768;
 
 // One row at a time, all its columns at once: a thread keeps the same 8 columns from row to row, so the parameters'
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
   float* const mine = a.partial + int64_t(blockIdx.x) * a.sums * a.width;
   float sums[kMostSums][kLanes] = {};
   float weight[kLanes];
-  const int64_t group = blockIdx.x / a.blocks_per_group, begin = group * a.rows_per_group;  // a sample, where it matters
+  // a sample, where it matters
+  const int64_t group = blockIdx.x / a.blocks_per_group, begin = group * a.rows_per_group;
   const bool branch_read = kScaled && (a.sums > 3 || a.row_sums);
   // adds to sum `kind`: in memory the first row of a block writes, for nobody has cleared it
   const auto add = [&](int kind, bool first, const float(&term)[kLanes]) {
@@ -197,7 +199,6 @@ __global__ void __launch_bounds__(kThreads, kThreads == kTwoSums ? 5 : 1)
     const int64_t row = begin + at;
     const bool first = at < a.blocks_per_group;
     if (!kAhead) load_row(next, row);
-    if (kAligned && !kAhead) asm volatile("" ::: "memory");  // else each load would go to where it is used
     LoadedRow<kWords> now = next;
     if (kAhead && at + a.blocks_per_group < a.rows_per_group) load_row(next, row + a.blocks_per_group);
     float2(&space)[2][kWarp] = spaces[parity];

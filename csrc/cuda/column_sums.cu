@@ -6,12 +6,11 @@
 namespace vk {
 
 constexpr int kSumThreads = 256, kSumWarps = kSumThreads / kWarp;
-// 64 columns a block: 8 threads read one row's 128 bytes of a 16-bit dtype in whole lines. What has so few rows that they
-// make few blocks, partial sums, lies in L2, which gives 64 bytes as well: a quarter of the columns, and four times the
-// blocks.
+// 64 columns a block: 8 threads read one row's 128 bytes of a 16-bit dtype, a whole line. What has so few rows that they
+// make few blocks, partial sums, lies in L2, which gives 64 bytes as well: a quarter of the columns, four times the blocks.
 constexpr int kWideTile = 64, kNarrowTile = 16;
 constexpr int64_t kFewBlocks = 128;    // about a chip's multiprocessors
-constexpr int kRowsAhead = 4;          // of a thread, on their way at once: 16 KiB a block in 16-bit dtypes, 32 in float32
+constexpr int kRowsAhead = 4;          // of a thread, on their way at once: 16 KiB a block of 16 bits, 32 of float32
 constexpr int64_t kRowsPerPart = 512;  // 4 steps of a block, and enough blocks for the chip at any number of columns
 constexpr int64_t kMostParts = 65535;  // along a grid's y
 

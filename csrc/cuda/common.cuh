@@ -45,9 +45,9 @@ __device__ __forceinline__ void store(char* data, DType dtype, int64_t at, float
 
 // ------------------------------------------------------------------------------------------------ eight elements
 
-// Elements as they were loaded: words of memory, not yet numbers. Which numbers they are is a branch on the dtype, which
-// waits for them: so kernels load all that they can before they ask for the first number. kWords is 1 where all such
-// rows are of 16-bit dtypes, for half the registers.
+// Elements as they were loaded: words of memory, not yet numbers. Which numbers they are is a branch on the dtype, and
+// no load moves past a branch that waits for another: so kernels load all that they can before they ask for the first
+// number. kWords is 1 where all such rows are of 16-bit dtypes, for half the registers.
 template <int kWords = 2>
 struct Loaded {
   uint4 words[kWords];
@@ -83,7 +83,8 @@ __device__ __forceinline__ Loaded<kWords> load_lanes(const Rows& r, int64_t row,
   Loaded<kWords> out{};
   if constexpr (kAligned) {
     if (column >= width) return out;
-    const uint4* from = reinterpret_cast<const uint4*>(r.data + (row * r.row + column) * size_in<true, kWords>(r.dtype));
+    const int64_t at = (row * r.row + column) * size_in<true, kWords>(r.dtype);
+    const uint4* from = reinterpret_cast<const uint4*>(r.data + at);
     out.words[0] = from[0];
     if constexpr (kWords == 2) {
       if (r.dtype == DType::f32) out.words[1] = from[1];

@@ -16,9 +16,9 @@ struct Rotary {
 constexpr int kThreads = 256;
 constexpr int kHeadsAhead = 4;  // of a thread, on their way at once; half as many where registers hold no more
 
-// A thread turns 8 numbers that lie together, four pairs, or the first halves of 8, whose second halves it turns too: the
-// same ones of four heads of a token, so that what heads share is read and made ready once. All of that is on its way
-// before the first number is asked for: 64 bytes a thread, 128 in halves, of 16-bit heads. A block is (such eights,
+// A thread turns 8 numbers that lie together, four pairs, or the first halves of 8, whose second halves it turns too:
+// the same ones of four heads of a token, so that what heads share is read and made ready once. All of that is on its
+// way before the first number is asked for: 64 bytes a thread, 128 in halves, of 16-bit heads. A block is (such eights,
 // threads that share a token's heads, tokens of one sample), which takes one division, of 32 bits.
 template <bool kAligned, int kWords, bool kHalf>
 __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1) rotary_kernel(const __grid_constant__ Rotary a) {

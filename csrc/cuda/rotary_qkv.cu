@@ -62,15 +62,15 @@ __device__ __forceinline__ void store_sums(const RotaryQkv& a, int part, int fir
   }
 }
 
-// Heads of a unit, all of which are on their way at once, as far as two blocks' registers hold them. Backward, where sums
-// and a second operand take these, it is one.
+// Heads of a unit, all of which are on their way at once, as far as two blocks' registers hold them. Backward, where
+// sums and a second operand take these, it is one.
 constexpr int heads_ahead(bool aligned, int words, bool half, bool backward) {
   return !aligned || backward ? 1 : half || words == 2 ? 2 : 4;
 }
 
 // A thread has 8 columns of a head, the same ones of every head that it takes, and of a head in halves also their
-// partners: so sines and cosines, and backward the sums of the vectors' gradients, stay in registers. Its neighbours have
-// the rest of the head, whose norm is then a sum over a few lanes. All heads of a block are of q, or of k, or of v.
+// partners: so sines and cosines, and backward the sums of the vectors' gradients, stay in registers. Its neighbours
+// have the rest of the head, whose norm is then a sum over a few lanes. All heads of a block are of q, or of k, or of v.
 template <bool kAligned, int kWords, bool kHalf, bool kBackward>
 __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
     rotary_qkv_kernel(const __grid_constant__ RotaryQkv a) {
@@ -116,7 +116,9 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
       const int head = batch + i * a.batches;
       load_parts<kAligned>(x_loaded[i], x_heads, sample, head, token, column_of(head), span);
     }
-    if (kBackward && normed) load_parts<kAligned>(hat_loaded, input_heads, sample, batch, token, column_of(batch), span);
+    if (kBackward && normed) {
+      load_parts<kAligned>(hat_loaded, input_heads, sample, batch, token, column_of(batch), span);
+    }
     Parts<kParts> factor, cosine;
     const auto load_positions = [&](int head) {
       Loaded<> sines[kParts], cosines[kParts];
@@ -150,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
       const auto normalise = [&](Parts<kParts>& values) {
         const float mean = a.centred ? mean_of([&](int p, int lane) { return values[p][lane]; }) : 0.f;
         each([&](int p, int lane) { values[p][lane] -= mean; });
-        const float rstd = 1.f / sqrtf(mean_of([&](int p, int lane) { return values[p][lane] * values[p][lane]; }) + a.eps);
+        const float square = mean_of([&](int p, int lane) { return values[p][lane] * values[p][lane]; });
+        const float rstd = 1.f / sqrtf(square + a.eps);
         each([&](int p, int lane) { values[p][lane] *= rstd; });
         return rstd;
       };
