@@ -30,8 +30,8 @@ __device__ __forceinline__ void load_weight(float (&out)[kLanes], const Rows& we
 
 // A row stays in registers from its first load to its last store: kPieces times 8 columns a thread. Up to 1,024 columns
 // a warp has the row, which needs no barrier, and four of them make a block; beyond, the block has it. All of x and
-// branch is on its way before anything is computed: at 768 columns of 16 bits 3 KiB a warp, of which a multiprocessor has
-// 24 or more.
+// branch is on its way before anything is computed: at 768 columns of 16 bits 3 KiB a warp, and a multiprocessor has 24
+// warps or more.
 template <int kPieces, bool kAligned, int kWords, bool kBlock>
 __global__ void __launch_bounds__(kBlock ? 768 : 128, 1)
     layer_norm_forward(const __grid_constant__ LayerNormForward a) {

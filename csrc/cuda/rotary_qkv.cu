@@ -70,7 +70,7 @@ constexpr int heads_ahead(bool aligned, int words, bool half, bool backward) {
 
 // A thread has 8 columns of a head, the same ones of every head that it takes, and of a head in halves also their
 // partners: so sines and cosines, and backward the sums of the vectors' gradients, stay in registers. Its neighbours
-// have the rest of the head, whose norm is then a sum over a few lanes. All heads of a block are of q, or of k, or of v.
+// have the rest of the head, whose norm is then a sum over a few lanes. A block's heads are all of q, or of k, or of v.
 template <bool kAligned, int kWords, bool kHalf, bool kBackward>
 __global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
     rotary_qkv_kernel(const __grid_constant__ RotaryQkv a) {
