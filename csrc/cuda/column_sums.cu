@@ -7,8 +7,8 @@ namespace vk {
 
 constexpr int kSumThreads = 256, kSumWarps = kSumThreads / kWarp;
 // 64 columns a block: 8 threads read one row's 128 bytes of a 16-bit dtype, a whole line. What has so few rows that
-// they make few blocks, partial sums, lies in L2, which gives 64 bytes as well: there a quarter of the columns, and four
-// times the blocks.
+// they make few blocks, partial sums, lies in L2, which gives 64 bytes as well: there a quarter of the columns, and
+// four times the blocks.
 constexpr int kWideTile = 64, kNarrowTile = 16;
 constexpr int64_t kFewBlocks = 128;    // about a chip's multiprocessors
 constexpr int kRowsAhead = 4;          // of a thread, on their way at once: 16 KiB a block of 16 bits, 32 of float32
