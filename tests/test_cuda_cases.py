@@ -93,7 +93,7 @@ def test_blocks_for_every_multiprocessor() -> None:
 
 
 def loads_before_a_number(body: str) -> int:
-    """How many loads of 16 bytes stand in a kernel's PTX before the first instruction that computes with one's result."""
+    """How many loads of 16 bytes stand in PTX before the first instruction that computes with what one gave."""
     loaded: set[str] = set()
     count = 0
     for line in body.splitlines():
