@@ -79,7 +79,7 @@ def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(name: str, dtype: 
 
 
 def test_blocks_for_every_multiprocessor() -> None:
-    """The backward pass of a norm has as many blocks as are at work at once, and one block a row at the most."""
+    """The backward pass of a norm has as many blocks as the device holds at once, and one block a row at the most."""
     case = add_layer_norm("many rows", (4, 65, 48))
     grids = {}
     for processors in (1, 132):
@@ -89,7 +89,52 @@ def test_blocks_for_every_multiprocessor() -> None:
         grids[processors] = next(
             grid for name, (grid, _, _) in zip(record.names, record.shapes, strict=True) if "norm_backward" in name
         )
-    assert grids == {1: (8, 1, 1), 132: (260, 1, 1)}
+    assert grids == {1: (cuda.BLOCKS_AT_ONCE, 1, 1), 132: (260, 1, 1)}
+
+
+def loads_before_a_number(body: str) -> int:
+    """How many loads of 16 bytes stand in PTX before the first instruction that computes with what one gave."""
+    loaded: set[str] = set()
+    count = 0
+    for line in body.splitlines():
+        words = re.search(r"ld\.global\S*\.v4\.\S+\s*\{([^}]*)\}", line)
+        target, *sources = re.findall(r"%[a-z]+\d+", line) or [""]
+        if words:
+            count += 1
+            loaded.update(re.findall(r"%\w+", words[1]))
+        elif loaded.isdisjoint(sources):
+            loaded.discard(target)
+        elif " mov." in f" {line.strip()}":
+            loaded.add(target)
+        else:
+            break
+    return count
+
+
+@pytest.mark.parametrize(
+    ("kernel", "loads"),
+    [
+        ("layer_norm_forward<3, true, 1, false>", 6),  # all of x and branch
+        ("layer_norm_forward<3, true, 2, false>", 12),
+        ("layer_norm_backward<true, 1, 128>", 5),  # the next row's three, and the weight, which is float32
+        ("layer_norm_backward<true, 1, 512>", 6),  # the branch as well
+        ("column_sums_kernel<true, 16>", 8),  # four rows of partial sums
+        ("rotary_kernel<true, 1, false>", 8),  # four heads, a sine and a cosine in float32
+        ("rotary_kernel<true, 1, true>", 16),
+        ("rotary_qkv_kernel<true, 1, true, false>", 12),  # two heads of halves, the same
+    ],
+)
+def test_loads_are_on_their_way_before_the_first_is_waited_for(kernel: str, loads: int) -> None:
+    bodies = (part.split("(", 1) for text in cuda.texts().values() for part in text.split(".entry ")[1:])
+    found = {name: body for name, body in bodies if _mangled(kernel) in name}
+    assert [loads_before_a_number(body) for body in found.values()] == [loads]
+
+
+def _mangled(kernel: str) -> str:
+    """`column_sums_kernel<true, 16>` as it is in the name of its entry."""
+    name, arguments = kernel.rstrip(">").split("<")
+    kinds = {"true": "Lb1E", "false": "Lb0E"}
+    return f"{len(name)}{name}I{''.join(kinds.get(each, f'Li{each}E') for each in arguments.split(', '))}E"
 
 
 @pytest.mark.parametrize(

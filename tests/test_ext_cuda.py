@@ -242,12 +242,14 @@ def test_parts_of_a_sum_fit_a_grid() -> None:
 
 @NO_COMPILER
 def test_nothing_waits_for_the_device_or_allocates() -> None:
-    """So that CUDA graphs can capture every op: of CUDA's runtime the module calls nothing else."""
+    """So that CUDA graphs can capture every op: of CUDA's runtime the module calls nothing else. How many blocks fit a
+    multiprocessor is reckoned on the host."""
     objects = cuda.build().parent.glob("*.o")
     listed = subprocess.run(["nm", "--undefined-only", *objects], capture_output=True, text=True, check=True).stdout
     called = set(re.findall(r"\bU (cuda\w+)", listed))
     assert called == {
         "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError", "cudaLaunchKernel",
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor",
     }  # fmt: skip
 
 

@@ -52,11 +52,12 @@ void Launches::check(cudaError_t error, const char* what, Grid grid, dim3 block,
                   ", block ", text(block), ", ", shared, " bytes of shared memory; tensors ", shapes.str(), ")");
 }
 
-int Launches::multiprocessors() const {
-  int count = 1;
-  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_);
-  check(error, "(multiprocessors)", {0}, 0, 0);
-  return count;
+int64_t Launches::at_once(const void* kernel, unsigned threads) const {
+  int processors = 1, of_each = 1;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_), "(multiprocessors)", {0}, 0, 0);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, int(threads), 0), "(blocks at once)", {0},
+        threads, 0);
+  return int64_t(processors) * std::max(of_each, 1);
 }
 
 }  // namespace vk

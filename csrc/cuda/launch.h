@@ -38,9 +38,14 @@ class Launches {
            std::index_sequence_for<Parameters...>{});
   }
 
-  int multiprocessors() const;
+  // How many blocks of a kernel, without dynamic shared memory, the device holds at once.
+  template <class... Parameters>
+  int64_t at_once(void (*kernel)(Parameters...), unsigned threads) const {
+    return at_once(reinterpret_cast<const void*>(kernel), threads);
+  }
 
  private:
+  int64_t at_once(const void* kernel, unsigned threads) const;
   template <class Tuple, size_t... index>
   void launch(const char* name, const void* kernel, Grid grid, dim3 block, size_t shared, Tuple&& args,
               std::index_sequence<index...>) const {

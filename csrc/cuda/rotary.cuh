@@ -1,4 +1,4 @@
-// What the kernels of rotary and rotary_qkv share: where heads lie, and the turn of eight numbers at a time.
+// What the kernels of rotary and rotary_qkv share: where heads lie, and the turn of eight pairs of numbers, or four.
 #pragma once
 #include "cuda/common.cuh"
 #include "cuda/launch.h"
@@ -15,29 +15,66 @@ struct Heads {
 };
 
 // Columns [from, ...) of one head of one token, as a row.
-template <class AnyRows, class Pointer>
+template <bool kAligned, class AnyRows, class Pointer>
 __device__ __forceinline__ AnyRows row_of(const Heads<Pointer>& t, int64_t sample, int head, int64_t token, int from) {
-  const int64_t at = sample * t.step[0] + head * t.step[1] + token * t.step[2] + from * t.step[3];
-  return {t.data + at * size_of(t.dtype), t.dtype, 0, t.step[3]};
+  const int64_t at = sample * t.step[0] + token * t.step[2] + head * t.step[1] + from * t.step[3];
+  return {t.data + at * size_in<kAligned>(t.dtype), t.dtype, 0, t.step[3]};
 }
 
-using TwoParts = float[2][kLanes];  // of a head's first half and the same of its second; else the first alone
+// What a thread has of a head: 8 numbers that lie together, and in a head of halves the 8 of its second half that turn
+// with them.
+template <int kParts>
+using Parts = float[kParts][kLanes];
 
-// out = x * cos + its partner * factor; out is not x.
-__device__ __forceinline__ void turn(TwoParts& out, const TwoParts& x, const TwoParts& sine, const TwoParts& cosine,
-                                     bool half, bool backward) {
-  if (half) {
+// Of the columns from `column` on of each part, whose width is `span`.
+template <bool kAligned, int kParts, int kWords>
+__device__ __forceinline__ void load_parts(Loaded<kWords> (&out)[kParts], const Heads<const char*>& t, int64_t sample,
+                                           int head, int64_t token, int column, int span) {
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      out[0][j] = x[0][j] * cosine[0][j] + x[1][j] * cuda::sine_factor(true, backward, sine[0][j], sine[1][j]);
-      out[1][j] = x[1][j] * cosine[1][j] + x[0][j] * cuda::sine_factor(false, backward, sine[1][j], sine[0][j]);
-    }
-  } else {
+  for (int p = 0; p < kParts; ++p) {
+    out[p] = load_lanes<kAligned, kWords>(row_of<kAligned, Rows>(t, sample, head, token, p * span), 0, column, span);
+  }
+}
+
+template <bool kAligned, int kParts, int kWords>
+__device__ __forceinline__ void to_floats(Parts<kParts>& out, const Loaded<kWords> (&in)[kParts], DType dtype) {
 #pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      const float factor = cuda::sine_factor(j % 2 == 0, backward, sine[0][j], sine[0][j ^ 1]);
-      out[0][j] = x[0][j] * cosine[0][j] + x[0][j ^ 1] * factor;
+  for (int p = 0; p < kParts; ++p) to_floats<kAligned>(out[p], in[p], dtype);
+}
+
+template <bool kAligned, int kParts>
+__device__ __forceinline__ void store_parts(const Heads<char*>& t, int64_t sample, int head, int64_t token, int column,
+                                            int span, const Parts<kParts>& values) {
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    store_floats<kAligned>(row_of<kAligned, OutRows>(t, sample, head, token, p * span), 0, column, span, values[p]);
+  }
+}
+
+// Sines become what the other number of each pair is multiplied with.
+template <int kParts>
+__device__ __forceinline__ void to_factors(Parts<kParts>& sine, bool backward) {
+#pragma unroll
+  for (int j = 0; j < kLanes; j += kParts == 2 ? 1 : 2) {
+    float &first = sine[0][j], &second = kParts == 2 ? sine[kParts - 1][j] : sine[0][j + 1];
+    const float of_first = cuda::sine_factor(true, backward, first, second);
+    second = cuda::sine_factor(false, backward, second, first);
+    first = of_first;
+  }
+}
+
+template <int kParts>
+__device__ __forceinline__ void turn(Parts<kParts>& x, const Parts<kParts>& factor, const Parts<kParts>& cosine) {
+#pragma unroll
+  for (int j = 0; j < kLanes; j += kParts == 2 ? 1 : 2) {
+    float &first = x[0][j], &second = kParts == 2 ? x[kParts - 1][j] : x[0][j + 1];
+    const float turned = first * cosine[0][j] + second * factor[0][j];
+    if (kParts == 2) {
+      second = second * cosine[kParts - 1][j] + first * factor[kParts - 1][j];
+    } else {
+      second = second * cosine[0][j + 1] + first * factor[0][j + 1];
     }
+    first = turned;
   }
 }
 

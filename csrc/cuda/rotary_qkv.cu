@@ -7,10 +7,10 @@
 namespace vk {
 
 struct RotaryQkv {
-  int64_t items;  // heads of tokens
-  int heads, tokens, prefix, width;
-  int lanes, steps;     // threads a head, a power of two; items that each such group takes
-  bool normed, centred;  // a norm; a LayerNorm
+  int64_t units;  // tokens times `batches`: the heads that a group of threads takes at once
+  int heads, batches, tokens, prefix, width;
+  int lanes, steps;              // threads a head, a power of two; units that each such group takes
+  bool normed, centred, shared;  // a norm; a LayerNorm; sines and cosines are those of all heads
   float eps;
   Heads<const char*> x, input, sin, cos;  // forward x is what was projected; backward the gradient that arrives
   Heads<char*> out;                       // sin.data null: nothing turns; out.data null: not wanted
@@ -35,8 +35,8 @@ __device__ __forceinline__ Rows from_column(Rows r, int from) {
 
 // Of a block's heads, one row of partial sums: over the groups of a warp first, then over the warps.
 template <int kParts>
-__device__ __forceinline__ void store_sums(const RotaryQkv& a, int part, int first, TwoParts& dweight,
-                                           TwoParts& dbias) {
+__device__ __forceinline__ void store_sums(const RotaryQkv& a, int part, int first, Parts<kParts>& dweight,
+                                           Parts<kParts>& dbias) {
   __shared__ float space[kWarps][2][kWidestRotaryHead];
   const int span = a.width / kParts;
 #pragma unroll
@@ -62,31 +62,37 @@ __device__ __forceinline__ void store_sums(const RotaryQkv& a, int part, int fir
   }
 }
 
+// Heads of a unit, all of which are on their way at once, as far as two blocks' registers hold them. Backward, where
+// sums and a second operand take these, it is one.
+constexpr int heads_ahead(bool aligned, int words, bool half, bool backward) {
+  return !aligned || backward ? 1 : half || words == 2 ? 2 : 4;
+}
+
 // A thread has 8 columns of a head, the same ones of every head that it takes, and of a head in halves also their
-// partners: so weights and biases, and backward the sums of their gradients, stay in registers. Its neighbours have the
-// rest of the head, whose norm is then a sum over a few lanes. All heads of a block are of q, or of k, or of v.
-template <bool kAligned, bool kHalf, bool kBackward>
-__global__ void __launch_bounds__(kThreads, kHalf || kBackward ? 2 : 3)
+// partners: so sines and cosines, and backward the sums of the vectors' gradients, stay in registers. Its neighbours
+// have the rest of the head, whose norm is then a sum over a few lanes. A block's heads are all of q, or of k, or of v.
+template <bool kAligned, int kWords, bool kHalf, bool kBackward>
+__global__ void __launch_bounds__(kThreads, kAligned ? 2 : 1)
     rotary_qkv_kernel(const __grid_constant__ RotaryQkv a) {
-  constexpr int kParts = kHalf ? 2 : 1;
+  constexpr int kParts = kHalf ? 2 : 1, kAhead = heads_ahead(kAligned, kWords, kHalf, kBackward);
   const int part = blockIdx.y, span = a.width / kParts, first = threadIdx.x % a.lanes * kLanes;
   const bool normed = a.normed && part < 2, turns = a.sin.data && part < 2;
   const int groups = kThreads / a.lanes;
-  // of the block's first item; later ones are few enough for 32 bits
-  const int64_t begin = int64_t(blockIdx.x) * groups * a.steps, begin_row = begin / a.heads;
-  const int begin_head = begin % a.heads;
+  // of the block's first unit; later ones are few enough for 32 bits
+  const int64_t begin = int64_t(blockIdx.x) * groups * a.steps, begin_row = begin / a.batches;
+  const int begin_batch = begin % a.batches;
   const int64_t begin_sample = begin_row / a.tokens;
   const int begin_token = begin_row % a.tokens;
-  const int mine = min(a.items - begin, int64_t(groups) * a.steps);  // items of the block
+  const int mine = min(a.units - begin, int64_t(groups) * a.steps);  // units of the block
 
   const auto moved = [&](auto heads, int64_t apart) {
-    heads.data += part * apart * size_of(heads.dtype);
+    heads.data += part * apart * size_in<kAligned>(heads.dtype);
     return heads;
   };
   const auto x_heads = moved(a.x, a.x_part), input_heads = moved(a.input, a.input_part);
   const auto out_heads = moved(a.out, a.out_part);
 
-  const auto load_vector = [&](TwoParts& values, const Rows& vector, float absent) {
+  const auto load_vector = [&](Parts<kParts>& values, const Rows& vector, float absent) {
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
 #pragma unroll
@@ -94,78 +100,91 @@ __global__ void __launch_bounds__(kThreads, kHalf || kBackward ? 2 : 3)
       if (normed && vector.data) load_floats<kAligned>(values[p], from_column(vector, p * span), 0, first, span);
     }
   };
-  TwoParts weight, bias, dweight = {}, dbias = {};
-  if (!kBackward) {
-    load_vector(weight, a.weight[part], 1);
-    load_vector(bias, a.bias[part], 0);
-  }
+  Parts<kParts> dweight = {}, dbias = {};
 
   for (int step = 0; step < a.steps; ++step) {  // all threads take every step: lanes add to each other's sums
-    const int item = step * groups + threadIdx.x / a.lanes;
-    const int column = item < mine ? first : span;  // from which on nothing is read or written
-    const int row = (begin_head + item) / a.heads, head = (begin_head + item) % a.heads;
+    const int unit = step * groups + threadIdx.x / a.lanes;
+    const int row = (begin_batch + unit) / a.batches, batch = (begin_batch + unit) % a.batches;
     const int64_t sample = begin_sample + (begin_token + row) / a.tokens, token = (begin_token + row) % a.tokens;
     const int64_t place = token - a.prefix;
-    const auto load_parts = [&](TwoParts& values, const Heads<const char*>& t, int64_t at, int column) {
+    const bool turned = turns && place >= 0;
+    // from which on nothing of a head is read or written
+    const auto column_of = [&](int head) { return unit < mine && head < a.heads ? first : span; };
+    Loaded<kWords> x_loaded[kAhead][kParts], hat_loaded[kParts];
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-        load_floats<kAligned>(values[p], row_of<Rows>(t, sample, head, at, p * span), 0, column, span);
-      }
-    };
-    // f(part, lane), where there is such a column
-    const auto each = [&](const auto& f) {
-#pragma unroll
-      for (int p = 0; p < kParts; ++p) {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) {
-          if (column + i < span) f(p, i);
-        }
-      }
-    };
-    const auto mean_of = [&](const auto& value) {
-      float sum = 0;
-      each([&](int p, int i) { sum += value(p, i); });
-      return sum_of_lanes(sum, a.lanes) / a.width;
-    };
-    // takes the mean away, and divides by the root of the mean square; 1 over it
-    const auto normalise = [&](TwoParts& values) {
-      const float mean = a.centred ? mean_of([&](int p, int i) { return values[p][i]; }) : 0.f;
-      each([&](int p, int i) { values[p][i] -= mean; });
-      const float rstd = 1.f / sqrtf(mean_of([&](int p, int i) { return values[p][i] * values[p][i]; }) + a.eps);
-      each([&](int p, int i) { values[p][i] *= rstd; });
-      return rstd;
-    };
-
-    TwoParts x, hat;
-    load_parts(x, x_heads, token, column);
-    if (kBackward && normed) load_parts(hat, input_heads, token, column);
-    if (!kBackward && normed) {
-      normalise(x);
-      each([&](int p, int i) { x[p][i] = x[p][i] * weight[p][i] + bias[p][i]; });
-    }
-    if (turns && place >= 0) {
-      TwoParts sine, cosine, turned;
-      load_parts(sine, a.sin, place, column);
-      load_parts(cosine, a.cos, place, column);
-      turn(turned, x, sine, cosine, kHalf, kBackward);
-      each([&](int p, int i) { x[p][i] = turned[p][i]; });
+    for (int i = 0; i < kAhead; ++i) {
+      const int head = batch + i * a.batches;
+      load_parts<kAligned>(x_loaded[i], x_heads, sample, head, token, column_of(head), span);
     }
     if (kBackward && normed) {
-      const float rstd = normalise(hat);
-      each([&](int p, int i) {
-        dweight[p][i] += x[p][i] * hat[p][i];
-        dbias[p][i] += x[p][i];
-      });
-      load_vector(weight, a.weight[part], 1);  // at each step: kept, it would halve the blocks at work
-      each([&](int p, int i) { x[p][i] *= weight[p][i]; });
-      const float centre = a.centred ? mean_of([&](int p, int i) { return x[p][i]; }) : 0.f;
-      const float slope = mean_of([&](int p, int i) { return x[p][i] * hat[p][i]; });
-      each([&](int p, int i) { x[p][i] = (x[p][i] - centre - hat[p][i] * slope) * rstd; });
+      load_parts<kAligned>(hat_loaded, input_heads, sample, batch, token, column_of(batch), span);
     }
-    if (!a.out.data) continue;
+    Parts<kParts> factor, cosine;
+    const auto load_positions = [&](int head) {
+      Loaded<> sines[kParts], cosines[kParts];
+      load_parts<kAligned>(sines, a.sin, sample, head, place, column_of(head), span);
+      load_parts<kAligned>(cosines, a.cos, sample, head, place, column_of(head), span);
+      to_floats<kAligned>(factor, sines, a.sin.dtype);
+      to_floats<kAligned>(cosine, cosines, a.cos.dtype);
+      to_factors<kParts>(factor, kBackward);
+    };
+    if (kAhead > 1 && turned && a.shared) load_positions(batch);
+
 #pragma unroll
-    for (int p = 0; p < kParts; ++p) {
-      store_floats<kAligned>(row_of<OutRows>(out_heads, sample, head, token, p * span), 0, column, span, x[p]);
+    for (int i = 0; i < kAhead; ++i) {
+      const int head = batch + i * a.batches, column = column_of(head);
+      // f(part, lane), where there is such a column
+      const auto each = [&](const auto& f) {
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+          for (int lane = 0; lane < kLanes; ++lane) {
+            if (is_inside<kAligned>(column, lane, span)) f(p, lane);
+          }
+        }
+      };
+      const auto mean_of = [&](const auto& value) {
+        float sum = 0;
+        each([&](int p, int lane) { sum += value(p, lane); });
+        return sum_of_lanes(sum, a.lanes) / a.width;
+      };
+      // takes the mean away, and divides by the root of the mean square; 1 over it
+      const auto normalise = [&](Parts<kParts>& values) {
+        const float mean = a.centred ? mean_of([&](int p, int lane) { return values[p][lane]; }) : 0.f;
+        each([&](int p, int lane) { values[p][lane] -= mean; });
+        const float square = mean_of([&](int p, int lane) { return values[p][lane] * values[p][lane]; });
+        const float rstd = 1.f / sqrtf(square + a.eps);
+        each([&](int p, int lane) { values[p][lane] *= rstd; });
+        return rstd;
+      };
+
+      Parts<kParts> x, hat, weight, bias;
+      to_floats<kAligned>(x, x_loaded[i], a.x.dtype);
+      if (!kBackward && normed) {
+        load_vector(weight, a.weight[part], 1);  // at each head, from L1: kept, they would halve the warps at work
+        load_vector(bias, a.bias[part], 0);
+        normalise(x);
+        each([&](int p, int lane) { x[p][lane] = x[p][lane] * weight[p][lane] + bias[p][lane]; });
+      }
+      if (turned) {
+        if (kAhead == 1 || !a.shared) load_positions(head);  // backward as late as this: registers hold no more at once
+        turn<kParts>(x, factor, cosine);
+      }
+      if (kBackward && normed) {
+        to_floats<kAligned>(hat, hat_loaded, a.input.dtype);
+        const float rstd = normalise(hat);
+        each([&](int p, int lane) {
+          dweight[p][lane] += x[p][lane] * hat[p][lane];
+          dbias[p][lane] += x[p][lane];
+        });
+        load_vector(weight, a.weight[part], 1);
+        each([&](int p, int lane) { x[p][lane] *= weight[p][lane]; });
+        const float centre = a.centred ? mean_of([&](int p, int lane) { return x[p][lane]; }) : 0.f;
+        const float slope = mean_of([&](int p, int lane) { return x[p][lane] * hat[p][lane]; });
+        each([&](int p, int lane) { x[p][lane] = (x[p][lane] - centre - hat[p][lane] * slope) * rstd; });
+      }
+      if (!a.out.data) continue;
+      store_parts<kAligned>(out_heads, sample, head, token, column, span, x);
     }
   }
   if constexpr (kBackward) {
@@ -175,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, kHalf || kBackward ? 2 : 3)
 
 namespace {
 
-// Items of a group of threads: enough that a row of partial sums is little beside what it sums.
-constexpr int kSteps = 4, kStepsWithSums = 16;
+// Heads of a group of threads: enough that a row of partial sums is little beside what it sums.
+constexpr int kHeadsOfGroup = 4, kHeadsWithSums = 16;
 constexpr int kSums = 4;
 
 struct Call {
@@ -197,24 +216,18 @@ Heads<Pointer> packed_heads(const Tensor& t) {
 // vectors' gradients where they are asked for.
 Tensor launch(const Launches& launches, const Call& call, const Tensor& x, const Maybe& input, const Maybe& out,
               bool backward, bool sums) {
-  const int64_t heads = x.size(3), width = x.size(4), items = x.size(0) * x.size(1) * heads;
+  const int64_t heads = x.size(3), width = x.size(4), rows = x.size(0) * x.size(1);
   const bool half = call.half && call.sin;
   const int64_t span = half ? width / 2 : width;
   RotaryQkv a{};
-  a.items = items;
   a.heads = int(heads);
   a.tokens = int(x.size(1));
   a.prefix = int(call.prefix);
   a.width = int(width);
   for (a.lanes = 1; a.lanes * kLanes < span;) a.lanes *= 2;
-  a.steps = sums ? kStepsWithSums : kSteps;
   a.normed = call.norm != "none";
   a.centred = call.norm == "layer_norm";
   a.eps = float(call.eps);
-  const int64_t parts = blocks(items, int64_t(kThreads / a.lanes) * a.steps);
-  Tensor partial = sums ? empty(x, {kSums, parts, width}, ScalarType::Float) : nothing(x);
-  if (sums) a.sums = static_cast<float*>(partial.data_ptr());
-
   bool aligned = span % kLanes == 0;
   const auto add_packed = [&](auto& to, int64_t& apart, const Maybe& t) {
     if (!t) return;
@@ -228,6 +241,7 @@ Tensor launch(const Launches& launches, const Call& call, const Tensor& x, const
   if (call.sin) {
     a.sin = heads_of<const char*>(*call.sin);
     a.cos = heads_of<const char*>(*call.cos);
+    a.shared = call.sin->size(1) == 1 && call.cos->size(1) == 1;
     // of no positions nothing is read
     aligned = aligned && (x.size(1) == call.prefix || (is_aligned(a.sin) && is_aligned(a.cos)));
   }
@@ -236,8 +250,18 @@ Tensor launch(const Launches& launches, const Call& call, const Tensor& x, const
     a.bias[i] = vector_rows(call.biases[i]);
     aligned = aligned && is_aligned(a.weight[i], width) && is_aligned(a.bias[i], width);
   }
+  const bool narrow = size_of(a.x.dtype) == 2 && (!a.input.data || size_of(a.input.dtype) == 2);
+  const int words = aligned && narrow ? 1 : 2, ahead = heads_ahead(aligned, words, half, backward);
+  a.batches = int(blocks(heads, ahead));
+  a.units = rows * a.batches;
+  a.steps = (sums ? kHeadsWithSums : kHeadsOfGroup) / ahead;
+  const int64_t parts = blocks(a.units, int64_t(kThreads / a.lanes) * a.steps);
+  const Tensor partial = sums ? empty(x, {kSums, parts, width}, ScalarType::Float) : nothing(x);
+  if (sums) a.sums = static_cast<float*>(partial.data_ptr());
   const auto kernel = [&](auto half, auto backward) {
-    return aligned ? rotary_qkv_kernel<true, half, backward> : rotary_qkv_kernel<false, half, backward>;
+    return !aligned     ? rotary_qkv_kernel<false, 2, half, backward>
+           : words == 1 ? rotary_qkv_kernel<true, 1, half, backward>
+                        : rotary_qkv_kernel<true, 2, half, backward>;
   };
   using std::true_type, std::false_type;
   launches("rotary_qkv_kernel",

@@ -40,6 +40,7 @@ import nvcc  # noqa: E402
 
 CACHE = ROOT / "build" / "ptx-cuda"
 ARCHITECTURE = 80
+BLOCKS_AT_ONCE = 4  # of every kernel on a multiprocessor, as the stand-in says
 _LAUNCH = ctypes.CFUNCTYPE(  # cudart.cpp's Launch
     ctypes.c_int,
     ctypes.c_char_p,

@@ -42,6 +42,12 @@ CUDA_CASES = [
     add_layer_norm("width 1025", (1, 3, 1025)),
     add_layer_norm("width 4104", (1, 3, 4104)),  # sums that do not fit registers
     add_layer_norm("width 4097", (1, 2, 4097)),
+    # pieces of a row, of 16 bits and of 32, without the branch's own gradients
+    *(
+        add_layer_norm(f"width {width}, {name}", (2, 5, width), vectors=("bias",), dtypes=(dtype,))
+        for width in (256, 512, 768, 1024, 1536)
+        for name, dtype in (("16 bits", BF16), ("32 bits", F32))
+    ),
     linear("1,100 rows", (1100,), 8, 72),  # partial sums of a bias
     patch_embed("chunks of tokens", 1, (65, 65), batch=2, channels=1, width=8, prefix=1, pos_embed=4226),
     patch_embed("two parts, kept", 2, (7, 7), batch=18, channels=1, width=8, prefix=1, pos_embed=50, keep=40),
