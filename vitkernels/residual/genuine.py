@@ -62,8 +62,7 @@ def why_not_read(module: nn.Module) -> str | None:
     """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook"
-    hooks = module._forward_hooks
-    if hooks and not all(any(idle(hook) for idle in IDLE_HOOKS) for hook in hooks.values()):
+    if module._forward_hooks and not all(map(is_idle, module._forward_hooks.values())):
         return "a hook"
     cls = type(module)
     if "forward" in module.__dict__ or replaced(cls):
@@ -71,6 +70,11 @@ def why_not_read(module: nn.Module) -> str | None:
     if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
         return "a __call__ of its own"  # tracers that export wrap Module's
     return why_not_weights(module) or _watched()
+
+
+def is_idle(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is known to do nothing in the call at hand; in another call it may."""
+    return any(idle(hook) for idle in IDLE_HOOKS)
 
 
 _WEIGHTS = ("weight", "bias", "gamma", "in_proj_weight")  # where one that is no parameter is an attribute
