@@ -112,7 +112,40 @@ def replaced(cls: type[nn.Module]) -> bool:
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked while tracing, not traced
 
 
-def _is_own(cls: type, forward: Any) -> bool:
+def why_not_methods(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Which of these methods, called by the `forward` that the module has, is not the one beside it in its class's
+    text; None for none. A subclass may have its own, and somebody may have put another in its place."""
+    for name in names:
+        if name in module.__dict__:
+            return f"it has a {name} of its own"
+    return _why_not_methods(stock_type(module), owner(module), names) if names else None
+
+
+_methods: dict[tuple[type, tuple[str, ...]], tuple[list[Any], str | None]] = {}
+
+
+def _why_not_methods(stock: type, definer: type, names: tuple[str, ...]) -> str | None:
+    functions = [getattr(stock, name, None) for name in names]
+    judged = _methods.get((stock, names))
+    if judged is None or judged[0] != functions:
+        judged = _methods[stock, names] = functions, _judged_methods(definer, names, functions)
+    return judged[1]
+
+
+_why_not_methods._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _judged_methods(definer: type, names: tuple[str, ...], functions: list[Any]) -> str | None:
+    for name, function in zip(names, functions, strict=True):
+        if function is not getattr(definer, name, None):
+            return f"it has a {name} of its own"
+        home = next((each for each in definer.__mro__ if name in each.__dict__), None)
+        if home is not None and not _is_own(home, home.__dict__[name], name):
+            return f"somebody replaced the {name} of {name_of(definer)}"
+    return None
+
+
+def _is_own(cls: type, forward: Any, method: str = "forward") -> bool:
     """Whether a function stands in the class's text: by its module's globals and its code's name, which wrappers that
     copy the other names cannot have."""
     home = sys.modules.get(cls.__module__)
@@ -120,7 +153,7 @@ def _is_own(cls: type, forward: Any) -> bool:
         forward = forward.__wrapped__  # type: ignore[attr-defined]
     if type(forward) is not FunctionType or home is None or forward.__globals__ is not vars(home):
         return False
-    name = f"{cls.__qualname__}.forward"
+    name = f"{cls.__qualname__}.{method}"
     return name == forward.__qualname__ == getattr(forward.__code__, "co_qualname", name)  # Python 3.11 and later
 
 

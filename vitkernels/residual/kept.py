@@ -74,7 +74,7 @@ class Kept:
 class _Tree:
     """The modules of a tree as they are now."""
 
-    __slots__ = ("_classes", "_empty", "_hooks", "_numbers", "_objects")
+    __slots__ = ("_classes", "_empty", "_hooks", "_methods", "_numbers", "_objects")
 
     def __init__(self, root: nn.Module) -> None:
         self._empty: list[Any] = []  # hooks and the like that are not there
@@ -88,8 +88,13 @@ class _Tree:
                     objects[id(value)] = value
         self._objects = [(each, type(each), self._copied(vars(each))) for each in objects.values()]
         kinds = {type(each) for each in root.modules()}
-        kinds |= {kind.stock for kind in kinds if hasattr(kind, "stock")}  # what a fused class stands for
-        self._classes = [(kind, kind.forward, kind.__call__) for kind in kinds]
+        stocks = {kind.stock: kind for kind in kinds if hasattr(kind, "stock")}  # what fused classes stand for
+        self._classes = [(kind, kind.forward, kind.__call__) for kind in {*kinds, *stocks}]
+        self._methods = [
+            (stock, name, getattr(stock, name, None))
+            for stock, kind in stocks.items()
+            for name in getattr(kind, "follows", ())
+        ]
 
     def _copied(self, own: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self._each_copied(own))
@@ -113,6 +118,8 @@ class _Tree:
         if any(self._empty):
             return False
         if any(own.get(name) is not tensor for own, name, tensor in self._numbers):
+            return False
+        if any(getattr(stock, name, None) is not method for stock, name, method in self._methods):
             return False
         if any(is_idle(hook) is not was for hook, was in self._hooks):
             return False
