@@ -123,6 +123,7 @@ PATCH_EMBED = [
     Bad("patch_embed", {"std": [0.5, 0.0, 0.5]}, ValueError, ("'std'", "[0.5, 0.0, 0.5]", "other than 0")),
 ]
 
+_LEARNED_SCALE = ("'scale'", "requires a gradient", "needs a number")
 ATTENTION = [
     Bad("attention", {"q": _zeros(2, 7, 8)}, ValueError, ("'q'", "[2, 7, 8]", "4 dimensions, [B, H, Nq, K]")),
     Bad(
@@ -136,6 +137,8 @@ ATTENTION = [
     Bad("attention", {"k": _zeros(2, 0, 9, 8)}, ValueError, ("'k'", "0 heads", "a divisor of q's 3")),
     Bad("attention", {"k": _zeros(2, 3, 9, 4)}, ValueError, ("'k'", "[2, 3, 9, 4]", "needs [2, 3, 9, 8]")),
     Bad("attention", {"v": _zeros(2, 3, 8, 8)}, ValueError, ("'v'", "[2, 3, 8, 8]", "needs [2, 3, 9, 8]", "k's shape")),
+    Bad("attention", {"scale": torch.ones((), requires_grad=True)}, TypeError, _LEARNED_SCALE),
+    Bad("attention_qkv", {"scale": torch.ones((), requires_grad=True)}, TypeError, _LEARNED_SCALE),
     Bad("attention", {"q": _integers(2, 3, 7, 8)}, TypeError, ("'q'", "torch.int64", FLOATING)),
     Bad("attention", {"k": _double(2, 3, 9, 8)}, TypeError, ("'k'", "torch.float64", "'q'", "torch.float32")),
     Bad("attention", {"v": _meta(2, 3, 9, 8)}, ValueError, ("'v'", "meta", "'q' is on cpu")),

@@ -227,6 +227,40 @@ def test_a_rate_of_drop_path_that_changes_between_calls() -> None:
     assert vk.explain(twin).summary == "3 of 3 blocks fused"
 
 
+@pytest.mark.parametrize("place", ["drop_path1.drop_prob", "attn.proj_drop.p", "mlp.drop1.p"])
+def test_a_rate_that_is_a_tensor_and_changes_where_it_lies(place: str) -> None:
+    """No module changes with it: such a dropout is called as it is."""
+    model, x = vit(drop_path_rate=0.5), images()
+    twin = vk.fuse(copy.deepcopy(model))
+    rates = [torch.tensor(0.0) for _ in range(2)]
+    for each, rate in zip((model, twin), rates, strict=True):
+        module, _, name = place.rpartition(".")
+        setattr(each.blocks[1].get_submodule(module), name, rate)
+    for value in (0.0, 0.0, 0.6, 0.6, 0.0):
+        found = []
+        for each, rate in zip((model, twin), rates, strict=True):
+            rate.fill_(value)
+            torch.manual_seed(3)
+            found.append(each(x))
+        torch.testing.assert_close(*reversed(found), atol=1e-5, rtol=1e-5)
+
+
+def test_a_scale_that_learns_is_the_stock_attentions() -> None:
+    model, x = vit(), images()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    vk.fuse(model)
+    assert "attention_qkv" in {call.op for call in check_as_stock(model, x)}
+    for block in model.blocks:
+        usual = block.attn.scale
+        del block.attn.scale
+        block.attn.scale = nn.Parameter(torch.tensor(usual))
+    calls = check_as_stock(model, x)
+    assert "attention_qkv" not in {call.op for call in calls}
+    assert "mlp" in {call.op for call in calls}
+    assert "a scale of its own" in str(vk.explain(model))
+
+
 def test_weights_that_are_loaded_between_calls_reach_a_bias_of_positions() -> None:
     """The bias is made of parameters at each call, while what else is read off a block is kept."""
     build = functools.partial(timm.create_model, "vit_relpos_small_patch16_224", img_size=32, depth=2)

@@ -113,6 +113,43 @@ def test_attentions_and_hidden_states_are_the_stock_models() -> None:
     assert vk.explain(model).fallbacks == fallbacks
 
 
+def test_attentions_that_only_some_calls_ask_for() -> None:
+    """The recorders stay where the first such call hung them; no keyword of the layer says whether they record."""
+    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+    sizes = {**WIDTHS, **MLP, "image_size": [32, 32], "patch_size": [8, 8]}
+    model = InternVLVisionModel(hf.InternVLVisionConfig(**sizes, attn_implementation="eager")).eval()
+    inputs = images()()
+    own = model(*inputs, output_attentions=True).attentions
+    vk.fuse(model)
+    for asks in (True, False, False, True, False, True):
+        with vk.record() as calls:
+            got = model(*inputs, output_attentions=asks).attentions
+        assert ("attention_qkv" in {call.op for call in calls}) is not asks
+        assert len(got or ()) == (len(own) if asks else 0)
+        for ours, theirs in zip(got or (), own, strict=False):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_gate_that_is_made_of_a_parameter_is_made_at_each_call() -> None:
+    from transformers.models.mllama.modeling_mllama import MllamaVisionEncoderLayer
+
+    config = hf.MllamaVisionConfig(hidden_size=48, attention_heads=3, intermediate_size=96)
+    layer = MllamaVisionEncoderLayer(config, is_gated=True)
+    x = torch.randn(2, 9, 48)
+    twin = vk.fuse(copy.deepcopy(layer))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-2) for each in (layer, twin)]
+    for _ in range(4):
+        expected = fused.output_and_gradients(layer, (x,))
+        got = fused.served(twin, (x,), ops=OPS - {"patch_embed"})
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+        for each, grads, optimizer in zip((layer, twin), (expected, got), optimizers, strict=True):
+            for name, parameter in each.named_parameters():
+                parameter.grad = grads[name]
+            optimizer.step()
+
+
 def test_a_users_hook_still_sees_the_attention() -> None:
     model, inputs = vit(), images()()
     own = model(*inputs).last_hidden_state

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from vitkernels.residual import genuine
 from vitkernels.residual.kept import Kept, key_of
 
 
@@ -21,6 +22,7 @@ class Tree(nn.Module):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
         self.norm = nn.BatchNorm1d(4)
+        self.factor = nn.Parameter(torch.zeros(1))
         self.rate, self.names, self.config = 0.5, ["a"], SimpleNamespace(mode="sdpa", options={})
 
 
@@ -36,6 +38,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a module": lambda tree: setattr(tree.inner, "0", nn.Linear(4, 4)),
     "a module less": lambda tree: tree.inner.__delitem__(1),
     "a parameter": lambda tree: setattr(tree.inner[0], "weight", nn.Parameter(torch.zeros(4, 4))),
+    "a parameter of one element, the same number": lambda tree: setattr(tree, "factor", nn.Parameter(torch.zeros(1))),
     "no bias": lambda tree: setattr(tree.inner[0], "bias", None),
     "a buffer": lambda tree: setattr(tree.norm, "running_mean", torch.ones(4)),
     "an attribute": lambda tree: setattr(tree, "rate", 0.25),
@@ -63,6 +66,31 @@ def test_a_forward_that_replaces_a_classs_is_seen(monkeypatch: pytest.MonkeyPatc
     assert kept.get(tree, None, lambda: 0) == 0
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     assert kept.get(tree, None, lambda: 1) == 1
+
+
+def test_a_forward_that_replaces_what_a_fused_class_stands_for_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twin(nn.Dropout):
+        stock = nn.Dropout
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    tree, kept = nn.Sequential(Twin()), Kept()
+    assert kept.get(tree, None, lambda: 0) == 0
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: 2 * x)
+    assert kept.get(tree, None, lambda: 1) == 1
+
+
+def test_a_hook_that_may_do_something_in_the_next_call_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, kept, idle = Tree(), Kept(), [True]
+    monkeypatch.setattr(genuine, "IDLE_HOOKS", [lambda hook: idle[0]])
+    tree.inner[0].register_forward_hook(print)
+    read = iter(range(10))
+    answers = []
+    for each in (True, True, False, False, True):
+        idle[0] = each
+        answers.append(kept.get(tree, None, lambda: next(read)))
+    assert answers == [0, 0, 1, 1, 2]
 
 
 def test_weights_that_learn_are_no_change() -> None:

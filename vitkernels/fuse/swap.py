@@ -22,7 +22,7 @@ from vitkernels.nn.transformer import Twin
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
 from vitkernels.residual import parts
-from vitkernels.residual.genuine import acts, owner_name, replaced, why_not_around
+from vitkernels.residual.genuine import acts, owner_name, replaced, why_not_around, why_not_methods
 from vitkernels.residual.kept import Kept, key_of
 from vitkernels.residual.stream import Branch, Part, Sublayer, pre_norm
 
@@ -56,6 +56,7 @@ class Fused(nn.Module):
     stock: ClassVar[type[nn.Module]]
     is_block: ClassVar[bool] = False  # whether it counts as a Transformer block
     replaces: ClassVar[frozenset[str]] = frozenset({"forward"})  # the stock class's methods that the mixin has too
+    follows: ClassVar[tuple[str, ...]] = ()  # methods that the stock `forward` calls, and the mixin's own does not
     reads: ClassVar[tuple[str, ...]] = ()  # names of the child that reads the tokens first; the first one there is
     axes: ClassVar[int | None] = 3  # of the tokens, as the stock module takes them; None for any number
     _vitkernels: State
@@ -120,7 +121,9 @@ class Fused(nn.Module):
 
     def why_not_own(self) -> str | None:
         """Why the module's own class must compute, whatever is called: somebody gave it another `forward`."""
-        return f"somebody replaced the forward of {owner_name(self)}" if replaced(type(self)) else None
+        if replaced(type(self)):
+            return f"somebody replaced the forward of {owner_name(self)}"
+        return why_not_methods(self, self.follows)
 
     def backend(self) -> contextlib.AbstractContextManager[object]:
         """The order of backends that `fuse` was given, around a call."""
@@ -145,7 +148,7 @@ class PreNormBlock(Fused):
 
     def why_not_joined(self) -> str | None:
         """Why a call with tokens alone is more than `sublayers()` in a row, or None where it is that."""
-        return "somebody replaced its forward" if replaced(type(self)) else None
+        return "somebody replaced its forward" if replaced(type(self)) else why_not_methods(self, self.follows)
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         """The block on its tokens, [B, N, D] to the same."""
@@ -213,7 +216,7 @@ def branch_of(name: str, child: nn.Module, call: Callable[[Tensor], Tensor] | No
     """
     why_not: str | None
     if isinstance(child, Fused):
-        why_not = parts.why_not_part(name, child) or child.why_not_now()
+        why_not = parts.why_not_part(name, child) or why_not_methods(child, child.follows) or child.why_not_now()
         if why_not is None:
             return child.branch(**options)
     else:

@@ -129,8 +129,9 @@ class Block(nn.Module):
             rows, factor, own = _drawn(x, drop_path, options)
             sublayer = self.sublayers(**own)[index]
             out = normed_branch(x.index_select(0, rows), sublayer.norm, sublayer.branch)
-            if not parts.is_identity(sublayer.scale):  # type: ignore[arg-type]
-                out = sublayer.scale(out)  # type: ignore[misc,operator]
+            scale: Any = sublayer.factor()
+            if not parts.is_identity(scale):
+                out = scale(out)
             x = x.index_add(0, rows, out.to(x.dtype), alpha=factor)
         return x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,6 +73,19 @@ def integer(value: Any) -> Any:
 def is_integer(value: Any) -> bool:
     """Whether a value, as `integer` gave it, is one; a traced size is."""
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def scale(op: str, value: Any, width: Any) -> Any:
+    """The factor on an attention's scores as a number, 1 / sqrt(width) for None; one that learns is refused: nothing
+    here makes its gradient."""
+    if value is None:
+        return 1 / math.sqrt(width)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise refused(
+            TypeError,
+            f"{op}: argument 'scale' is a tensor that requires a gradient; needs a number (what learns may multiply q)",
+        )
+    return float(value)
 
 
 def is_tensor(op: str, *, optional: dict[str, Any], **tensors: Any) -> None:

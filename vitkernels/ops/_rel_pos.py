@@ -44,7 +44,7 @@ def attention(packed: Tensor, num_heads: int, in_y: Tensor, in_x: Tensor, scale:
     _check.same_dtype("attention_rel_pos", None, qkv=packed, in_y=in_y, in_x=in_x)
     qkv = packed.unflatten(-1, (3, num_heads, -1))
     embeddings = torch.cat([in_y, in_x])
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    scale = _check.scale("attention_rel_pos", scale, qkv.shape[-1])
     if not torch.compiler.is_compiling() and look_at((packed, embeddings)) == (True, True):
         heads = _apply(qkv, embeddings, scale)
     else:

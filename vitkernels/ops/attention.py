@@ -58,7 +58,7 @@ def attention(
     _check_args(q, k, v, attn_mask, is_causal, dtype)
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = _check.scale("attention", scale, q.shape[3])
     out, _ = op(q, k, v, _as_read(attn_mask), is_causal, scale)
     return out
 
@@ -120,7 +120,7 @@ def packed_options(
     qkv: Tensor, num_heads: int, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[int, Tensor | None, bool, float]:
     """What the schema of `op_qkv` has after qkv."""
-    scale = 1 / math.sqrt(qkv.shape[2] // (3 * num_heads)) if scale is None else float(scale)
+    scale = _check.scale("attention_qkv", scale, qkv.shape[2] // (3 * num_heads))
     return num_heads, _as_read(mask), is_causal, scale
 
 

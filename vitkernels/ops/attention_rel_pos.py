@@ -7,7 +7,6 @@ else is computed, and what is kept for backward, is `attention`'s.
 
 from __future__ import annotations
 
-import math
 from typing import Any, overload
 
 import torch
@@ -63,7 +62,7 @@ def _qkv(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, *, scale: float | None = Non
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         (qkv,) = cast(dtype, qkv)
-    scale = 1 / math.sqrt(qkv.shape[4]) if scale is None else float(scale)
+    scale = _check.scale(NAME, scale, qkv.shape[4])
     out, _ = op(qkv, None, None, rel_h, rel_w, scale)
     return out.transpose(1, 2)
 
@@ -73,7 +72,7 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, *, sca
     _check_apart(q, k, v, rel_h, rel_w, dtype)
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    scale = _check.scale(NAME, scale, q.shape[3])
     out, _ = op(q, k, v, rel_h, rel_w, scale)
     return out
 

@@ -7,7 +7,6 @@ cu_seqlens[s] to cu_seqlens[s + 1], and attends to itself alone. What is compute
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, overload
@@ -84,7 +83,7 @@ def _qkv(
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         (qkv,) = cast(dtype, qkv)
-    scale = 1 / math.sqrt(qkv.shape[3]) if scale is None else float(scale)
+    scale = _check.scale(NAME, scale, qkv.shape[3])
     out, _ = op(qkv, None, None, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, is_causal, scale)
     return out
 
@@ -108,7 +107,7 @@ def _apart(
     _check_values("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k.shape[0])
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else float(scale)
+    scale = _check.scale(NAME, scale, q.shape[2])
     out, _ = op(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale)
     return out
 

@@ -62,8 +62,7 @@ def why_not_read(module: nn.Module) -> str | None:
     """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook"
-    hooks = module._forward_hooks
-    if hooks and not all(any(idle(hook) for idle in IDLE_HOOKS) for hook in hooks.values()):
+    if module._forward_hooks and not all(map(is_idle, module._forward_hooks.values())):
         return "a hook"
     cls = type(module)
     if "forward" in module.__dict__ or replaced(cls):
@@ -71,6 +70,11 @@ def why_not_read(module: nn.Module) -> str | None:
     if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
         return "a __call__ of its own"  # tracers that export wrap Module's
     return why_not_weights(module) or _watched()
+
+
+def is_idle(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is known to do nothing in the call at hand; in another call it may."""
+    return any(idle(hook) for idle in IDLE_HOOKS)
 
 
 _WEIGHTS = ("weight", "bias", "gamma", "in_proj_weight")  # where one that is no parameter is an attribute
@@ -108,7 +112,40 @@ def replaced(cls: type[nn.Module]) -> bool:
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked while tracing, not traced
 
 
-def _is_own(cls: type, forward: Any) -> bool:
+def why_not_methods(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Which of these methods, called by the `forward` that the module has, is not the one beside it in its class's
+    text; None for none. A subclass may have its own, and somebody may have put another in its place."""
+    for name in names:
+        if name in module.__dict__:
+            return f"it has a {name} of its own"
+    return _why_not_methods(stock_type(module), owner(module), names) if names else None
+
+
+_methods: dict[tuple[type, tuple[str, ...]], tuple[list[Any], str | None]] = {}
+
+
+def _why_not_methods(stock: type, definer: type, names: tuple[str, ...]) -> str | None:
+    functions = [getattr(stock, name, None) for name in names]
+    judged = _methods.get((stock, names))
+    if judged is None or judged[0] != functions:
+        judged = _methods[stock, names] = functions, _judged_methods(definer, names, functions)
+    return judged[1]
+
+
+_why_not_methods._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _judged_methods(definer: type, names: tuple[str, ...], functions: list[Any]) -> str | None:
+    for name, function in zip(names, functions, strict=True):
+        if function is not getattr(definer, name, None):
+            return f"it has a {name} of its own"
+        home = next((each for each in definer.__mro__ if name in each.__dict__), None)
+        if home is not None and not _is_own(home, home.__dict__[name], name):
+            return f"somebody replaced the {name} of {name_of(definer)}"
+    return None
+
+
+def _is_own(cls: type, forward: Any, method: str = "forward") -> bool:
     """Whether a function stands in the class's text: by its module's globals and its code's name, which wrappers that
     copy the other names cannot have."""
     home = sys.modules.get(cls.__module__)
@@ -116,7 +153,7 @@ def _is_own(cls: type, forward: Any) -> bool:
         forward = forward.__wrapped__  # type: ignore[attr-defined]
     if type(forward) is not FunctionType or home is None or forward.__globals__ is not vars(home):
         return False
-    name = f"{cls.__qualname__}.forward"
+    name = f"{cls.__qualname__}.{method}"
     return name == forward.__qualname__ == getattr(forward.__code__, "co_qualname", name)  # Python 3.11 and later
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from vitkernels.residual.genuine import is_idle
+
 Value = TypeVar("Value")
 _MOST_CHANGES = 32  # in a row: a tree that changes at each call (as some wrappers have it) is not compared any more
 _NO_CONFIGURATION = (nn.Module, Tensor, type, dict, list, set, FunctionType, BuiltinFunctionType, MethodType)
@@ -72,10 +74,12 @@ class Kept:
 class _Tree:
     """The modules of a tree as they are now."""
 
-    __slots__ = ("_classes", "_empty", "_objects")
+    __slots__ = ("_classes", "_empty", "_hooks", "_methods", "_numbers", "_objects")
 
     def __init__(self, root: nn.Module) -> None:
         self._empty: list[Any] = []  # hooks and the like that are not there
+        self._numbers: list[tuple[Mapping[str, Any], str, Tensor]] = []  # tensors of one element: they compare by value
+        self._hooks = [(hook, is_idle(hook)) for each in root.modules() for hook in each._forward_hooks.values()]
         objects: dict[int, Any] = {}
         for module in root.modules():
             objects[id(module)] = module
@@ -84,23 +88,40 @@ class _Tree:
                     objects[id(value)] = value
         self._objects = [(each, type(each), self._copied(vars(each))) for each in objects.values()]
         kinds = {type(each) for each in root.modules()}
-        self._classes = [(kind, kind.forward, kind.__call__) for kind in kinds]
+        stocks = {kind.stock: kind for kind in kinds if hasattr(kind, "stock")}  # what fused classes stand for
+        self._classes = [(kind, kind.forward, kind.__call__) for kind in {*kinds, *stocks}]
+        self._methods = [
+            (stock, name, getattr(stock, name, None))
+            for stock, kind in stocks.items()
+            for name in getattr(kind, "follows", ())
+        ]
 
     def _copied(self, own: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self._each_copied(own))
 
     def _each_copied(self, own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        self._note_numbers(own)
         for name, value in own.items():
             if isinstance(value, dict | list | set) and not value:
                 self._empty.append(value)  # itself: it is compared by identity, and asked whether it is still empty
             elif isinstance(value, dict):
+                self._note_numbers(value)
                 value = dict(value)
             elif isinstance(value, list | set):
                 value = value.copy()
             yield name, value
 
+    def _note_numbers(self, own: Mapping[str, Any]) -> None:
+        self._numbers += [(own, *item) for item in own.items() if isinstance(item[1], Tensor) and item[1].numel() == 1]
+
     def is_unchanged(self) -> bool:
         if any(self._empty):
+            return False
+        if any(own.get(name) is not tensor for own, name, tensor in self._numbers):
+            return False
+        if any(getattr(stock, name, None) is not method for stock, name, method in self._methods):
+            return False
+        if any(is_idle(hook) is not was for hook, was in self._hooks):
             return False
         for kind, forward, call in self._classes:
             if kind.forward is not forward or kind.__call__ is not call:

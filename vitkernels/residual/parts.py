@@ -58,7 +58,14 @@ def drops_nothing(module: nn.Module | None) -> bool:
     """Whether calling this Dropout, Identity or None would change nothing."""
     if module is None or is_identity(module):
         return True
-    return owner(module) is nn.Dropout and why_not_read(module) is None and dropout_rate(module) == 0.0
+    if owner(module) is not nn.Dropout or isinstance(getattr(module, "p", None), Tensor):
+        return False  # a tensor's value may change, and nothing of the module with it
+    return why_not_read(module) is None and dropout_rate(module) == 0.0
+
+
+def is_usual(scale: Any, usual: float) -> bool:
+    """Whether an attention's factor on its scores is a number, and this one; a tensor may learn."""
+    return isinstance(scale, float | int) and scale == usual
 
 
 # --------------------------------------------------------------------------------------------- LayerNorm and RMSNorm
@@ -219,6 +226,8 @@ def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:
         return None
     if known.drop_path_draw(module) is None:
         return f"{name} is {_told_apart(stock_type(module), 'DropPath')}, not DropPath"
+    if isinstance(_path_rate(module), Tensor):  # its value may change, and nothing of the module with it
+        return f"{name} has a tensor for a rate"
     return why_not_part(name, module)
 
 
@@ -226,7 +235,12 @@ def drops_paths(module: nn.Module | None) -> bool:
     """Whether the module, one that `why_not_drop_path` lets pass, drops something now."""
     if module is None or not module.training or is_identity(module):
         return False
-    return bool(getattr(module, "drop_prob", None) or getattr(module, "p", None))  # torchvision has the second
+    return bool(_path_rate(module))
+
+
+def _path_rate(module: nn.Module) -> Any:
+    rate = getattr(module, "drop_prob", None)
+    return getattr(module, "p", None) if rate is None else rate  # torchvision has the second
 
 
 def drop_path_factor(module: nn.Module | None, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:

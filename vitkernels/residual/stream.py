@@ -130,31 +130,43 @@ class _Read(NamedTuple):
 
 @dataclass(slots=True)
 class Sublayer:
-    """One residual step of a block, by its parts; `name` is what `explain` calls it ("attn")."""
+    """One residual step of a block, by its parts; `name` is what `explain` calls it ("attn").
+
+    A scale that is made of parameters is a function, asked at each call: what is read off a block is kept for the next.
+    """
 
     name: str
     norm: nn.Module
     branch: Branch
-    scale: nn.Module | Tensor | None = None
+    scale: nn.Module | Tensor | Callable[[], Tensor] | None = None
     drop_path: nn.Module | None = None
     ends: bool = False  # whether it is the last one of a block that is followed by another
     _read: tuple[Any, _Read] | None = None
 
     def read(self, width: int, again: bool | None) -> _Read:
-        """Its modules for tokens of this width; read once, as long as the object lives."""
-        if self._read is None or self._read[0] != (width, again):
-            why_not = parts.why_not_scale("", self.scale, width) or parts.why_not_drop_path("", self.drop_path)
-            gamma = parts.scale_parameter(self.scale) if why_not is None else None
-            drop_path = self.drop_path if why_not is None and parts.drops_paths(self.drop_path) else None
-            norm = _parameters_of(self.norm, width, again)
-            self._read = (width, again), _Read(norm, why_not is None, gamma, drop_path)
-        return self._read[1]
+        """Its modules for tokens of this width; read once, as long as the object lives, if no scale is made anew."""
+        if self._read is not None and self._read[0] == (width, again):
+            return self._read[1]
+        scale = self.factor()
+        why_not = parts.why_not_scale("", scale, width) or parts.why_not_drop_path("", self.drop_path)
+        gamma = parts.scale_parameter(scale) if why_not is None else None
+        drop_path = self.drop_path if why_not is None and parts.drops_paths(self.drop_path) else None
+        norm = _parameters_of(self.norm, width, again)
+        read = _Read(norm, why_not is None, gamma, drop_path)
+        if scale is self.scale:
+            self._read = (width, again), read
+        return read
+
+    def factor(self) -> nn.Module | Tensor | None:
+        """The scale, made now where it is a function."""
+        scale = self.scale
+        return scale if scale is None or isinstance(scale, nn.Module | Tensor) else scale()
 
     def parts(self) -> list[Part]:
         """The rows of `explain`: the branch, and the residual add with its norm."""
         reasons = (
             parts.why_not_layer_norm(f"the norm of {self.name}", self.norm),
-            parts.why_not_scale(f"the scale of {self.name}", self.scale, self._width()),
+            parts.why_not_scale(f"the scale of {self.name}", self.factor(), self._width()),
             parts.why_not_drop_path(f"the drop path of {self.name}", self.drop_path),
         )
         why_not = next((reason for reason in reasons if reason is not None), None)
@@ -163,7 +175,7 @@ class Sublayer:
 
     def _width(self) -> int:
         """D, as the norm has it; the scale's own where the norm says nothing."""
-        tensors = (getattr(self.norm, "weight", None), parts.scale_parameter(self.scale))
+        tensors = (getattr(self.norm, "weight", None), parts.scale_parameter(self.factor()))
         return next((each.shape[-1] for each in tensors if isinstance(each, Tensor) and each.dim()), 0)
 
 
@@ -337,7 +349,7 @@ def _waiting(x: Tensor, read: _Read, out: Tensor, bias: Tensor | None, widen: bo
 
 def added_now(x: Tensor, sublayer: Sublayer, out: Tensor, widen: bool) -> Tensor:
     """The sum by the modules themselves."""
-    scale, drop_path = sublayer.scale, sublayer.drop_path
+    scale, drop_path = sublayer.factor(), sublayer.drop_path
     if isinstance(scale, Tensor):
         out = out * scale
     elif not parts.is_identity(scale):

@@ -73,6 +73,8 @@ def attention_step(
     """
 
     heads = _check.integer(num_heads)
+    if isinstance(scale, Tensor):
+        _check.scale("attention", scale, None)  # refused now: read off a block, it would stay what it is
 
     def arguments(bias_apart: bool) -> tuple[Any, ...]:
         bias = None if bias_apart else proj.bias

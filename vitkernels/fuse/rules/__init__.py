@@ -62,7 +62,7 @@ def all_rules() -> tuple[Rule, ...]:
 def match(module: nn.Module) -> Match | None:
     """The rule for a module; None where there is none."""
     names = _names(module)
-    known = [Match(rule, rule.contract(module), True) for rule in all_rules() if names & rule.owners]
+    known = [Match(rule, _declined(rule, module), True) for rule in all_rules() if names & rule.owners]
     known = [each for each in known if each.declined is None or not each.rule.is_common]
     if known:  # several, where versions of a class differ
         return next((each for each in known if each.declined is None), known[0])
@@ -70,6 +70,10 @@ def match(module: nn.Module) -> Match | None:
         if rule.structure is not None and rule.structure(module) and rule.contract(module) is None:
             return Match(rule, None, False)
     return _relative(module)
+
+
+def _declined(rule: Rule, module: nn.Module) -> str | None:
+    return rule.contract(module) or genuine.why_not_methods(module, rule.mixin.follows)
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -27,7 +27,7 @@ class FusedWindowAttention(FusedPlainAttention):
 
     def why_not_now(self) -> str | None:
         attn: Any = self
-        usual = attn.fused_attn or attn.scale == (attn.qkv.in_features // attn.num_heads) ** -0.5
+        usual = attn.fused_attn or parts.is_usual(attn.scale, (attn.qkv.in_features // attn.num_heads) ** -0.5)
         return None if usual else "a scale of its own"
 
     def is_plain(self) -> bool:

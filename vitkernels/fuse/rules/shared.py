@@ -22,6 +22,7 @@ class FusedPatchConv(Fused):
     transposed, as every ViT does next, they are contiguous again without a copy.
     """
 
+    follows = ("_conv_forward",)
     axes = 4
 
     def reader(self) -> object:

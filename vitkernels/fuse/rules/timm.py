@@ -51,7 +51,7 @@ def _why_not_heads(attn: Any) -> str | None:
     if width % attn.num_heads:
         return f"{attn.num_heads} heads do not make up its width"
     usual = (getattr(attn, "head_dim", None) or width // attn.num_heads or 1) ** -0.5
-    plain = getattr(attn, "fused_attn", False) or getattr(attn, "scale", usual) == usual
+    plain = getattr(attn, "fused_attn", False) or parts.is_usual(getattr(attn, "scale", usual), usual)
     return None if plain else "a scale of its own"
 
 

@@ -42,7 +42,7 @@ class FusedImageAttention(FusedPartitionAttention):
 
     def why_not_now(self) -> str | None:
         attn: Any = self
-        usual = attn.fused_attn or attn.scale == attn.dim_head**-0.5
+        usual = attn.fused_attn or parts.is_usual(attn.scale, attn.dim_head**-0.5)
         reason = None if usual else "a scale of its own"
         drops = (attn.attn_drop.p if attn.training else 0.0) or not parts.drops_nothing(attn.attn_drop)
         reason = reason or ("a dropout of attention's weights" if drops else None)

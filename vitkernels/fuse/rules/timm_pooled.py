@@ -50,7 +50,7 @@ class FusedUnitAttention(FusedPlainAttention):
 
     def why_not_now(self) -> str | None:
         attn: Any = self
-        return None if attn.fused_attn or attn.scale == attn.head_dim**-0.5 else "a scale of its own"
+        return None if attn.fused_attn or parts.is_usual(attn.scale, attn.head_dim**-0.5) else "a scale of its own"
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         attn: Any = self
@@ -66,7 +66,7 @@ class FusedScaleAttention(FusedPlainAttention):
 
     def why_not_now(self) -> str | None:
         attn: Any = self
-        plain = attn.fused_attn or attn.scale == (attn.dim_out // attn.num_heads) ** -0.5
+        plain = attn.fused_attn or parts.is_usual(attn.scale, (attn.dim_out // attn.num_heads) ** -0.5)
         return None if plain else "a scale of its own"
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
@@ -144,7 +144,7 @@ class FusedTinyAttention(FusedPlainAttention):
         attn: Any = self
         if attn.val_dim != attn.key_dim:
             return "its values are wider than its keys"
-        return None if attn.fused_attn or attn.scale == attn.key_dim**-0.5 else "a scale of its own"
+        return None if attn.fused_attn or parts.is_usual(attn.scale, attn.key_dim**-0.5) else "a scale of its own"
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         attn: Any = self

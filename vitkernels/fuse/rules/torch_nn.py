@@ -21,7 +21,6 @@ from vitkernels.fuse.multihead import (
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import PreNormBlock
 from vitkernels.residual import parts
-from vitkernels.residual.genuine import owner, stock_type
 from vitkernels.residual.stream import Sublayer, post_norm
 from vitkernels.residual.sublayers import dropped, mlp_branch
 
@@ -71,6 +70,8 @@ class FusedLayer(PreNormBlock):
 class FusedEncoderLayer(FusedLayer):
     """torch.nn.TransformerEncoderLayer, its adds run with the norms that follow them."""
 
+    follows = ("_sa_block", "_ff_block")
+
     def forward(
         self,
         src: Tensor,
@@ -100,6 +101,8 @@ class FusedEncoderLayer(FusedLayer):
 
 class FusedDecoderLayer(FusedLayer):
     """torch.nn.TransformerDecoderLayer: attention to its own tokens, to the encoder's memory, and feed-forward."""
+
+    follows = ("_sa_block", "_mha_block", "_ff_block")
 
     def why_not_joined(self) -> str | None:
         return "it reads an encoder's memory"
@@ -149,43 +152,30 @@ class FusedDecoderLayer(FusedLayer):
         ]
 
 
-def _own_step(layer: nn.Module, *steps: str) -> str | None:
-    """Which of the methods that the stock `forward` calls the layer has a version of its own of; None for none."""
-    stock, cls = owner(layer), stock_type(layer)
-    own = (step for step in steps if getattr(cls, step) is not getattr(stock, step) or step in vars(layer))
-    return next((f"it has a {step} of its own" for step in own), None)
-
-
 _LAYER = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
 
 ENCODER_LAYER = Rule(
     FusedEncoderLayer,
     frozenset({"torch.nn.modules.transformer.TransformerEncoderLayer"}),
-    lambda layer: (
-        differs(layer, ("src", "src_mask", "src_key_padding_mask", "is_causal"), _LAYER, ("activation",))
-        or _own_step(layer, "_sa_block", "_ff_block")
-    ),
+    lambda layer: differs(layer, ("src", "src_mask", "src_key_padding_mask", "is_causal"), _LAYER, ("activation",)),
 )
 DECODER_LAYER = Rule(
     FusedDecoderLayer,
     frozenset({"torch.nn.modules.transformer.TransformerDecoderLayer"}),
-    lambda layer: (
-        differs(
-            layer,
-            (
-                "tgt",
-                "memory",
-                "tgt_mask",
-                "memory_mask",
-                "tgt_key_padding_mask",
-                "memory_key_padding_mask",
-                "tgt_is_causal",
-                "memory_is_causal",
-            ),
-            (*_LAYER, "multihead_attn", "norm3", "dropout3"),
-            ("activation",),
-        )
-        or _own_step(layer, "_sa_block", "_mha_block", "_ff_block")
+    lambda layer: differs(
+        layer,
+        (
+            "tgt",
+            "memory",
+            "tgt_mask",
+            "memory_mask",
+            "tgt_key_padding_mask",
+            "memory_key_padding_mask",
+            "tgt_is_causal",
+            "memory_is_causal",
+        ),
+        (*_LAYER, "multihead_attn", "norm3", "dropout3"),
+        ("activation",),
     ),
 )
 ATTENTION = Rule(

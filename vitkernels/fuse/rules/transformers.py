@@ -296,7 +296,7 @@ class FusedMllamaLayer(FusedLayer):
         steps = super().sublayers(**options)
         if layer.is_gated:
             for step, gate in zip(steps, (layer.gate_attn, layer.gate_ffn), strict=True):
-                step.scale = gate.tanh().expand(layer.hidden_size)
+                step.scale = lambda gate=gate: gate.tanh().expand(layer.hidden_size)
         return steps
 
 

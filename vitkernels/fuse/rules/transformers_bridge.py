@@ -20,6 +20,7 @@ _MLP = ("c_fc", "gelu", "c_proj")
 class FusedBridgeLayer(PreNormBlock):
     """BridgeTowerResidualAttention: tokens as [N, B, D]."""
 
+    follows = ("attention",)
     reads = ("ln_1",)
 
     def forward(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:

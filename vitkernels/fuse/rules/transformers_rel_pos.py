@@ -23,6 +23,7 @@ STEPS = "linear, attention_rel_pos, linear"
 class FusedSamAttention(FusedAttention):
     """SamVisionAttention: written out; tokens are [B, height, width, D], an image's or a window's."""
 
+    follows = ("get_decomposed_rel_pos",)
     axes = 4
     steps = STEPS
     has_functions = False
@@ -92,6 +93,7 @@ class FusedVitDetAttention(FusedSamAttention):
 class FusedSegGptAttention(FusedVitDetAttention):
     """SegGptAttention: two values are returned, weights or none."""
 
+    follows = ("add_decomposed_rel_pos",)
     spelling = Spelling(("qkv",), "proj", "num_attention_heads", "scale", is_causal=False)
 
     def forward(  # type: ignore[override]

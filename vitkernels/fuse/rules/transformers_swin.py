@@ -110,6 +110,7 @@ def _without_last_path(steps: list[Sublayer]) -> list[Sublayer]:
 class FusedSwinLayer(FusedLayer):
     """SwinLayer: windows, shifted in every other layer."""
 
+    follows = ("cyclic_shift",)
     names = Names(
         ("layernorm_before", "layernorm_after"),
         "attention",
