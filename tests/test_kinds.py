@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,6 +144,40 @@ def test_equal_constants_of_another_type_are_checked_anew() -> None:
         vk.ops.attention_qkv(qkv, 1)
     with pytest.raises(ValueError, match="num_heads"):
         vk.ops.attention_qkv(qkv, True)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_scale_that_is_a_tensor_is_read_at_each_call(learns: bool) -> None:
+    qkv, scale = torch.randn(2, 5, 24, requires_grad=learns), torch.tensor(0.5)
+    for value in (0.5, 0.5, 0.5, 0.5, 2.0):
+        scale.fill_(value)
+        found = vk.ops.attention_qkv(qkv, 2, scale=scale)  # type: ignore[arg-type]
+        assert torch.equal(found, vk.ops.attention_qkv(qkv, 2, scale=value))
+
+
+def test_an_object_that_gives_a_number_is_asked_at_each_call() -> None:
+    class Scale:
+        value = 0.5
+
+        def __float__(self) -> float:
+            return self.value
+
+    qkv, scale = torch.randn(2, 5, 24), Scale()
+    for _ in range(CALLS):
+        vk.ops.attention_qkv(qkv, 2, scale=scale)  # type: ignore[arg-type]
+    Scale.value = 2.0
+    found = vk.ops.attention_qkv(qkv, 2, scale=scale)  # type: ignore[arg-type]
+    assert torch.equal(found, vk.ops.attention_qkv(qkv, 2, scale=2.0))
+
+
+def test_weights_in_a_tuple_are_not_held() -> None:
+    x, gate, up, down = torch.randn(3, 8), torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 6)
+    held = weakref.ref(gate)
+    for _ in range(CALLS):
+        vk.ops.glu_mlp(x, (gate, up), None, down, None)
+    del gate
+    gc.collect()
+    assert held() is None
 
 
 def test_what_is_made_of_a_tensor_is_made_of_each_calls_own() -> None:

@@ -20,6 +20,7 @@ from vitkernels.tape import FROM_CALL
 
 MOST = 4096  # kinds of calls that are remembered
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TOLD = frozenset({*_PLAIN, int, float, bool, str, type(None), torch.dtype})  # others may change, or hold tensors
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -106,6 +107,7 @@ class Note:
         if len(self._calls) != 1 or len(names) != sum(isinstance(each, Tensor) for each in given):
             return None  # another call may give two tensors where this one gave one
         apply, launcher, args, results = self._calls[0]
+        used: set[str] = set()
         space: dict[str, Any] = {"launch": launcher, "apply": apply, "set_autocast": torch.set_autocast_enabled}
         inner: list[str] = []
         for arg in args:
@@ -115,11 +117,16 @@ class Note:
                 if id(before) not in names:
                     return None
                 space[f"c{len(space)}"] = space_dtype
+                used.add(names[id(before)])
                 name = f"{names[id(before)]}.to(c{len(space) - 1})"
-            elif name is None:
+            elif name is not None:
+                used.add(name)
+            else:
                 name = f"c{len(space)}"
                 space[name] = arg
             inner.append(name)
+        if len(used) != len(names):
+            return None  # a tensor that the op did not get was read for its value, such as a scale
         several = isinstance(results, tuple)
         handed = {id(each): f"out[{index}]" for index, each in enumerate(results)} if several else {id(results): "out"}
         outer = [handed.get(id(each), names.get(id(each))) for each in (result if type(result) is tuple else (result,))]
@@ -164,7 +171,7 @@ def remembered(function: Callable[Given, Result]) -> Callable[Given, Result]:
         if found is None or not given or type(given[0]) not in _PLAIN:
             return function(*args, **kwargs)
         types = tuple(map(type, given))
-        if tuple in types or list in types:  # tensors in them would be taken for constants
+        if not _TOLD.issuperset(types):
             return function(*args, **kwargs)
         device = given[0].device.type  # type: ignore[attr-defined]
         autocast = None
