@@ -52,7 +52,12 @@ def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
     the same with their tensors (`vitkernels.tape`). A profiler changes nothing: what it sees, it sees at each launch.
     Devices are part of it: who asks looks himself for tensors without memory.
     """
-    if _transformed() or _watched():
+    if (  # as `_transformed` and `_watched`, which would be two calls more
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._is_tracing()
+    ):
         return None
     found: list[Any] = []
     for arg in args:

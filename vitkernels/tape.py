@@ -12,6 +12,7 @@ tensors come from its arguments. What a tape cannot write down runs as ever.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class Program:
     calls: tuple[Any, ...]
     same: tuple[tuple[int, int], ...]
     ready: Callable[[], bool] | None
+
+    @functools.cached_property
+    def always(self) -> bool:
+        """Whether it may stand for every call of its kind."""
+        return not self.same and self.ready is None
 
     def serves(self, inputs: tuple[Any, ...]) -> bool:
         """Whether it may stand for a call with these inputs now."""
@@ -290,7 +296,7 @@ class Taped:
         if torch.autograd._profiler_enabled():  # it wants to see what the function does
             return self._function(*inputs)
         program = self.program
-        if program is not None and program.serves(inputs):
+        if program is not None and (program.always or program.serves(inputs)):
             for each in records:
                 each.extend(program.calls)
             return program.run(*inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,13 @@ def wide(tensor: Tensor) -> Tensor:
 def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A gradient that was not asked for: opaque ops return tensors, so it is one of no elements."""
     return like.new_empty(0, dtype=dtype)
+
+
+def asked_for(needs: Sequence[bool], gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients, or None where `nothing` stands in a place."""
+    if all(needs):
+        return tuple(gradients)
+    return tuple([gradient if needed else None for needed, gradient in zip(needs, gradients, strict=True)])
 
 
 def given(needed: bool, gradient: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import autocast_dtype, given, nothing, wide
+from vitkernels.ops._amp import asked_for, autocast_dtype, nothing, wide
 from vitkernels.ops.mlp import ACTIVATIONS, activate
 
 Pair = tuple[Tensor, Tensor]
@@ -140,7 +140,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:7])
     grads = op.backward(dy, *ctx.saved_tensors, ctx.activation, needs)
-    return *(given(need, grad) for need, grad in zip(needs, grads, strict=True)), None, None
+    return *asked_for(needs, grads), None, None
 
 
 def _fake(x: Tensor, w_gate_up, b_gate_up, w_up, b_up, w_down: Tensor, b_down, activation: str, save: bool):

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import autocast_dtype, given, nothing, wide
+from vitkernels.ops._amp import asked_for, autocast_dtype, nothing, wide
 
 
 @remembered
@@ -63,8 +63,7 @@ def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, None, None
     x, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = op.backward(dy, x, weight, needs)
-    return tuple(given(need, grad) for need, grad in zip(needs, grads, strict=True))
+    return asked_for(needs, op.backward(dy, x, weight, needs))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

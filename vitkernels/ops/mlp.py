@@ -16,7 +16,7 @@ from torch import Tensor
 from vitkernels.kinds import remembered
 from vitkernels.op import Op
 from vitkernels.ops import _check
-from vitkernels.ops._amp import autocast_dtype, given, nothing, wide
+from vitkernels.ops._amp import asked_for, autocast_dtype, nothing, wide
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
@@ -97,7 +97,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]
     needs = list(ctx.needs_input_grad[:5])
     x, w1, pre, w2 = ctx.saved_tensors
     grads = op.backward(dy, x, pre, w1, w2, ctx.activation, needs)
-    return *(given(need, grad) for need, grad in zip(needs, grads, strict=True)), None, None
+    return *asked_for(needs, grads), None, None
 
 
 def _fake(x: Tensor, w1: Tensor, b1, w2: Tensor, b2, activation: str, save: bool) -> tuple[Tensor, Tensor]:
