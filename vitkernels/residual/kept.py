@@ -18,6 +18,7 @@ from vitkernels.residual.genuine import is_idle
 Value = TypeVar("Value")
 _MOST_CHANGES = 32  # in a row: a tree that changes at each call (as some wrappers have it) is not compared any more
 _NO_CONFIGURATION = (nn.Module, Tensor, type, dict, list, set, FunctionType, BuiltinFunctionType, MethodType)
+_TENSORS = (Tensor, nn.Parameter)  # others may refuse to be asked
 _SIMPLE = (type(None), bool, int, float, str)
 
 
@@ -112,7 +113,7 @@ class _Tree:
             yield name, value
 
     def _note_numbers(self, own: Mapping[str, Any]) -> None:
-        self._numbers += [(own, *item) for item in own.items() if isinstance(item[1], Tensor) and item[1].numel() == 1]
+        self._numbers += [(own, *item) for item in own.items() if type(item[1]) in _TENSORS and item[1].numel() == 1]
 
     def is_unchanged(self) -> bool:
         if any(self._empty):
