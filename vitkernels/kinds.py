@@ -107,7 +107,13 @@ class Note:
         self._calls.append((apply, launcher, args, results))
 
     def way(self, given: Sequence[Any], result: Any, device: str, autocast: bool) -> Callable[..., Any] | None:
-        """(*given) -> result, for calls of the kind; None where more was done to tensors than casts."""
+        """(*given) -> result, for calls of the kind; None where more was done to tensors than casts.
+
+        Args:
+            given, result: of the public op.
+            device: type of its tensors' device.
+            autocast: whether autocast is on there.
+        """
         names = {id(each): f"a{index}" for index, each in enumerate(given) if isinstance(each, Tensor)}
         if len(self._calls) != 1 or len(names) != sum(isinstance(each, Tensor) for each in given):
             return None  # another call may give two tensors where this one gave one
@@ -118,12 +124,13 @@ class Note:
         for arg in args:
             name = names.get(id(arg)) if isinstance(arg, Tensor) else None
             if isinstance(arg, Tensor) and name is None:
-                before, space_dtype = self._casts.get(id(arg), (None, None))
+                before, dtype = self._casts.get(id(arg), (None, None))
                 if id(before) not in names:
                     return None
-                space[f"c{len(space)}"] = space_dtype
+                constant = f"c{len(space)}"
+                space[constant] = dtype
                 used.add(names[id(before)])
-                name = f"{names[id(before)]}.to(c{len(space) - 1})"
+                name = f"{names[id(before)]}.to({constant})"
             elif name is not None:
                 used.add(name)
             else:
@@ -138,13 +145,14 @@ class Note:
         if None in outer:
             return None
         answer = f"({', '.join(map(str, outer))},)" if type(result) is tuple else outer[0]
-        call = f"launch({', '.join(inner)})" if apply is None else f"apply({', '.join(inner)}, launch)"
-        lines = [f"out = {call}"]
+        lines = [f"v{index} = {name}" for index, name in enumerate(inner)]
+        cast = ", ".join(f"v{index}" for index in range(len(inner)))
+        call = f"out = launch({cast})" if apply is None else f"out = apply({cast}, launch)"
         if autocast:  # dtypes are settled: inside the op it would cast again
-            casts = [f"v{index} = {name}" for index, name in enumerate(inner)]
-            call = call.replace(", ".join(inner), ", ".join(f"v{index}" for index in range(len(inner))), 1)
-            lines = [*casts, f"set_autocast({device!r}, False)", "try:", f"    out = {call}"]
-            lines += ["finally:", f"    set_autocast({device!r}, True)"]
+            switch = f"set_autocast({device!r}, "
+            lines += [f"{switch}False)", "try:", f"    {call}", "finally:", f"    {switch}True)"]
+        else:
+            lines.append(call)
         body = "\n    ".join([*lines, f"return {answer}"])
         exec(f"def run({', '.join(f'a{index}' for index in range(len(given)))}):\n    {body}\n", space)
         return space["run"]
