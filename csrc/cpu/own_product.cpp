@@ -25,7 +25,7 @@ Parts as_parts(const Parted& b) {
 // Whether a product is the gradient of a large weight. Nothing reads it before the optimizer does: past the caches, what it
 // would overwrite is not fetched, and what they hold stays.
 bool to_stream(const Product& p) {
-  constexpr int64_t fewest = 1 << 18, line = 16;  // elements: half of a usual L2, a line of the cache
+  constexpr int64_t fewest = 1 << 15, line = 16;  // elements
   return p.a.col != 1 && p.then == Then::store && p.out_dtype == DType::f32 && p.m * p.n >= fewest && p.n % line == 0 &&
          reinterpret_cast<uintptr_t>(p.out) % (4 * line) == 0;
 }
