@@ -51,8 +51,10 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
   // Rows are cut the same way for any number of threads, for the sake of the sums.
   constexpr int64_t most_parts = 32;
   const int64_t tiles = (p.m + sizes.rows - 1) / sizes.rows, blocks = (tiles + sizes.tiles - 1) / sizes.tiles;
-  // Of a few blocks for the matrix unit each panel is made where it is used, in cache, and again for each block.
-  const bool in_turn = sizes.by_tiles && p.a.col == 1 && !panels && blocks <= 3;
+  // Of a few blocks for the matrix unit each panel is made where it is used, in cache, and again for each block. But rows of
+  // bfloat16 along k, which take little time to multiply, are read panel beside panel, not each page again for two lines.
+  const bool across = sizes.by_tiles && p.dtype == DType::bf16 && p.b.row != 1;
+  const bool in_turn = sizes.by_tiles && p.a.col == 1 && !panels && blocks <= 3 && !across;
   int64_t parts = in_turn ? blocks : 1;
   while (parts < most_parts && parts * sizes.tiles < tiles) parts *= 2;
   std::vector<float> own_sums(sums ? parts * columns : 0);
@@ -81,7 +83,7 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
         kernel.product(p, own, row, row_end, i, i + 1, to, scratch, i > first);
       }
     });
-  } else if (parts == 1 && p.a.col == 1 && !panels) {  // so few rows that each panel is read once, and may stay in cache
+  } else if (parts == 1 && p.a.col == 1 && !panels && !across) {  // so few rows that each panel is read once, and may stay in cache
     constexpr int64_t cached = 1 << 17;                // floats, half of a usual L2
     const int64_t fair = (sizes.panels + threads - 1) / threads;
     const int64_t some = std::clamp<int64_t>(cached / sizes.panel, 1, fair), tasks = (sizes.panels + some - 1) / some;

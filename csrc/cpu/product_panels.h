@@ -70,17 +70,29 @@ VK_INLINE int64_t even_step(int64_t count, int64_t most) {
   return (count + steps - 1) / steps;
 }
 
-// Word p of a panel in pieces, of two rows in memory.
-VK_INLINE void pack_split(float* panel, int64_t p, int64_t k, const char* in, int64_t k_step, int64_t columns) {
-  const float *first = at<float>(in, 0), *second = first + k_step;
+// Word p of a panel for the matrix unit, of two rows in memory.
+template <class W, class S>
+VK_INLINE void pack_word(float* panel, int64_t p, int64_t k, const char* in, int64_t k_step, int64_t columns) {
   const bool two = 2 * p + 1 < k;
 #pragma GCC unroll 4
   for (int64_t c = 0; c < kPanel; c += kFloats) {
-    Vec<float> words[3];
-    split(load_up_to(first + c, columns - c), two ? load_up_to(second + c, columns - c) : Vec<float>{}, words, 1);
-    float* const to = panel + in_panel<Thirds>(p, c, k);
+    Vec<float> words[pieces<W>];
+    const int64_t count = columns - c < kFloats ? columns - c : kFloats;
+    if constexpr (S::size != 4) {
+      words[0] = Vec<float>{};
+      if (count > 0) interleave(W{}, reinterpret_cast<float*>(words), in + c * S::size, k_step, 0, two ? 2 : 1, count);
+    } else {
+      const float* const first = at<float>(in, c);
+      const Vec<float> low = load_up_to(first, count), high = two ? load_up_to(first + k_step, count) : Vec<float>{};
+      if constexpr (pieces<W> > 1) {
+        split(low, high, words, 1);
+      } else {
+        words[0] = (Vec<float>)rounded_pairs(low, high);
+      }
+    }
+    float* const to = panel + in_panel<W>(p, c, k);
 #pragma GCC unroll 3
-    for (int64_t piece = 0; piece < 3; ++piece) store(to + piece * kPieceStep, words[piece]);
+    for (int64_t piece = 0; piece < pieces<W>; ++piece) store(to + piece * kPieceStep, words[piece]);
   }
 }
 
@@ -103,14 +115,12 @@ void pack_rows(const Product& p, float* packed, int64_t first, int64_t last) {
           }
         }
         float* const to = packed + (panel - first) * p.panel_step;
-        if constexpr (pieces<W> > 1) {
-          pack_split(to, k, p.k, in, p.b.row, columns);
+        if constexpr (by_tiles<W>) {
+          pack_word<W, S>(to, k, p.k, in, p.b.row, columns);
         } else {
-          alignas(64) float line[kPanel];
-          float* const out = by_tiles<W> ? line : to + k * kPanel;
+          float* const out = to + k * kPanel;
           interleave_any<W, S>(out, kPanel, in, p.b.row, 0, p.k - k * per_word<W>, columns);
           for (int64_t c = columns; c < kPanel; ++c) out[c] = 0;
-          if (by_tiles<W>) put_words<W>(to, k, p.k, line);
         }
       }
     }
