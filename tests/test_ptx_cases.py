@@ -24,7 +24,7 @@ if kernels.interpreting():
 
 from ptx import alike, cuda, driver, sample  # noqa: E402  # needs triton
 from ptx.attempt import Outcome, attempt  # noqa: E402
-from ptx.emulate import Store  # noqa: E402
+from ptx.store import Store  # noqa: E402
 from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Trial, everything, named  # noqa: E402
 
 NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
