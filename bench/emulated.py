@@ -19,7 +19,7 @@ def sentence(emulated: Rows) -> str:
         told = [_of(each, list(emulated.of(each).values()), emulated.trials[each]) for each in compilers]
         parts.append(f"of {title} {', '.join(told) or NONE}")
     trial = "a trial is a case in a layout and dtype on a GPU"
-    return f"Executed so by `make emulate` ({trial}): {'; '.join(parts)}.\n"
+    return f"Executed on a CPU by `make emulate` ({trial}): {'; '.join(parts)}.\n"
 
 
 def _of(compiler: str, found: list[Row], total: int) -> str:

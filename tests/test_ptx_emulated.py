@@ -257,6 +257,8 @@ def test_which_files_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [a == b for a, b in zip(empty, kernel, strict=True)] == [False, False, True]
     case = told("tests/cases.py")
     assert [a == b for a, b in zip(kernel, case, strict=True)] == [True, False, True]
+    assert told("vitkernels/dispatch.py")[1] != case[1]
+    case = told("vitkernels/train/loop.py")
     assert told("tests/ptx/emulate.py") == told("tests/ptx/rows.py") == told("tests/ptx/store.py") == case
     assert not set(told("tests/ptx/warp.py")) & set(case)
 

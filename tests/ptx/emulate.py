@@ -222,11 +222,13 @@ def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespac
         held = {} if options.quick or options.fresh else _held(backend, jobs, store, options.results, console)
         left = [(number, trial) for number, trial in jobs if place_of(trial) not in held]
         run = functools.partial(_attempt, backend, options.quick)
-        work(store, together(left), run, console, store.settled)
+        try:
+            work(store, together(left), run, console, store.settled)
+        finally:  # stopped, too, what is whole is kept
+            if not options.quick:
+                record(store, compiler(backend), held, options.results)
         table, failed = table_of_trials([trial for _, trial in left], store, held)
         console.print(table)
-        if not options.quick:
-            record(store, compiler(backend), held, options.results)
         good = not failed
     if options.faults or (options.faults is None and not options.only and not options.quick and not options.capability):
         chosen = [(number, each) for number, each in enumerate(KERNELS) if each.backend == backend]

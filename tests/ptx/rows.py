@@ -27,6 +27,7 @@ LAUNCHES = {
     "triton": ("vitkernels/kernels/**/*.py", *_CASES),
     "cuda": ("vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", *_CASES),
 }
+_ON_THE_WAY = ("vitkernels/*.py", "vitkernels/ops/**/*.py")  # from a call to its launches
 KERNELS = {"triton": ("vitkernels/kernels/**/*.py",), "cuda": ("csrc/cuda/*", "csrc/shared/*")}
 
 Place = tuple[str, str, str, str]  # GPU, op, dtype, "cases" of the list or "models"
@@ -54,7 +55,7 @@ def kernels(backend: str) -> str:
 
 def files(backend: str) -> str:
     """Of all files that decide about a trial: where they are the same, it need not be compiled to know its launches."""
-    return _short(f"{digest(LAUNCHES[backend])} {machine()}")
+    return _short(f"{digest((*LAUNCHES[backend], *_ON_THE_WAY))} {machine()}")
 
 
 def digest_of(keys: Iterable[str]) -> str:
