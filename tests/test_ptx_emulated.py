@@ -44,7 +44,10 @@ class Here:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function(*arguments))
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -215,6 +218,29 @@ def test_a_known_finding_comes_before_a_row(checkout: Checkout) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in wrong))
     assert checkout.emulate(fresh_checkout=False)[0] == 1
     assert [row.failed for row in checkout.rows().values()] == [2, 1]
+
+
+def test_a_run_that_is_stopped_leaves_the_rows_that_are_whole(checkout: Checkout) -> None:
+    """They are run one after the other, whatever the order of the cases."""
+    checkout.file.unlink()
+    checkout.patch.setattr(emulate, "everything", lambda backend: [TRIALS[1], TRIALS[0], TRIALS[2]])
+    emulate._trials.cache_clear()
+    executing = emulate.attempt
+
+    def stopped(trial: Trial) -> Any:
+        if trial == TRIALS[0]:
+            raise RuntimeError("stopped")
+        return executing(trial)
+
+    checkout.patch.setattr(emulate, "attempt", stopped)
+    checkout.patch.setattr(emulate, "WORKERS", 0)  # one job after the other
+    with pytest.raises(RuntimeError, match="stopped"):
+        checkout.emulate()
+    assert checkout.executed == [str(TRIALS[1])]
+    assert list(checkout.rows()) == ["linear"]
+    checkout.patch.setattr(emulate, "attempt", executing)
+    assert checkout.emulate(fresh_checkout=False)[:2] == (0, [str(TRIALS[0])])
+    assert sorted(checkout.rows()) == ["linear", "rotary"]
 
 
 def test_parts_of_a_row_are_not_written(checkout: Checkout) -> None:

@@ -217,6 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespace, console: Console) -> bool:
     """What was asked for of one backend; gives whether all is well."""
     store = Store.of(backend, options.fresh)
+    order = {place: number for number, place in enumerate(by_place(trial for _, trial in jobs))}
+    jobs = sorted(jobs, key=lambda job: order[place_of(job[1])])  # row by row: one that is whole is kept
     good = True
     if jobs and not options.faults:
         held = {} if options.quick or options.fresh else _held(backend, jobs, store, options.results, console)
