@@ -18,9 +18,13 @@ pytest.importorskip("triton", reason="the machine executes what triton compiles"
 if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
 
+from case import Case
 from ptx import alike, driver, emulate, rows, store  # needs triton
 from ptx.rows import Row, Rows
 from ptx.trials import BF16, Trial, named
+from triton import knobs
+
+from vitkernels.kernels import mlp_kernels, rotary
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import emulated
@@ -93,8 +97,8 @@ class Checkout:
         return {row.op: row for row in Rows.read(self.file).rows}
 
     def edited(self, text: str = "edited") -> None:
-        """Let files be others, whatever comes of them."""
-        self.patch.setattr(rows, "files", lambda backend: text)
+        """Let sources be others, whatever compiles of them."""
+        self.patch.setattr(alike, "sources", lambda trial: f"{text} {trial}")
 
     def plant(self, old: str, new: str, kernel: str = "rotary") -> None:
         """Let a kernel's compiled text be another."""
@@ -107,6 +111,11 @@ class Checkout:
             return call(ptx, name, *rest)
 
         self.patch.setattr(driver, "Call", planted)
+
+
+def known(found: dict[str, Row]) -> dict[str, Row]:
+    """Rows, whatever their sources."""
+    return {op: replace(row, sources="") for op, row in found.items()}
 
 
 @pytest.fixture
@@ -134,7 +143,7 @@ def test_what_is_written(checkout: Checkout) -> None:
     assert checkout.file.read_text() == expected
 
 
-def test_a_row_of_the_same_files_is_neither_compiled_nor_run(checkout: Checkout) -> None:
+def test_a_row_of_the_same_sources_is_neither_compiled_nor_run(checkout: Checkout) -> None:
     before = checkout.file.read_text()
     assert checkout.emulate() == (0, [], [])
     assert checkout.file.read_text() == before
@@ -144,13 +153,14 @@ def test_a_row_of_the_same_launches_is_compiled_and_not_run(checkout: Checkout) 
     before = checkout.rows()
     checkout.edited()
     assert checkout.emulate() == (0, [], list(map(str, TRIALS)))
-    assert checkout.rows() == {op: replace(row, files="edited") for op, row in before.items()}
+    assert known(checkout.rows()) == known(before)
+    assert all(row.sources != before[op].sources for op, row in checkout.rows().items())
     # what was compiled to know it is not compiled again, nor taken for run once the row is gone
     checkout.edited("edited again")
     assert checkout.emulate(fresh_checkout=False) == (0, [], [])
     checkout.file.unlink()
     assert checkout.emulate(fresh_checkout=False)[:2] == (0, list(map(str, TRIALS[:2])))
-    assert {op: row.digest for op, row in checkout.rows().items()} == {op: row.digest for op, row in before.items()}
+    assert known(checkout.rows()) == known(before)
 
 
 def test_other_kernels_are_run(checkout: Checkout) -> None:
@@ -194,12 +204,12 @@ def test_a_finding_is_not_hidden(checkout: Checkout) -> None:
         checkout.plant("mul.f32", "add.f32")
         assert checkout.emulate()[:2] == (1, [str(TRIALS[0])])
         assert (checkout.rows()["rotary"].failed, checkout.rows()["rotary"].passed) == (1, False)
-        assert checkout.rows()["linear"] == replace(passed["linear"], files="edited")
-        assert checkout.emulate()[:2] == (1, [str(TRIALS[0])])  # the same files, digest and all
+        assert known(checkout.rows())["linear"] == known(passed)["linear"]
+        assert checkout.emulate()[:2] == (1, [str(TRIALS[0])])  # the same sources, digest and all
         assert checkout.emulate(fresh_checkout=False)[:2] == (1, [])
         checkout.patch = own
     assert checkout.emulate()[:2] == (0, [str(TRIALS[0])])
-    assert checkout.rows()["rotary"] == replace(passed["rotary"], files="edited")
+    assert known(checkout.rows()) == known(passed)
 
 
 def test_a_finding_of_a_part_voids_the_row(checkout: Checkout) -> None:
@@ -255,9 +265,12 @@ def test_record_takes_outcomes_of_these_kernels_alone(
     checkout: Checkout, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path,) = checkout.outcomes()
-    other = path.rename(path.with_name("emulate-triton-3.6.0-0123456789abcdef.jsonl"))
+    other = path.rename(path.with_name("emulate-triton-0.0.0-0123456789abcdef.jsonl"))
     before = checkout.file.read_text()
     command = ("--results", str(checkout.file), "--record")
+    assert emulate.main([*command, str(other)]) == 2
+    assert "needs triton-0.0.0, to see what it is of; here is triton-" in capsys.readouterr().out
+    other = other.rename(path.with_name(f"emulate-{store.compiler('triton')}-0123456789abcdef.jsonl"))
     assert emulate.main([*command, str(other)]) == 2
     assert "another machine" in capsys.readouterr().out
     assert emulate.main([*command, str(path)]) == 2
@@ -269,24 +282,61 @@ def test_record_takes_outcomes_of_these_kernels_alone(
     assert checkout.file.read_text() == before
 
 
-def test_which_files_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel's text changes both digests, a case's one, and what says what is done none."""
+def test_which_files_are_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ROOT", tmp_path)
 
-    def told(path: str) -> tuple[str, str, str]:
+    def told(path: str) -> str:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(path)
-        return rows.kernels("triton"), rows.files("triton"), rows.machine()
+        return rows.kernels("triton")
 
     empty = told("README.md")
     kernel = told("vitkernels/kernels/configs/mlp.py")
-    assert [a == b for a, b in zip(empty, kernel, strict=True)] == [False, False, True]
-    case = told("tests/cases.py")
-    assert [a == b for a, b in zip(kernel, case, strict=True)] == [True, False, True]
-    assert told("vitkernels/dispatch.py")[1] != case[1]
-    case = told("vitkernels/train/loop.py")
-    assert told("tests/ptx/emulate.py") == told("tests/ptx/rows.py") == told("tests/ptx/store.py") == case
-    assert not set(told("tests/ptx/warp.py")) & set(case)
+    assert kernel != empty
+    others = (
+        "tests/cases.py",
+        "vitkernels/ops/mlp.py",
+        "tests/ptx/emulate.py",
+        "tests/ptx/rows.py",
+        "tests/ptx/store.py",
+    )
+    assert set(map(told, others)) == {kernel}
+    assert told("tests/ptx/warp.py") != kernel  # of the machine
+
+
+def test_sources_are_told_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what compiling looks at: kernels, the kinds of arguments, constants, the GPU; and how numbers are drawn."""
+
+    def compiles(**launch: Any) -> bool:
+        raise AssertionError(f"compiles {launch}")
+
+    def told(case: Case, capability: tuple[int, int] = (9, 0), processors: int = 1) -> str:
+        return alike.sources(Trial(case, BF16, capability, processors))
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", compiles)
+    norm, product = named("add_layer_norm: 197 tokens", "mlp: gelu, blocked gemm")
+    columns, odd = named("attention: strides, 16 bits, q channels_last", "attention: strides, 16 bits, q offset")
+    found = [
+        told(norm),
+        told(norm, (8, 0)),
+        told(norm, processors=132),
+        told(product),
+        told(product, (8, 0)),
+        told(ROTARY),
+    ]
+    assert "" not in found
+    assert len(set(found)) == len(found)
+    assert [told(norm), told(product)] == [found[0], found[3]]
+    assert told(columns) != told(odd)
+    monkeypatch.setattr(mlp_kernels.mlp_forward, "hash", "of another text")
+    assert told(product) not in found
+    assert told(norm) == found[0]
+
+
+def test_a_kernel_whose_text_changes_and_compiles_to_the_same_is_not_run(checkout: Checkout) -> None:
+    checkout.patch.setattr(rotary.rotary_kernel, "hash", "of another text")
+    assert checkout.emulate() == (0, [], [str(TRIALS[0])])
+    assert checkout.emulate() == (0, [], [])
 
 
 def test_the_sentence(checkout: Checkout) -> None:

@@ -10,8 +10,8 @@ while launches, machine and reference are the same. Of trials that are alike (`a
 outcome. Two processes, progress, a table at the end; exit code 1 where something failed.
 
 What of it is whole goes to bench/results/emulated.json (`rows`). A row there that passed is not run again in another
-checkout either, as long as its digest is that of its trials: of the same files it is, otherwise its trials are compiled
-to know it. --record writes the rows that files of build/ make whole, and runs nothing.
+checkout either, as long as its digest is that of its trials: of the same sources it is, which takes milliseconds to
+know; otherwise its trials are compiled. --record writes the rows that files of build/ make whole, and runs nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ptx import alike, cuda, rows, sample
 from ptx.attempt import attempt
 from ptx.plant import KERNELS, Planted, listing, plant
 from ptx.rows import Place, Row, Rows, digest
-from ptx.store import Store, by_place, compiler, found_wrong, hold, place_of, rows_of, same_files, whole
+from ptx.store import Store, by_place, compiler, found_wrong, hold, place_of, rows_of, same_sources, whole
 from ptx.trials import BACKENDS, Trial, everything
 
 WORKERS = 2
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     if options.record:
         reasons = [_record(path, options.results, console) for path in options.record]
-        console.print("\n".join(filter(None, reasons)), highlight=False)
+        console.print("\n".join(filter(None, reasons)), highlight=False, soft_wrap=True)
         return 2 if any(reasons) else 0
     reason = cuda.why_not()
     if reason is not None and "cuda" in (options.backend or BACKENDS):
@@ -246,10 +246,10 @@ def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespac
 
 
 def _held(backend: str, jobs: list[tuple[int, Trial]], store: Store, path: Path, console: Console) -> dict[Place, Row]:
-    """Rows of the repository's file that hold, so that their trials need not run: for their files or their launches."""
+    """Rows of the repository's file that hold, for sources or launches are the same: their trials need not run."""
     all_of = by_place(_trials(backend, False))
     passed = whole([trial for _, trial in jobs], Rows.read(path).of(compiler(backend)), all_of)
-    same = same_files(passed, backend)
+    same = same_sources(store, passed, all_of)
     unsure = [(number, trial) for number, trial in jobs if place_of(trial) in passed.keys() - same]
     if unsure:
         console.print(f"{path.name}: {len(unsure)} trials are compiled, to see whether they launch what was executed")
@@ -277,6 +277,9 @@ def _record(path: Path, results: Path, console: Console) -> str | None:
     named = re.fullmatch(r"emulate-(\w+-.+)-([0-9a-f]+)\.jsonl", path.name)
     if named is None or not path.exists():
         return f"--record {path}: needs a file of build/, emulate-<compiler>-<digest of the machine>.jsonl"
+    here = compiler(rows.backend_of(named[1]))
+    if named[1] != here:
+        return f"--record {path}: needs {named[1]}, to see what it is of; here is {here}"
     if named[2] != rows.machine():
         return f"--record {path}: was executed by another machine than tests/ptx is now"
     store = Store(path, digest(rows.LAUNCHES[rows.backend_of(named[1])]))

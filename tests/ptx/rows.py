@@ -27,7 +27,6 @@ LAUNCHES = {
     "triton": ("vitkernels/kernels/**/*.py", *_CASES),
     "cuda": ("vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", *_CASES),
 }
-_ON_THE_WAY = ("vitkernels/*.py", "vitkernels/ops/**/*.py")  # from a call to its launches
 KERNELS = {"triton": ("vitkernels/kernels/**/*.py",), "cuda": ("csrc/cuda/*", "csrc/shared/*")}
 
 Place = tuple[str, str, str, str]  # GPU, op, dtype, "cases" of the list or "models"
@@ -53,13 +52,8 @@ def kernels(backend: str) -> str:
     return _short(f"{digest(KERNELS[backend])} {machine()}")
 
 
-def files(backend: str) -> str:
-    """Of all files that decide about a trial: where they are the same, it need not be compiled to know its launches."""
-    return _short(f"{digest((*LAUNCHES[backend], *_ON_THE_WAY))} {machine()}")
-
-
 def digest_of(keys: Iterable[str]) -> str:
-    """A row's, of its trials' keys on this machine; "" where one of them could not be told."""
+    """A row's, of its trials' keys, or of their sources, on this machine; "" where one of them could not be told."""
     found = sorted(set(keys))
     return "" if "" in found else _short(" ".join([machine(), *found]))
 
@@ -79,7 +73,8 @@ class Row:
         launches: executed for it. Trials that are alike are executed once, for the first row that has one.
         failed: trials with a finding.
         digest: of its trials' keys and the machine; "" where trials are missing, or launch what cannot be told.
-        kernels, files: what these functions gave when the row was last seen to be valid.
+        sources: the same of what is known without compiling (`alike.sources`).
+        kernels: what `kernels` gave when the row was last seen to be valid.
     """
 
     compiler: str
@@ -91,8 +86,8 @@ class Row:
     launches: int
     failed: int
     digest: str
+    sources: str
     kernels: str
-    files: str
 
     @property
     def place(self) -> Place:

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from ptx import cuda, rows
+from ptx import alike, cuda, rows
 from ptx.attempt import Outcome
 from ptx.rows import ROOT, Place, Row, digest
 from ptx.trials import REAL, Trial, name_of
@@ -47,6 +47,7 @@ class Store:
         self.done: dict[str, dict[str, Any]] = {each["name"]: each for each in lines if each["launches_of"] == launches}
         self.ran = {each["key"]: each for each in lines if each.get("key") and "faults" in each}
         self.held: set[str] = set()
+        self._sources: dict[Place, str] = {}
 
     @classmethod
     def of(cls, backend: str, fresh: bool) -> Store:
@@ -77,6 +78,12 @@ class Store:
         if own is None or "faults" in own or "counts" in own:  # or planted faults
             return own is not None
         return own["key"] in self.ran or own["key"] in self.held
+
+    def sources(self, place: Place, trials: list[Trial]) -> str:
+        """Of a row's trials, `Row.sources`."""
+        if place not in self._sources:
+            self._sources[place] = rows.digest_of(map(alike.sources, trials))
+        return self._sources[place]
 
     def outcome(self, trial: Trial) -> tuple[Outcome, bool]:
         """What came of a trial, and whether it was run itself rather than one alike."""
@@ -109,10 +116,11 @@ def whole(trials: list[Trial], before: dict[Place, Row], all_of: dict[Place, lis
     return {p: row for p, row in before.items() if row.passed and p in all_of and asked.get(p) == len(all_of[p])}
 
 
-def same_files(passed: dict[Place, Row], backend: str) -> set[Place]:
-    """Rows that are valid for nothing has changed that decides about a trial."""
-    now = rows.files(backend)
-    return {place for place, row in passed.items() if row.files == now}
+def same_sources(store: Store, passed: dict[Place, Row], all_of: dict[Place, list[Trial]]) -> set[Place]:
+    """Rows that are valid for their trials would compile what was compiled."""
+    return {
+        place for place, row in passed.items() if row.sources and row.sources == store.sources(place, all_of[place])
+    }
 
 
 def hold(store: Store, row: Row, trials: list[Trial]) -> bool:
@@ -139,12 +147,13 @@ def rows_of(store: Store, compiler: str, all_of: dict[Place, list[Trial]], held:
         held: rows that are valid as they are.
     """
     backend = rows.backend_of(compiler)
-    now = {"kernels": rows.kernels(backend), "files": rows.files(backend)}
+    now = rows.kernels(backend)
     counted = set(store.held)
     found = []
     for place, trials in all_of.items():
         if place in held:
-            found.append(replace(held[place], trials=len(trials), **now))
+            sources = store.sources(place, trials)
+            found.append(replace(held[place], trials=len(trials), sources=sources, kernels=now))
             continue
         settled = [trial for trial in trials if store.settled(str(trial))]
         outcomes = [store.outcome(trial)[0] for trial in settled]
@@ -155,8 +164,7 @@ def rows_of(store: Store, compiler: str, all_of: dict[Place, list[Trial]], held:
         for key, outcome in zip(keys, outcomes, strict=True):
             launches += outcome.launches if key not in counted else 0
             counted |= {key} - {""}
-        is_whole = len(settled) == len(trials)
-        found.append(
-            Row(compiler, *place, len(settled), launches, failed, rows.digest_of(keys) if is_whole else "", **now)
-        )
+        whole_row = len(settled) == len(trials)
+        digests = (rows.digest_of(keys), store.sources(place, trials)) if whole_row else ("", "")
+        found.append(Row(compiler, *place, len(settled), launches, failed, *digests, now))
     return found
