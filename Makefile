@@ -95,7 +95,7 @@ audit: .venv/.built .venv/.cuda $(TRITON_PATH) ## compile every kernel without a
 audit-short: .venv/.built .venv/.cuda $(TRITON_PATH) ## one row of each kernel: Triton's for sm_90, CUDA C++ for sm_80
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m bench.audit --short
 
-emulate: .venv/.built .venv/.cuda $(TRITON_PATH) ## run every case on the compiled kernels, Triton's and CUDA C++, executed by a PTX machine on the CPU (hours; goes on where it stopped)
+emulate: .venv/.built .venv/.cuda $(TRITON_PATH) ## run every case on the compiled kernels, Triton's and CUDA C++, executed by a PTX machine on the CPU (hours; goes on where it stopped, runs nothing of bench/results/emulated.json that launches the same)
 	env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH):tests $(PY) -m ptx.emulate
 
 tune: ## on a machine with an NVIDIA GPU: time what could stand in the rows of configs.py, under 8 minutes

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import coverage, headline, host, plots, scaling, tables, versions
+from ptx.rows import Rows
+
+from bench import coverage, emulated, headline, host, plots, scaling, tables, versions
 from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
@@ -43,6 +45,7 @@ class Results:
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
+    emulated: Rows = field(default_factory=Rows)
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -58,6 +61,8 @@ class Results:
                 found.host = content
             elif path.stem == versions.FILE.stem:
                 found.versions = content
+            elif path.stem == emulated.FILE.stem:
+                found.emulated = Rows.read(path)
             elif isinstance(content, dict) and {"device", "kind", "versions", "rows"} <= content.keys():
                 found.devices[path.stem] = content
         return found
@@ -95,6 +100,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "memory": _for_each(tables.memory),
     "work": lambda results: tables.work(list(results.devices.values())),
     "versions": lambda results: versions.table(results.versions) if results.versions else "Not yet measured.\n",
+    "emulated": lambda results: emulated.sentence(results.emulated),
     "scaling": lambda results: scaling.page(list(results.devices.values())),
 }
 

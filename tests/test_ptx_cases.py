@@ -24,7 +24,7 @@ if kernels.interpreting():
 
 from ptx import alike, cuda, driver, sample  # noqa: E402  # needs triton
 from ptx.attempt import Outcome, attempt  # noqa: E402
-from ptx.emulate import Store  # noqa: E402
+from ptx.store import Store  # noqa: E402
 from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Trial, everything, named  # noqa: E402
 
 NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
@@ -110,10 +110,10 @@ def test_kernels_that_change_leave_what_is_launched_as_before(tmp_path: Path) ->
     assert again.outcome(other) == (Outcome(["wrong"]), True)
 
 
-def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+def emulate(results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "ptx.emulate", *arguments],
+        [sys.executable, "-m", "ptx.emulate", "--results", str(results), *arguments],
         env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
         capture_output=True,
         text=True,
@@ -134,14 +134,14 @@ def test_a_reference_that_changes_does_not_stand_for_others(monkeypatch: pytest.
     assert {op for op in before if after[op] != before[op]} == {"attention_varlen", "rotary_qkv"}
 
 
-def test_the_command() -> None:
+def test_the_command(tmp_path: Path) -> None:
     """make emulate: a table and exit code 0 where all is well; 2 where nothing is called so."""
 
     def written() -> int:
         records = (ROOT / "build").glob("emulate-*.jsonl")
         return sum(each.read_text().count('"sm_90 x1 bfloat16 linear: one row"') for each in records)
 
-    chosen = ("--quick", "--backend", "triton", "--only", "bfloat16 linear: one row")
+    chosen = (tmp_path / "rows.json", "--quick", "--backend", "triton", "--only", "bfloat16 linear: one row")
     done = emulate(*chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sm_90" in done.stdout
@@ -151,11 +151,11 @@ def test_the_command() -> None:
     again = emulate(*chosen)
     assert again.returncode == 0
     assert written() == before, "what was done is done again"
-    assert emulate("--only", "no such case").returncode == 2
+    assert emulate(tmp_path / "rows.json", "--only", "no such case").returncode == 2
 
 
 @NO_COMPILER
-def test_the_command_runs_cuda_cpp() -> None:
-    done = emulate("--backend", "cuda", "--only", "sm_80 x1 float32 linear: one row")
+def test_the_command_runs_cuda_cpp(tmp_path: Path) -> None:
+    done = emulate(tmp_path / "rows.json", "--backend", "cuda", "--only", "sm_80 x1 float32 linear: one row")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda sm_80" in done.stdout

@@ -2,110 +2,48 @@
 
     python -m ptx.emulate [--backend triton cuda] [--only TEXT] [--capability 80 90] [--quick] [--faults | --no-faults]
                           [--fresh]
+    python -m ptx.emulate --record build/emulate-*.jsonl
 
 Every case in every layout and dtype on every capability, launches of real models last, then planted faults: of Triton's
 kernels, and of the extension's CUDA C++ where there is a toolkit. What was done is kept under build/ and not done again
 while launches, machine and reference are the same. Of trials that are alike (`alike`) one is run, the others have its
 outcome. Two processes, progress, a table at the end; exit code 1 where something failed.
+
+What of it is whole goes to bench/results/emulated.json (`rows`). A row there that passed is not run again in another
+checkout either, as long as its digest is that of its trials: of the same sources it is, which takes milliseconds to
+know; otherwise its trials are compiled. --record writes the rows that files of build/ make whole, and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
-import json
+import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ptx import alike, cuda, sample
-from ptx.attempt import Outcome, attempt
+from ptx import alike, cuda, rows, sample
+from ptx.attempt import attempt
 from ptx.plant import KERNELS, Planted, listing, plant
-from ptx.trials import BACKENDS, Trial, everything, name_of
+from ptx.rows import Place, Row, Rows, digest
+from ptx.store import Store, by_place, compiler, found_wrong, hold, place_of, rows_of, same_sources, whole
+from ptx.trials import BACKENDS, Trial, everything
 
-ROOT = Path(__file__).parents[2]
 WORKERS = 2
 JOBS = 400  # of a process: Triton keeps all that it compiled there, 4 GB in an hour
 ENOUGH = 0.95  # of the planted faults that are not redundant
-# what decides, beside launches, numbers drawn and references, what comes of a trial
-MACHINE = ("tests/ptx/*.py", "tests/ptx/*.cpp", "tests/accuracy.py", "vitkernels/accuracy.py")
-# files there that say what is done, and how it is kept
-CHOOSING = ("emulate.py", "trials.py", "sample.py", "plant.py", "alike.py")
-# what decides about launches, numbers and references
-_CASES = ("tests/case*.py", "tests/layouts.py", "tests/draws.py", "tests/ptx/trials.py", "vitkernels/ops/*.py")
-LAUNCHES = {
-    "triton": ("vitkernels/kernels/**/*.py", *_CASES),
-    "cuda": ("vitkernels/ext*.py", "csrc/nvcc.py", "csrc/cuda/*", "csrc/shared/*", *_CASES),
-}
 LISTS = {"triton": "REDUNDANT.md", "cuda": "REDUNDANT-cuda.md"}
-
-
-def digest(patterns: tuple[str, ...], without: tuple[str, ...] = ()) -> str:
-    """Of the files' contents."""
-    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.name not in without)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-
-
-def compiler(backend: str) -> str:
-    """What compiles a backend's kernels, with its version."""
-    if backend == "triton":
-        return f"triton-{triton.__version__}"
-    toolkit = cuda.nvcc.find()
-    assert toolkit is not None, cuda.why_not()
-    return f"nvcc-{toolkit.version}"
-
-
-class Store:
-    """Outcomes, a line each in a file of this compiler and machine.
-
-    Kernels that change leave the outcomes of trials whose launches are what they were: those are compiled again, but
-    not run again.
-
-    Attributes:
-        done: lines by name, of these kernels.
-        ran: lines of trials that were run, by what they launched (`alike.digest`).
-    """
-
-    def __init__(self, path: Path, launches: str) -> None:
-        self.path, self._launches = path, launches
-        lines = list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-        self.done: dict[str, dict[str, Any]] = {each["name"]: each for each in lines if each["launches_of"] == launches}
-        self.ran = {each["key"]: each for each in lines if each.get("key") and "faults" in each}
-
-    @classmethod
-    def of(cls, backend: str, fresh: bool) -> Store:
-        path = ROOT / "build" / f"emulate-{compiler(backend)}-{digest(MACHINE, CHOOSING)}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        if fresh:
-            path.unlink(missing_ok=True)
-        return cls(path, digest(LAUNCHES[backend]))
-
-    def add(self, name: str, outcome: dict[str, Any]) -> None:
-        line = self.done[name] = {"name": name, "launches_of": self._launches} | outcome
-        if outcome.get("key") and "faults" in outcome:
-            self.ran[outcome["key"]] = line
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def outcome(self, trial: Trial) -> tuple[Outcome, bool]:
-        """What came of a trial, and whether it was run itself rather than one alike."""
-        own = self.done[str(trial)]
-        found = own if "faults" in own else self.ran[own["key"]]
-        names = [each.name for each in fields(Outcome)]
-        return Outcome(**{name: found[name] for name in names}), found is own
 
 
 def _prepare() -> None:
@@ -136,6 +74,11 @@ def _attempt(backend: str, short: bool, numbers: list[int], known: frozenset[str
     return outcomes
 
 
+def _describe(backend: str, short: bool, numbers: list[int], known: frozenset[str]) -> list[dict[str, Any]]:
+    """What trials launch, without running them."""
+    return [{"key": alike.digest(_trials(backend, short)[number])} for number in numbers]
+
+
 def _plant(numbers: list[int], known: frozenset[str]) -> list[dict[str, Any]]:
     return [asdict(plant(KERNELS[number])) for number in numbers]
 
@@ -155,9 +98,10 @@ def work(
     jobs: list[Job],
     run: Callable[[list[int], frozenset[str]], list[dict[str, Any]]],
     console: Console,
+    done_already: Callable[[str], bool],
 ) -> None:
     """Do what is not done yet, in order, on two processes."""
-    left = [job for job in jobs if not store.done.keys() >= set(job[0])]
+    left = [job for job in jobs if not all(map(done_already, job[0]))]
     total, todo = (sum(len(names) for names, _ in each) for each in (jobs, left))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -172,7 +116,7 @@ def work(
 
         def start() -> None:
             for names, numbers in waiting:
-                running[pool.submit(run, numbers, frozenset(store.ran))] = names
+                running[pool.submit(run, numbers, store.known())] = names
                 return
 
         for _ in range(WORKERS + 1):
@@ -188,24 +132,29 @@ def work(
                     progress.console.print(f"[red]{name}[/red]\n{fault}", highlight=False)
 
 
-def table_of_trials(trials: list[Trial], store: Store) -> tuple[Table, int]:
-    """Trials by capability, op and dtype; and how many failed."""
+def table_of_trials(trials: list[Trial], store: Store, held: dict[Place, Row]) -> tuple[Table, int]:
+    """Trials by capability, op and dtype, then rows that hold; and how many failed."""
     table = Table("GPU", "op", "dtype", "trials", "alike", "launches", "failed", "seconds")
-    rows: dict[tuple[str, str, str], list[tuple[Outcome, bool]]] = defaultdict(list)
-    for trial in trials:
-        dtype = str(trial.dtype).removeprefix("torch.")
-        rows[name_of(trial.capability, trial.backend), trial.case.op, dtype].append(store.outcome(trial))
     total = [0] * 5
-    for row, outcomes in rows.items():
-        own = [each for each, itself in outcomes if itself]
-        failed = sum(bool(each.faults) for each, _ in outcomes)
-        launches, seconds = sum(each.launches for each in own), round(sum(each.seconds for each in own))
+    for place, each in by_place(trials).items():
+        outcomes = [store.outcome(trial) for trial in each]
+        own = [outcome for outcome, itself in outcomes if itself]
+        failed = sum(bool(outcome.faults) for outcome, _ in outcomes)
+        launches, seconds = sum(outcome.launches for outcome in own), round(sum(outcome.seconds for outcome in own))
         counts = [len(outcomes), len(outcomes) - len(own), launches, failed, seconds]
         total = [a + b for a, b in zip(total, counts, strict=True)]
-        table.add_row(*row, *_cells(counts), style="red" if failed else "")
+        table.add_row(*_title(place), *_cells(counts), style="red" if failed else "")
+    for place, row in held.items():
+        total[0] += row.trials
+        table.add_row(*_title(place), str(row.trials), "", "as before", "", "")
     table.add_section()
     table.add_row("", "", "", *_cells(total))
     return table, total[3]
+
+
+def _title(place: Place) -> tuple[str, str, str]:
+    gpu, op, dtype, of = place
+    return gpu, op if of == "cases" else f"{op}, {of}", dtype
 
 
 def _cells(counts: list[int]) -> list[str]:
@@ -243,8 +192,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--fresh", action="store_true", help="do again what was done")
     parser.add_argument("--write", action="store_true", help="write the lists of redundant statements")
+    parser.add_argument("--results", type=Path, default=rows.FILE, help="file of rows, bench/results/emulated.json")
+    parser.add_argument(
+        "--record", type=Path, nargs="+", metavar="FILE", help="run nothing: write rows of what is in files of build/"
+    )
     options = parser.parse_args(arguments)
     console = Console()
+    if options.record:
+        reasons = [_record(path, options.results, console) for path in options.record]
+        console.print("\n".join(filter(None, reasons)), highlight=False, soft_wrap=True)
+        return 2 if any(reasons) else 0
     reason = cuda.why_not()
     if reason is not None and "cuda" in (options.backend or BACKENDS):
         console.print(f"CUDA C++ is not run: {reason}")
@@ -260,15 +217,24 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespace, console: Console) -> bool:
     """What was asked for of one backend; gives whether all is well."""
     store = Store.of(backend, options.fresh)
+    order = {place: number for number, place in enumerate(by_place(trial for _, trial in jobs))}
+    jobs = sorted(jobs, key=lambda job: order[place_of(job[1])])  # row by row: one that is whole is kept
     good = True
     if jobs and not options.faults:
-        work(store, together(jobs), functools.partial(_attempt, backend, options.quick), console)
-        table, failed = table_of_trials([trial for _, trial in jobs], store)
+        held = {} if options.quick or options.fresh else _held(backend, jobs, store, options.results, console)
+        left = [(number, trial) for number, trial in jobs if place_of(trial) not in held]
+        run = functools.partial(_attempt, backend, options.quick)
+        try:
+            work(store, together(left), run, console, store.settled)
+        finally:  # stopped, too, what is whole is kept
+            if not options.quick:
+                record(store, compiler(backend), held, options.results)
+        table, failed = table_of_trials([trial for _, trial in left], store, held)
         console.print(table)
         good = not failed
     if options.faults or (options.faults is None and not options.only and not options.quick and not options.capability):
         chosen = [(number, each) for number, each in enumerate(KERNELS) if each.backend == backend]
-        work(store, [([str(each)], [number]) for number, each in chosen], _plant, console)
+        work(store, [([str(each)], [number]) for number, each in chosen], _plant, console, store.told)
         planted = planted_of(backend, store)
         table, enough = table_of_faults(planted)
         console.print(table)
@@ -277,6 +243,51 @@ def _run(backend: str, jobs: list[tuple[int, Trial]], options: argparse.Namespac
             text = listing(planted, compiler(backend).replace("-", " "))
             (Path(__file__).parent / LISTS[backend]).write_text(text)
     return good
+
+
+def _held(backend: str, jobs: list[tuple[int, Trial]], store: Store, path: Path, console: Console) -> dict[Place, Row]:
+    """Rows of the repository's file that hold, for sources or launches are the same: their trials need not run."""
+    all_of = by_place(_trials(backend, False))
+    passed = whole([trial for _, trial in jobs], Rows.read(path).of(compiler(backend)), all_of)
+    same = same_sources(store, passed, all_of)
+    unsure = [(number, trial) for number, trial in jobs if place_of(trial) in passed.keys() - same]
+    if unsure:
+        console.print(f"{path.name}: {len(unsure)} trials are compiled, to see whether they launch what was executed")
+        work(store, together(unsure), functools.partial(_describe, backend, False), console, store.told)
+    return {
+        place: row
+        for place, row in passed.items()
+        if not found_wrong(store, all_of[place]) and (place in same or hold(store, row, all_of[place]))
+    }
+
+
+def record(store: Store, name: str, held: dict[Place, Row], path: Path) -> int:
+    """Write a compiler's rows: what outcomes make whole, and what holds. Gives how many."""
+    all_of = by_place(everything(rows.backend_of(name)))
+    found = rows_of(store, name, all_of, held)
+    if found:
+        written = Rows.read(path)
+        written.put(name, found, all_of, sum(map(len, all_of.values())))
+        written.write(path)
+    return len(found)
+
+
+def _record(path: Path, results: Path, console: Console) -> str | None:
+    """Write the rows that a file of outcomes makes whole; gives why not."""
+    named = re.fullmatch(r"emulate-(\w+-.+)-([0-9a-f]+)\.jsonl", path.name)
+    if named is None or not path.exists():
+        return f"--record {path}: needs a file of build/, emulate-<compiler>-<digest of the machine>.jsonl"
+    here = compiler(rows.backend_of(named[1]))
+    if named[1] != here:
+        return f"--record {path}: needs {named[1]}, to see what it is of; here is {here}"
+    if named[2] != rows.machine():
+        return f"--record {path}: was executed by another machine than tests/ptx is now"
+    store = Store(path, digest(rows.LAUNCHES[rows.backend_of(named[1])]))
+    if not store.done:
+        return f"--record {path}: is of other kernels or cases; at its own commit, or make emulate, which compares"
+    count = record(store, named[1], {}, results)
+    console.print(f"{path.name}: {len(store.done)} outcomes, {count} rows", highlight=False)
+    return None
 
 
 def _chosen(trials: list[Trial], options: argparse.Namespace) -> Iterator[tuple[int, Trial]]:
