@@ -33,6 +33,25 @@ template <class A>
 VK_INLINE void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
+// Past the caches, to where a vector begins; other threads may read it after `end_stream`.
+VK_INLINE void stream(float* p, Vec<float> v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vec<float>*>(p));
+#elif !defined(__x86_64__)
+  store(p, v);
+#elif VK_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(p, v);
+#elif VK_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(p, v);
+#else
+  __builtin_ia32_movntps(p, v);
+#endif
+}
+VK_INLINE void end_stream() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
 template <class A>
 VK_INLINE Vec<A> splat(A a) {
   return a - Vec<A>{};
