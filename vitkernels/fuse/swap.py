@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitkernels import dispatch
 from vitkernels.fuse.unserved import why_not_child
+from vitkernels.fuse.worth import why_not_small
 from vitkernels.nn.transformer import Twin
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
@@ -59,6 +60,7 @@ class Fused(nn.Module):
     follows: ClassVar[tuple[str, ...]] = ()  # methods that the stock `forward` calls, and the mixin's own does not
     reads: ClassVar[tuple[str, ...]] = ()  # names of the child that reads the tokens first; the first one there is
     axes: ClassVar[int | None] = 3  # of the tokens, as the stock module takes them; None for any number
+    loses_small: ClassVar[int | None] = None  # the axis of features of tokens few of which take longer fused on a CPU
     _vitkernels: State
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -101,7 +103,8 @@ class Fused(nn.Module):
             mask: an attention mask of the call.
         """
         reason = (
-            why_not_around()
+            self._why_not_small(x)  # first: what is small for being slow must not be slowed down
+            or why_not_around()
             or self.why_not_own()
             or _why_not_call(x)
             or why_not_tokens(x, self.reader(), self.axes)
@@ -113,6 +116,10 @@ class Fused(nn.Module):
         if not torch.compiler.is_compiling():
             self.count_fallback(reason)
         return True
+
+    def _why_not_small(self, x: Any) -> str | None:
+        axis = self.loses_small
+        return None if axis is None else why_not_small(x, axis, self._vitkernels.backends)
 
     def count_fallback(self, reason: str) -> None:
         """Keep for `explain` why a call went to the stock `forward`."""

@@ -41,6 +41,12 @@ class FusedPatchConv(Fused):
         return [Part("", "patch_embed", _why_not_patches(self))]
 
 
+class FusedReduction(FusedPatchConv):
+    """One that makes an image of features smaller, as wide as it is: the keys of PVT's attention and its relatives'."""
+
+    loses_small = 1
+
+
 class FusedVideoConv(FusedPatchConv):
     """A Conv3d whose patches do not overlap: its frames are channels of an image, and where there is one patch alone,
     as in towers that are handed patches, it is a Linear.
@@ -86,6 +92,10 @@ def _is_patch_conv(conv: Any) -> str | None:
     return _why_not_patches(conv) or (None if min(conv.kernel_size[-2:]) >= 7 else "its patches are smaller than 7")
 
 
+def _is_reduction(conv: Any) -> str | None:
+    return _is_patch_conv(conv) or (None if conv.in_channels == conv.out_channels else "it changes the width")
+
+
 def _why_not_blocks(sequential: Any) -> str | None:
     """None for two blocks or more, side by side, that can be run as one stream."""
     kinds = [match(each) for each in sequential]
@@ -98,6 +108,7 @@ def _why_not_blocks(sequential: Any) -> str | None:
 
 SEQUENTIAL = Rule(FusedSequential, frozenset({name_of(nn.Sequential)}), _why_not_blocks, is_common=True)
 RULES = (
+    Rule(FusedReduction, frozenset({name_of(nn.Conv2d)}), _is_reduction, is_common=True),
     Rule(FusedPatchConv, frozenset({name_of(nn.Conv2d)}), _is_patch_conv),
     Rule(FusedVideoConv, frozenset({name_of(nn.Conv3d)}), _is_patch_conv),
     SEQUENTIAL,

@@ -233,6 +233,8 @@ class FusedReducedAttention(FusedInnerAttention):
 class FusedPvtAttention(FusedReducedAttention):
     """PVT v2's, which calls the size feat_size."""
 
+    loses_small = -1
+
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:  # type: ignore[override]
         if self.declines(x, self.why_not_now):
             return super(FusedAttention, self).forward(x, feat_size)

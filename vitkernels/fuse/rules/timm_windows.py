@@ -153,6 +153,7 @@ class FusedConvMlp(Fused):
     """PVT v2's MlpWithDepthwiseConv: between its products, a convolution of each feature between neighbours."""
 
     reads = ("fc1",)
+    loses_small = -1
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
         if self.declines(x):
@@ -184,6 +185,7 @@ class FusedConvMlp(Fused):
 class FusedPvtBlock(FusedOwnBlock):
     """PVT v2's Block."""
 
+    loses_small = -1
     kind = "keys of an image that a convolution makes smaller"
 
     def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:  # type: ignore[override]

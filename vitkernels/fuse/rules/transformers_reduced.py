@@ -24,6 +24,8 @@ from vitkernels.residual.sublayers import dropped, join_heads, joined, linear_st
 class FusedReducedAttention(FusedAttention):
     """SegformerAttention."""
 
+    loses_small: ClassVar[int | None] = -1
+
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -64,6 +66,7 @@ class FusedPvtAttention(FusedReducedAttention):
     spelling = written_out("self")
     has_functions = False
     returns_weights = False
+    loses_small: ClassVar[int | None] = None
     reduction: ClassVar[tuple[str, str]] = ("self.sequences_reduction_ratio", "self.sequence_reduction")
 
     def forward(  # type: ignore[override]
@@ -87,12 +90,14 @@ class FusedPvtAttention(FusedReducedAttention):
 class FusedGlpnAttention(FusedPvtAttention):
     """GLPNAttention."""
 
+    loses_small = -1
     reduction = ("self.sr_ratio", "self.sr")
 
 
 class FusedPvtV2Attention(FusedPvtAttention):
     """PvtV2SelfAttention: in one module, and, where it says so, of a pooled image."""
 
+    loses_small = -1
     spelling = Spelling(("query", "key", "value"), "proj", "num_attention_heads", None, "attn_drop", last="proj_drop")
 
     def smaller(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -112,6 +117,7 @@ class FusedPvtV2Attention(FusedPvtAttention):
 class FusedConvFeed(Fused):
     """GLPNMixFFN and PvtV2ConvFeedForwardNetwork."""
 
+    loses_small = -1
     linears: ClassVar[tuple[str, str]] = ("dense1", "dense2")
     act: ClassVar[str] = "intermediate_act_fn"
 
@@ -178,6 +184,8 @@ class FusedPvtLayer(FusedLayer):
 
 class FusedPvtV2Layer(FusedPvtLayer):
     """PvtV2BlockLayer and GLPNLayer."""
+
+    loses_small = -1
 
     def sublayers(self, height: int = 0, width: int = 0, **options: Any) -> list[Sublayer]:
         mlp: Any = self.mlp
