@@ -122,7 +122,9 @@ class Stream(NamedTuple):
 
 
 ADDED = 9  # what a step is given before its product's arguments: x, and the eight that `Part` lists
+BRANCH_BIAS = 4  # its place among them, behind x
 _BEFORE_ARGUMENTS = 2 + KEPT  # tensors that are saved before them: normed, the norm's bias, what its backward keeps
+SAVED_BIAS = _BEFORE_ARGUMENTS - 3  # of the branch: before its two factors
 
 
 class Part:
