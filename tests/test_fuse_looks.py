@@ -198,6 +198,21 @@ def test_a_rate_that_is_read_at_each_look(place: str, kind: Any) -> None:
     check_change(build, change)
 
 
+@BOTH
+@pytest.mark.parametrize("shape", [(1,), (), (1, 48), (1, 1, 1)])
+@pytest.mark.parametrize("name", ["attn.proj.bias", "mlp.fc2.bias", "ls1.gamma"])
+def test_a_vector_that_becomes_one_that_broadcasts(name: str, shape: tuple[int, ...], grad: bool) -> None:
+    """Known before anything is drawn: a refusal between the draws would have the stock block draw again."""
+
+    def change(model: Any, time: int) -> None:
+        if time == 1:
+            model.blocks[1].get_parameter(name).data = torch.full(shape, 0.5)
+
+    twin = check_change(lambda: vit(depth=3, init_values=0.5, drop_path_rate=0.5), change, grad)
+    assert not twin.blocks._vitkernels.fallbacks, "no call was refused on its way"
+    assert "2 of 3 blocks fused; block 1: " in str(vk.explain(twin))
+
+
 # ------------------------------------------------------------------------------------------------ masks that act
 
 

@@ -33,8 +33,16 @@ def why_not_part(name: str, module: nn.Module, kind: type[nn.Module] | None = No
         if hasattr(module, "base_layer"):
             return f"LoRA on {name}" if hasattr(module, "lora_A") else f"an adapter on {name}"
         return f"{name} is {_told_apart(stock_type(module), kind.__name__)}, not {kind.__name__}"
-    extra = why_not_read(module)
+    extra = why_not_read(module) or (_why_not_bias(module) if kind is nn.Linear else None)
     return None if extra is None else f"{extra} on {name}"
+
+
+def _why_not_bias(linear: nn.Module) -> str | None:
+    """torch adds any bias that broadcasts; the ops want one number for each feature."""
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    if bias is None or weight is None or weight.dim() != 2 or bias.shape == weight.shape[:1]:
+        return None
+    return f"a bias of shape {list(bias.shape)}"
 
 
 def _told_apart(kind: type[nn.Module], name: str) -> str:
