@@ -135,3 +135,20 @@ def test_a_part_that_is_called_by_itself(part: str, call: Any, autocast: bool) -
 
     ops = {"attn": {"linear", "attention_qkv"}, "mlp": {"mlp"}, "gated": {"glu_mlp"}}[part]
     check(call, _put, autocast, build=build, ops=ops)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+def test_a_kind_of_call_that_came_with_tensors_first(frozen: bool) -> None:
+    """A parameter's place is as good as a tensor's, whichever a kind of call came with at first."""
+    model, x = vit(init_values=0.5), torch.randn(11, 3, 32, 32, requires_grad=True)
+    for each in model.blocks.parameters() if frozen else ():
+        each.requires_grad_(False)
+    twin = vk.fuse(copy.deepcopy(model))
+    tensors = {name: each.detach().clone().requires_grad_(not frozen) for name, each in model.named_parameters()}
+    torch.func.functional_call(twin, tensors, x).sum().backward()
+    found = []
+    for each in (model, twin):
+        loss = each(x).square().sum()
+        _put(each)
+        found.append(torch.autograd.grad(loss, [x, each.patch_embed.proj.weight]))
+    torch.testing.assert_close(*reversed(found), atol=1e-4, rtol=1e-4)

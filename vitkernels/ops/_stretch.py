@@ -139,7 +139,7 @@ class _Kind:
         parts: of each step.
         learns: whether it has a backward pass.
         device: type of its tensors' device.
-        multiplied: which inputs are parameters that a product's backward reads, and where they are saved.
+        multiplied: which inputs are weights that a product's backward reads, and where they are saved.
         added: the same for biases of branches, which a factor's gradient reads.
         given: where other inputs are saved; None before the first call. What else is saved a call of the kind has made.
         backward: its backward passes, by kind.
@@ -166,7 +166,7 @@ class _Kind:
             else:
                 check(step, x, own_inputs)
             part = Part(step, stream, branch, own_inputs)
-            if few and (not set(part.multiplied) <= set(step.weights) or part.rounds(x, own_inputs[ADDED - 1 :])):
+            if few and part.rounds(x, own_inputs[ADDED - 1 :]):
                 self._copies = False
             self.multiplied += [(begin + ADDED + each, saved + part.saved_at(each)) for each in part.multiplied]
             bias, *factors = own_inputs[BRANCH_BIAS : BRANCH_BIAS + 3]
