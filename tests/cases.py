@@ -306,6 +306,13 @@ def _strided(base: Case, dtypes: tuple[torch.dtype, ...] = (F32,)) -> Iterator[C
         yield dataclasses.replace(base, name=f"{base.name}, gradient {layout}", grad_layout=layout, dtypes=dtypes)
 
 
+def _negated(base: Case) -> Case:
+    tensors = {name: spec and dataclasses.replace(spec, layout="negated") for name, spec in base.tensors.items()}
+    name = f"{base.name}, negated"
+    return dataclasses.replace(base, name=name, tensors=tensors, grad_layout="negated", dtypes=(F32,))
+
+
+NEGATED = [_negated(base) for base in SMALL]
 STRIDES = [case for base in (*SMALL, *_LARGE) for case in _strided(base)]
 STRIDES_16 = [case for base in _HALVES for case in _strided(base, REDUCED)]
 
@@ -323,6 +330,6 @@ PLAIN = [
     *ROTARY,
     *ROTARY_QKV,
 ]
-CASES = [*PLAIN, *GLU_MLP_APART, *STRIDES, *STRIDES_16]
+CASES = [*PLAIN, *GLU_MLP_APART, *NEGATED, *STRIDES, *STRIDES_16]
 # with every fourth layout, for tests of what layouts share; a tensor has 3, 7 or 9, so that all of them have turns
-FEWER = [*PLAIN, *GLU_MLP_APART, *STRIDES[::4], *STRIDES_16[::4]]
+FEWER = [*PLAIN, *GLU_MLP_APART, *NEGATED, *STRIDES[::4], *STRIDES_16[::4]]

@@ -90,6 +90,11 @@ def _packed(tensor: Tensor) -> Tensor:
     ).transpose(1, 2)
 
 
+def _negated(tensor: Tensor) -> Tensor:
+    """Memory holds the negative, as of the imaginary part of a conjugate."""
+    return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda tensor: tensor,
     "transposed": _transposed,
@@ -105,4 +110,5 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": _channels_last,
     "heads last": _heads_last,
     "packed": _packed,
+    "negated": _negated,
 }

@@ -142,6 +142,45 @@ def test_fusing_again_changes_nothing_but_options() -> None:
     assert not any(hasattr(module, "_vitkernels") for module in model.modules())
 
 
+def _backends(model: nn.Module, x: Tensor) -> list[set[str]]:
+    """That serve each block, called by itself."""
+    found = []
+    for block in model.blocks:  # type: ignore[union-attr]
+        with vk.record() as calls:
+            block(x)
+        found.append({call.backend for call in calls})
+    return found
+
+
+@pytest.mark.parametrize("options", [{"only": "blocks.1"}, {"skip": ["blocks.0", "blocks.2"]}], ids=["only", "skip"])
+def test_fusing_a_part_again_leaves_the_options_of_the_rest(options: dict[str, Any]) -> None:
+    model, x = vk.fuse(vit(), backend="reference", residual_dtype=torch.bfloat16), torch.randn(2, 5, 48)
+    vk.fuse(model, backend="ext", **options)
+    assert _backends(model, x) == [{"reference"}, {"ext"}, {"reference"}]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [block(x).dtype for block in model.blocks] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def test_strict_leaves_the_options_where_a_block_would_not_be_fused() -> None:
+    model, x = vk.fuse(vit(), only="blocks.[01]", backend="reference"), torch.randn(2, 5, 48)
+    with pytest.raises(RuntimeError, match=r"blocks\.2: not fused"):
+        vk.fuse(model, only="blocks.0", backend="ext", strict=True)
+    model.blocks[2].norm1.register_forward_hook(print)
+    with pytest.raises(RuntimeError, match=r"blocks\.2: a hook"):
+        vk.fuse(model, backend="ext", strict=True)
+    assert _backends(model, x) == [{"reference"}, {"reference"}, set()]
+
+
+def test_options_of_a_shallow_copy_are_its_own() -> None:
+    model, x = vk.fuse(vit(), backend="reference"), torch.randn(2, 5, 48)
+    twin = copy.copy(model.blocks[0].mlp)
+    vk.fuse(twin, backend="ext")
+    for mlp, backend in ((model.blocks[0].mlp, "reference"), (twin, "ext")):
+        with vk.record() as calls:
+            mlp(x)
+        assert {call.backend for call in calls} == {backend}
+
+
 def test_the_model_stays_what_it_is() -> None:
     model = vit()
     before = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}

@@ -19,6 +19,7 @@ from cases import CASES, FEWER
 from cases_attention import HUGE_SCORES, HUGE_SCORES_QKV
 from conftest import skip_without
 
+import vitkernels as vk
 from vitkernels import kernels
 from vitkernels.kernels.device import Cuda, stand_in
 
@@ -75,6 +76,25 @@ def test_accuracy(case: Case, dtype: torch.dtype) -> None:
     if DEVICE == "cuda" and case.op in ("attention", "attention_qkv"):  # few heads go to other kernels
         with stand_in(OneMultiprocessor()):
             check_case(case, dtype, "triton", device=DEVICE)
+
+
+def test_a_block_whose_gradient_comes_through_a_conjugate() -> None:
+    """As of Fourier filters behind it: autograd hands such gradients over with a mark, and the negative in memory."""
+    skip_without("triton")
+    block, x = vk.nn.Block(32, 2, init_values=0.5).to(DEVICE), torch.randn(2, 5, 32, device=DEVICE)
+    wanted, found = list(block.parameters()), []
+    for _ in range(3):
+        for negated in (False, True):
+            with vk.use("triton"), vk.record() as calls:
+                result = block(x)
+                gradient = torch.linspace(-1, 1, result.numel(), device=DEVICE).view_as(result)
+                if negated:
+                    gradient = torch.complex(torch.zeros_like(gradient), -gradient).conj().imag
+                    assert gradient.is_neg()
+                found.append(torch.autograd.grad(result, wanted, gradient))
+            assert {call.backend for call in calls if call.direction == "backward"} == {"triton"}
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], atol=1e-5, rtol=1e-5)
 
 
 def _pairs() -> list[tuple[Case, torch.dtype, str]]:

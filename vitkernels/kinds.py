@@ -29,7 +29,8 @@ Result = TypeVar("Result")
 def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     """Whether the call is plain, and whether it needs an autograd Function.
 
-    A call is plain where nobody looks on: tensors of memory, no transform, no dispatch mode, no profiler. Such a call
+    A call is plain where nobody looks on: tensors of memory (that hold what they say: torch negates some when they are
+    read), no transform, no dispatch mode, no profiler. Such a call
     goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors, tensor
     subclasses, counters of FLOPs.
     """
@@ -39,7 +40,7 @@ def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     for arg in args:
         if type(arg) in _PLAIN:
             learns = learns or arg.requires_grad
-            plain = plain and not arg.is_meta and torch._C._has_storage(arg)
+            plain = plain and not (arg.is_meta or arg.is_neg()) and torch._C._has_storage(arg)
         elif isinstance(arg, torch.Tensor):
             learns, plain = learns or arg.requires_grad, False
     return plain, transformed or (learns and torch.is_grad_enabled())
@@ -62,6 +63,8 @@ def signature(args: Sequence[Any]) -> tuple[Any, ...] | None:
     found: list[Any] = []
     for arg in args:
         if type(arg) in _PLAIN:
+            if arg.is_neg():  # memory holds the negative: imag of a conjugate, gradients that come through one
+                return None
             try:  # kernels move 16 bytes at a time where they may
                 found.append((arg.dtype, arg.shape, arg.stride(), arg.device, arg.data_ptr() & 15, arg.requires_grad))
             except RuntimeError:  # it has no memory

@@ -193,13 +193,53 @@ def _apply_plain(op: Op, setup_context: Callable[..., None], gradients: Callable
     It needs no `setup_context` of torch's and no transforms.
     """
 
+    # by weights: gradients are of what these were at the call, as torch's are, whatever is put in a parameter's place
+    # before the backward pass (p.data = ...)
+    product = op.one_dtype
+
     def forward(ctx: Any, *given: Any) -> Any:
         *args, launcher = given
         output = own(launcher(*args))
         setup_context(ctx, args, output)
+        if product:
+            _keep_values(ctx)
         return output
 
-    return plain_function(op.name, forward, lambda ctx, *grads: (*gradients(ctx, *grads), None))
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *gradients(_ByValues(ctx) if product else ctx, *grads), None
+
+    return plain_function(op.name, forward, backward)
+
+
+def _keep_values(ctx: Any) -> None:
+    """Note the parameters among what is to be saved, by their values; hooks of saved tensors are given those."""
+    places = [index for index, each in enumerate(ctx.to_save) if type(each) is torch.nn.Parameter]
+    values = [ctx.to_save[index].detach() for index in places]
+    ctx.as_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if not ctx.as_saved:
+        saved = list(ctx.to_save)
+        for place, index in enumerate(places):
+            saved[index], values[place] = values[place], saved[index]
+        ctx.save_for_backward(*saved)
+    ctx.values = dict(zip(places, values, strict=True))
+
+
+class _ByValues:
+    """A backward pass's context whose saved parameters are what they were at the call."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        saved = list(self._ctx.saved_tensors)
+        if self._ctx.as_saved is not torch.is_grad_enabled():  # a graph of the gradients needs the parameters
+            for index, value in self._ctx.values.items():
+                saved[index] = value
+        return tuple(saved)
 
 
 def plain_function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -206,7 +206,11 @@ def why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | Non
 
 def why_not_mask(mask: Any, x: Tensor) -> str | None:
     """Why a call with this attention mask is left to the stock module's own checks; None where it fits."""
-    if mask is None or not isinstance(mask, Tensor) or mask.dtype in (torch.bool, x.dtype):
+    if mask is None or not isinstance(mask, Tensor):
+        return None
+    if acts(type(mask)):  # torch's CausalBias, whose numbers are none
+        return f"called with a {type(mask).__name__} for a mask, which acts itself"
+    if mask.dtype in (torch.bool, x.dtype):
         return None
     floats = mask.is_floating_point() and autocast_dtype(x) is not None and mask.dtype != torch.float64
     return None if floats else f"called with a mask of {mask.dtype}, and tokens of {x.dtype}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from torch import nn
 from vitkernels import dispatch
 from vitkernels.fuse.candidates import OWN, Candidate, candidates
 from vitkernels.fuse.explain import explain
-from vitkernels.fuse.swap import Fused, is_swapped, keep_scriptable, restore, swap
+from vitkernels.fuse.swap import Fused, State, is_swapped, keep_scriptable, restore, swap
 from vitkernels.nn.transformer import Twin
 
 
@@ -30,7 +31,7 @@ def fuse(
     Parameters, buffers, state_dict keys, hooks, `isinstance` and results stay what they are; `unfuse` is the way back.
     Modules are known by the class that defines their `forward`, or by their structure. A call that a kernel cannot
     serve (a hook on an inner module, an attention dropout in training) runs the module's own code: `explain` says so.
-    Fusing a model again changes its options.
+    Fusing a model again changes the options of the modules that `only` and `skip` choose.
 
     Args:
         model: with blocks of timm, transformers, torchvision, torch.nn, open_clip, DINOv2, DINOv3 or vit-pytorch in it;
@@ -61,13 +62,15 @@ def fuse(
     fusable = [each for each in found if each.declined is None]
     if not fusable and not any(isinstance(module, OWN) for module in model.modules()):
         raise ValueError(_nothing(model, found))
-    before = _swap(fusable)
-    for module in model.modules():
-        if isinstance(module, Fused):
-            state = module._vitkernels
-            state.residual_dtype, state.recompute_norms, state.backends = residual_dtype, recompute_norms, order
+    before = {module: module._vitkernels for module in model.modules() if isinstance(module, Fused)}
+    swapped = _swap(fusable)
+    for name, module in model.named_modules():
+        if isinstance(module, Fused) and _chosen(name, only, skip):
+            module.__dict__["_vitkernels"] = dataclasses.replace(  # not written into: shallow copies share it
+                module._vitkernels, residual_dtype=residual_dtype, recompute_norms=recompute_norms, backends=order
+            )
     if strict:
-        _require_all(model, before)
+        _require_all(model, swapped, before)
     keep_scriptable(model)
     return model
 
@@ -158,11 +161,13 @@ def _nothing(model: nn.Module, found: list[Candidate]) -> str:
     )
 
 
-def _require_all(model: nn.Module, before: list[nn.Module]) -> None:
-    """Raise, and take the swaps back, if a block is not fused whole."""
+def _require_all(model: nn.Module, swapped: list[nn.Module], before: dict[Fused, State]) -> None:
+    """Raise, and take the swaps and options back, if a block is not fused whole."""
     missing = explain(model).unfused
     if missing:
-        for module in before:
+        for module in swapped:
             restore(module)
+        for module, state in before.items():
+            module.__dict__["_vitkernels"] = state
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise RuntimeError(f"fuse: strict=True, and not every block would be fused: {reasons}")

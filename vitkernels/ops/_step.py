@@ -122,7 +122,9 @@ class Stream(NamedTuple):
 
 
 ADDED = 9  # what a step is given before its product's arguments: x, and the eight that `Part` lists
+BRANCH_BIAS = 4  # its place among them, behind x
 _BEFORE_ARGUMENTS = 2 + KEPT  # tensors that are saved before them: normed, the norm's bias, what its backward keeps
+SAVED_BIAS = _BEFORE_ARGUMENTS - 3  # of the branch: before its two factors
 
 
 class Part:
@@ -136,7 +138,7 @@ class Part:
 
     Attributes:
         total, result: what it makes of them.
-        multiplied: which of the arguments are parameters that the product's backward reads.
+        multiplied: which of the arguments are weights that the product's backward reads.
         saves: how many tensors it saves.
     """
 
@@ -161,11 +163,7 @@ class Part:
         width = arguments[step.weights[-1]].shape[0]
         self.result = Stream(torch.Size([*x.shape[:-1], width]), self.normed_dtype, x.device, self.learns)
         self.read = [isinstance(each, Tensor) and index not in step.biases for index, each in enumerate(arguments)]
-        self.multiplied = [
-            index
-            for index, (each, is_read) in enumerate(zip(arguments, self.read, strict=True))
-            if is_read and isinstance(each, torch.nn.Parameter)
-        ]
+        self.multiplied = [index for index in sorted(step.weights) if self.read[index]]
         self.rest = [None if isinstance(each, Tensor) else each for each in arguments]
         self.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
         self.saves = _BEFORE_ARGUMENTS + len(arguments) + step.keeps

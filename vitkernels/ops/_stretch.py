@@ -21,7 +21,20 @@ from vitkernels.kinds import signature
 from vitkernels.op import own, plain_function
 from vitkernels.ops._amp import autocast_dtype, cast_dtype
 from vitkernels.ops._plan import MOST, Launch, Plan, by_the_ops, keep
-from vitkernels.ops._step import ADDED, FEW_ROWS, NOTHING_ADDED, Added, Norm, Part, Step, Stream, add_norm, check
+from vitkernels.ops._step import (
+    ADDED,
+    BRANCH_BIAS,
+    FEW_ROWS,
+    NOTHING_ADDED,
+    SAVED_BIAS,
+    Added,
+    Norm,
+    Part,
+    Step,
+    Stream,
+    add_norm,
+    check,
+)
 from vitkernels.ops.add_layer_norm import saved_tensors
 
 Kind = TypeVar("Kind")
@@ -126,7 +139,8 @@ class _Kind:
         parts: of each step.
         learns: whether it has a backward pass.
         device: type of its tensors' device.
-        multiplied: which inputs are parameters that a product's backward reads, and where they are saved.
+        multiplied: which inputs are weights that a product's backward reads, and where they are saved.
+        added: the same for biases of branches, which a factor's gradient reads.
         given: where other inputs are saved; None before the first call. What else is saved a call of the kind has made.
         backward: its backward passes, by kind.
     """
@@ -137,6 +151,7 @@ class _Kind:
         self.parts: list[Part] = []
         self._slices: list[slice] = []  # of the inputs behind x
         self.multiplied: list[tuple[int, int]] = []
+        self.added: list[tuple[int, int]] = []
         stream, branch = Stream.of(x), None if given[0] is None else Stream.of(given[0])
         begin, saved = 0, 0
         few = self.dtype is not None and x.shape[:-1].numel() < FEW_ROWS
@@ -151,9 +166,12 @@ class _Kind:
             else:
                 check(step, x, own_inputs)
             part = Part(step, stream, branch, own_inputs)
-            if few and (not set(part.multiplied) <= set(step.weights) or part.rounds(x, own_inputs[ADDED - 1 :])):
+            if few and part.rounds(x, own_inputs[ADDED - 1 :]):
                 self._copies = False
             self.multiplied += [(begin + ADDED + each, saved + part.saved_at(each)) for each in part.multiplied]
+            bias, *factors = own_inputs[BRANCH_BIAS : BRANCH_BIAS + 3]
+            if bias is not None and any(each is not None and each.requires_grad for each in factors):
+                self.added.append((begin + 1 + BRANCH_BIAS, saved + SAVED_BIAS))
             begin, saved = self._slices[-1].stop, saved + part.saves
             self.parts.append(part)
             stream, branch = part.total, part.result
@@ -173,7 +191,7 @@ class _Kind:
 
     def note_given(self, inputs: Sequence[Any], saved: Sequence[Tensor | None]) -> None:
         """Find which of what is saved are inputs of the call, which somebody may change in between (p.data = ...)."""
-        ids, multiplied = set(map(id, inputs)), {index for _, index in self.multiplied}
+        ids, multiplied = set(map(id, inputs)), {index for _, index in (*self.multiplied, *self.added)}
         self.given = [
             index
             for index, each in enumerate(saved)
@@ -225,10 +243,16 @@ def _forward(ctx: Any, kind: _Kind, *inputs: Any) -> tuple[Tensor, Tensor]:
     total, result, copies, *saved = kind.run(inputs)
     if kind.given is None:
         kind.note_given(inputs, saved)
+    # what was multiplied and added, whatever a caller puts in a parameter's place (p.data = ...)
+    places = [*kind.multiplied, *kind.added]
+    values = [*copies, *[inputs[index].detach() for index, _ in places[len(copies) :]]]
+    ctx.as_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if not ctx.as_saved:  # hooks give back what they kept: offloaded, compressed, or computed again
+        for (_, place), value in zip(places, values, strict=True):
+            saved[place] = value
+        values = [inputs[index] for index, _ in places]
     ctx.save_for_backward(*saved)
-    ctx.as_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # those give others back
-    # what was multiplied, whatever a caller puts in a parameter's place (p.data = ...)
-    ctx.values = copies or [inputs[index].detach() for index, _ in kind.multiplied]
+    ctx.values = values
     ctx.kind = kind
     if not kind.parts[-1].total.learns:
         ctx.mark_non_differentiable(total)  # a sum of frozen things is frozen, though what follows it learns
@@ -241,11 +265,12 @@ def _backward(ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[
     assert kind.given is not None
     saved = list(saved_tensors(ctx))
     needs = ctx.needs_input_grad[1:]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind.device):
-        # a graph of the gradients needs the parameters themselves
+    graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if ctx.as_saved is not graph:  # a graph of the gradients needs the parameters themselves
+        for (_, place), value in zip((*kind.multiplied, *kind.added), ctx.values, strict=True):
+            saved[place] = value
+    if graph or torch.is_autocast_enabled(kind.device):
         return kind.gradients(needs, by_the_ops, dtotal, dresult, *saved)
-    for (_, index), value in zip(kind.multiplied, ctx.values, strict=True):
-        saved[index] = value
     inputs = (dtotal, dresult, *saved)
     found = signature((dtotal, dresult, *[saved[index] for index in kind.given]) if ctx.as_saved else inputs)
     if found is None:

@@ -59,7 +59,7 @@ def attention(
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
     scale = _check.scale("attention", scale, q.shape[3])
-    out, _ = op(q, k, v, _as_read(attn_mask), is_causal, scale)
+    out, _ = op(q, k, v, _as_read("attention", attn_mask), is_causal, scale)
     return out
 
 
@@ -121,7 +121,7 @@ def packed_options(
 ) -> tuple[int, Tensor | None, bool, float]:
     """What the schema of `op_qkv` has after qkv."""
     scale = _check.scale("attention_qkv", scale, qkv.shape[2] // (3 * num_heads))
-    return num_heads, _as_read(mask), is_causal, scale
+    return num_heads, _as_read("attention_qkv", mask), is_causal, scale
 
 
 @_check.once
@@ -176,10 +176,16 @@ def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[i
         )
 
 
-def _as_read(mask: Tensor | None) -> Tensor | None:
+def _as_read(name: str, mask: Tensor | None) -> Tensor | None:
     """The mask with four axes; if it learns nothing, of one row where queries share it, and bool where that hides."""
     if mask is None:
         return None
+    if type(mask).__module__ == "torch.nn.attention.bias":  # CausalBias: a shape, over memory that nobody wrote
+        raise _check.refused(
+            TypeError,
+            f"{name}: argument 'attn_mask' is a {type(mask).__name__}, which holds no numbers; "
+            "needs a mask that does, or is_causal",
+        )
     learns, mask = mask.requires_grad, mask[(None,) * (4 - mask.dim())]
     if learns:
         return mask

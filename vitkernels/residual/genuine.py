@@ -8,6 +8,7 @@ answers with the reason, or with None where the parameters may be read.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
@@ -69,7 +70,7 @@ def why_not_read(module: nn.Module) -> str | None:
         return "another forward"
     if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
         return "a __call__ of its own"  # tracers that export wrap Module's
-    return why_not_weights(module) or _watched()
+    return why_not_weights(module) or _why_not_looks(module, cls) or _watched()
 
 
 def is_idle(hook: Callable[..., Any]) -> bool:
@@ -93,6 +94,33 @@ def why_not_weights(module: nn.Module) -> str | None:
     return next(
         (f"a {type(each).__name__} weight" for each in others if isinstance(each, Tensor) and acts(type(each))), None
     )
+
+
+# what is read off parts of blocks, and kept while nothing in the modules' own dictionaries changes
+_READ = ("weight", "bias", "gamma", "eps", "p", "drop_prob", "normalized_shape", "approximate")
+_looks: dict[type, tuple[str | None, tuple[str, ...]]] = {}  # by class: what is made at each look, what it has itself
+
+
+def _why_not_looks(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """What of the module is made at each look, or is its class's, where no change of the module tells of it."""
+    reason, names = _looks_of(cls)
+    if reason is not None or not names:
+        return reason
+    return next((f"{name} of its class" for name in names if name not in module.__dict__), None)
+
+
+def _looks_of(cls: type[nn.Module]) -> tuple[str | None, tuple[str, ...]]:
+    judged = _looks.get(cls)
+    if judged is None:
+        found = {name: inspect.getattr_static(cls, name) for name in _READ if hasattr(cls, name)}
+        made = next((f"{name} made at each look" for name, each in found.items() if hasattr(each, "__get__")), None)
+        if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not nn.Module.__getattribute__:
+            made = "attributes made at each look"
+        judged = _looks[cls] = made, tuple(found)
+    return judged
+
+
+_looks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # of each class: the stock class, the forward of it that was judged, and whether that is not the one in the class's text

@@ -72,14 +72,25 @@ class Kept:
         return value
 
 
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    for own in (module._parameters, module._buffers, module.__dict__):
+        for value in own.values():
+            if isinstance(value, Tensor):
+                yield value
+
+
 class _Tree:
     """The modules of a tree as they are now."""
 
-    __slots__ = ("_classes", "_empty", "_hooks", "_methods", "_numbers", "_objects")
+    __slots__ = ("_classes", "_empty", "_hooks", "_kinds", "_methods", "_numbers", "_objects", "_vectors", "_weights")
 
     def __init__(self, root: nn.Module) -> None:
         self._empty: list[Any] = []  # hooks and the like that are not there
         self._numbers: list[tuple[Mapping[str, Any], str, Tensor]] = []  # tensors of one element: they compare by value
+        # a weight may become one of another class where it lies (torch.utils.swap_tensors), a bias one that broadcasts
+        self._weights = [each for module in root.modules() for each in _own_tensors(module)]
+        self._kinds = list(map(type, self._weights))
+        self._vectors = [(each, each.shape) for each in self._weights if type(each) in _TENSORS and each.dim() <= 1]
         self._hooks = [(hook, is_idle(hook)) for each in root.modules() for hook in each._forward_hooks.values()]
         objects: dict[int, Any] = {}
         for module in root.modules():
@@ -119,6 +130,8 @@ class _Tree:
         if any(self._empty):
             return False
         if any(own.get(name) is not tensor for own, name, tensor in self._numbers):
+            return False
+        if list(map(type, self._weights)) != self._kinds or any(each.shape != was for each, was in self._vectors):
             return False
         if any(getattr(stock, name, None) is not method for stock, name, method in self._methods):
             return False

@@ -33,8 +33,16 @@ def why_not_part(name: str, module: nn.Module, kind: type[nn.Module] | None = No
         if hasattr(module, "base_layer"):
             return f"LoRA on {name}" if hasattr(module, "lora_A") else f"an adapter on {name}"
         return f"{name} is {_told_apart(stock_type(module), kind.__name__)}, not {kind.__name__}"
-    extra = why_not_read(module)
+    extra = why_not_read(module) or (_why_not_bias(module) if kind is nn.Linear else None)
     return None if extra is None else f"{extra} on {name}"
+
+
+def _why_not_bias(linear: nn.Module) -> str | None:
+    """torch adds any bias that broadcasts; the ops want one number for each feature."""
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    if bias is None or weight is None or weight.dim() != 2 or bias.shape == weight.shape[:1]:
+        return None
+    return f"a bias of shape {list(bias.shape)}"
 
 
 def _told_apart(kind: type[nn.Module], name: str) -> str:
@@ -58,9 +66,15 @@ def drops_nothing(module: nn.Module | None) -> bool:
     """Whether calling this Dropout, Identity or None would change nothing."""
     if module is None or is_identity(module):
         return True
-    if owner(module) is not nn.Dropout or isinstance(getattr(module, "p", None), Tensor):
-        return False  # a tensor's value may change, and nothing of the module with it
+    if owner(module) is not nn.Dropout or not is_fixed(getattr(module, "p", None)):
+        return False
     return why_not_read(module) is None and dropout_rate(module) == 0.0
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether a module's number stays what it is while the module holds it: a tensor's or an array's may change, and
+    nothing of the module with it."""
+    return isinstance(value, float | int | None) or (type(value).__hash__ is not None and not isinstance(value, Tensor))
 
 
 def is_usual(scale: Any, usual: float) -> bool:
@@ -83,7 +97,7 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
         eps = rms(norm)
         if isinstance(eps, str):
             return f"{name} {eps}"
-        reason = why_not_part(name, norm)
+        reason = why_not_part(name, norm) or _why_not_eps(name, eps)
         if reason is not None:
             return reason
         gain = getattr(norm, "weight", None)
@@ -94,7 +108,8 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     reason = known_why_not(norm)
     if reason is not None:
         return f"{name} {reason}"
-    reason = why_not_part(name, norm)  # before any look at its weight, which may be made at each
+    # before any look at its weight, which may be made at each
+    reason = why_not_part(name, norm) or _why_not_eps(name, norm.eps)
     if reason is not None:
         return reason
     weight: Any = norm.weight
@@ -102,6 +117,10 @@ def why_not_layer_norm(name: str, norm: nn.Module) -> str | None:
     if weight is None or weight.dim() != 1 or shape not in (None, weight.shape):
         return f"{name} has no weight of its last axis"
     return None
+
+
+def _why_not_eps(name: str, eps: Any) -> str | None:
+    return None if is_fixed(eps) else f"{name} has a {type(eps).__name__.lower()} for eps"
 
 
 def read_norm(norm: nn.Module, again: bool | None = None) -> _steps.Norm:
@@ -226,8 +245,9 @@ def why_not_drop_path(name: str, module: nn.Module | None) -> str | None:
         return None
     if known.drop_path_draw(module) is None:
         return f"{name} is {_told_apart(stock_type(module), 'DropPath')}, not DropPath"
-    if isinstance(_path_rate(module), Tensor):  # its value may change, and nothing of the module with it
-        return f"{name} has a tensor for a rate"
+    rate = _path_rate(module)
+    if not is_fixed(rate):
+        return f"{name} has a {type(rate).__name__.lower()} for a rate"
     return why_not_part(name, module)
 
 
