@@ -51,7 +51,8 @@ def attention(
         [B, H, Nq, K] in q's dtype, laid out in memory as [B, Nq, H, K], so that merging the heads costs no copy.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or mixed dtypes outside autocast.
+        TypeError: an argument that is no floating-point tensor, a mask that holds no numbers (torch's CausalBias),
+            or mixed dtypes outside autocast.
         ValueError: shapes that do not fit, tensors on different devices, or a mask beside is_causal.
     """
     dtype = autocast_dtype(q)
