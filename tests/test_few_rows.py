@@ -13,9 +13,8 @@ from case import Case, T
 from cases import glu_mlp, linear, mlp
 from conftest import ISAS, skip_without
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from vitkernels import dispatch, ext, products
+from vitkernels import dispatch, products
 from vitkernels.ops.mlp import ACTIVATIONS
 
 EXT = torch.ops.vitkernels_ext
@@ -154,19 +153,3 @@ def test_few_rows_are_the_extensions_own_whatever_the_library(force_library, dty
         results.append(_mlp(x, *weights, dy))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_forward_products_of_two_images_read_float32_weights_where_they_lie(force_isa, force_library) -> None:
-    """On a matrix unit, in bfloat16; a library would want them rounded in a copy, and gets one of more rows."""
-    force_isa("amx")
-    if ext.isa() != "amx":
-        pytest.skip("this processor has no matrix unit for bfloat16")
-    force_library("torch")
-    weight, bias = torch.randn(320, 256), torch.randn(320)
-    for rows, copies in ((392, False), (512, False), (520, True)):
-        x = torch.randn(rows, 256).bfloat16()
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-            y = EXT.linear(x, weight, bias)
-        copied = [sorted(event.input_shapes[0]) for event in seen.events() if event.name == "aten::copy_"]
-        assert ([256, 320] in copied) == copies
-        torch.testing.assert_close(y.float(), x.float() @ weight.bfloat16().float().T + bias, rtol=2**-7, atol=0.1)

@@ -43,11 +43,10 @@ bool narrow(const Matrix& a, const Parted& b, Kind kind) {
 }
 
 // Whether bfloat16 has so few rows that the own product wins on a matrix unit: it rounds weights in float32 as it reads
-// them, where a library wants a copy. Weights in bfloat16 go the same way, for the sake of the bits (bench/NOTES.md).
+// them, where a library wants a copy. Weights in bfloat16 go the same way, for the sake of the bits; there it is level.
 bool has_few_rows(const Matrix& a, const Parted& b, Kind kind) {
-  if (kind == Kind::of_weight) return false;
-  const int64_t most = kind == Kind::forward ? 512 : 200;  // an image of 224 pixels has 196 patches
-  return a.dtype == ScalarType::BFloat16 && a.rows <= most && for_tiles(a, b);
+  constexpr int64_t most = 200;  // of an image of 224 pixels
+  return kind != Kind::of_weight && a.dtype == ScalarType::BFloat16 && a.rows <= most && for_tiles(a, b);
 }
 
 bool use_onednn(ScalarType dtype, Kind kind, int64_t work) {
