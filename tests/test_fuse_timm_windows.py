@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import fused
@@ -130,3 +131,17 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: torch.Tensor, **keywords: Any) -> torch.Tensor:
         return checkpoint(self.block, x, use_reentrant=False, **keywords)  # type: ignore[no-any-return]
+
+
+def test_windows_are_laid_out_as_the_attention_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In autocast's dtype, half the bytes: rounded before they are moved, they are what they would be after it."""
+    build, size, _, _ = BLOCKS["swin"]
+    block = build()
+    module, moved = sys.modules[type(block).__module__], []
+    own = module.window_partition
+    monkeypatch.setattr(module, "window_partition", lambda x, size: moved.append(x.dtype) or own(x, size))
+    vk.fuse(block)
+    with torch.autocast("cpu", torch.bfloat16), vk.record() as calls:
+        block(torch.randn(size))
+    assert moved == [torch.bfloat16]
+    assert "attention_qkv" in [call.op for call in calls]

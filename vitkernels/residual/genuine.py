@@ -70,7 +70,7 @@ def why_not_read(module: nn.Module) -> str | None:
         return "another forward"
     if cls.__call__ is not _MODULE_CALL and not (torch.compiler.is_compiling() and cls.__call__ is nn.Module.__call__):
         return "a __call__ of its own"  # tracers that export wrap Module's
-    return why_not_weights(module) or _why_not_looks(module, cls) or _watched()
+    return why_not_weights(module) or _why_not_looks(module) or _watched()
 
 
 def is_idle(hook: Callable[..., Any]) -> bool:
@@ -101,9 +101,9 @@ _READ = ("weight", "bias", "gamma", "eps", "p", "drop_prob", "normalized_shape",
 _looks: dict[type, tuple[str | None, tuple[str, ...]]] = {}  # by class: what is made at each look, what it has itself
 
 
-def _why_not_looks(module: nn.Module, cls: type[nn.Module]) -> str | None:
+def _why_not_looks(module: nn.Module) -> str | None:
     """What of the module is made at each look, or is its class's, where no change of the module tells of it."""
-    reason, names = _looks_of(cls)
+    reason, names = _looks_of(stock_type(module))  # a mixin's own names are none of the module's
     if reason is not None or not names:
         return reason
     return next((f"{name} of its class" for name in names if name not in module.__dict__), None)
