@@ -83,7 +83,8 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
         kernel.product(p, own, row, row_end, i, i + 1, to, scratch, i > first);
       }
     });
-  } else if (parts == 1 && p.a.col == 1 && !panels && !across) {  // so few rows that each panel is read once, and may stay in cache
+  } else if (parts == 1 && p.a.col == 1 && !panels && !across) {
+    // so few rows that each panel is read once, and may stay in cache
     constexpr int64_t cached = 1 << 17;                // floats, half of a usual L2
     const int64_t fair = (sizes.panels + threads - 1) / threads;
     const int64_t some = std::clamp<int64_t>(cached / sizes.panel, 1, fair), tasks = (sizes.panels + some - 1) / some;

@@ -33,7 +33,7 @@ template <class A>
 VK_INLINE void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
-// Past the caches, to where a vector begins; other threads may read it after `end_stream`.
+// A store past the caches; p is aligned to a whole vector. Other threads may read what it wrote after `end_stream`.
 VK_INLINE void stream(float* p, Vec<float> v) {
 #if defined(__clang__)
   __builtin_nontemporal_store(v, reinterpret_cast<Vec<float>*>(p));
