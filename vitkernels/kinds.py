@@ -29,10 +29,9 @@ Result = TypeVar("Result")
 def look_at(args: tuple[Any, ...]) -> tuple[bool, bool]:
     """Whether the call is plain, and whether it needs an autograd Function.
 
-    A call is plain where nobody looks on: tensors of memory (that hold what they say: torch negates some when they are
-    read), no transform, no dispatch mode, no profiler. Such a call
-    goes straight to the launcher. The opaque torch op is there for all others: tracing, fake tensors, tensor
-    subclasses, counters of FLOPs.
+    A call is plain where nobody looks on: tensors of memory that holds their values (of some it holds the negative), no
+    transform, no dispatch mode, no profiler. Such a call goes straight to the launcher. The opaque torch op is there
+    for all others: tracing, fake tensors, tensor subclasses, counters of FLOPs.
     """
     transformed = _transformed()
     plain = not (transformed or _watched() or torch.autograd._profiler_enabled())

@@ -215,8 +215,8 @@ void few_terms(const Product& p, const float* packed, int64_t first, int64_t las
     const int64_t i = tile * kTileRows, rows = p.m - i < kTileRows ? p.m - i : kTileRows;
     for (int64_t j = 0; j < p.n; j += kPanel) {
       const int64_t count = p.n - j < kPanel ? p.n - j : kPanel;
-      if (!p.stream) prefetch_result(p, i + kTileRows, j, count);
-      if (W::size == 4 && count % kFloats == 0 && !p.stream) {
+      if (!p.past_caches) prefetch_result(p, i + kTileRows, j, count);
+      if (W::size == 4 && count % kFloats == 0 && !p.past_caches) {
         float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
         matmul<float, W>(rows, count, words, {packed + i, 1, a_row}, b + j, b_row, out, p.n, false);
       } else {  // rows past the last are zeros of A
@@ -255,7 +255,7 @@ inline void few_product(const Product& p, bool terms, const float* packed, int64
     if (terms) return few_terms<W>(p, packed, first, last);
     few_rows<W, decltype(source)>(p, packed, first, last, sums, scratch);
   });
-  if (p.stream) end_stream();
+  if (p.past_caches) end_past_caches();
 }
 
 }  // namespace VK_ISA

@@ -24,7 +24,7 @@ Parts as_parts(const Parted& b) {
 
 // Whether a product is the gradient of a large weight. Nothing reads it before the optimizer does: past the caches, what it
 // would overwrite is not fetched, and what they hold stays.
-bool to_stream(const Product& p) {
+bool goes_past_caches(const Product& p) {
   constexpr int64_t fewest = 1 << 15, line = 16;  // elements
   return p.a.col != 1 && p.then == Then::store && p.out_dtype == DType::f32 && p.m * p.n >= fewest && p.n % line == 0 &&
          reinterpret_cast<uintptr_t>(p.out) % (4 * line) == 0;
@@ -128,7 +128,7 @@ void multiply_terms(const Product& p, int64_t columns, float* sums, float* panel
     some.panel_step = sizes.panel;
     some.packed_from = panels ? begin : 0;
     some.add = begin > 0;
-    some.stream = p.stream && sizes.depth >= p.k;  // else the next terms read it
+    some.past_caches = p.past_caches && sizes.depth >= p.k;  // else the next terms read it
     if (begin > 0) some.bias = nullptr;
     multiply_panels(some, columns, sums, panels);
   }
@@ -159,7 +159,7 @@ void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, cons
             follow.activated_in_panels,
             true,
             &not_finite};
-  p.stream = to_stream(p);
+  p.past_caches = goes_past_caches(p);
   const int64_t columns = p.then == Then::gate_backward ? 2 * p.n : p.n;  // of out
   if (follow.sums) follow.sums->assign(columns, 0);
   float* const sums = follow.sums ? follow.sums->data() : nullptr;

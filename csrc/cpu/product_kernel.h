@@ -146,10 +146,10 @@ VK_INLINE void finish_gate_backward(const Product& p, int64_t i, int64_t j, int6
 // `count` columns from column j on of one row of `out`, where it may be float32 though the product is not.
 template <class W>
 VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t count, const float* row) {
-  if (p.stream) {
+  if (p.past_caches) {
     float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
     for (int64_t c = 0; c < count; c += kFloats) {
-      stream(out + c, W::size == 4 ? load(row + c) : round_bf16(load(row + c)));
+      store_past_caches(out + c, W::size == 4 ? load(row + c) : round_bf16(load(row + c)));
     }
     return;
   }
@@ -237,7 +237,7 @@ void product_block(const Product& p, Left<float> a, const float* b, int64_t i, i
     for (int64_t r = 0; r < rows; r += tile_rows<W>, tile.data += a.tile) {
       const int64_t live = rows - r < tile_rows<W> ? rows - r : tile_rows<W>;
       float* const c = block + r * kPanel;
-      if (last && !p.stream) prefetch_tile(p, i + r, j, live, W::size, count * W::size);
+      if (last && !p.past_caches) prefetch_tile(p, i + r, j, live, W::size, count * W::size);
       if (fetch) {  // the same rows' next words or, after the last, the next block's first
         const int64_t left = words - k - depth;
         prefetch_rows(tile.data + (last ? rows * a.row - k : depth), a.row, live, last || left > most ? most : left);
@@ -318,7 +318,7 @@ inline void product(const Product& p, const float* packed, int64_t begin, int64_
   with_panels(p, [&](auto word, auto) VK_ALWAYS {
     product_rows<decltype(word)>(p, packed, begin, end, first, last, sums, scratch, again);
   });
-  if (p.stream) end_stream();
+  if (p.past_caches) end_past_caches();
 }
 
 }  // namespace VK_ISA

@@ -33,8 +33,8 @@ template <class A>
 VK_INLINE void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
-// A store past the caches; p is aligned to a whole vector. Other threads may read what it wrote after `end_stream`.
-VK_INLINE void stream(float* p, Vec<float> v) {
+// A store that leaves nothing in the caches; p is aligned to a whole vector. Other threads may read it after `end_past_caches`.
+VK_INLINE void store_past_caches(float* p, Vec<float> v) {
 #if defined(__clang__)
   __builtin_nontemporal_store(v, reinterpret_cast<Vec<float>*>(p));
 #elif !defined(__x86_64__)
@@ -47,7 +47,7 @@ VK_INLINE void stream(float* p, Vec<float> v) {
   __builtin_ia32_movntps(p, v);
 #endif
 }
-VK_INLINE void end_stream() {
+VK_INLINE void end_past_caches() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();
 #endif
