@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_layers import FACTORS, KINDS, Layer, check_equal
+from step_layers import FACTORS, KINDS, Layer, check_equal, keep_smaller_norms
 from torch import Tensor
 
 import vitkernels as vk
@@ -42,6 +42,19 @@ def _no_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("smallest", [0, 2**16], ids=["made again", "kept"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_is_taped_in_both_directions(
+    kind: str, smallest: int, autocast: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_smaller_norms(monkeypatch, smallest)
+    with vk.use(backend):
+        for _ in range(tape.FROM_CALL):
+            run(Layer(kind, factors=FACTORS), autocast)
+    assert len(programs()) == 2
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

@@ -26,7 +26,7 @@ FROM_CALL = 3  # of one kind: shapes that come once or twice are not worth a tap
 # What tells of a tensor without reading its values. Attributes are told by `__get__`.
 _LOOKS = frozenset(
     {"stride", "size", "dim", "numel", "data_ptr", "is_contiguous", "element_size", "storage_offset", "__len__"}
-    | {"is_floating_point", "get_device", "untyped_storage", "_is_view"}
+    | {"is_floating_point", "get_device", "untyped_storage", "_is_view", "is_neg"}
 )
 # What gives memory without contents: written down as the cheapest of them.
 _EMPTY = frozenset({"empty", "new_empty", "empty_like", "empty_strided"})
