@@ -88,7 +88,7 @@ def _glu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tens
     return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w_gate, w_up, w2, "silu", [True] * 7)
 
 
-@pytest.mark.parametrize("rows", [3, 16, 40, 300])
+@pytest.mark.parametrize("rows", [3, 16, 40, 300, 3300])  # the last are summed in several passes
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("library", products.LIBRARIES)
 @pytest.mark.parametrize("op", [_linear, _mlp, _glu_mlp])

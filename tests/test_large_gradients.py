@@ -21,7 +21,7 @@ def _needs_the_extension() -> None:
 # rows of x: of few terms, of some, and of so many that they are summed in several passes; inputs: whole lines of the
 # cache that end within a panel, and rows that do not begin at a line
 @pytest.mark.parametrize("inputs", [528, 515])
-@pytest.mark.parametrize("rows", [7, 98, 1600])
+@pytest.mark.parametrize("rows", [7, 98, 1700])
 @pytest.mark.parametrize("isa", ISAS)
 def test_as_accurate_as_small_ones(
     force_isa: Callable[[str], None], force_library: Callable[[str], None], isa: str, rows: int, inputs: int

@@ -300,6 +300,11 @@ void head_backward(const Head& h, Rows out, Rows dout, const A* stats, OutRows d
           A* to = dmask + (q0 + i) * dmask_row + k0 * dmask_col;
           if (dmask_col == 0) {
             to[0] += row_sum(di, row);  // padding is 0
+          } else if (dmask_col == 1) {
+            each<A>(keys, [&](auto lane, int64_t j) VK_ALWAYS {
+              using V = decltype(lane);
+              put(to + j, get<V>(to + j) + get<V>(di + j));
+            });
           } else {
             for (int64_t j = 0; j < keys; ++j) to[j * dmask_col] += di[j];
           }

@@ -77,6 +77,8 @@ struct Product {
   // Of a product of some terms (k) at a time: the first in B and in the panels, and whether out += C (of Then::store)
   int64_t begin = 0, packed_from = 0;
   bool add = false;
+  float* between = nullptr;  // of bfloat16, packed [m, n]: where C is kept until its last terms, which alone are rounded
+  bool ends = true;          // whether these are the last
   bool past_caches = false;  // whether `out` is stored so: float32 of Then::store, its rows whole lines of the cache
   int64_t panel_step = 0;  // floats from one panel to the next
 };

@@ -120,6 +120,10 @@ void multiply_panels(Product p, int64_t columns, float* sums, float* panels) {
 // All terms, as many at a time as go best. `panels` are of all terms, or null.
 void multiply_terms(const Product& p, int64_t columns, float* sums, float* panels) {
   const ProductSizes sizes = kernels<float>().product_sizes(p);
+  std::optional<Tensor> between;
+  if (p.dtype == DType::bf16 && p.out_dtype != DType::f32 && sizes.depth < p.k) {
+    between = empty({p.m, p.n}, ScalarType::Float);
+  }
   for (int64_t begin = 0; begin < p.k; begin += sizes.depth) {
     Product some = p;
     some.begin = begin;
@@ -128,6 +132,10 @@ void multiply_terms(const Product& p, int64_t columns, float* sums, float* panel
     some.panel_step = sizes.panel;
     some.packed_from = panels ? begin : 0;
     some.add = begin > 0;
+    if (p.dtype == DType::bf16 && sizes.depth < p.k) {
+      some.between = reinterpret_cast<float*>(between ? bytes(*between) : p.out);
+      some.ends = begin + sizes.depth >= p.k;
+    }
     some.past_caches = p.past_caches && sizes.depth >= p.k;  // else the next terms read it
     if (begin > 0) some.bias = nullptr;
     multiply_panels(some, columns, sums, panels);

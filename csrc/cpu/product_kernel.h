@@ -145,7 +145,16 @@ VK_INLINE void finish_gate_backward(const Product& p, int64_t i, int64_t j, int6
 
 // `count` columns from column j on of one row of `out`, where it may be float32 though the product is not.
 template <class W>
-VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t count, const float* row) {
+VK_INLINE void store_result(const Product& p, int64_t i, int64_t j, int64_t count, float* row) {
+  if (p.between) {
+    float* const kept = p.between + i * p.n + j;
+    each<float>(count, [&](auto lane, int64_t c) VK_ALWAYS {
+      using V = decltype(lane);
+      const V value = p.add ? get<V>(kept + c) + get<V>(row + c) : get<V>(row + c);
+      put(p.ends ? row + c : kept + c, value);
+    });
+    if (!p.ends) return;
+  }
   if (p.past_caches) {
     float* const out = reinterpret_cast<float*>(p.out) + i * p.n + j;
     for (int64_t c = 0; c < count; c += kFloats) {
@@ -285,9 +294,9 @@ ProductSizes sizes_in(const Product& p) {
   const int64_t copied = by_tiles<W>     ? rows * panel_words<W>(p.k)
                          : p.a.col == 1 ? 0
                                         : tiles * tile_words<W>(p.k);
-  const bool deep = pieces<W> > 1 && p.then == Then::store;
+  const bool deep = by_tiles<W> && p.then == Then::store && (pieces<W> > 1 || p.a.col != 1);
   return {tile_rows<W>, tiles, panels, panel_words<W>(p.k) * kPanel, kSpare + rows * kPanel + copied,
-          deep && p.k > kDepthInPieces ? round_up(even_step(p.k, kDepthInPieces), 2 * kTile) : p.k,
+          deep && p.k > kTerms<W> ? round_up(even_step(p.k, kTerms<W>), 2 * kTile) : p.k,
           by_tiles<W>};
 }
 inline ProductSizes product_sizes(const Product& p) {

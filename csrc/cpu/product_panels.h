@@ -13,7 +13,9 @@ constexpr int64_t tile_rows = by_tiles<W> ? 2 * kTile : kTileRows;
 template <class W>
 constexpr int64_t block_tiles = by_tiles<W> ? 8 : 20;
 constexpr int64_t kBlockWords = 5 << 16;  // of a block of A in pieces: more than half of the L2 that goes with the unit
-constexpr int64_t kDepthInPieces = 768;   // terms at a time: a block of more has too few rows for what B takes to pass
+// Terms at a time on the matrix unit: a block of A of more leaves L2, or has too few rows for what B takes to pass.
+template <class W>
+constexpr int64_t kTerms = pieces<W> > 1 ? 768 : 1600;
 constexpr int64_t kDepth = 384;
 constexpr int64_t kSpare = 4 * kPanel;  // what finish_row keeps of an activation
 constexpr int64_t kCopied = 8;  // words that pack_tiles copies for each kTileRows: what is too much is overwritten
