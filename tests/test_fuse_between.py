@@ -98,7 +98,7 @@ def test_hooks_of_saved_tensors_give_what_they_kept(call: Any, change: Any, auto
 @pytest.mark.parametrize("rows", [0, 10**6], ids=["no copies", "copies"])
 @pytest.mark.parametrize("call", [_saved_as_copies, _checkpointed])
 def test_autocasts_copies_of_weights_under_hooks(call: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitkernels.ops._stretch.FEW_ROWS", rows)
+    monkeypatch.setattr("vitkernels.ops._step.FEW_ROWS", rows)
     with vk.use("reference"):  # whose products do not round weights as they read them
         check(call, _put, True)
 

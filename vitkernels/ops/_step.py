@@ -30,6 +30,9 @@ from vitkernels.ops.add_layer_norm import op as op_norm
 
 _SMALL = 2**16  # elements; a norm's result of fewer is kept: making it again would take longer than its memory is worth
 FEW_ROWS = 256  # autocast's copies of weights are kept for fewer: making them again would cost what a product does
+# A backend that rounds weights as it multiplies has no copies of so few rows, and gives a library some past that. Small
+# ones are kept then: their gradients come in autocast's dtype, and are widened in cache.
+ROUNDED, FEW_ROWS_OF_SMALL, SMALL_WEIGHT = 200, 1024, 2**20
 
 
 class Norm(NamedTuple):
@@ -172,12 +175,19 @@ class Part:
         """Where an argument is among the tensors that are saved."""
         return _BEFORE_ARGUMENTS + argument
 
-    def rounds(self, like: Tensor, arguments: Sequence[Any]) -> bool:
-        """Whether autocast's rounding of the weights is left to the kernels; `like` has the stream's device."""
+    def keeps_copies(self, like: Tensor, arguments: Sequence[Any]) -> bool:
+        """Whether autocast's copies of the weights are kept from the forward pass for the backward one; `like` has the
+        stream's device."""
+        rows = self.total.shape[:-1].numel()
+        if rows >= max(FEW_ROWS, FEW_ROWS_OF_SMALL):
+            return False
         normed = like.new_empty(1, dtype=self.normed_dtype).expand(self.total.shape)
         op = self.step.op  # its arguments are the first ones of the step's
         choice = op.choose("forward", (normed, *arguments)[: len(op.forward_op._schema.arguments)])
-        return op.implementations[choice.call.backend].rounds_weights
+        if not op.implementations[choice.call.backend].rounds_weights:
+            return rows < FEW_ROWS
+        small = all(arguments[index].numel() <= SMALL_WEIGHT for index in self.multiplied)
+        return small and ROUNDED < rows < FEW_ROWS_OF_SMALL
 
     def compute(
         self,

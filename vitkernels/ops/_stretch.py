@@ -24,7 +24,6 @@ from vitkernels.ops._plan import MOST, Launch, Plan, by_the_ops, keep
 from vitkernels.ops._step import (
     ADDED,
     BRANCH_BIAS,
-    FEW_ROWS,
     NOTHING_ADDED,
     SAVED_BIAS,
     Added,
@@ -154,8 +153,7 @@ class _Kind:
         self.added: list[tuple[int, int]] = []
         stream, branch = Stream.of(x), None if given[0] is None else Stream.of(given[0])
         begin, saved = 0, 0
-        few = self.dtype is not None and x.shape[:-1].numel() < FEW_ROWS
-        self._copies = few  # whether autocast's copies of weights are kept
+        self._copies = self.dtype is not None  # whether autocast's copies of weights are kept
         for step, count in zip(steps, counts, strict=True):
             self._slices.append(slice(begin, begin + ADDED - 1 + count))
             own_inputs = given[self._slices[-1]]
@@ -166,8 +164,7 @@ class _Kind:
             else:
                 check(step, x, own_inputs)
             part = Part(step, stream, branch, own_inputs)
-            if few and part.rounds(x, own_inputs[ADDED - 1 :]):
-                self._copies = False
+            self._copies = self._copies and part.keeps_copies(x, own_inputs[ADDED - 1 :])
             self.multiplied += [(begin + ADDED + each, saved + part.saved_at(each)) for each in part.multiplied]
             bias, *factors = own_inputs[BRANCH_BIAS : BRANCH_BIAS + 3]
             if bias is not None and any(each is not None and each.requires_grad for each in factors):
