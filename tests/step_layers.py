@@ -14,7 +14,8 @@ from vitkernels import dispatch
 from vitkernels.ops import _step, _steps
 
 B, N, D, F, H = 2, 5, 24, 40, 3
-KINDS = ("linear", "mlp", "glu_mlp", "glu_mlp apart", "attention")
+WINDOWS = _steps.Windows((4, 6), (2, 3), (1, 2))  # of an image, in the step "windows"
+KINDS = ("linear", "mlp", "glu_mlp", "glu_mlp apart", "attention", "windows")
 FACTORS = ("branch_bias", "scale", "row_scale")
 Results = tuple[Tensor, Tensor]  # total and the product
 OPS = {
@@ -23,6 +24,7 @@ OPS = {
     "glu_mlp": ["glu_mlp"],
     "glu_mlp apart": ["glu_mlp"],
     "attention": ["linear", "attention_qkv", "linear"],
+    "windows": ["linear", "attention_qkv", "linear"],
 }
 
 
@@ -35,7 +37,7 @@ class Layer:
         bias: whether the norm and the products have one.
         branch: whether something is added to the stream first.
         factors: which of FACTORS the branch has.
-        mask: whether a mask [B, H, N, N] is added to attention's scores; it learns.
+        mask: whether a mask [B, H, N, N] is added to attention's scores, one for each window of an image; it learns.
         causal: whether attention is causal.
         activation: of the feed-forward.
         rms: whether the norm is an RMSNorm.
@@ -60,24 +62,26 @@ class Layer:
             return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
         self.kind, self.causal, self.activation, self.rms = kind, causal, activation, rms
-        self.tensors = {"x": draw(B, N, D), "weight": draw(D)}
+        tokens, attends = WINDOWS.sides if kind == "windows" else (N,), kind in ("attention", "windows")
+        self.tensors = {"x": draw(B, *tokens, D), "weight": draw(D)}
         if branch:
-            self.tensors["branch"] = draw(B, N, D)
+            self.tensors["branch"] = draw(B, *tokens, D)
             self.tensors |= {name: draw(B if name == "row_scale" else D) for name in factors}
-        hidden = {"glu_mlp": 2 * F, "attention": 3 * D}.get(kind, F)
+        hidden = 3 * D if attends else 2 * F if kind == "glu_mlp" else F
         self.tensors["w1"] = draw(hidden, D)
         if kind == "glu_mlp apart":
             self.tensors["w_up"] = draw(hidden, D)
             if bias:
                 self.tensors["b_up"] = draw(hidden)
         if kind != "linear":
-            self.tensors["w2"] = draw(D, D if kind == "attention" else F)
+            self.tensors["w2"] = draw(D, D if attends else F)
         if bias:
             self.tensors |= {"bias": draw(D), "b1": draw(hidden)}
             if kind != "linear":
                 self.tensors["b2"] = draw(D)
         if mask:
-            self.tensors["mask"] = draw(B, H, N, N)
+            batches, seen = (WINDOWS.count, WINDOWS.tokens) if kind == "windows" else (B, N)
+            self.tensors["mask"] = draw(batches, H, seen, seen)
 
     def freeze(self, *names: str) -> None:
         for name in names:
@@ -109,10 +113,12 @@ class Layer:
         assert w2 is not None
         if self.kind == "mlp":
             return _steps.mlp(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
-        if self.kind != "attention":
+        if self.kind not in ("attention", "windows"):
             w_up, b_up = (self.tensors.get(name) for name in ("w_up", "b_up"))
             return _steps.glu_mlp(x, self.added, self.norm, (w1, b1, w_up, b_up, w2, b2), self.activation)
         options: dict[str, Any] = {"attn_mask": self.tensors.get("mask"), "is_causal": self.causal}
+        if self.kind == "windows":
+            options["windows"] = WINDOWS
         return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, **options)
 
     def apart(self) -> Results:
@@ -137,11 +143,15 @@ class Layer:
         if self.kind == "glu_mlp apart":
             weights, biases = (w1, given["w_up"]), (b1, given.get("b_up"))
             return total, vk.ops.glu_mlp(normed, weights, biases, w2, b2, activation=self.activation)
-        if self.kind != "attention":
+        if self.kind not in ("attention", "windows"):
             return total, getattr(vk.ops, self.kind)(normed, w1, b1, w2, b2, activation=self.activation)
+        shape, places = normed.shape, window_places() if self.kind == "windows" else None
+        if places is not None:
+            normed = normed.flatten(1, 2)[:, places].view(len(normed) * WINDOWS.count, WINDOWS.tokens, D)
         qkv = vk.ops.linear(normed, w1, b1)
         heads = vk.ops.attention_qkv(qkv, H, attn_mask=given.get("mask"), is_causal=self.causal)
-        return total, vk.ops.linear(heads, w2, b2)
+        out = vk.ops.linear(heads, w2, b2)
+        return total, out if places is None else out.view(-1, *places.shape, D)[:, places.argsort()].view(shape)
 
     def gradients(self, results: Results, use: str = "both", **options: Any) -> dict[str, Tensor | None]:
         """Of every tensor that learns, from a loss that weighs all numbers of one of the results or of both."""
@@ -155,6 +165,13 @@ class Layer:
             used, list(learn.values()), [weights_like(each) for each in used], allow_unused=True, **options
         )
         return dict(zip(learn, grads, strict=True))
+
+
+def window_places() -> Tensor:
+    """Where each token of the windows stands in the image: window by window, row by row."""
+    (down, right), shift = WINDOWS.size, [-each for each in WINDOWS.shift]
+    image = torch.arange(WINDOWS.sides[0] * WINDOWS.sides[1]).view(WINDOWS.sides).roll(shift, (0, 1))
+    return image.unfold(0, down, down).unfold(1, right, right).flatten()
 
 
 def weights_like(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -133,15 +134,78 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=False, **keywords)  # type: ignore[no-any-return]
 
 
+def swin(**options: Any) -> tuple[nn.Module, torch.Tensor]:
+    """A block of Swin's whose windows are shifted, stock; and tokens that windows fill."""
+    build, size, _, _ = BLOCKS["swin"]
+    torch.manual_seed(0)
+    block = build()
+    fused.stir(block)
+    return block, torch.randn(size, requires_grad=True)
+
+
 def test_windows_are_laid_out_as_the_attention_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """In autocast's dtype, half the bytes: rounded before they are moved, they are what they would be after it."""
-    build, size, _, _ = BLOCKS["swin"]
-    block = build()
+    block, tokens = swin()
     module, moved = sys.modules[type(block).__module__], []
     own = module.window_partition
     monkeypatch.setattr(module, "window_partition", lambda x, size: moved.append(x.dtype) or own(x, size))
     vk.fuse(block)
     with torch.autocast("cpu", torch.bfloat16), vk.record() as calls:
-        block(torch.randn(size))
+        block(tokens[:, :, :-1])  # not whole windows: they are made by the block's own code
     assert moved == [torch.bfloat16]
     assert "attention_qkv" in [call.op for call in calls]
+
+
+def nodes(output: torch.Tensor) -> list[str]:
+    """Of the graph behind it, without those that sum gradients of parameters."""
+    found, left = [], [output.grad_fn]
+    seen = set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen or type(node).__name__ == "AccumulateGrad":
+            continue
+        seen.add(node)
+        found.append(type(node).__name__)
+        left += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_a_block_of_whole_windows_is_two_nodes(autocast: bool) -> None:
+    """Both sub-layers and their norms, and the last addition; beside them stands what makes the bias."""
+    block, tokens = swin()
+    vk.fuse(block)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), vk.record() as calls:
+        found = nodes(block(tokens))
+    assert [call.op for call in calls].count("attention_qkv") == 1
+    names = [name.removesuffix("Backward") for name in found]
+    assert names.count("residual_steps") == 1
+    assert not {"linear", "attention_qkv", "mlp"} & set(names)
+    assert len(names) < 10
+
+
+@pytest.mark.parametrize("columns", [8, 7], ids=["whole", "padded"])
+def test_windows_of_an_image_of_another_size(columns: int) -> None:
+    """Masks of a fixed image serve in turn, whatever windows they meet, or are refused, as the library has it."""
+    block, tokens = swin()
+    tokens = torch.randn(2, 12, columns, tokens.shape[-1], requires_grad=True)
+    for each in (block, BLOCKS["swin, masks by the call"][0]()):
+        fused.check_parity(each, (tokens,), ops=BLOCKS["swin"][3])
+    stock = copy.deepcopy(block)
+    refusals = []
+    for each in (vk.unfuse(stock), vk.fuse(block)):
+        with pytest.raises(RuntimeError) as refusal:
+            each(tokens[:1])
+        refusals.append(str(refusal.value).splitlines()[0])
+    assert "is invalid for input of size" in refusals[0]
+    assert refusals[0] == refusals[1]
+
+
+def test_a_block_that_moves_its_tokens_otherwise_runs_its_own_code() -> None:
+    block, tokens = swin()
+    cls = type("Turned", (type(block),), {"_attn": lambda self, x: super(type(self), self)._attn(x.flip(1)).flip(1)})
+    block.__class__ = cls
+    expected = block(tokens)
+    vk.fuse(block)
+    torch.testing.assert_close(block(tokens), expected)
+    assert "it has a _attn of its own" in str(vk.explain(block))

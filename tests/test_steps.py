@@ -161,7 +161,8 @@ def test_activations(backend: str, activation: str) -> None:
 @kinds
 def test_strided_tokens(backend: str, kind: str) -> None:
     layer = Layer(kind)
-    wide = torch.randn(step_layers.N, step_layers.B, 2 * step_layers.D)
+    batch, tokens, *others = layer.tensors["x"].shape
+    wide = torch.randn(tokens, batch, *others[:-1], 2 * others[-1])
     for name in ("x", "branch"):
         layer.tensors[name] = wide.transpose(0, 1)[..., ::2].detach().requires_grad_()
     with vk.use(backend):
@@ -172,7 +173,7 @@ def test_strided_tokens(backend: str, kind: str) -> None:
 def test_no_samples(backend: str, kind: str) -> None:
     layer = Layer(kind)
     for name in ("x", "branch"):
-        layer.tensors[name] = torch.zeros(0, step_layers.N, step_layers.D, requires_grad=True)
+        layer.tensors[name] = torch.zeros(0, *layer.tensors[name].shape[1:], requires_grad=True)
     with vk.use(backend):
         check_as_one_by_one(layer)
 
@@ -206,7 +207,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
 
 
 def learning(kind: str) -> Layer:
-    return Layer(kind, factors=FACTORS, mask=kind == "attention")
+    return Layer(kind, factors=FACTORS, mask=kind in ("attention", "windows"))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

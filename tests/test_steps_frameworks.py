@@ -35,7 +35,7 @@ def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def layer_of(kind: str) -> Layer:
-    return Layer(kind, factors=FACTORS, mask=kind == "attention")
+    return Layer(kind, factors=FACTORS, mask=kind in ("attention", "windows"))
 
 
 def close(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.fuse.swap import Fused, branch_of
@@ -60,18 +59,3 @@ def own_attention(name: str, attn: nn.Module, call: Callable[[Tensor], Tensor], 
     """
     why_not = f"{name} is {stock_type(attn).__name__}, its own: {kind}"
     return Branch(lambda x, bias_apart: (call(x), None), "", None, why_not, own=True)
-
-
-def to_windows(image: Tensor, size: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
-    """[B, H, W, D], padded with zeros to whole windows of h x w, to [B * R * C, h * w, D] and (R, C)."""
-    height, width = image.shape[1:3]
-    image = F.pad(image, (0, 0, 0, -width % size[1], 0, -height % size[0]))
-    rows, columns = image.shape[1] // size[0], image.shape[2] // size[1]
-    windows = image.unflatten(2, (columns, size[1])).unflatten(1, (rows, size[0])).transpose(2, 3)
-    return windows.reshape(-1, size[0] * size[1], image.shape[-1]), (rows, columns)
-
-
-def from_windows(windows: Tensor, size: Sequence[int], counts: tuple[int, int], sides: Sequence[int]) -> Tensor:
-    """The way back, to an image of this height and width."""
-    image = windows.unflatten(1, (size[0], size[1])).unflatten(0, (-1, *counts)).transpose(2, 3)
-    return image.flatten(3, 4).flatten(1, 2)[:, : sides[0], : sides[1]]

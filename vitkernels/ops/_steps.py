@@ -18,6 +18,7 @@ from vitkernels.ops import _check
 from vitkernels.ops._plan import Launch
 from vitkernels.ops._step import Added, Norm, Step, add_norm
 from vitkernels.ops._stretch import Factors, Stage, run
+from vitkernels.ops._windows import Windows
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
 from vitkernels.ops.glu_mlp import check as check_glu_mlp
 from vitkernels.ops.glu_mlp import op as op_glu_mlp
@@ -36,6 +37,7 @@ __all__ = [
     "Norm",
     "Stage",
     "Step",
+    "Windows",
     "add_norm",
     "attention",
     "glu_mlp",
@@ -96,6 +98,7 @@ def attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    windows: Windows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(total, self-attention of its norm): the packed projection, `ops.attention_qkv` and the projection of the heads.
 
@@ -103,8 +106,10 @@ def attention(
         x, added, norm: as in `linear`.
         qkv, proj: weight and bias of the projections, as nn.Linear stores them; [3 * D, D] and [D, D].
         num_heads, attn_mask, is_causal, scale: as in `ops.attention_qkv`.
+        windows: within which tokens attend to each other; x is then an image, [B, H, W, D], or its tokens row by row,
+            and the mask one of B * count batches of tokens.
     """
-    arguments = (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale)
+    arguments = (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale, windows)
     return run(x, added, [Stage(ATTENTION, norm, arguments)])
 
 
@@ -181,44 +186,59 @@ def _check_attention(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    windows: Windows | None,
     dtype: torch.dtype | None,
 ) -> None:
-    _check.has_rank("attention", "x", x, "[B, N, D]")
+    if windows is None:
+        _check.has_rank("attention", "x", x, "[B, N, D]")
+        batches = x.shape[:2]
+    else:
+        windows.check(x)
+        batches = torch.Size([x.shape[0] * windows.count, windows.tokens])
     check_linear(x, qkv_weight, qkv_bias, dtype)
-    packed = x.new_empty(1).expand(*x.shape[:2], qkv_weight.shape[0])  # as the projection will be
+    packed = x.new_empty(1).expand(*batches, qkv_weight.shape[0])  # as the projection will be
     check_packed(packed, num_heads, attn_mask, is_causal)
     check_linear(packed[..., : qkv_weight.shape[0] // 3], proj_weight, proj_bias, dtype)
 
 
 def _attention_ops(normed: Tensor, *arguments: Any) -> Tensor:
-    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
-    qkv = ops.linear(normed, qkv_weight, qkv_bias)
+    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale, windows = arguments
+    tokens = normed if windows is None else windows.made(normed)
+    qkv = ops.linear(tokens, qkv_weight, qkv_bias)
     heads = ops.attention_qkv(qkv, num_heads, attn_mask=mask, is_causal=is_causal, scale=scale)
-    return ops.linear(heads, proj_weight, proj_bias)
+    out = ops.linear(heads, proj_weight, proj_bias)
+    return out if windows is None else windows.undone(out, torch.Size([*normed.shape[:-1], out.shape[-1]]))
 
 
 def _attention(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale = arguments
-    qkv = launch("qkv", op_linear, normed, qkv_weight, qkv_bias)
+    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale, windows = arguments
+    tokens = normed if windows is None else windows.made(normed)
+    qkv = launch("qkv", op_linear, tokens, qkv_weight, qkv_bias)
     options = packed_options(qkv, num_heads, mask, is_causal, scale)
     heads, *statistics = launch("attention", op_qkv, qkv, *options)
-    out = launch("proj", op_linear, heads, proj_weight, proj_bias)
+    # each token by itself: in their own places before the projection as behind it
+    rows = heads if windows is None else windows.undone(heads, torch.Size([*normed.shape[:-1], heads.shape[-1]]))
+    out = launch("proj", op_linear, rows, proj_weight, proj_bias)
     return out, (qkv, heads, *statistics)
 
 
 def _attention_backward(launch, dy, normed, needs, arguments, kept):
-    qkv_weight, _, proj_weight, _, num_heads, mask, is_causal, scale = arguments
+    qkv_weight, _, proj_weight, _, num_heads, mask, is_causal, scale, windows = arguments
     qkv, heads, *statistics = kept
+    if windows is not None:  # the same products, of rows in another order
+        shape = normed.shape
+        dy, normed = windows.made(dy), windows.made(normed)
     inner = needs[0] or needs[1] or needs[2] or needs[6]
     dheads, *proj = launch("proj", op_linear, dy, heads, proj_weight, [inner, *needs[3:5]])
-    grads: list[Tensor | None] = [None] * 9
+    grads: list[Tensor | None] = [None] * 10
     grads[3:5] = _given(needs[3:5], proj)
     if inner:
         options = packed_options(qkv, num_heads, mask, is_causal, scale)
         dqkv, dmask = launch("attention", op_qkv, dheads, qkv, heads, *statistics, *options, needs[6])
         if any(needs[:3]):  # else the mask alone learns
             dx, *packed = launch("qkv", op_linear, dqkv, normed, qkv_weight, list(needs[:3]))
-            grads[0] = dx if needs[0] else None
+            if needs[0]:
+                grads[0] = dx if windows is None else windows.undone(dx, shape)
             grads[1:3] = _given(needs[1:3], packed)
         grads[6] = dmask.reshape(mask.shape) if needs[6] else None
     return grads

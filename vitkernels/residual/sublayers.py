@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.ops import _check, _steps
-from vitkernels.ops._steps import Added, Norm
+from vitkernels.ops._steps import Added, Norm, Windows
 from vitkernels.residual import parts
 from vitkernels.residual.stream import Branch, PlainStep, Step
 
@@ -66,6 +66,7 @@ def attention_step(
     attn_mask: Tensor | Callable[[], Tensor] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    windows: Windows | None = None,
 ) -> Step:
     """Self-attention with a packed projection of q, k and v; proj is a Linear that may be read.
 
@@ -79,7 +80,7 @@ def attention_step(
     def arguments(bias_apart: bool) -> tuple[Any, ...]:
         bias = None if bias_apart else proj.bias
         mask = attn_mask() if callable(attn_mask) else attn_mask
-        return (*qkv(), proj.weight, bias, heads, mask, is_causal, scale)
+        return (*qkv(), proj.weight, bias, heads, mask, is_causal, scale, windows)
 
     return PlainStep(_steps.ATTENTION, arguments, lambda: proj.bias)  # type: ignore[arg-type,return-value]
 

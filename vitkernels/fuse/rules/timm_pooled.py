@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.around import attention_within, from_windows, to_windows
+from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.pooled import PooledBlock
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedMlp
 from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention
 from vitkernels.fuse.rules.timm_windows import FusedOwnBlock, Names
 from vitkernels.fuse.swap import Fused, branch_of
+from vitkernels.ops._windows import from_windows, to_windows
 from vitkernels.residual import genuine, parts
 from vitkernels.residual.stream import Branch, Part
 from vitkernels.residual.sublayers import join_heads, mlp_branch

@@ -7,6 +7,7 @@ which serve in turn. The blocks are in `timm_windows` and `timm_post_norm`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from typing import Any, ClassVar
@@ -16,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.around import from_windows, to_windows
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention
+from vitkernels.ops._windows import Windows, from_windows, to_windows
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import owner_name
-from vitkernels.residual.stream import Branch
-from vitkernels.residual.sublayers import join_heads, projected, split_heads, why_not_linears
+from vitkernels.residual.stream import Branch, Step
+from vitkernels.residual.sublayers import attention_step, join_heads, projected, split_heads, why_not_linears
 
 _BIASES = frozenset(f"timm.layers.pos_embed_rel.{name}" for name in ("RelPosBias", "RelPosMlp", "RelPosBiasTf"))
 
@@ -70,6 +71,23 @@ class FusedSwinAttention(FusedInnerAttention):
     def attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return ops.attention_qkv(qkv, self.num_heads, attn_mask=self.masks(mask))  # type: ignore[arg-type]
 
+    def step_within(self, windows: Windows, mask: Tensor | None) -> Step | None:
+        """Its norm, the windows made and undone, and the attention within them as one Function; None where a call must
+        see the windows.
+
+        Args:
+            windows: of the image.
+            mask: a call's, [W, N, N].
+        """
+        attn: Any = self
+        why_not = self.why_not_now() or why_not_linears(qkv=attn.qkv, proj=attn.proj)
+        if why_not is not None or not windows.whole or not parts.drops_nothing(attn.proj_drop):
+            return None
+        if windows.tokens != attn.window_area or (mask is not None and len(mask) != windows.count):
+            return None
+        bias = functools.partial(self.masks, mask)
+        return attention_step(self.packed, attn.proj, attn.num_heads, attn_mask=bias, windows=windows)
+
     def masks(self, mask: Tensor | None) -> Tensor:
         """The bias, [1, H, N, N], or with the masks of an image's windows, [W, N, N], that of each: [W, H, N, N]."""
         return self.bias() if mask is None else self.bias() + mask[:, None]
@@ -82,6 +100,9 @@ class FusedSwinAttention(FusedInnerAttention):
 
 class FusedCosineAttention(FusedSwinAttention):
     """Swin v2's: q and k of length 1, a factor for each head, and a bias that a small network makes of positions."""
+
+    def step_within(self, windows: Windows, mask: Tensor | None) -> None:
+        return None
 
     def why_not_now(self) -> str | None:
         attn: Any = self

@@ -17,7 +17,9 @@ from vitkernels import ops
 from vitkernels.fuse.around import attention_within, own_attention
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock
-from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.fuse.rules.timm_window_attention import FusedSwinAttention
+from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of, why_not_mask
+from vitkernels.ops._windows import Windows
 from vitkernels.residual import genuine, parts
 from vitkernels.residual.stream import Branch, Part, Step, Sublayer
 from vitkernels.residual.sublayers import dropped, joined, linear_step, why_not_linears
@@ -68,11 +70,29 @@ class FusedOwnBlock(PreNormBlock):
 
 
 class FusedSwinBlock(FusedOwnBlock):
-    """SwinTransformerBlock."""
+    """SwinTransformerBlock: windows of its image are made and undone within the step, where they are whole."""
+
+    follows = ("_attn",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self
+        if self.declines(x):
+            return super(FusedOwnBlock, self).forward(x)
+        sides = (0, 0) if x.dim() != 4 or why_not_mask(block.attn_mask, x) else x.shape[1:3]
+        return self.run(x, height=sides[0], width=sides[1])
 
     def own(self, x: Tensor, **options: Any) -> Tensor:
         block: Any = self
         return block._attn(x)
+
+    def sublayers(self, height: int = 0, width: int = 0) -> list[Sublayer]:  # type: ignore[override]
+        block: Any = self
+        steps = super().sublayers()
+        attn = block.attn
+        if isinstance(attn, FusedSwinAttention) and parts.why_not_part("attn", attn) is None and not block.dynamic_mask:
+            windows = Windows((height, width), block.window_size, block.shift_size)
+            steps[0].branch.step = attn.step_within(windows, block.attn_mask)
+        return steps
 
 
 class FusedPartitionBlock(FusedOwnBlock):

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.fuse.around import attention_within, from_windows, to_windows
+from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.ops._windows import from_windows, to_windows
 from vitkernels.residual import known
 from vitkernels.residual.stream import Part, Sublayer, added_norms
 from vitkernels.residual.sublayers import ATTENTION, join_heads, split_heads, why_not_linears
