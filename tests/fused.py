@@ -130,3 +130,17 @@ def check_parity(
 
 
 stir = peers.stir
+
+
+def nodes(output: Tensor) -> list[str]:
+    """Of the graph behind it, without those that sum gradients of parameters."""
+    found, left = [], [output.grad_fn]
+    seen = set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen or type(node).__name__ == "AccumulateGrad":
+            continue
+        seen.add(node)
+        found.append(type(node).__name__)
+        left += [following for following, _ in node.next_functions]
+    return found

@@ -80,7 +80,7 @@ class Layer:
             if kind != "linear":
                 self.tensors["b2"] = draw(D)
         if mask:
-            batches, seen = (WINDOWS.count, WINDOWS.tokens) if kind == "windows" else (B, N)
+            batches, seen = (WINDOWS.per_image, WINDOWS.tokens) if kind == "windows" else (B, N)
             self.tensors["mask"] = draw(batches, H, seen, seen)
 
     def freeze(self, *names: str) -> None:
@@ -147,7 +147,7 @@ class Layer:
             return total, getattr(vk.ops, self.kind)(normed, w1, b1, w2, b2, activation=self.activation)
         shape, places = normed.shape, window_places() if self.kind == "windows" else None
         if places is not None:
-            normed = normed.flatten(1, 2)[:, places].view(len(normed) * WINDOWS.count, WINDOWS.tokens, D)
+            normed = normed.flatten(1, 2)[:, places].view(len(normed) * WINDOWS.per_image, WINDOWS.tokens, D)
         qkv = vk.ops.linear(normed, w1, b1)
         heads = vk.ops.attention_qkv(qkv, H, attn_mask=given.get("mask"), is_causal=self.causal)
         out = vk.ops.linear(heads, w2, b2)

@@ -156,27 +156,13 @@ def test_windows_are_laid_out_as_the_attention_reads_them(monkeypatch: pytest.Mo
     assert "attention_qkv" in [call.op for call in calls]
 
 
-def nodes(output: torch.Tensor) -> list[str]:
-    """Of the graph behind it, without those that sum gradients of parameters."""
-    found, left = [], [output.grad_fn]
-    seen = set()
-    while left:
-        node = left.pop()
-        if node is None or node in seen or type(node).__name__ == "AccumulateGrad":
-            continue
-        seen.add(node)
-        found.append(type(node).__name__)
-        left += [following for following, _ in node.next_functions]
-    return found
-
-
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 def test_a_block_of_whole_windows_is_two_nodes(autocast: bool) -> None:
     """Both sub-layers and their norms, and the last addition; beside them stands what makes the bias."""
     block, tokens = swin()
     vk.fuse(block)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), vk.record() as calls:
-        found = nodes(block(tokens))
+        found = fused.nodes(block(tokens))
     assert [call.op for call in calls].count("attention_qkv") == 1
     names = [name.removesuffix("Backward") for name in found]
     assert names.count("residual_steps") == 1

@@ -226,12 +226,22 @@ def swin(cls: str, shift: list[int], **options: Any) -> nn.Module:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("shift", [[0, 0], [2, 1], [0, 1]], ids=str)
+@pytest.mark.parametrize("columns", [6, 7, 3], ids=["whole", "padded", "one beside another"])
 @pytest.mark.parametrize("cls", WINDOWS)
-def test_windows(cls: str, shift: list[int], autocast: bool) -> None:
-    tokens = torch.randn(2, 8, 7, 48, requires_grad=True)  # padded in one direction
+def test_windows(cls: str, columns: int, shift: list[int], autocast: bool) -> None:
+    tokens = torch.randn(2, 8, columns, 48, requires_grad=True)
     explanation = fused.check_parity(swin(cls, shift), (tokens,), ops=WINDOWS[cls], autocast=autocast, absolute=4e-3)
     assert explanation.summary == "1 of 1 blocks fused"
     assert not explanation.fallbacks
+
+
+def test_whole_windows_are_made_within_a_step() -> None:
+    block = vk.fuse(swin("SwinTransformerBlock", [2, 1]))
+    for columns, within in ((6, True), (7, False)):
+        out = block(torch.randn(2, 8, columns, 48))
+        names = fused.nodes(out)
+        assert "residual_stepsBackward" in names
+        assert ("attention_qkvBackward" not in names) is within
 
 
 @pytest.mark.parametrize(("cls", "mode"), [(name, "row") for name in WINDOWS] + [("SwinTransformerBlock", "batch")])

@@ -107,7 +107,7 @@ def attention(
         qkv, proj: weight and bias of the projections, as nn.Linear stores them; [3 * D, D] and [D, D].
         num_heads, attn_mask, is_causal, scale: as in `ops.attention_qkv`.
         windows: within which tokens attend to each other; x is then an image, [B, H, W, D], or its tokens row by row,
-            and the mask one of B * count batches of tokens.
+            and the mask one of B * per_image batches of tokens.
     """
     arguments = (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale, windows)
     return run(x, added, [Stage(ATTENTION, norm, arguments)])
@@ -194,7 +194,7 @@ def _check_attention(
         batches = x.shape[:2]
     else:
         windows.check(x)
-        batches = torch.Size([x.shape[0] * windows.count, windows.tokens])
+        batches = torch.Size([x.shape[0] * windows.per_image, windows.tokens])
     check_linear(x, qkv_weight, qkv_bias, dtype)
     packed = x.new_empty(1).expand(*batches, qkv_weight.shape[0])  # as the projection will be
     check_packed(packed, num_heads, attn_mask, is_causal)

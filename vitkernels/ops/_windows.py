@@ -53,13 +53,13 @@ class Windows(NamedTuple):
         return all(side and side % length == 0 for side, length in zip(self.sides, self.size, strict=True))
 
     @property
-    def count(self) -> int:
-        """Of an image."""
+    def per_image(self) -> int:
+        """How many an image has."""
         return self.sides[0] // self.size[0] * (self.sides[1] // self.size[1])
 
     @property
     def tokens(self) -> int:
-        """Of a window."""
+        """How many a window has."""
         return self.size[0] * self.size[1]
 
     def check(self, x: Tensor) -> None:
@@ -76,7 +76,7 @@ class Windows(NamedTuple):
             )
 
     def made(self, x: Tensor) -> Tensor:
-        """[B, ..., D], whose axes between are the image's or its tokens row by row, to [B * count, tokens, D]."""
+        """[B, ..., D], whose axes between are the image's or its tokens row by row, to [B * per_image, tokens, D]."""
         image = x if x.dim() == 4 else x.reshape(x.shape[0], *self.sides, x.shape[-1])
         if any(self.shift):
             image = torch.roll(image, [-each for each in self.shift], (1, 2))

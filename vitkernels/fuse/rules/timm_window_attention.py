@@ -83,7 +83,7 @@ class FusedSwinAttention(FusedInnerAttention):
         why_not = self.why_not_now() or why_not_linears(qkv=attn.qkv, proj=attn.proj)
         if why_not is not None or not windows.whole or not parts.drops_nothing(attn.proj_drop):
             return None
-        if windows.tokens != attn.window_area or (mask is not None and len(mask) != windows.count):
+        if windows.tokens != attn.window_area or (mask is not None and len(mask) != windows.per_image):
             return None
         bias = functools.partial(self.masks, mask)
         return attention_step(self.packed, attn.proj, attn.num_heads, attn_mask=bias, windows=windows)

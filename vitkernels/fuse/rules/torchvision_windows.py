@@ -5,6 +5,7 @@ The masks of shifted windows are one for each window of an image, which serve in
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -16,10 +17,10 @@ from vitkernels import ops
 from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
-from vitkernels.ops._windows import from_windows, to_windows
-from vitkernels.residual import known
-from vitkernels.residual.stream import Part, Sublayer, added_norms
-from vitkernels.residual.sublayers import ATTENTION, join_heads, split_heads, why_not_linears
+from vitkernels.ops._windows import Windows, to_windows
+from vitkernels.residual import known, parts
+from vitkernels.residual.stream import Part, Step, Sublayer, added_norms
+from vitkernels.residual.sublayers import ATTENTION, attention_step, join_heads, split_heads, why_not_linears
 
 
 def _draw(module: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,22 +46,38 @@ class FusedShiftedAttention(Fused):
         with self.backend():
             size, sides = attn.window_size, x.shape[1:3]
             padded = [length + -length % side for length, side in zip(sides, size, strict=True)]
-            shifts = [
-                0 if side >= length else shift
-                for shift, side, length in zip(attn.shift_size, size, padded, strict=True)
-            ]
+            windows = self.windows(*padded)
             image = F.pad(x, (0, 0, 0, padded[1] - sides[1], 0, padded[0] - sides[0]))
-            bias = attn.get_relative_position_bias()
-            if sum(shifts) > 0:
-                image = torch.roll(image, shifts=[-shift for shift in shifts], dims=(1, 2))
-                bias = bias + _masks(image, size, shifts)[:, None]
-            windows, counts = to_windows(image, size)
-            heads = self.attend(self.project(windows), bias)
+            heads = self.attend(self.project(windows.made(image)), self.bias(windows))
             out = F.dropout(ops.linear(heads, attn.proj.weight, attn.proj.bias), attn.dropout, self.training)
-            image = from_windows(out, size, counts, padded)
-            if sum(shifts) > 0:
-                image = torch.roll(image, shifts=shifts, dims=(1, 2))
+            image = windows.undone(out, image.shape)
             return image[:, : sides[0], : sides[1]].contiguous()
+
+    def bias(self, windows: Windows) -> Tensor:
+        """What is added to the scores, [1 or windows of an image, H, N, N]."""
+        attn: Any = self
+        bias: Tensor = attn.get_relative_position_bias()
+        return bias + _masks(bias, windows)[:, None] if any(windows.shift) else bias
+
+    def windows(self, height: int, width: int) -> Windows:
+        """Of an image; they are not shifted along a side that is one window."""
+        attn: Any = self
+        (down, right), (below, beside) = attn.window_size, attn.shift_size
+        shift = 0 if down >= height else below, 0 if right >= width else beside
+        return Windows((height, width), (down, right), shift)
+
+    def step_within(self, height: int, width: int) -> Step | None:
+        """Its norm, the windows made and undone, and the attention within them as one Function; None where the windows
+        of such an image are not whole, or a dropout follows."""
+        attn: Any = self
+        windows = self.windows(height, width)
+        if self.why_not_now() is not None or not windows.whole or (attn.dropout > 0 and self.training):
+            return None
+
+        bias = functools.partial(self.bias, windows)
+        return attention_step(
+            lambda: (attn.qkv.weight, attn.qkv.bias), attn.proj, attn.num_heads, attn_mask=bias, windows=windows
+        )
 
     def why_not_now(self) -> str | None:
         """Why torchvision's own function must compute: it reads the weights itself, past anything hung on a Linear."""
@@ -85,6 +102,9 @@ class FusedShiftedAttention(Fused):
 class FusedShiftedV2Attention(FusedShiftedAttention):
     """ShiftedWindowAttentionV2: q and k of length 1, a factor for each head, and no bias on k."""
 
+    def step_within(self, height: int, width: int) -> None:
+        return None
+
     def project(self, windows: Tensor) -> Tensor:
         attn: Any = self
         bias = attn.qkv.bias
@@ -101,17 +121,17 @@ class FusedShiftedV2Attention(FusedShiftedAttention):
         return join_heads(ops.attention(q, k, v, attn_mask=bias, scale=1.0))
 
 
-def _masks(image: Tensor, size: list[int], shifts: list[int]) -> Tensor:
+def _masks(like: Tensor, windows: Windows) -> Tensor:
     """[windows of an image, N, N]: -100 between tokens that were no neighbours before the shift."""
     regions = []
-    for length, side, shift in zip(image.shape[1:3], size, shifts, strict=True):
-        places = torch.arange(length, device=image.device)
+    for length, side, shift in zip(*windows, strict=True):
+        places = torch.arange(length, device=like.device)
         # as slices from the end have it: a shift of 0 leaves no last region
         last = places >= length - shift if shift > 0 else torch.ones_like(places, dtype=torch.bool)
         regions.append((places >= length - side).long() + last.long())
-    region = (regions[0][:, None] * 3 + regions[1]).to(image.dtype)
-    windows = to_windows(region[None, ..., None], size)[0].squeeze(-1)
-    return torch.where(windows[:, None] == windows[:, :, None], 0.0, -100.0).to(image.dtype)
+    region = (regions[0][:, None] * 3 + regions[1]).to(like.dtype)
+    tokens = to_windows(region[None, ..., None], windows.size)[0].squeeze(-1)
+    return torch.where(tokens[:, None] == tokens[:, :, None], 0.0, -100.0).to(like.dtype)
 
 
 class FusedSwinBlock(PreNormBlock):
@@ -123,11 +143,14 @@ class FusedSwinBlock(PreNormBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self.declines(x):
             return super().forward(x)
-        return self.run(x)
+        return self.run(x, height=x.shape[1], width=x.shape[2])
 
-    def sublayers(self, **options: Any) -> list[Sublayer]:
+    def sublayers(self, height: int = 0, width: int = 0) -> list[Sublayer]:  # type: ignore[override]
         block: Any = self
-        attention = attention_within("attn", block.attn, block.attn, "a relative bias on its scores")
+        attn = block.attn
+        attention = attention_within("attn", attn, attn, "a relative bias on its scores")
+        if isinstance(attn, FusedShiftedAttention) and parts.why_not_part("attn", attn) is None:
+            attention.step = attn.step_within(height, width)
         return [
             Sublayer("attn", block.norm1, attention, None, block.stochastic_depth),
             Sublayer("mlp", block.norm2, branch_of("mlp", block.mlp), None, block.stochastic_depth),
