@@ -17,6 +17,7 @@ from torch import Tensor
 
 import vitkernels as vk
 from vitkernels import dispatch, ext_cuda
+from vitkernels.ops._amp import CODES
 
 if cuda.why_not() is not None:
     pytest.skip(f"{cuda.why_not()}", allow_module_level=True)
@@ -57,25 +58,28 @@ def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(name: str, dtype: 
     hidden = 48 if name == "glu_mlp" else 24
     w1, b1, w2, b2 = torch.randn(hidden, 16), torch.randn(hidden), torch.randn(24, 24), torch.randn(24)
 
-    def results(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+    def results(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grad_dtype: int = 0) -> tuple[Tensor, ...]:
         if name == "linear":
-            return op(x, w1, b1), *op.backward(dy, x, w1, [True] * 3)
+            return op(x, w1, b1), *op.backward(dy, x, w1, [True] * 3, grad_dtype)
         if name == "mlp":
             y, pre = op(x, w1, b1, w2, b2, "gelu", True)
-            return y, pre, *op.backward(dy, x, pre, w1, w2, "gelu", [True] * 5)
+            return y, pre, *op.backward(dy, x, pre, w1, w2, "gelu", [True] * 5, grad_dtype)
         (w_gate, w_up), (b_gate, b_up) = w1.chunk(2), b1.chunk(2)
         y, pre = op(x, w_gate, b_gate, w_up, b_up, w2, b2, "gelu", True)
-        return y, pre, *op.backward(dy, x, pre, w_gate, w_up, w2, "gelu", [True] * 7)
+        return y, pre, *op.backward(dy, x, pre, w_gate, w_up, w2, "gelu", [True] * 7, grad_dtype)
 
     with cuda.activate() as record, vk.use("ext"):
         got = results(w1, b1, w2, b2)
-        cast = results(*(each.to(dtype) for each in (w1, b1, w2, b2)))
+        copies = [each.to(dtype) for each in (w1, b1, w2, b2)]
+        cast, wide = results(*copies), results(*copies, grad_dtype=CODES[F32])
     assert record.names
     assert not record.findings
     narrow = 2 if name == "linear" else 3  # results, and the gradient of x
     assert [each.dtype for each in got] == [*[dtype] * narrow, *[F32] * (len(got) - narrow)]
-    for mine, theirs in zip(got, cast, strict=True):
+    for mine, theirs, widened in zip(got, cast, wide, strict=True):
         assert torch.equal(mine.float(), theirs.float())
+        assert mine.dtype == widened.dtype
+        assert torch.equal(mine, widened)
 
 
 def test_blocks_for_every_multiprocessor() -> None:

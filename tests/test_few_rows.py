@@ -15,6 +15,7 @@ from conftest import ISAS, skip_without
 from torch import Tensor
 
 from vitkernels import dispatch, products
+from vitkernels.ops._amp import CODES
 from vitkernels.ops.mlp import ACTIVATIONS
 
 EXT = torch.ops.vitkernels_ext
@@ -68,24 +69,30 @@ def _drawn(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
-def _linear(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def _linear(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor, grad_dtype: int = 0
+) -> tuple[Tensor, ...]:
     y = EXT.linear(x, w1, b1)
-    return y, EXT.linear(x, w1.t().contiguous().t(), None), *EXT.linear_backward(y, x, w1, [True] * 3)
+    return y, EXT.linear(x, w1.t().contiguous().t(), None), *EXT.linear_backward(y, x, w1, [True] * 3, grad_dtype)
 
 
-def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def _mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor, grad_dtype: int = 0
+) -> tuple[Tensor, ...]:
     y, pre = EXT.mlp(x, w1, b1, w2, b2, "gelu", True)
     alone, _ = EXT.mlp(x, w1, b1, w2, b2, "gelu", False)
-    return y, pre, alone, *EXT.mlp_backward(dy, x, pre, w1, w2, "gelu", [True] * 5)
+    return y, pre, alone, *EXT.mlp_backward(dy, x, pre, w1, w2, "gelu", [True] * 5, grad_dtype)
 
 
-def _glu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def _glu_mlp(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dy: Tensor, grad_dtype: int = 0
+) -> tuple[Tensor, ...]:
     w1, b1, w2 = w1[:-1].contiguous(), b1[:-1].contiguous(), w2[:, :65].contiguous()
     (w_gate, w_up), (b_gate, b_up) = w1.chunk(2), b1.chunk(2)
     y, pre = EXT.glu_mlp(x, w1, b1, None, None, w2, b2, "silu", True)
     alone, _ = EXT.glu_mlp(x, w_gate, b_gate, w_up, b_up, w2, b2, "silu", False)
     assert torch.equal(alone, y)
-    return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w_gate, w_up, w2, "silu", [True] * 7)
+    return y, pre, alone, *EXT.glu_mlp_backward(dy, x, pre, w_gate, w_up, w2, "silu", [True] * 7, grad_dtype)
 
 
 @pytest.mark.parametrize("rows", [3, 16, 40, 300, 3300])  # the last are summed in several passes
@@ -100,12 +107,15 @@ def test_weights_in_float32_are_rounded_as_a_cast_rounds_them(
     force_library(library)
     x, *weights, dy = _drawn(rows, dtype)
     got = op(x, *weights, dy)
-    cast = op(x, *(weight.to(dtype) for weight in weights), dy)
+    copies = [weight.to(dtype) for weight in weights]
+    cast, wide = op(x, *copies, dy), op(x, *copies, dy, grad_dtype=CODES[torch.float32])
     narrow = 2 if op is _linear else 3  # results before the gradients; the gradient of x is one too
     assert [each.dtype for each in got] == [*[dtype] * (narrow + 1), *[torch.float32] * (len(got) - narrow - 1)]
-    for mine, theirs in zip(got, cast, strict=True):
+    for mine, theirs, widened in zip(got, cast, wide, strict=True):
         assert theirs.dtype == dtype
         assert torch.equal(mine.to(torch.float32), theirs.to(torch.float32))
+        assert widened.dtype == mine.dtype
+        assert torch.equal(widened, mine)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -44,6 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitkernels as vk
 from vitkernels import dispatch
+from vitkernels.ops._amp import CODES
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,21 @@ def test_unasked_gradients_are_empty(case: Case, backend: str, launches: list[La
         of_q = 3 if case.op in ("attention", "attention_rel_pos", "attention_varlen") else 1
         also = {"attn_mask": 1, "rel_h": 2, "rel_w": 2}  # one of a pair brings both
         assert filled == of_q + also.get(wanted, 0), wanted
+
+
+@pytest.mark.parametrize("case", [each for each in SMALL if each.op in ("linear", "mlp", "glu_mlp")], ids=str)
+def test_gradients_of_weights_in_a_dtype_that_is_asked_for(case: Case, backend: str, launches: list[Launch]) -> None:
+    """Those that are asked for, of weights and biases: of the same values, and as the op is traced."""
+    run(case, case.build(torch.bfloat16), forward=backend)
+    op, (*args, needs) = dispatch.OPS[case.op], launches[-1].args
+    with vk.use(backend):
+        for wanted in (needs, [False, *needs[1:]], [True] + [False] * (len(needs) - 1)):
+            narrow, wide = op.backward(*args, wanted), op.backward(*args, wanted, CODES[torch.float32])
+            traced = op.backward_op(*map(_on_meta, args), wanted, CODES[torch.float32])
+            for index, (mine, theirs, fake) in enumerate(zip(wide, narrow, traced, strict=True)):
+                dtype = torch.float32 if index and wanted[index] else torch.bfloat16
+                assert mine.dtype == fake.dtype == dtype
+                assert torch.equal(mine, theirs.to(dtype))
 
 
 def test_memory_that_the_extension_allocates_is_poisoned() -> None:

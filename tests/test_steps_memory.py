@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import vitkernels as vk
 from vitkernels import dispatch, tape
-from vitkernels.ops import _steps
+from vitkernels.ops import _step, _steps
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 STEPS = (_steps.LINEAR, _steps.MLP, _steps.GLU_MLP, _steps.ATTENTION)
@@ -180,6 +180,26 @@ def test_autocast_keeps_no_copy_of_a_weight(kind: str) -> None:
     shapes = {weight.shape for weight in weights}
     same = [each.data_ptr() for each in kept if each.shape in shapes]
     assert sorted(same) == sorted(weight.data_ptr() for weight in weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_weights_are_kept_where_a_library_may_want_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more rows than the extension rounds weights for; gradients come in the weights' dtype, with the same bits."""
+    skip_without("ext")
+    layer, found = Layer(kind), []
+    for rounded, most in ((0, 1024), (200, 1024), (0, 1)):
+        monkeypatch.setattr(_step, "ROUNDED", rounded)
+        monkeypatch.setattr(_step, "FEW_ROWS_OF_COPIES", most)
+        dispatch.backends_changed()  # what calls have settled, they settle anew
+        with torch.autocast("cpu", torch.bfloat16), vk.use("ext"):
+            _, result = layer.together()
+        multiplied = {each.dtype for each in result.grad_fn.values if each.dim() == 2}
+        assert multiplied == {torch.bfloat16 if (rounded, most) == (0, 1024) else torch.float32}
+        with vk.record() as calls:
+            found.append(layer.gradients((result, result), use="product"))
+        assert {call.backend for call in calls} == {"ext"}
+    for other in found[1:]:
+        check_equal(other, found[0])
 
 
 def _kept_units(model: nn.Module, image: Tensor, unit: int) -> float:

@@ -95,7 +95,7 @@ def _register_launchers() -> None:
     for op in dispatch.OPS.values():
         # products round float32 weights to the rows' dtype as they read them
         forward, backward = _launcher(op.name), _launcher(f"{op.name}_backward")
-        op.register("ext", forward, backward, _why_not(op.name), rounds_weights=op.one_dtype)
+        op.register("ext", forward, backward, _why_not(op.name), rounds_weights=op.one_dtype, widens=True)
 
 
 def register() -> None:

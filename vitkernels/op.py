@@ -6,6 +6,7 @@ implementations, and the autograd Function over them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vitkernels import dispatch
 from vitkernels.kinds import MOST, look_at, noting, signature
-from vitkernels.ops._amp import cast
+from vitkernels.ops._amp import DTYPES, cast
 from vitkernels.tape import Taped
 
 _NAMESPACE = "vitkernels"
@@ -32,7 +33,9 @@ class Op:
             `vitkernels::<name>_backward`.
         schema: arguments and results of the forward op, without the name. What backward needs of the results is part
             of it, so that backends can be mixed. No result may share memory with an argument or another result.
-        backward_schema: the same for the backward op; a gradient that was not asked for is a tensor of no elements.
+        backward_schema: the same for the backward op; a gradient that was not asked for is a tensor of no elements. One
+            that ends with `grad_dtype` gives all gradients but the first, those of weights and biases, in that dtype (a
+            number of `_amp.CODES`; 0 for the weights' own), rounded to the weights' before.
         fake, fake_backward: shapes, strides and dtypes of the results, for tracing.
         setup_context: saves for backward, as `torch.autograd.Function.setup_context`.
         gradients: the backward formula `(ctx, *grad_outputs) -> grads`; it calls `op.backward(...)`.
@@ -53,13 +56,14 @@ class Op:
         one_dtype: bool = False,
     ) -> None:
         self.name, self.one_dtype = name, one_dtype
+        self._widens = "int grad_dtype=0)" in backward_schema
         self.schemas = {name: schema, f"{name}_backward": backward_schema}
         self.implementations: dict[str, dispatch.Implementation] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
         self._taped: dict[Any, Taped] = {}
         self._generation = dispatch.generation()  # of the backends that they were chosen from
         self.forward_op = self._define(name, schema, "forward", fake)
-        self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", fake_backward)
+        self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", self._widened(fake_backward))
         # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
         no_double = _refusal(name, "double backward (create_graph=True, grad of grad)")
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library)
@@ -87,10 +91,32 @@ class Op:
         backward: Callable[..., Any],
         why_not: Callable[[str, Any], str | None] = lambda direction, call: None,
         rounds_weights: bool = False,
+        widens: bool = False,
     ) -> None:
-        """Add a backend, by what `dispatch.Implementation` has of it."""
+        """Add a backend, by what `dispatch.Implementation` has of it.
+
+        `widens` says that its backward launcher knows `grad_dtype`; else the gradients are cast behind it.
+        """
+        if not widens:
+            backward = self._widened(backward)
         self.implementations[backend] = dispatch.Implementation(forward, backward, why_not, rounds_weights)
         dispatch.backends_changed()
+
+    def _widened(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """A backward launcher that gives gradients of weights in their own dtype, for calls that want another."""
+        if not self._widens:
+            return backward
+
+        @functools.wraps(backward)
+        def launch(*args: Any) -> Any:
+            *given, grad_dtype = args if type(args[-1]) is int else (*args, 0)
+            first, *others = backward(*given)
+            if grad_dtype:
+                both = zip(others, given[-1][1:], strict=True)
+                others = [each.to(DTYPES[grad_dtype]) if need else each for each, need in both]
+            return first, *others
+
+        return launch
 
     def __call__(self, *args: Any) -> Any:
         """The forward op, differentiable."""

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, con
 
 GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre, const Tensor& w_gate_up,
                                 const Maybe& w_up, const Tensor& w_down, const std::string& activation,
-                                const std::vector<bool>& needs) {
+                                const std::vector<bool>& needs, int64_t grad_dtype) {
   const Activation kind = activation_of(activation);
   const Tensor h = packed(pre);
   const Matrix g(dy), rows(x), b(w_down);
@@ -70,9 +70,9 @@ GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor&
     if (w_up) {
       Sums up(sums.begin() + hidden, sums.end());
       sums.resize(hidden);
-      if (needs[4]) db_up = gradient_of_bias(rows, w_up->scalar_type(), up);
+      if (needs[4]) db_up = gradient_of_bias(rows, dtype_for(grad_dtype, *w_up), up);
     }
-    if (needs[2]) db_gate_up = gradient_of_bias(rows, w_gate_up.scalar_type(), sums);
+    if (needs[2]) db_gate_up = gradient_of_bias(rows, dtype_for(grad_dtype, w_gate_up), sums);
   };
   bool in_panels = false;
   if (way != Way::library) {
@@ -88,7 +88,7 @@ GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor&
              {Then::gate_backward, kind, &h, needs_down ? &gated : nullptr, needs_bias ? &sums : nullptr, in_panels});
     if (needs_bias) set_biases(sums);
     if (in_panels) {
-      dw_down = empty(shape_of(w_down), w_down.scalar_type());
+      dw_down = empty(shape_of(w_down), dtype_for(grad_dtype, w_down));
       multiply(Way::panels, dw_down, g.transposed(), as_written, std::nullopt, {}, &gated);
     }
   } else if (needed) {
@@ -106,15 +106,17 @@ GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor&
       if (needs_bias) set_biases(sums);
     });
   }
-  if (needs_down && !in_panels) dw_down = gradient_of_weight(g, Matrix(gated), shape_of(w_down), w_down.scalar_type());
+  if (needs_down && !in_panels) {
+    dw_down = gradient_of_weight(g, Matrix(gated), shape_of(w_down), dtype_for(grad_dtype, w_down));
+  }
   gated = nothing(x);  // its memory may serve the next products
   const auto dweight = [&](const Tensor& dright, const Tensor& weight) {
-    return gradient_of_weight(Matrix(dright), rows, shape_of(weight), weight.scalar_type());
+    return gradient_of_weight(Matrix(dright), rows, shape_of(weight), dtype_for(grad_dtype, weight));
   };
   if (needs[1]) dw_gate_up = dweight(w_up ? columns_of(dpre, 0, hidden) : dpre, w_gate_up);
   if (needs[3]) dw_up = dweight(columns_of(dpre, hidden, hidden), *w_up);
   if (needs[0]) dx = gradient_of_input(Matrix(dpre), weight_of(w_gate_up, w_up, rows.dtype), shape_of(x));
-  const Tensor db_down = needs[6] ? gradient_of_bias(g, w_down.scalar_type()) : nothing(x);
+  const Tensor db_down = needs[6] ? gradient_of_bias(g, dtype_for(grad_dtype, w_down)) : nothing(x);
   return {dx, dw_gate_up, db_gate_up, dw_up, db_up, dw_down, db_down};
 }
 

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
                                                                 const Tensor& w1, const Tensor& w2,
                                                                 const std::string& activation,
-                                                                const std::vector<bool>& needs) {
+                                                                const std::vector<bool>& needs, int64_t grad_dtype) {
   const Activation kind = activation_of(activation);
   const Tensor h = packed(pre);
   const Matrix g(dy), rows(x), b(w2), hidden_rows(h);
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
     std::vector<float> sums;
     multiply(way, dh, g, b, std::nullopt,
              {Then::activate_backward, kind, &h, activated ? &*activated : nullptr, needs[2] ? &sums : nullptr, in_panels});
-    if (needs[2]) db1 = gradient_of_bias<float>(rows, w1.scalar_type(), sums);
+    if (needs[2]) db1 = gradient_of_bias<float>(rows, dtype_for(grad_dtype, w1), sums);
   } else if (needed) {
     with_accumulate(x.scalar_type(), [&](auto zero) {
       using A = decltype(zero);
@@ -65,19 +65,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
                                        needs[2] ? part : nullptr, bytes(dh) + begin * row, bytes(h) + begin * row,
                                        dtype, end - begin, hidden);
       });
-      if (needs[2]) db1 = gradient_of_bias<A>(rows, w1.scalar_type(), sums);
+      if (needs[2]) db1 = gradient_of_bias<A>(rows, dtype_for(grad_dtype, w1), sums);
     });
   }
   if (in_panels) {
-    dw2 = empty(shape_of(w2), w2.scalar_type());
+    dw2 = empty(shape_of(w2), dtype_for(grad_dtype, w2));
     multiply(Way::panels, *dw2, g.transposed(), hidden_rows, std::nullopt, {}, &*activated);
   } else if (needs[3]) {
-    dw2 = gradient_of_weight(g, Matrix(*activated), shape_of(w2), w2.scalar_type());
+    dw2 = gradient_of_weight(g, Matrix(*activated), shape_of(w2), dtype_for(grad_dtype, w2));
   }
   activated.reset();  // its memory may serve the next products
-  Tensor dw1 = needs[1] ? gradient_of_weight(Matrix(dh), rows, shape_of(w1), w1.scalar_type()) : nothing(x);
+  Tensor dw1 = needs[1] ? gradient_of_weight(Matrix(dh), rows, shape_of(w1), dtype_for(grad_dtype, w1)) : nothing(x);
   Tensor dx = needs[0] ? gradient_of_input(Matrix(dh), Matrix(w1), shape_of(x)) : nothing(x);
-  Tensor db2 = needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x);
+  Tensor db2 = needs[4] ? gradient_of_bias(g, dtype_for(grad_dtype, w2)) : nothing(x);
   return {dx, dw1, db1 ? *db1 : nothing(x), dw2 ? *dw2 : nothing(x), db2};
 }
 

@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, con
 
 GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre, const Tensor& w_gate_up,
                                 const Maybe& w_up, const Tensor& w_down, const std::string& activation,
-                                const std::vector<bool>& needs) {
+                                const std::vector<bool>& needs, int64_t grad_dtype) {
   const Matrix g(dy);
   Tensor dx = nothing(x), dw_gate_up = nothing(x), db_gate_up = nothing(x), dw_up = nothing(x), db_up = nothing(x);
   Tensor dw_down = nothing(x);
@@ -142,21 +142,21 @@ GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor&
       const Rows in = Operand(sums).rows;
       column_sums(launches, {in, 0, parts, std::max<int64_t>(parts, 1), int(2 * hidden), {out_rows(db)}}, 1);
       const auto half = [&](int64_t first, const Tensor& weight) {
-        return stacked({reinterpreted(db, {hidden}, {1}, first)}, weight.scalar_type());
+        return stacked({reinterpreted(db, {hidden}, {1}, first)}, dtype_for(grad_dtype, weight));
       };
-      if (needs[2]) db_gate_up = w_up ? half(0, w_gate_up) : cast(db, w_gate_up.scalar_type());
+      if (needs[2]) db_gate_up = w_up ? half(0, w_gate_up) : cast(db, dtype_for(grad_dtype, w_gate_up));
       if (needs[4]) db_up = half(hidden, *w_up);
     }
-    if (needs_down) dw_down = gradient_of_weight(g, Matrix(dgated), shape_of(w_down), w_down.scalar_type());
+    if (needs_down) dw_down = gradient_of_weight(g, Matrix(dgated), shape_of(w_down), dtype_for(grad_dtype, w_down));
     dgated = nothing(x);  // its memory may serve the next products
     const auto dweight = [&](const Tensor& dright, const Tensor& weight) {
-      return gradient_of_weight(Matrix(dright), Matrix(x), shape_of(weight), weight.scalar_type());
+      return gradient_of_weight(Matrix(dright), Matrix(x), shape_of(weight), dtype_for(grad_dtype, weight));
     };
     if (needs[1]) dw_gate_up = dweight(w_up ? columns_of(dpre, 0, hidden) : dpre, w_gate_up);
     if (needs[3]) dw_up = dweight(columns_of(dpre, hidden, hidden), *w_up);
     if (needs[0]) dx = gradient_of_input(Matrix(dpre), Matrix(both(w_gate_up, w_up, g.dtype)), shape_of(x));
   }
-  const Tensor db_down = needs[6] ? gradient_of_bias(g, w_down.scalar_type()) : nothing(x);
+  const Tensor db_down = needs[6] ? gradient_of_bias(g, dtype_for(grad_dtype, w_down)) : nothing(x);
   return {dx, dw_gate_up, db_gate_up, dw_up, db_up, dw_down, db_down};
 }
 

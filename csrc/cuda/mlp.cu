@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
                                                                 const Tensor& w1, const Tensor& w2,
                                                                 const std::string& activation,
-                                                                const std::vector<bool>& needs) {
+                                                                const std::vector<bool>& needs, int64_t grad_dtype) {
   const Matrix g(dy);
   Tensor dx = nothing(x), dw1 = nothing(x), db1 = nothing(x), dw2 = nothing(x);
   if (needs[0] || needs[1] || needs[2] || needs[3]) {
@@ -107,14 +107,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
       db1 = empty(x, {hidden});
       const Rows in = Operand(sums).rows;
       column_sums(launches, {in, 0, parts, std::max<int64_t>(parts, 1), int(hidden), {out_rows(db1)}}, 1);
-      db1 = cast(db1, w1.scalar_type());
+      db1 = cast(db1, dtype_for(grad_dtype, w1));
     }
-    if (needs[3]) dw2 = gradient_of_weight(g, Matrix(activated), shape_of(w2), w2.scalar_type());
+    if (needs[3]) dw2 = gradient_of_weight(g, Matrix(activated), shape_of(w2), dtype_for(grad_dtype, w2));
     activated = nothing(x);  // its memory may serve the next products
-    if (needs[1]) dw1 = gradient_of_weight(Matrix(dh), Matrix(x), shape_of(w1), w1.scalar_type());
+    if (needs[1]) dw1 = gradient_of_weight(Matrix(dh), Matrix(x), shape_of(w1), dtype_for(grad_dtype, w1));
     if (needs[0]) dx = gradient_of_input(Matrix(dh), Matrix(w1), shape_of(x));
   }
-  return {dx, dw1, db1, dw2, needs[4] ? gradient_of_bias(g, w2.scalar_type()) : nothing(x)};
+  return {dx, dw1, db1, dw2, needs[4] ? gradient_of_bias(g, dtype_for(grad_dtype, w2)) : nothing(x)};
 }
 
 }  // namespace vk

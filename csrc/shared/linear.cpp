@@ -9,12 +9,13 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                   const std::vector<bool>& needs) {
+                                                   const std::vector<bool>& needs, int64_t grad_dtype) {
   const Matrix g(dy);
+  const ScalarType dtype = dtype_for(grad_dtype, weight);
   return {
       needs[0] ? gradient_of_input(g, Matrix(weight), shape_of(x)) : nothing(x),
-      needs[1] ? gradient_of_weight(g, Matrix(x), shape_of(weight), weight.scalar_type()) : nothing(x),
-      needs[2] ? gradient_of_bias(g, weight.scalar_type()) : nothing(x),
+      needs[1] ? gradient_of_weight(g, Matrix(x), shape_of(weight), dtype) : nothing(x),
+      needs[2] ? gradient_of_bias(g, dtype) : nothing(x),
   };
 }
 

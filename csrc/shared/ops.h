@@ -13,8 +13,12 @@ using Maybe = std::optional<Tensor>;
 using MaybeNumbers = std::optional<std::vector<double>>;
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const Maybe& bias);
+// grad_dtype, of the gradients of weights and biases, is a ScalarType's number too, or 0 for the weights' own
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                   const std::vector<bool>& needs);
+                                                   const std::vector<bool>& needs, int64_t grad_dtype);
+inline ScalarType dtype_for(int64_t grad_dtype, const Tensor& weight) {
+  return grad_dtype ? ScalarType(grad_dtype) : weight.scalar_type();
+}
 
 using Norm = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using NormBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -64,7 +68,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& x, const Tensor& w1, const Maybe& b
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre,
                                                                 const Tensor& w1, const Tensor& w2,
                                                                 const std::string& activation,
-                                                                const std::vector<bool>& needs);
+                                                                const std::vector<bool>& needs, int64_t grad_dtype);
 
 std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, const Maybe& b_gate_up,
                                    const Maybe& w_up, const Maybe& b_up, const Tensor& w_down, const Maybe& b_down,
@@ -72,7 +76,7 @@ std::tuple<Tensor, Tensor> glu_mlp(const Tensor& x, const Tensor& w_gate_up, con
 using GluMlpBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& pre, const Tensor& w_gate_up,
                                 const Maybe& w_up, const Tensor& w_down, const std::string& activation,
-                                const std::vector<bool>& needs);
+                                const std::vector<bool>& needs, int64_t grad_dtype);
 
 Tensor patch_embed(const Tensor& image, const Tensor& weight, const Maybe& bias, const MaybeNumbers& mean,
                    const MaybeNumbers& std, const Maybe& prefix, const Maybe& pos_embed, const Maybe& keep);

@@ -29,10 +29,11 @@ from vitkernels.ops.add_layer_norm import kept as kept_of_norm
 from vitkernels.ops.add_layer_norm import op as op_norm
 
 _SMALL = 2**16  # elements; a norm's result of fewer is kept: making it again would take longer than its memory is worth
-FEW_ROWS = 256  # autocast's copies of weights are kept for fewer: making them again would cost what a product does
-# A backend that rounds weights as it multiplies has no copies of so few rows, and gives a library some past that. Small
-# ones are kept then: their gradients come in autocast's dtype, and are widened in cache.
-ROUNDED, FEW_ROWS_OF_SMALL, SMALL_WEIGHT = 200, 1024, 2**20
+# Autocast's copies of weights are kept for fewer rows than this: making them again would cost what a product does.
+FEW_ROWS = 256
+# The same where a backend rounds weights as it multiplies, which it does up to ROUNDED rows: past that a library may
+# want copies, of each weight twice.
+FEW_ROWS_OF_COPIES, ROUNDED = 1024, 200
 
 
 class Norm(NamedTuple):
@@ -90,8 +91,9 @@ class Step:
         check: (x, *arguments, autocast's dtype), which raises.
         ops: (normed, *arguments) -> result, through the public ops.
         forward: (launch, normed, learns, *arguments) -> (result, what its backward keeps).
-        backward: (launch, dresult, normed, needs of normed and of the arguments, arguments, kept) -> gradients of
-            normed and of the arguments, these in any dtype; arguments that are biases come as None.
+        backward: (launch, dresult, normed, needs of normed and of the arguments, arguments, kept, grad_dtype) ->
+            gradients of normed and of the arguments, these in any dtype; arguments that are biases come as None.
+            grad_dtype is what backward ops have by that name.
         weights, biases: which of the arguments are; autocast rounds both. Nothing reads a bias again: it may be written
             into.
         keeps: how many tensors its backward keeps.
@@ -179,15 +181,11 @@ class Part:
         """Whether autocast's copies of the weights are kept from the forward pass for the backward one; `like` has the
         stream's device."""
         rows = self.total.shape[:-1].numel()
-        if rows >= max(FEW_ROWS, FEW_ROWS_OF_SMALL):
-            return False
         normed = like.new_empty(1, dtype=self.normed_dtype).expand(self.total.shape)
         op = self.step.op  # its arguments are the first ones of the step's
         choice = op.choose("forward", (normed, *arguments)[: len(op.forward_op._schema.arguments)])
-        if not op.implementations[choice.call.backend].rounds_weights:
-            return rows < FEW_ROWS
-        small = all(arguments[index].numel() <= SMALL_WEIGHT for index in self.multiplied)
-        return small and ROUNDED < rows < FEW_ROWS_OF_SMALL
+        rounds = op.implementations[choice.call.backend].rounds_weights
+        return ROUNDED < rows < FEW_ROWS_OF_COPIES if rounds else rows < FEW_ROWS
 
     def compute(
         self,
@@ -246,13 +244,21 @@ class Part:
                 reads = any(needs_arguments[index] for index in self.step.beside_norm)
                 normed = self._again(dresult, of_norm, bias, reads)
             needs_product = [needs_normed, *needs_arguments]
-            dnormed, *found = self.step.backward(launch, dresult, normed, needs_product, arguments, tensors[count:])
+            dnormed, *found = self.step.backward(
+                launch, dresult, normed, needs_product, arguments, tensors[count:], self._grad_dtype(tensors)
+            )
             grads = [_in_dtype(*each) for each in zip(found, self.dtypes, strict=True)]
         above: Sequence[Tensor | None] = (None,) * (ADDED - 1)
         if needs_normed:
             run = functools.partial(launch, "norm", self.op_norm)
             above = norm_backward(needs, dtotal, dnormed, of_norm, self.branch_dtype, run)
         return [*above, None, *grads]
+
+    def _grad_dtype(self, tensors: Sequence[Tensor | None]) -> int:
+        """The dtype of weights that are here as copies in another; 0 where they are themselves."""
+        index = self.multiplied[0]
+        weight, own = tensors[index], self.dtypes[index]
+        return 0 if own is None or weight is None or weight.dtype == own else CODES[own]
 
     def _rounded(self, indices: Sequence[int], arguments: Sequence[Any]) -> Sequence[Any]:
         """The arguments, those of these indices as autocast gives them to a product."""

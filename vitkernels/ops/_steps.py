@@ -127,8 +127,8 @@ def _linear(
     return launch("linear", op_linear, normed, weight, bias), ()
 
 
-def _linear_backward(launch, dy, normed, needs, arguments, kept):
-    dx, *grads = launch("linear", op_linear, dy, normed, arguments[0], list(needs))
+def _linear_backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
+    dx, *grads = launch("linear", op_linear, dy, normed, arguments[0], list(needs), grad_dtype)
     return dx if needs[0] else None, *_given(needs[1:], grads)
 
 
@@ -145,10 +145,10 @@ def _feed_forward(name: str, op: Op, check: Callable[..., None], by_ops: Callabl
         y, pre = launch(name, op, normed, *arguments, learns)
         return y, (pre,)
 
-    def backward(launch, dy, normed, needs, arguments, kept):
+    def backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
         *tensors, activation = arguments
         weights = tensors[::2]
-        dx, *grads = launch(name, op, dy, normed, *kept, *weights, activation, list(needs[:-1]))
+        dx, *grads = launch(name, op, dy, normed, *kept, *weights, activation, list(needs[:-1]), grad_dtype)
         return dx if needs[0] else None, *_given(needs[1:-1], grads), None
 
     weights = tuple(range(0, 2 * (first + 1), 2))
@@ -222,21 +222,21 @@ def _attention(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) ->
     return out, (qkv, heads, *statistics)
 
 
-def _attention_backward(launch, dy, normed, needs, arguments, kept):
+def _attention_backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
     qkv_weight, _, proj_weight, _, num_heads, mask, is_causal, scale, windows = arguments
     qkv, heads, *statistics = kept
     if windows is not None:  # the same products, of rows in another order
         shape = normed.shape
         dy, normed = windows.made(dy), windows.made(normed)
     inner = needs[0] or needs[1] or needs[2] or needs[6]
-    dheads, *proj = launch("proj", op_linear, dy, heads, proj_weight, [inner, *needs[3:5]])
+    dheads, *proj = launch("proj", op_linear, dy, heads, proj_weight, [inner, *needs[3:5]], grad_dtype)
     grads: list[Tensor | None] = [None] * 10
     grads[3:5] = _given(needs[3:5], proj)
     if inner:
         options = packed_options(qkv, num_heads, mask, is_causal, scale)
         dqkv, dmask = launch("attention", op_qkv, dheads, qkv, heads, *statistics, *options, needs[6])
         if any(needs[:3]):  # else the mask alone learns
-            dx, *packed = launch("qkv", op_linear, dqkv, normed, qkv_weight, list(needs[:3]))
+            dx, *packed = launch("qkv", op_linear, dqkv, normed, qkv_weight, list(needs[:3]), grad_dtype)
             if needs[0]:
                 grads[0] = dx if windows is None else windows.undone(dx, shape)
             grads[1:3] = _given(needs[1:3], packed)

@@ -205,7 +205,8 @@ op = Op(
     "glu_mlp",
     "(Tensor x, Tensor w_gate_up, Tensor? b_gate_up, Tensor? w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, "
     "str activation, bool save) -> (Tensor, Tensor)",
-    "(Tensor dy, Tensor x, Tensor pre, Tensor w_gate_up, Tensor? w_up, Tensor w_down, str activation, bool[] needs) "
+    "(Tensor dy, Tensor x, Tensor pre, Tensor w_gate_up, Tensor? w_up, Tensor w_down, str activation, "
+    "bool[] needs, int grad_dtype=0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,

@@ -95,7 +95,7 @@ def _reference_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
 op = Op(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "(Tensor dy, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor weight, bool[] needs, int grad_dtype=0) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

@@ -162,7 +162,7 @@ def _reference_backward(dy, x, pre, w1, w2, activation, needs):
 op = Op(
     "mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool save) -> (Tensor, Tensor)",
-    "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2, str activation, bool[] needs) "
+    "(Tensor dy, Tensor x, Tensor pre, Tensor w1, Tensor w2, str activation, bool[] needs, int grad_dtype=0) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,
