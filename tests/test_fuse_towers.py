@@ -55,6 +55,19 @@ def test_shifted_windows(name: str) -> None:
     assert fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0]).summary == WHOLE
 
 
+@pytest.mark.parametrize("name", ["swin", "donut.donut_swin", "maskformer.maskformer_swin"])
+def test_whole_windows_are_made_within_a_step(name: str) -> None:
+    """And those of an image that is padded by the layer's own code."""
+    layer = vk.fuse(next(each for each in tower(name).modules() if getattr(each, "shift_size", 0)))
+    size, width = layer.window_size, layer.layernorm_before.weight.shape[0]
+    for sides, within in (((2 * size, size * 3), True), ((2 * size, size * 3 - 1), False)):
+        tokens = torch.randn(2, sides[0] * sides[1], width, requires_grad=True)
+        fused.check_parity(vk.unfuse(layer), (tokens, sides), ops=TOWERS[name][0])
+        nodes = fused.nodes(vk.fuse(layer)(tokens, sides)[0])
+        assert "residual_stepsBackward" in nodes
+        assert ("attention_qkvBackward" not in nodes) is within
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize(("name", "sides"), [("hiera", (16,)), ("sam2", (6, 7))])
 def test_layers_that_leave_fewer_tokens(name: str, sides: tuple[int, ...], autocast: bool) -> None:

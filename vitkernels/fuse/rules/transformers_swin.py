@@ -6,8 +6,10 @@ an image, which serve in turn.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +25,16 @@ from vitkernels.fuse.rules.transformers_parts import (
     FusedAttention,
     FusedWrittenAttention,
     Spelling,
+    at,
     attention_rule,
     owners,
     why_not_inside,
     written_out,
 )
-from vitkernels.residual import genuine
-from vitkernels.residual.stream import Branch, Sublayer, added_norms
-from vitkernels.residual.sublayers import join_heads
+from vitkernels.ops._windows import Windows
+from vitkernels.residual import genuine, parts
+from vitkernels.residual.stream import Branch, Step, Sublayer, added_norms
+from vitkernels.residual.sublayers import attention_step, join_heads, joined, why_not_linears
 
 BIAS = "a relative bias on its scores"
 
@@ -51,8 +55,13 @@ class FusedSwinAttention(FusedAttention):
 
     def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         attn: Any = self
-        mask = _added(attn.relative_position_bias(), attention_mask)
+        mask = _added(self.bias(), attention_mask)
         return ops.attention_qkv(packed, attn.num_attention_heads, attn_mask=mask, scale=attn.scaling)
+
+    def bias(self) -> Tensor:
+        """What is added to the scores of every window, [1, H, N, N]."""
+        attn: Any = self
+        return attn.relative_position_bias()
 
 
 def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,8 +81,12 @@ class FusedDonutAttention(FusedWrittenAttention):
 
     def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         inner: Any = self.self
-        bias = _gathered(inner, inner.relative_position_bias_table)[None]
-        return ops.attention_qkv(packed, inner.num_attention_heads, attn_mask=_added(bias, attention_mask))
+        return ops.attention_qkv(packed, inner.num_attention_heads, attn_mask=_added(self.bias(), attention_mask))
+
+    def bias(self) -> Tensor:
+        """As `FusedSwinAttention.bias`."""
+        inner: Any = self.self
+        return _gathered(inner, inner.relative_position_bias_table)[None]
 
 
 def _gathered(inner: Any, table: Tensor) -> Tensor:
@@ -101,6 +114,36 @@ class FusedSwinV2Attention(FusedDonutAttention):
 # ---------------------------------------------------------------------------------------------------------- layers
 
 
+def _step_within(attn: Any, windows: Windows, masks: Callable[[Tensor], Tensor | None], **options: Any) -> Step | None:
+    """The norm of an attention, its windows made and undone, and the attention as one Function; None where a call of it
+    must see the windows.
+
+    Args:
+        attn: a layer's.
+        windows: of the image.
+        masks: the layer's of these windows, from a tensor of their dtype and device.
+        options: keywords of its call.
+    """
+    served = isinstance(attn, FusedSwinAttention | FusedDonutAttention) and not isinstance(attn, FusedSwinV2Attention)
+    if not served or not windows.whole or parts.why_not_part("attention", attn) is not None:
+        return None
+    if attn.why_not_alone() is not None or attn.why_not_call(**options) is not None:
+        return None
+    spelling = attn.spelling
+    inputs, out = [at(attn, name) for name in spelling.inputs], at(attn, spelling.out)
+    last = None if spelling.last is None else at(attn, spelling.last)
+    if why_not_linears(**dict(zip(spelling.inputs, inputs, strict=True)), out=out) or not parts.drops_nothing(last):
+        return None
+
+    def mask() -> Tensor:
+        bias = attn.bias()
+        return _added(bias, masks(bias))
+
+    scale = None if spelling.scale is None else at(attn, spelling.scale)
+    heads = at(attn, spelling.heads)
+    return attention_step(lambda: joined(*inputs), out, heads, attn_mask=mask, scale=scale, windows=windows)
+
+
 def _without_last_path(steps: list[Sublayer]) -> list[Sublayer]:
     """The steps of a layer that drops no feed-forward."""
     steps[1].drop_path = None
@@ -110,7 +153,7 @@ def _without_last_path(steps: list[Sublayer]) -> list[Sublayer]:
 class FusedSwinLayer(FusedLayer):
     """SwinLayer: windows, shifted in every other layer."""
 
-    follows = ("cyclic_shift",)
+    follows = ("cyclic_shift", "maybe_pad")
     names = Names(
         ("layernorm_before", "layernorm_after"),
         "attention",
@@ -128,14 +171,21 @@ class FusedSwinLayer(FusedLayer):
             layer.set_shift_and_window_size(input_dimensions)
         weights: list[Tensor | None] = []
         x = self.run(hidden_states, sides=input_dimensions, weights=weights, given=kwargs)
-        return x, weights[0]
+        return x, weights[0] if weights else None
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         return _without_last_path(super().sublayers(**options))
 
     def attention_branch(self, **options: Any) -> Branch:
-        attn: Any = self.attention
-        return attention_within("attention", attn, lambda x: self.call(attn, x, **options), BIAS)
+        layer: Any = self
+        attn = layer.attention
+        branch = attention_within("attention", attn, lambda x: self.call(attn, x, **options), BIAS)
+        if options:
+            (height, width), size, shift = options["sides"], layer.window_size, layer.shift_size
+            windows = Windows((height, width), (size, size), (shift, shift))
+            masks = functools.partial(self.masks, windows.sides)
+            branch.step = _step_within(attn, windows, masks, **options["given"])
+        return branch
 
     def call(  # type: ignore[override]
         self, attn: nn.Module, x: Tensor, sides: tuple[int, int], weights: list[Any], given: dict[str, Any]
@@ -165,6 +215,7 @@ class FusedSwinLayer(FusedLayer):
 class FusedWindowsLayer(FusedSpreadLayer):
     """What the other layers share, called with output_attentions: `intermediate` and `output` are the feed-forward."""
 
+    follows = ("maybe_pad",)
     names = Names(("layernorm_before", "layernorm_after"), "attention", "output", drop_paths=("drop_path", "drop_path"))
     attention_branch = FusedSwinLayer.attention_branch
     call = FusedSwinLayer.call  # type: ignore[assignment]
