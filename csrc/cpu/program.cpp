@@ -88,11 +88,6 @@ void put(Maybe* slots, const int64_t* results, std::tuple<R...>&& found) {
   put_each(slots, results, std::move(found), std::index_sequence_for<R...>());
 }
 
-template <class R>
-constexpr size_t count_of = 1;
-template <class... R>
-constexpr size_t count_of<std::tuple<R...>> = sizeof...(R);
-
 template <auto f, class R, class... A, size_t... I>
 Op op_of(const char* name, R (*)(A...), std::index_sequence<I...>) {
   return {name,
@@ -169,7 +164,7 @@ Argument read_argument(Reader& reader, Op::Takes takes, const std::vector<bool>&
       break;
     case Kind::tensor:
       argument.whole = int64_t(reader.below(program.slots));
-      STD_TORCH_CHECK(held[size_t(argument.whole)], "vitkernels: a program reads slot ", argument.whole, ", which is empty");
+      STD_TORCH_CHECK(held[size_t(argument.whole)], "vitkernels: a program reads an empty slot, ", argument.whole);
       break;
     case Kind::dtype:
       argument.whole = reader.next() + 1;

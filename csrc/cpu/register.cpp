@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {
-  m.impl("configure", TORCH_BOX(&vk::configure));
-  m.impl("program", TORCH_BOX(&vk::make_program));
+  m.impl("configure", &vk::boxed<&vk::configure>);
+  m.impl("program", &vk::boxed<&vk::make_program>);
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -1,7 +1,6 @@
 // Ties the ops to their schemas, which Python defines beside each op; both halves of the extension have all.
 #pragma once
-#include <type_traits>
-
+#include "box.h"
 #include "ops.h"
 
 namespace vk {
@@ -41,9 +40,9 @@ void each_op(const F& f) {
 
 template <class Library>
 void implement(Library& m) {
-  each_op([&](const char* name, auto function) { m.impl(name, TORCH_BOX(decltype(function)::call)); });
-  m.impl("patch_embed", TORCH_BOX(&patch_embed));
-  m.impl("patch_embed_backward", TORCH_BOX(&patch_embed_backward));
+  each_op([&](const char* name, auto function) { m.impl(name, &boxed<decltype(function)::call>); });
+  m.impl("patch_embed", &boxed<&patch_embed>);
+  m.impl("patch_embed_backward", &boxed<&patch_embed_backward>);
 }
 
 }  // namespace vk
