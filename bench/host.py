@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,6 +147,18 @@ def lanes(library: str, width: int) -> list[_Lane]:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
+def turns(rounds: int, lanes: int) -> Iterator[list[int]]:
+    """Orders of the lanes, each of them drawn: who runs twice in a row finds its weights in cache, and after one that
+    runs the same code finds that."""
+    generator, last = random.Random(0), -1
+    for _ in range(rounds):
+        order = generator.sample(range(lanes), lanes)
+        while lanes > 1 and order[0] == last:
+            order = generator.sample(range(lanes), lanes)
+        last = order[-1]
+        yield order
+
+
 def measure(rounds: int, width: int) -> list[Row]:
     """Every lane of every library, in turn."""
     x = torch.randn(1, TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
@@ -154,8 +167,8 @@ def measure(rounds: int, width: int) -> list[Row]:
     rows = []
     for dtype in DTYPES:
         seconds: dict[int, list[float]] = {index: [] for index in range(len(every))}
-        for turn in range(rounds + 3):
-            for index in sorted(seconds, reverse=bool(turn % 2)):
+        for turn, order in enumerate(turns(rounds + 3, len(every))):
+            for index in order:
                 every[index].forget()
                 start = time.thread_time()
                 every[index].step(x, dtype)

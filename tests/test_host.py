@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -30,3 +31,13 @@ def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert rows[48, "timm", "float32", "ext"]["launches"] == 12, "six launches a block each way"
     assert capsys.readouterr().out.splitlines()[-1].startswith("host: float32 ext ")
     assert host.report(content).count(" | timm | ") == 12
+
+
+def test_no_lane_runs_twice_in_a_row_and_each_comes_after_every_other() -> None:
+    orders = list(host.turns(200, 5))
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    row = [lane for order in orders for lane in order]
+    pairs = list(itertools.pairwise(row))
+    assert all(one != other for one, other in pairs)
+    counts = [pairs.count((one, other)) for one in range(5) for other in range(5) if one != other]
+    assert min(counts) > 25, "of 50"

@@ -34,6 +34,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "train or eval": lambda tree: tree.inner[1].eval(),
     "a hook": lambda tree: tree.inner[0].register_forward_hook(print),
     "a pre-hook": lambda tree: tree.norm.register_forward_pre_hook(print),
+    "a hook with keywords": lambda tree: tree.inner[0].register_forward_hook(print, with_kwargs=True, always_call=True),
+    "a pre-hook with keywords": lambda tree: tree.norm.register_forward_pre_hook(print, with_kwargs=True),
     "a backward hook": lambda tree: tree.inner.register_full_backward_hook(print),
     "a module": lambda tree: setattr(tree.inner, "0", nn.Linear(4, 4)),
     "a module less": lambda tree: tree.inner.__delitem__(1),
@@ -101,6 +103,14 @@ def test_weights_that_learn_are_no_change() -> None:
     tree.inner[0].weight.grad = torch.zeros(4, 4)
     tree.inner.double()
     assert kept.get(tree, None, lambda: 1) == 0, "a parameter that is moved is the same one: its users look at it"
+
+
+def test_hooks_of_state_dicts_are_no_change() -> None:
+    tree, kept = Tree(), Kept()
+    assert kept.get(tree, None, lambda: 0) == 0
+    tree.register_state_dict_pre_hook(print)
+    tree.inner[0].register_load_state_dict_post_hook(print)
+    assert kept.get(tree, None, lambda: 1) == 0
 
 
 def test_keys_and_trees_are_told_apart() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from vitkernels import dispatch, ext_cuda, products
+from vitkernels import dispatch, ext_cuda, products, program
+from vitkernels.ops._amp import CODES
 from vitkernels.ops.rotary import why_not_fused
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
@@ -87,8 +88,12 @@ def _why_not(op: str) -> Callable[[str, Any], str | None]:
 
 
 def _launcher(name: str) -> Callable[..., Any]:
-    overload = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    return _gpu.launcher(name) or overload._op  # what calling it comes to, with one Python frame less
+    return _gpu.launcher(name) or _torch_op(name)
+
+
+def _torch_op(name: str) -> Callable[..., Any]:
+    """What calling a torch op comes to, with one Python frame less."""
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default._op
 
 
 def _register_launchers() -> None:
@@ -102,9 +107,13 @@ def register() -> None:
     """Make the compiled backend known, and give it to every op; the schemas are the op pages' own."""
     dispatch.add_backend(dispatch.Backend("ext", ("cuda", "cpu"), lambda: why_not(), lambda: describe()))
     _library.define("configure(str name, int value) -> int")
+    _library.define("program(int[] code, float[] numbers, str[] names) -> Tensor")
+    _library.define("run(Tensor program, Tensor[] inputs) -> Tensor[]")
     for op in dispatch.OPS.values():
         for name, schema in op.schemas.items():
             _library.define(f"{name}{schema}")
+    names = {_torch_op(name): name for op in dispatch.OPS.values() for name in op.schemas if op.name != "patch_embed"}
+    program.extension = program.Extension(names, CODES, _torch_op("program"), _torch_op("run"))
     _register_launchers()
 
 

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitkernels import program
+
 FROM_CALL = 3  # of one kind: shapes that come once or twice are not worth a tape
 # What tells of a tensor without reading its values. Attributes are told by `__get__`.
 _LOOKS = frozenset(
@@ -52,12 +54,14 @@ class _Root:
 
 @dataclass(frozen=True)
 class _Line:
-    """One step: `text` is Python that reads `reads` and writes `writes`, names of tensors."""
+    """One step: `text` is Python that reads `reads` and writes `writes`, names of tensors; `call` is the same for a
+    program of the extension."""
 
     text: str
     reads: list[str]
     writes: list[str]
     only_makes: bool
+    call: program.Call | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,8 @@ class _Tape(TorchFunctionMode):
             made = []
         writes = [self._new(each) for each in made]
         target = "".join(f"{each}, " for each in writes) if several else "".join(writes)
-        self._lines.append(_Line(f"{target} = {text}" if writes else text, reads, writes, only_makes))
+        call = program.call(function, args, writes, self._names) if writes and not kwargs else None
+        self._lines.append(_Line(f"{target} = {text}" if writes else text, reads, writes, only_makes, call))
 
     def _new(self, tensor: Tensor) -> str:
         name = f"v{len(self._held)}"
@@ -261,18 +266,58 @@ class _Tape(TorchFunctionMode):
             result = self._text(outputs, reads)
         if self.why_not is not None:
             return None
-        live, lines = set(reads), [f"return {result}"]
+        live, lines = set(reads), []
         for line in reversed(self._lines):
             if line.only_makes and live.isdisjoint(line.writes):
                 continue
             # memory is given back after the last line that reads it
             last = [name for name in dict.fromkeys((*line.reads, *line.writes)) if name not in live and name[0] == "v"]
-            lines.append(line.text + (f"; del {', '.join(last)}" if last else ""))
+            lines.append((line, last))
             live.update(line.reads)
+        text = [self._together(each) for each in _in_a_row(lines[::-1])]
         space = dict(self._space)
-        body = "\n    ".join(reversed(lines))
+        body = "\n    ".join([*text, f"return {result}"])
         exec(f"def run({', '.join(self._inputs)}):\n    {body}\n", space)
         return Program(space["run"], tuple(self.calls), tuple(self._same), self._ready)
+
+    def _together(self, lines: Sequence[tuple[_Line, list[str]]]) -> str:
+        """Lines in a row as one of Python: where they are several, a program of the extension."""
+        made = {name for line, _ in lines for name in line.writes}
+        if len(lines) == 1:
+            ((line, dropped),) = lines
+            text = line.text
+        else:
+            assert program.extension is not None
+            inputs = list(dict.fromkeys(name for line, _ in lines for name in line.reads if name not in made))
+            own = [[name for name in last if name in made] for _, last in lines]
+            dropped = [name for _, last in lines for name in last if name not in made]
+            unread = {name for last in own for name in last}
+            outputs = [name for line, _ in lines for name in line.writes if name not in unread]
+            calls = [line.call for line, _ in lines if line.call is not None]
+            joined = self._value(program.join(calls, inputs, outputs, own))
+            run = self._value(program.extension.run)
+            text = f"{''.join(f'{each}, ' for each in outputs)} = {run}({joined}, [{', '.join(inputs)}])"
+        return text + (f"; del {', '.join(dropped)}" if dropped else "")
+
+
+def _in_a_row(lines: Sequence[tuple[_Line, list[str]]]) -> list[list[tuple[_Line, list[str]]]]:
+    """Lines that one call may run, together; each with the names that nobody reads after it.
+
+    A program holds what it was given until it ends: it ends where something from outside is read for the last time.
+    """
+    found: list[list[tuple[_Line, list[str]]]] = [[]]
+    made: set[str] = set()  # by the lines of the last row
+    for line, last in lines:
+        if line.call is None:
+            found += [(line, last)], []
+            made = set()
+            continue
+        found[-1].append((line, last))
+        made.update(line.writes)
+        if not made.issuperset(last):
+            found.append([])
+            made = set()
+    return [each for each in found if each]
 
 
 _here = threading.local()

@@ -13,6 +13,12 @@ constexpr int64_t kFewDepth = 64;  // words of k: so much of a panel stays in L1
 constexpr int64_t kAhead = 8;      // words of k that memory is asked for early
 constexpr int64_t kDotRows = 4;    // rows of A are padded to a multiple
 
+// Terms of a B that comes from memory: hardware does not ask early for what lies past a page, or past a part of a row.
+template <class W>
+struct FromMemory : W {
+  static constexpr int64_t ahead = 16;
+};
+
 VK_INLINE int64_t whole_vectors(int64_t floats) { return round_up(floats, kFloats); }
 
 // Lane i becomes the sum of sums[i]'s lanes, added in the same order for each.
@@ -35,6 +41,7 @@ struct Columns {
   int64_t step;  // bytes from one to the next
   int64_t whole;
   const float* last;
+  int64_t ahead;  // bytes to the row that is asked for early
 };
 
 // C[rows, kFloats / rows] of rows of A and columns of B.
@@ -59,7 +66,10 @@ VK_INLINE void dot_tile(const float* a, int64_t a_row, const Columns& b, int64_t
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kFloats; ++i) sums[i] = Vec<float>{};
   for (int64_t v = 0; v < b.whole; ++v) {
-    add(a + v * kFloats, [&](int64_t j) VK_ALWAYS { return load(at<float>(column[j], v * kFloats)); });
+    add(a + v * kFloats, [&](int64_t j) VK_ALWAYS {
+      if (v % (16 / kFloats) == 0) __builtin_prefetch(at<float>(column[j] + b.ahead, v * kFloats));
+      return load(at<float>(column[j], v * kFloats));
+    });
   }
   if (b.last) add(a + b.whole * kFloats, [&](int64_t j) VK_ALWAYS { return load(b.last + (first + j) * kFloats); });
   alignas(64) float out[kFloats];
@@ -86,7 +96,7 @@ void dot_panel(const Product& p, const float* a, int64_t j, int64_t count, float
   for (int64_t first = 0; first < count; first += kFloats) {
     const int64_t live = count - first < kFloats ? count - first : kFloats;
     const char* const in = b_at<S>(p, 0, j + first);
-    Columns b{in, p.b.col * S::size, whole, rest ? last : nullptr};
+    Columns b{in, p.b.col * S::size, whole, rest ? last : nullptr, 0};
     for (int64_t c = 0; c < live; ++c) {
       const char* const column = in + c * b.step;
       if constexpr (W::size != S::size) {
@@ -102,7 +112,10 @@ void dot_panel(const Product& p, const float* a, int64_t j, int64_t count, float
     }
     float* const c = block + first;
     int64_t i = 0;
-    for (; p.m - i > 2; i += kDotRows) dot_tiles<W, kDotRows>(a + i * a_row, a_row, b, live, c + i * kPanel);
+    if constexpr (W::size == S::size) b.ahead = kFloats * b.step;  // what comes next, by the first rows of A
+    for (; p.m - i > 2; i += kDotRows, b.ahead = 0) {
+      dot_tiles<W, kDotRows>(a + i * a_row, a_row, b, live, c + i * kPanel);
+    }
     if (p.m - i == 2) dot_tiles<W, kFloats < 8 ? kDotRows : 2>(a + i * a_row, a_row, b, live, c + i * kPanel);
     if (p.m - i == 1) dot_tiles<W, kFloats < 8 ? kDotRows : 1>(a + i * a_row, a_row, b, live, c + i * kPanel);
   }
@@ -116,7 +129,7 @@ void row_panel(const Product& p, const float* a, int64_t j, int64_t count, float
   if (W::size == 4 && count % kFloats == 0 && p.m <= kTileRows) {
     for (int64_t k = 0; k < words; k += p.b.rows) {
       const float* const in_place = at<float>(b_at<S>(p, k, j), 0);
-      matmul<float, W>(p.m, count, p.b.rows, {a + k, a_row, 1}, in_place, p.b.row, block, kPanel, k > 0);
+      matmul<float, FromMemory<W>>(p.m, count, p.b.rows, {a + k, a_row, 1}, in_place, p.b.row, block, kPanel, k > 0);
     }
     return;
   }

@@ -14,6 +14,7 @@ struct Count {
 };
 
 struct Plain {  // how a product's terms are added; product_words.h has another way
+  static constexpr int64_t ahead = 0;  // rows of B that are asked for early, where B is not in cache
   template <class V>
   VK_INLINE static V madd(V sum, V a, V b) {
     return sum + a * b;
@@ -33,7 +34,10 @@ VK_INLINE void matmul_tile(int64_t k, const A* a, int64_t a_row, int64_t a_col, 
   for (int64_t p = 0; p < k; ++p) {
     Vec<A> row[V];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < V; ++j) row[j] = load(b + p * b_row + j * lanes);
+    for (int64_t j = 0; j < V; ++j) {
+      row[j] = load(b + p * b_row + j * lanes);
+      if (Terms::ahead > 0) __builtin_prefetch(b + (p + Terms::ahead) * b_row + j * lanes);
+    }
 #pragma GCC unroll 8
     for (int64_t i = 0; i < M; ++i) {
       const Vec<A> value = splat(get<A>(a + i * a_row + p * a_col));

@@ -12,6 +12,7 @@ namespace VK_ISA {
 struct Pairs {
   static constexpr int64_t size = 2, per_word = 2;  // bytes of an element; elements
   static constexpr int64_t pieces = 1;              // words that stand for one
+  static constexpr int64_t ahead = 0;               // as Plain has it
   static constexpr bool by_tiles = kTiles;          // multiplied on the matrix unit
   using Scope = TileScope;                          // what a kernel holds while it multiplies
   VK_INLINE static Vec<float> madd(Vec<float> sum, Vec<float> a, Vec<float> b) {

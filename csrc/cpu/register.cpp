@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "gemm.h"
+#include "program.h"
 #include "shared/register.h"
 
 namespace vk {
@@ -15,10 +16,14 @@ int64_t configure(const std::string& name, int64_t value) {
 
 }  // namespace vk
 
-STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) { vk::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CPU, m) {
+  vk::implement(m);
+  m.impl("run", &vk::run_program);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels_ext, CompositeExplicitAutograd, m) {
-  m.impl("configure", TORCH_BOX(&vk::configure));
+  m.impl("configure", &vk::boxed<&vk::configure>);
+  m.impl("program", &vk::boxed<&vk::make_program>);
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -19,6 +19,13 @@ Value = TypeVar("Value")
 _MOST_CHANGES = 32  # in a row: a tree that changes at each call (as some wrappers have it) is not compared any more
 _NO_CONFIGURATION = (nn.Module, Tensor, type, dict, list, set, FunctionType, BuiltinFunctionType, MethodType)
 _TENSORS = (Tensor, nn.Parameter)  # others may refuse to be asked
+# Of a module's dictionaries those that say nothing of what it computes, or nothing that the others do not say too: each
+# that is looked into is a miss of the caches.
+_ASIDE = frozenset(
+    {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+    | {"_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"}
+    | {"_non_persistent_buffers_set"}
+)
 _SIMPLE = (type(None), bool, int, float, str)
 
 
@@ -114,7 +121,9 @@ class _Tree:
     def _each_copied(self, own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         self._note_numbers(own)
         for name, value in own.items():
-            if isinstance(value, dict | list | set) and not value:
+            if name in _ASIDE:
+                pass  # itself, compared by identity
+            elif isinstance(value, dict | list | set) and not value:
                 self._empty.append(value)  # itself: it is compared by identity, and asked whether it is still empty
             elif isinstance(value, dict):
                 self._note_numbers(value)
