@@ -206,8 +206,12 @@ def why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | Non
 
 def why_not_mask(mask: Any, x: Tensor) -> str | None:
     """Why a call with this attention mask is left to the stock module's own checks; None where it fits."""
-    if mask is None or not isinstance(mask, Tensor):
+    if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        return f"called with a {type(mask).__name__} for a mask, not a tensor"
+    if mask.dim() < 2:  # torch's attention looks at the queries' axis
+        return f"called with a mask of {mask.dim()} axes"
     if acts(type(mask)):  # torch's CausalBias, whose numbers are none
         return f"called with a {type(mask).__name__} for a mask, which acts itself"
     if mask.dtype in (torch.bool, x.dtype):
