@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +115,9 @@ class FusedSwinLayer(FusedLayer):
         ("layernorm_before", "layernorm_after"),
         "attention",
         drop_paths=("drop_path", "drop_path"),
-        dropouts=("dropout", "dropout"),
+        dropouts=(None, "dropout"),
     )
+    drops_windows: ClassVar[bool] = True  # whether a dropout of the layer's own draws for the attention's windows
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
@@ -151,6 +152,8 @@ class FusedSwinLayer(FusedLayer):
         windows = own.window_partition(image, size).view(-1, size * size, width)
         out, *found = attn(windows, self.masks(padded, windows), **given)
         weights += found
+        if self.drops_windows:
+            out = layer.dropout(out)
         image = own.window_reverse(out.view(-1, size, size, width), size, *padded)
         if shift > 0:
             image = torch.roll(image, shifts=(shift, shift), dims=(1, 2))
@@ -166,6 +169,7 @@ class FusedWindowsLayer(FusedSpreadLayer):
     """What the other layers share, called with output_attentions: `intermediate` and `output` are the feed-forward."""
 
     names = Names(("layernorm_before", "layernorm_after"), "attention", "output", drop_paths=("drop_path", "drop_path"))
+    drops_windows: ClassVar[bool] = False
     attention_branch = FusedSwinLayer.attention_branch
     call = FusedSwinLayer.call  # type: ignore[assignment]
     masks = FusedSwinLayer.masks

@@ -1,0 +1,82 @@
+"""Dropouts and DropPaths together: a fused model draws what the stock one draws, in its order and for the same numbers.
+
+In float64, where nothing else tells the two apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import pytest
+import torch
+from timm_vit import timm, vit
+from torch import nn
+
+import vitkernels as vk
+
+
+def of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    sizes = {"img_size": 32, "depth": 2, "num_classes": 10, "drop_path_rate": 0.4}
+    return lambda: timm.create_model(name, **{**sizes, **options})
+
+
+def of_transformers(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        sizes = {"image_size": 32, "drop_path_rate": 0.4}
+        return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**{**sizes, **options}))
+
+    return build
+
+
+_WINDOWS = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+_TOWER = {"patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "timm's ViT": lambda: vit(init_values=0.5, drop_path_rate=0.4, qk_norm=True),
+    "attentions side by side": of_timm("vit_small_patch16_18x2_224"),
+    "a network of positions, which drops too": of_timm("vit_relpos_small_patch16_224"),
+    "one for all blocks": of_timm("vit_srelpos_small_patch16_224"),
+    "EVA": of_timm("eva02_tiny_patch14_224", img_size=28, embed_dim=48, num_heads=3),
+    "timm's Swin": of_timm("swin_tiny_patch4_window7_224", depth=None, **_WINDOWS),
+    "timm's Swin v2": of_timm("swinv2_tiny_window8_256", depth=None, **_WINDOWS),
+    "Swin": of_transformers("Swin", patch_size=4, **_WINDOWS),
+    "Swin v2": of_transformers("Swinv2", patch_size=4, **_WINDOWS),
+    "Donut": of_transformers("DonutSwin", patch_size=4, **_WINDOWS),
+    "BEiT": of_transformers("Beit", **_TOWER),
+    "DeiT": of_transformers("DeiT", **{**_TOWER, "drop_path_rate": None}),
+}
+
+
+def is_of_weights(name: str) -> bool:
+    """Whether a dropout is of an attention's weights, which are the stock attention's then."""
+    return name.endswith(("attn_drop", "self.dropout"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropouts_and_drop_paths_draw_as_ever(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double().train()
+    peers.stir(model)
+    rates = [0, 0]
+    for part, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and not is_of_weights(part):
+            module.p, rates[0] = 0.2, rates[0] + 1
+        rates[1] += bool(getattr(module, "drop_prob", None))
+    assert rates[0] > 2
+    assert rates[1] or name == "DeiT"
+    size = 28 if name == "EVA" else 32
+    images = torch.randn(3, 3, size, size, dtype=torch.float64)
+    found = []
+    with vk.record() as calls:
+        for each in (model, vk.fuse(copy.deepcopy(model))):
+            torch.manual_seed(5)
+            for _ in range(3):
+                outputs = each(images)
+            tokens = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            found.append((tokens, torch.get_rng_state()))
+    assert {"add_layer_norm", "mlp"} & {call.op for call in calls}
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert torch.equal(found[1][1], found[0][1])
