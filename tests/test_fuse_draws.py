@@ -36,6 +36,8 @@ _WINDOWS = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size
 _TOWER = {"patch_size": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm's ViT": lambda: vit(init_values=0.5, drop_path_rate=0.4, qk_norm=True),
+    "no class token": lambda: vit(class_token=False, global_pool="avg", pos_drop_rate=0.2, drop_path_rate=0.4),
+    "CaiT": of_timm("cait_xxs24_224"),
     "attentions side by side": of_timm("vit_small_patch16_18x2_224"),
     "a network of positions, which drops too": of_timm("vit_relpos_small_patch16_224"),
     "one for all blocks": of_timm("vit_srelpos_small_patch16_224"),
@@ -81,3 +83,26 @@ def test_dropouts_and_drop_paths_draw_as_ever(name: str, dropouts: bool) -> None
     assert {"add_layer_norm", "mlp"} & {call.op for call in calls}
     torch.testing.assert_close(found[1][0], found[0][0])
     assert torch.equal(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("weight", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("image", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_dropout_behind_patches_draws_in_the_convolutions_order(
+    image: torch.memory_format, weight: torch.memory_format
+) -> None:
+    """Nothing between the two copies the tokens; the rate may change at any time."""
+    model = nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.Flatten(2), nn.Dropout(0.0)).to(memory_format=weight)
+    images = torch.randn(2, 3, 32, 48).to(memory_format=image)
+    twin = vk.fuse(copy.deepcopy(model))
+    again = copy.deepcopy(twin)
+    for rate in (0.0, 0.5, 0.5, 0.0):
+        found = []
+        with vk.record() as calls:
+            for each in (model, twin, again):
+                each[2].p = rate
+                torch.manual_seed(5)
+                found.append(each(images))
+        assert [call.op for call in calls] == 2 * ["patch_embed"]
+        for each in found[1:]:
+            torch.testing.assert_close(each, found[0])
+            assert rate == 0.0 or each.stride() == found[0].stride()
