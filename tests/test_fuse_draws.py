@@ -12,6 +12,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from timm_blocks import BLOCKS
 from timm_vit import timm, vit
 from torch import nn
 
@@ -106,3 +107,24 @@ def test_a_dropout_behind_patches_draws_in_the_convolutions_order(
         for each in found[1:]:
             torch.testing.assert_close(each, found[0])
             assert rate == 0.0 or each.stride() == found[0].stride()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_dropouts_of_timms_blocks_draw_as_ever(name: str) -> None:
+    build, size, keywords, _ = BLOCKS[name]
+    torch.manual_seed(0)
+    block = build().double().train()
+    peers.stir(block)
+    for part, module in block.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0 if is_of_weights(part) else 0.2
+    given = {key: each.double() if isinstance(each, torch.Tensor) else each for key, each in keywords.items()}
+    tokens, found = torch.randn(size, dtype=torch.float64), []
+    with vk.record() as calls:
+        for each in (block, vk.fuse(copy.deepcopy(block))):
+            torch.manual_seed(5)
+            outputs = each(tokens, **given)
+            found.append((outputs[0] if isinstance(outputs, tuple) else outputs, torch.get_rng_state()))
+    assert calls
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)  # some compute in float32 within
+    assert torch.equal(found[1][1], found[0][1])
