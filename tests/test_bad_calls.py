@@ -7,6 +7,7 @@ answer, or the type and words of its error) is what fused must do. Nothing runs 
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -100,12 +101,31 @@ def test_images_of_another_dtype_under_autocast() -> None:
     assert "patch_embed" in {call.op for call in calls}, "what autocast casts is served"
 
 
-MASKS: dict[str, Callable[[], Tensor]] = {
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["timm", "torch.nn", "open_clip", "transformers"])
+def test_tokens_of_32_bits_beside_weights_of_16_under_autocast(
+    name: str, weights: torch.dtype, autocast: torch.dtype
+) -> None:
+    """On a CPU autocast leaves norms alone, and torch's takes no such weights."""
+    model = ECOSYSTEMS[name].model().eval().to(weights)
+    block = model.get_submodule(next(iter(vk.explain(model).blocks)))
+    tokens = torch.randn(2, 5, D)
+    with torch.autocast("cpu", autocast), vk.record() as calls:
+        explanation = check_same(block, lambda module: module(tokens))
+    assert not calls
+    assert str(weights) in str(explanation.fallbacks)
+
+
+MASKS: dict[str, Callable[[], Any]] = {
     "float64": lambda: torch.zeros(5, 5, dtype=torch.float64),
     "bfloat16": lambda: torch.zeros(5, 5, dtype=torch.bfloat16),
     "integers": lambda: torch.zeros(5, 5, dtype=torch.int64),
     "another length": lambda: torch.zeros(5, 4),
     "five axes": lambda: torch.zeros(1, 1, 1, 5, 5),
+    "one axis": lambda: torch.zeros(5),
+    "no axis": lambda: torch.tensor(0.0),
+    "a list of lists": lambda: [[0.0] * 5] * 5,
     "another batch": lambda: torch.zeros(3, 1, 5, 5),
 }
 
@@ -142,3 +162,21 @@ def test_positions_that_do_not_fit(positions: tuple[int, ...]) -> None:
     block = timm.models.eva.EvaBlock(D, 3, num_prefix_tokens=1).eval()
     tokens, rope = torch.randn(2, 5, D), torch.randn(positions)
     check_same(block, lambda module: module(tokens, rope=rope))
+
+
+@pytest.mark.parametrize("flag", [1, 0, None, 1.0, "yes", torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("name", ["timm", "torch.nn"])
+def test_a_flag_that_is_no_bool(name: str, masked: bool, flag: Any) -> None:
+    """Behind calls with True or False, which compare equal to numbers."""
+    model = ECOSYSTEMS[name].model()
+    block = model.get_submodule(next(iter(vk.explain(model).blocks)))
+    tokens, mask = torch.randn(2, 5, D), torch.zeros(5, 5) if masked else None
+    argument = "src_mask" if name == "torch.nn" else "attn_mask"
+
+    def call(module: nn.Module) -> Any:
+        for known in 3 * (False, bool(flag)):
+            outcome(functools.partial(module, tokens, is_causal=known, **{argument: mask}))
+        return module(tokens, is_causal=flag, **{argument: mask})
+
+    assert check_same(block, call).fallbacks

@@ -150,6 +150,7 @@ ATTENTION = [
     ),
     Bad("attention", {"attn_mask": _integers(7, 9)}, TypeError, ("'attn_mask'", "torch.int64", "bool or floating")),
     Bad("attention", {"attn_mask": _meta(7, 9)}, ValueError, ("'attn_mask'", "meta", "'q' is on cpu")),
+    Bad("attention", {"is_causal": 1}, TypeError, ("'is_causal'", "int", "a bool")),
     Bad("attention", {"attn_mask": [[True]]}, TypeError, ("'attn_mask'", "list", "torch.Tensor")),
     Bad(
         "attention",
@@ -164,6 +165,7 @@ ATTENTION = [
     Bad("attention_qkv", {"num_heads": 2.0}, ValueError, ("'num_heads'", "is 2.0", "an int")),
     Bad("attention_qkv", {"qkv": _zeros(2, 7, 0)}, ValueError, ("'qkv'", "[2, 7, 0]", "head width of 1 or more")),
     Bad("attention_qkv", {"qkv": _integers(2, 7, 48)}, TypeError, ("'qkv'", "torch.int64", FLOATING)),
+    Bad("attention_qkv", {"is_causal": None}, TypeError, ("'is_causal'", "NoneType", "a bool")),
     Bad("attention_qkv", {"attn_mask": _zeros(7, 6)}, ValueError, ("'attn_mask'", "[7, 6]", "[2, 2, 7, 7]")),
     Bad("attention_qkv", {"attn_mask": _integers(7, 7)}, TypeError, ("'attn_mask'", "torch.int64", "bool or floating")),
     Bad("attention_qkv", {"attn_mask": _zeros(7, 7), "is_causal": True}, ValueError, ("'is_causal'", "both given")),

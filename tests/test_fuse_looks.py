@@ -144,6 +144,33 @@ def test_an_eps_that_is_a_tensor_and_changes_where_it_lies(smallest: int, monkey
     assert "a tensor for eps" in str(vk.explain(check_change(build, change)))
 
 
+class Plain(nn.LayerNorm):
+    """A norm, until somebody puts a property on its class."""
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "look"), [("eps", lambda norm: 0.5), ("weight", lambda norm: 2 * norm._parameters["weight"])]
+)
+def test_a_property_that_is_put_on_a_class_later(name: str, look: Any, grad: bool) -> None:
+    def build() -> nn.Module:
+        model = vit(depth=2)
+        model.blocks[0].norm2 = Plain(48)
+        return model
+
+    def change(model: Any, time: int) -> None:
+        if time == 1 and name not in vars(Plain):
+            setattr(Plain, name, property(look))
+        elif time != 1 and name in vars(Plain):
+            delattr(Plain, name)
+
+    twin = check_change(build, change, grad)
+    assert vk.explain(twin).summary == "2 of 2 blocks fused"
+    setattr(Plain, name, property(look))
+    assert f"{name} made at each look" in str(vk.explain(twin))
+    delattr(Plain, name)
+
+
 class Rates:
     """A schedule that many modules look at."""
 

@@ -128,7 +128,7 @@ class FusedMultiheadAttention(Fused):
         """[B, N, D], or [N, B, D] without batch_first, as the query; as `parts.last_linear`."""
         attn: Any = self
         mask = _taking_part(attn, masks)
-        is_causal = masks.is_causal and masks.key_padding_mask is None
+        is_causal = masks.key_padding_mask is None and masks.is_causal
         weight, dropout = attn.in_proj_weight, _dropout(attn)
         if query is key and key is value and weight is not None and not dropout and not _own_keys(attn):
             packed = _batch_first(attn, ops.linear(query, weight, attn.in_proj_bias))
@@ -160,7 +160,7 @@ class FusedMultiheadAttention(Fused):
         step = None
         # [N, B, D] goes by `run`: the tokens' axes are exchanged behind the projection
         if memory is None and attn.batch_first and attn.in_proj_weight is not None and not _own_keys(attn):
-            is_causal = masks.is_causal and masks.key_padding_mask is None
+            is_causal = masks.key_padding_mask is None and masks.is_causal
             options = {"attn_mask": _taking_part(attn, masks), "is_causal": is_causal}
             packed = (attn.in_proj_weight, attn.in_proj_bias)
             whole = attention_step(lambda: packed, attn.out_proj, attn.num_heads, **options)

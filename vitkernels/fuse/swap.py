@@ -38,6 +38,7 @@ class State:
         backends: the order of backends that its calls ask; None for the process's.
         fallbacks: why calls went to the stock `forward`, and how many.
         kept: what was read off the module's parts at the last calls.
+        dropouts: all of the model's, for a module that `lays_out` its result otherwise than stock.
     """
 
     residual_dtype: torch.dtype | None = None
@@ -45,6 +46,7 @@ class State:
     backends: tuple[str, ...] | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
+    dropouts: tuple[nn.Module, ...] = ()
 
 
 class Fused(nn.Module):
@@ -61,6 +63,7 @@ class Fused(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()  # names of the child that reads the tokens first; the first one there is
     axes: ClassVar[int | None] = 3  # of the tokens, as the stock module takes them; None for any number
     loses_small: ClassVar[int | None] = None  # the axis of features of tokens few of which take longer fused on a CPU
+    lays_out: ClassVar[bool] = False  # whether its result lies in memory in another order than the stock module's
     _vitkernels: State
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -206,8 +209,12 @@ def why_not_tokens(x: Tensor, reader: object, axes: int | None = 3) -> str | Non
 
 def why_not_mask(mask: Any, x: Tensor) -> str | None:
     """Why a call with this attention mask is left to the stock module's own checks; None where it fits."""
-    if mask is None or not isinstance(mask, Tensor):
+    if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        return f"called with a {type(mask).__name__} for a mask, not a tensor"
+    if mask.dim() < 2:  # torch's attention looks at the queries' axis
+        return f"called with a mask of {mask.dim()} axes"
     if acts(type(mask)):  # torch's CausalBias, whose numbers are none
         return f"called with a {type(mask).__name__} for a mask, which acts itself"
     if mask.dtype in (torch.bool, x.dtype):

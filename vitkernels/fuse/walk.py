@@ -64,10 +64,15 @@ def fuse(
         raise ValueError(_nothing(model, found))
     before = {module: module._vitkernels for module in model.modules() if isinstance(module, Fused)}
     swapped = _swap(fusable)
+    dropouts = tuple(each for each in model.modules() if isinstance(each, nn.Dropout))
     for name, module in model.named_modules():
         if isinstance(module, Fused) and _chosen(name, only, skip):
             module.__dict__["_vitkernels"] = dataclasses.replace(  # not written into: shallow copies share it
-                module._vitkernels, residual_dtype=residual_dtype, recompute_norms=recompute_norms, backends=order
+                module._vitkernels,
+                residual_dtype=residual_dtype,
+                recompute_norms=recompute_norms,
+                backends=order,
+                dropouts=dropouts if module.lays_out else (),
             )
     if strict:
         _require_all(model, swapped, before)

@@ -70,6 +70,12 @@ def integer(value: Any) -> Any:
         return value
 
 
+def is_flag(op: str, name: str, value: Any) -> None:
+    """True or False, and no number in its place: torch's attention refuses that too."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise refused(TypeError, f"{op}: argument '{name}' got {type(value).__name__}; needs a bool")
+
+
 def is_integer(value: Any) -> bool:
     """Whether a value, as `integer` gave it, is one; a traced size is."""
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)

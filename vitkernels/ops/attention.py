@@ -156,6 +156,7 @@ def check_width(op_name: str, name: str, tensor: Tensor, width: int) -> None:
 
 def _check_mask(name: str, mask: Tensor | None, is_causal: bool, scores: tuple[int, ...]) -> None:
     """Up to four axes, each of size 1 or the scores', or of four the first one a divisor."""
+    _check.is_flag(name, "is_causal", is_causal)
     if mask is None:
         return
     if is_causal:

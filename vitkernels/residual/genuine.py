@@ -98,7 +98,8 @@ def why_not_weights(module: nn.Module) -> str | None:
 
 # what is read off parts of blocks, and kept while nothing in the modules' own dictionaries changes
 _READ = ("weight", "bias", "gamma", "eps", "p", "drop_prob", "normalized_shape", "approximate")
-_looks: dict[type, tuple[str | None, tuple[str, ...]]] = {}  # by class: what is made at each look, what it has itself
+# by class: how much its bases held when it was judged, what is made at each look, what it has itself
+_looks: dict[type, tuple[list[int], str | None, tuple[str, ...]]] = {}
 
 
 def _why_not_looks(module: nn.Module) -> str | None:
@@ -109,15 +110,20 @@ def _why_not_looks(module: nn.Module) -> str | None:
     return next((f"{name} of its class" for name in names if name not in module.__dict__), None)
 
 
+def sizes(cls: type) -> list[int]:
+    """How many attributes the class and its bases have: more, once somebody puts one on them."""
+    return [len(vars(each)) for each in cls.__mro__]
+
+
 def _looks_of(cls: type[nn.Module]) -> tuple[str | None, tuple[str, ...]]:
-    judged = _looks.get(cls)
-    if judged is None:
+    judged, now = _looks.get(cls), sizes(cls)
+    if judged is None or judged[0] != now:
         found = {name: inspect.getattr_static(cls, name) for name in _READ if hasattr(cls, name)}
         made = next((f"{name} made at each look" for name, each in found.items() if hasattr(each, "__get__")), None)
         if cls.__getattr__ is not nn.Module.__getattr__ or cls.__getattribute__ is not nn.Module.__getattribute__:
             made = "attributes made at each look"
-        judged = _looks[cls] = made, tuple(found)
-    return judged
+        judged = _looks[cls] = now, made, tuple(found)
+    return judged[1:]
 
 
 _looks_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ def key_of(options: Mapping[str, Any]) -> Hashable | None:
     found: list[Hashable] = []
     for name, value in options.items():
         if type(value) in _SIMPLE:
-            found.append((name, value))
+            found.append((name, type(value), value))  # 1 is no True: torch refuses it for a flag
         elif isinstance(value, Mapping):
             inner = key_of(value)
             if inner is None:
@@ -89,7 +89,19 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
 class _Tree:
     """The modules of a tree as they are now."""
 
-    __slots__ = ("_classes", "_empty", "_hooks", "_kinds", "_methods", "_numbers", "_objects", "_vectors", "_weights")
+    __slots__ = (
+        "_classes",
+        "_empty",
+        "_hooks",
+        "_kinds",
+        "_methods",
+        "_numbers",
+        "_objects",
+        "_sizes",
+        "_spaces",
+        "_vectors",
+        "_weights",
+    )
 
     def __init__(self, root: nn.Module) -> None:
         self._empty: list[Any] = []  # hooks and the like that are not there
@@ -109,6 +121,9 @@ class _Tree:
         kinds = {type(each) for each in root.modules()}
         stocks = {kind.stock: kind for kind in kinds if hasattr(kind, "stock")}  # what fused classes stand for
         self._classes = [(kind, kind.forward, kind.__call__) for kind in {*kinds, *stocks}]
+        # a property that somebody puts on a class hides what its modules hold
+        self._spaces = list({id(each): vars(each) for kind in kinds for each in kind.__mro__}.values())
+        self._sizes = list(map(len, self._spaces))
         self._methods = [
             (stock, name, getattr(stock, name, None))
             for stock, kind in stocks.items()
@@ -136,7 +151,7 @@ class _Tree:
         self._numbers += [(own, *item) for item in own.items() if type(item[1]) in _TENSORS and item[1].numel() == 1]
 
     def is_unchanged(self) -> bool:
-        if any(self._empty):
+        if any(self._empty) or list(map(len, self._spaces)) != self._sizes:
             return False
         if any(own.get(name) is not tensor for own, name, tensor in self._numbers):
             return False

@@ -142,9 +142,11 @@ def why_not_dtypes(reader: nn.Module, x: Tensor) -> str | None:
 
 
 def why_not_norm_dtypes(weight: Tensor, x: Tensor, rms: bool = False) -> str | None:
-    """The same for a norm: torch's LayerNorm on CPUs takes tokens of 16 bits with weights of 32."""
-    mixes = not rms and x.is_cpu and x.itemsize == 2 and weight.dtype == torch.float32
-    return None if weight.dtype == x.dtype or mixes or _casts(weight, x) else _refusal(weight, x)
+    """The same for a norm: torch's LayerNorm on CPUs, which autocast leaves alone, takes tokens of 16 bits with weights
+    of 32."""
+    mixes = x.itemsize == 2 and weight.dtype == torch.float32
+    takes = mixes if x.is_cpu and not rms else _casts(weight, x)
+    return None if weight.dtype == x.dtype or takes else _refusal(weight, x)
 
 
 def _casts(weight: Tensor, x: Tensor) -> bool:

@@ -269,10 +269,10 @@ def _stage(x: Tensor, sublayer: Sublayer, read: _Read, norm: Norm | None) -> _st
     step = sublayer.branch.step
     assert isinstance(step, PlainStep)
     assert norm is not None
-    row_scale = None
+    arguments, row_scale = step.arguments(True), None  # first: what makes a mask may draw before the DropPath does
     if read.drop_path is not None:
         row_scale = parts.drop_path_factor(read.drop_path, x, _branch_dtype(x, read.gamma))
-    return _steps.Stage(step.step, norm, step.arguments(True), _steps.Factors(step.bias(), read.gamma, row_scale))
+    return _steps.Stage(step.step, norm, arguments, _steps.Factors(step.bias(), read.gamma, row_scale))
 
 
 def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:

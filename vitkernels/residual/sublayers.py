@@ -74,6 +74,7 @@ def attention_step(
     """
 
     heads = _check.integer(num_heads)
+    _check.is_flag("attention", "is_causal", is_causal)
     if isinstance(scale, Tensor):
         _check.scale("attention", scale, None)  # refused now: read off a block, it would stay what it is
 

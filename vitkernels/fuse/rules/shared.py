@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitkernels import ops
@@ -19,9 +20,11 @@ class FusedPatchConv(Fused):
     """A Conv2d whose patches do not overlap, on `ops.patch_embed`.
 
     It returns what the convolution returns, [B, D, H / P, W / P], as a view of the tokens [B, N, D]: flattened and
-    transposed, as every ViT does next, they are contiguous again without a copy.
+    transposed, as every ViT does next, they are contiguous again without a copy. While a dropout of the model drops, it
+    lies in memory as the convolution's: a dropout draws in that order.
     """
 
+    lays_out = True
     follows = ("_conv_forward",)
     axes = 4
 
@@ -35,7 +38,19 @@ class FusedPatchConv(Fused):
         height, width = conv.kernel_size
         with self.backend():
             tokens = ops.patch_embed(input, conv.weight, conv.bias)
-        return tokens.transpose(1, 2).unflatten(2, (input.shape[2] // height, input.shape[3] // width))
+        out = tokens.transpose(1, 2).unflatten(2, (input.shape[2] // height, input.shape[3] // width))
+        return self.laid_out(input, out)
+
+    def laid_out(self, image: Tensor, out: Tensor) -> Tensor:
+        """The result in the convolution's order of memory where a dropout draws; in a compiled graph draws are its
+        compiler's."""
+        if not self.training or torch.compiler.is_compiling():
+            return out
+        drops = any(each.training and each.p for each in self._vitkernels.dropouts)
+        kind = torch.channels_last if out.dim() == 4 else torch.channels_last_3d
+        weight: Any = self.weight
+        last = any(each.is_contiguous(memory_format=kind) and not each.is_contiguous() for each in (image, weight))
+        return out.contiguous() if drops and not last else out
 
     def parts(self) -> list[Part]:
         return [Part("", "patch_embed", _why_not_patches(self))]
@@ -66,7 +81,8 @@ class FusedVideoConv(FusedPatchConv):
                 return ops.linear(input.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None, None]
             frames = input.unflatten(2, (counts[0], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
             tokens = ops.patch_embed(frames, conv.weight.flatten(1, 2), conv.bias)
-        return tokens.unflatten(0, (-1, counts[0])).unflatten(2, counts[1:]).permute(0, 4, 1, 2, 3)
+        out = tokens.unflatten(0, (-1, counts[0])).unflatten(2, counts[1:]).permute(0, 4, 1, 2, 3)
+        return self.laid_out(input, out)
 
 
 def _why_not_patches(conv: Any) -> str | None:

@@ -46,6 +46,8 @@ class FusedImageAttention(FusedPartitionAttention):
         reason = None if usual else "a scale of its own"
         drops = (attn.attn_drop.p if attn.training else 0.0) or not parts.drops_nothing(attn.attn_drop)
         reason = reason or ("a dropout of attention's weights" if drops else None)
+        if reason is None and not parts.drops_nothing(attn.proj_drop):
+            reason = "a dropout behind it, which draws in the order in which torch's attention lays its image out"
         return reason or _why_not_pixels(qkv=attn.qkv, proj=attn.proj) or why_not_bias(attn)
 
     def run(self, x: Tensor, **options: Any) -> Tensor:

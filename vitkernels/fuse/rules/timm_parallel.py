@@ -106,8 +106,10 @@ class FusedThingsBlock(PreNormBlock):
                 (block.attns, sublayers[: len(block.attns)]),
                 (block.ffns, sublayers[len(block.attns) :]),
             ):
-                found = [normed_branch(x, step.norm, step.branch) for step in steps]
-                scaled = [each.drop_path(each.ls(out)) for each, out in zip(several, found, strict=True)]
+                scaled = [  # one after the other, as their dropouts and DropPaths draw
+                    each.drop_path(each.ls(normed_branch(x, step.norm, step.branch)))
+                    for each, step in zip(several, steps, strict=True)
+                ]
                 x = x + torch.stack(scaled).sum(0)
         return x
 

@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +158,9 @@ class FusedSwinLayer(FusedLayer):
         ("layernorm_before", "layernorm_after"),
         "attention",
         drop_paths=("drop_path", "drop_path"),
-        dropouts=("dropout", "dropout"),
+        dropouts=(None, "dropout"),
     )
+    drops_windows: ClassVar[bool] = True  # whether a dropout of the layer's own draws for the attention's windows
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
@@ -180,7 +181,8 @@ class FusedSwinLayer(FusedLayer):
         layer: Any = self
         attn = layer.attention
         branch = attention_within("attention", attn, lambda x: self.call(attn, x, **options), BIAS)
-        if options:
+        drops = self.drops_windows and not parts.drops_nothing(layer.dropout)
+        if options and not drops:
             (height, width), size, shift = options["sides"], layer.window_size, layer.shift_size
             windows = Windows((height, width), (size, size), (shift, shift))
             masks = functools.partial(self.masks, windows.sides)
@@ -201,6 +203,8 @@ class FusedSwinLayer(FusedLayer):
         windows = own.window_partition(image, size).view(-1, size * size, width)
         out, *found = attn(windows, self.masks(padded, windows), **given)
         weights += found
+        if self.drops_windows:
+            out = layer.dropout(out)
         image = own.window_reverse(out.view(-1, size, size, width), size, *padded)
         if shift > 0:
             image = torch.roll(image, shifts=(shift, shift), dims=(1, 2))
@@ -217,6 +221,7 @@ class FusedWindowsLayer(FusedSpreadLayer):
 
     follows = ("maybe_pad",)
     names = Names(("layernorm_before", "layernorm_after"), "attention", "output", drop_paths=("drop_path", "drop_path"))
+    drops_windows: ClassVar[bool] = False
     attention_branch = FusedSwinLayer.attention_branch
     call = FusedSwinLayer.call  # type: ignore[assignment]
     masks = FusedSwinLayer.masks
