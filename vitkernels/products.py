@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vitkernels.ops._amp import CODES
+
 DTYPES = ("float32", "bfloat16")
 PRODUCTS, INPUTS, WEIGHTS = "products", "input gradients", "weight gradients"  # forward, and the two backward
 KINDS = tuple(f"{dtype} {product}" for product in (PRODUCTS, INPUTS, WEIGHTS) for dtype in DTYPES)
@@ -33,7 +35,7 @@ Choice = dict[str, str]  # a library for each kind
 _ROWS, _INPUTS, _HIDDEN = 512, 768, 3072  # of a training step; few rows are multiplied otherwise in any case
 _ROUNDS, _FEWEST, _SECONDS = 8, 3, 0.3  # of a kind; on a machine that is busy or slow, as few rounds as that takes
 _GAIN = 1.05  # less than this much faster is noise: the extension's own products stay
-_GENERATION = 4  # of the extension's own kernels: one that is younger than the choice kept is timed anew
+_GENERATION = 5  # of the extension's own kernels: one that is younger than the choice kept is timed anew
 
 
 def cpu_name() -> str:
@@ -189,4 +191,5 @@ def _work(kind: str, generator: torch.Generator) -> Callable[[], object]:
     if kind.endswith(INPUTS):
         needs[0] = needs[2] = True  # with the first bias's, which is summed on the way
         return lambda: torch.ops.vitkernels_ext.mlp_backward(dy, x, pre, w1, w2, "gelu", needs)
-    return lambda: torch.ops.vitkernels_ext.linear_backward(pre, x, w1, [False, True, False])
+    # in float32, as autocast's optimizers have it
+    return lambda: torch.ops.vitkernels_ext.linear_backward(pre, x, w1, [False, True, False], CODES[torch.float32])
