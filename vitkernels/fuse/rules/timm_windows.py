@@ -90,7 +90,7 @@ class FusedSwinBlock(FusedOwnBlock):
         steps = super().sublayers()
         attn = block.attn
         if isinstance(attn, FusedSwinAttention) and parts.why_not_part("attn", attn) is None and not block.dynamic_mask:
-            windows = Windows((height, width), block.window_size, block.shift_size)
+            windows = Windows((height, width), tuple(block.window_size), tuple(block.shift_size))
             steps[0].branch.step = attn.step_within(windows, block.attn_mask)
         return steps
 
