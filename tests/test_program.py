@@ -199,6 +199,18 @@ def test_what_nobody_reads_is_not_held() -> None:
     assert peak(lambda: found.run(x, w)) < 3.5 * x.nbytes
 
 
+def test_launches_of_which_nobody_reads_anything(programs: list[int]) -> None:
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        launched("linear", x, w, None)
+        launched("linear", x, w, None)
+        return (x,)
+
+    x, w = torch.randn(3, 8), torch.randn(8, 8)
+    (found,) = taped(function, x, w).run(x, w)
+    assert found is x
+    assert programs == [2]
+
+
 def test_a_program_goes_with_its_tensor() -> None:
     assert program.extension is not None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
