@@ -9,6 +9,9 @@ import torch
 from accuracy import check_case
 from cases import linear
 from conftest import ISAS, skip_without
+from torch import Tensor
+
+from vitkernels.ops._amp import CODES
 
 EXT = torch.ops.vitkernels_ext
 
@@ -46,3 +49,39 @@ def test_the_bits_of_small_ones(
     _, some, _ = EXT.linear_backward(dy[:, :60].contiguous(), x, weight[:60], [False, True, False])
     assert whole.dtype == torch.float32
     assert torch.equal(whole[:60], some)
+
+
+@pytest.mark.parametrize(
+    ("rows_dtype", "dtype"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32)],
+    ids=["of float32 in bfloat16", "of bfloat16 in float16", "of bfloat16 in float32"],
+)
+@pytest.mark.parametrize("op", ["mlp", "glu_mlp"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradients_are_cast_to_what_is_asked_for(
+    force_isa: Callable[[str], None],
+    force_library: Callable[[str], None],
+    isa: str,
+    op: str,
+    rows_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    """Also that of the last weight, whose right side the activation has written as the product reads it: parameters of
+    float16 under bfloat16's autocast have it so."""
+    force_isa(isa)
+    force_library("vitkernels")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(rows_dtype)
+
+    dy, x, w1, w2 = draw(300, 96), draw(300, 96), draw(128, 96), draw(96, 128)
+    if op == "mlp":
+        given = dy, x, draw(300, 128), w1, w2, "gelu", [True] * 5
+        found, own = (EXT.mlp_backward(*given, code) for code in (CODES[dtype], 0))
+    else:
+        glu = dy, x, draw(300, 256), w1, draw(128, 96), w2, "silu", [True] * 7
+        found, own = (EXT.glu_mlp_backward(*glu, code) for code in (CODES[dtype], 0))
+    assert torch.equal(found[0], own[0])
+    for got, expected in zip(found[1:], own[1:], strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected.to(dtype), rtol=1e-2, atol=1e-2)

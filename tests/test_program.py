@@ -131,6 +131,19 @@ def test_steps_have_the_bits_of_their_launches(
     assert bool(programs) == (kind != "windows"), "there copies of the tokens stand between the launches"
 
 
+def test_a_whole_number_may_stand_for_a_number(programs: list[int]) -> None:
+    """As with torch's ops: an eps of 1 is one of 1.0."""
+    block, x, found = vk.nn.Block(24, 3, qkv_bias=True), torch.randn(2, 5, 24), []
+    for eps in (1, 1.0):
+        block.norm1.eps = block.norm2.eps = eps
+        _stretch._kinds.clear()
+        trained(block, x, False)
+        programs.clear()
+        found.append(trained(block, x, False))
+        assert len(programs) == 2, "forward and backward"
+    check_equal(*found)
+
+
 def test_python_between_two_rows_stays_between_them(programs: list[int]) -> None:
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         first = launched("linear", launched("linear", x, w, None), w, None)
@@ -184,6 +197,18 @@ def test_what_nobody_reads_is_not_held() -> None:
     x, w = torch.randn(256, 256), torch.randn(256)
     found = taped(function, x, w)
     assert peak(lambda: found.run(x, w)) < 3.5 * x.nbytes
+
+
+def test_launches_of_which_nobody_reads_anything(programs: list[int]) -> None:
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        launched("linear", x, w, None)
+        launched("linear", x, w, None)
+        return (x,)
+
+    x, w = torch.randn(3, 8), torch.randn(8, 8)
+    (found,) = taped(function, x, w).run(x, w)
+    assert found is x
+    assert programs == [2]
 
 
 def test_a_program_goes_with_its_tensor() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import step_layers
 import torch
-from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, keep_smaller_norms, launches, norms
+from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, keep_smaller_norms, launches, norms, weights_like
 from torch import Tensor
 
 import vitkernels as vk
@@ -128,6 +128,25 @@ def test_autocast(backend: str, kind: str, branch: bool) -> None:
 @kinds
 def test_autocast_leaves_float64_alone(kind: str) -> None:
     check_as_one_by_one(Layer(kind, torch.float64, factors=FACTORS), autocast=True)
+
+
+@kinds
+def test_a_weight_in_float16_narrows_no_other_gradient(backend: str, kind: str) -> None:
+    """Of small gradients under bfloat16's autocast, float16 would round most to nothing."""
+    layer = Layer(kind)
+    alike, found = layer.tensors["w1"].detach().bfloat16().half(), []
+    for dtype in (torch.float32, torch.float16):
+        layer.tensors["w1"] = alike.to(dtype).requires_grad_()
+        with vk.use(backend), vk.record() as calls:
+            with torch.autocast("cpu", torch.bfloat16):
+                product = layer.together()[1]
+            grads = torch.autograd.grad(product, list(layer.tensors.values()), 1e-7 * weights_like(product))
+        assert {call.op for call in calls if call.direction == "backward"} >= set(OPS[kind])
+        found.append(dict(zip(layer.tensors, grads, strict=True)))
+    expected, got = found
+    assert got.pop("w1").dtype == torch.float16
+    del expected["w1"]
+    check_equal(got, expected)
 
 
 @kinds

@@ -296,7 +296,8 @@ class _Tape(TorchFunctionMode):
             calls = [line.call for line, _ in lines if line.call is not None]
             joined = self._value(program.join(calls, inputs, outputs, own))
             run = self._value(program.extension.run)
-            text = f"{''.join(f'{each}, ' for each in outputs)} = {run}({joined}, [{', '.join(inputs)}])"
+            target = f"{''.join(f'{each}, ' for each in outputs)} = " if outputs else ""
+            text = f"{target}{run}({joined}, [{', '.join(inputs)}])"
         return text + (f"; del {', '.join(dropped)}" if dropped else "")
 
 

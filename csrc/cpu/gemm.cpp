@@ -178,6 +178,11 @@ Tensor library_product(const Matrix& a, const Parted& b, const std::optional<Ten
                   shape);
 }
 
+// What an own product writes that is then cast to `dtype`: it has a's dtype, or float32.
+Tensor empty_for_product(const Matrix& a, const Shape& shape, ScalarType dtype) {
+  return empty(shape, dtype == ScalarType::Float ? dtype : a.dtype);
+}
+
 // The same by whatever is fastest, and then in `dtype`.
 Tensor product(const Matrix& a, const Parted& b, const std::optional<Tensor>& bias, const Shape& shape, ScalarType dtype,
                Kind kind) {
@@ -186,7 +191,7 @@ Tensor product(const Matrix& a, const Parted& b, const std::optional<Tensor>& bi
   if (b.side_by_side() && b.parts[0].cols % kWidestPanel != 0) {
     return product(a, joined(b, a.dtype), bias, shape, dtype, kind);
   }
-  Tensor out = empty(shape, dtype == ScalarType::Float ? dtype : a.dtype);
+  Tensor out = empty_for_product(a, shape, dtype);
   multiply(way, out, a, b, bias);
   return cast(out, dtype);
 }
@@ -245,6 +250,13 @@ Tensor gradient_of_input(const Matrix& dy, const Matrix& weight, const Shape& sh
 
 Tensor gradient_of_weight(const Matrix& dy, const Matrix& x, const Shape& shape, ScalarType dtype) {
   return product(dy.transposed(), x, std::nullopt, shape, dtype, Kind::of_weight);
+}
+
+Tensor gradient_by_panels(const Matrix& dy, const Matrix& x, const Tensor& panels, const Shape& shape,
+                          ScalarType dtype) {
+  Tensor out = empty_for_product(dy, shape, dtype);
+  multiply(Way::panels, out, dy.transposed(), x, std::nullopt, {}, &panels);
+  return cast(out, dtype);
 }
 
 Tensor gradient_of_bias(const Matrix& dy, ScalarType dtype) {

@@ -55,5 +55,7 @@ Tensor space_for_panels(const Tensor& like, int64_t k, int64_t n);  // of a B [k
 // and b tells its shape alone.
 void multiply(Way way, const Tensor& out, const Matrix& a, const Parted& b, const std::optional<Tensor>& bias,
               const Follow& follow = {}, const Tensor* panels = nullptr);
+// gradient_of_weight where x, of this shape, was written in panels.
+Tensor gradient_by_panels(const Matrix& dy, const Matrix& x, const Tensor& panels, const Shape& shape, ScalarType dtype);
 
 }  // namespace vk

@@ -87,10 +87,7 @@ GluMlpBackward glu_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor&
     multiply(way, dpre, g, b, std::nullopt,
              {Then::gate_backward, kind, &h, needs_down ? &gated : nullptr, needs_bias ? &sums : nullptr, in_panels});
     if (needs_bias) set_biases(sums);
-    if (in_panels) {
-      dw_down = empty(shape_of(w_down), dtype_for(grad_dtype, w_down));
-      multiply(Way::panels, dw_down, g.transposed(), as_written, std::nullopt, {}, &gated);
-    }
+    if (in_panels) dw_down = gradient_by_panels(g, as_written, gated, shape_of(w_down), dtype_for(grad_dtype, w_down));
   } else if (needed) {
     gated = gradient_of_input(g, b, {count, hidden});  // becomes what was multiplied, in place
     with_accumulate(x.scalar_type(), [&](auto zero) {

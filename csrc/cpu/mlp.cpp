@@ -69,8 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
     });
   }
   if (in_panels) {
-    dw2 = empty(shape_of(w2), dtype_for(grad_dtype, w2));
-    multiply(Way::panels, *dw2, g.transposed(), hidden_rows, std::nullopt, {}, &*activated);
+    dw2 = gradient_by_panels(g, hidden_rows, *activated, shape_of(w2), dtype_for(grad_dtype, w2));
   } else if (needs[3]) {
     dw2 = gradient_of_weight(g, Matrix(*activated), shape_of(w2), dtype_for(grad_dtype, w2));
   }

@@ -44,7 +44,7 @@ struct As<bool> {
 };
 template <>
 struct As<double> {
-  static bool takes(Kind kind) { return kind == Kind::number; }
+  static bool takes(Kind kind) { return kind == Kind::number || kind == Kind::whole; }
   static double of(const Argument& a, const Maybe*) { return a.number; }
 };
 template <>
@@ -183,6 +183,8 @@ Argument read_argument(Reader& reader, Op::Takes takes, const std::vector<bool>&
     }
     default:
       argument.whole = reader.next();
+      // an eps of 1, say: what takes a number takes a whole one, as torch's dispatcher has it
+      if (takes(Kind::number)) argument.number = double(argument.whole);
   }
   return argument;
 }

@@ -172,6 +172,9 @@ class Part:
         self.rest = [None if isinstance(each, Tensor) else each for each in arguments]
         self.dtypes = [each.dtype if isinstance(each, Tensor) else None for each in arguments]
         self.saves = _BEFORE_ARGUMENTS + len(arguments) + step.keeps
+        parameters = {self.dtypes[index] for index in (*step.weights, *step.biases)} - {None}
+        # backward ops give all gradients in one dtype: float16 would lose what others' parameters hold
+        self._widest = torch.float32 if torch.float16 in parameters and len(parameters) > 1 else None
 
     def saved_at(self, argument: int) -> int:
         """Where an argument is among the tensors that are saved."""
@@ -256,6 +259,8 @@ class Part:
 
     def _grad_dtype(self, tensors: Sequence[Tensor | None]) -> int:
         """The dtype of weights that are here as copies in another; 0 where they are themselves."""
+        if self._widest is not None:
+            return CODES[self._widest]
         index = self.multiplied[0]
         weight, own = tensors[index], self.dtypes[index]
         return 0 if own is None or weight is None or weight.dtype == own else CODES[own]
