@@ -31,8 +31,8 @@ from vitkernels.ops.add_layer_norm import op as op_norm
 _SMALL = 2**16  # elements; a norm's result of fewer is kept: making it again would take longer than its memory is worth
 # Autocast's copies of weights are kept for fewer rows than this: making them again would cost what a product does.
 FEW_ROWS = 256
-# The same where a backend rounds weights as it multiplies, which it does up to ROUNDED rows: past that a library may
-# want copies, of each weight twice.
+# A backend that rounds weights as it multiplies keeps no copies up to ROUNDED rows. From there on a library may
+# multiply, which would cast each weight twice, forward and backward: copies are kept up to FEW_ROWS_OF_COPIES.
 FEW_ROWS_OF_COPIES, ROUNDED = 1024, 200
 
 

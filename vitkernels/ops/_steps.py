@@ -216,7 +216,7 @@ def _attention(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) ->
     qkv = launch("qkv", op_linear, tokens, qkv_weight, qkv_bias)
     options = packed_options(qkv, num_heads, mask, is_causal, scale)
     heads, *statistics = launch("attention", op_qkv, qkv, *options)
-    # each token by itself: in their own places before the projection as behind it
+    # the projection takes each token by itself: windows may be undone before it as well
     rows = heads if windows is None else windows.undone(heads, torch.Size([*normed.shape[:-1], heads.shape[-1]]))
     out = launch("proj", op_linear, rows, proj_weight, proj_bias)
     return out, (qkv, heads, *statistics)

@@ -102,6 +102,7 @@ class FusedCosineAttention(FusedSwinAttention):
     """Swin v2's: q and k of length 1, a factor for each head, and a bias that a small network makes of positions."""
 
     def step_within(self, windows: Windows, mask: Tensor | None) -> None:
+        """None: the step has nothing between the projection and the scores."""
         return None
 
     def why_not_now(self) -> str | None:

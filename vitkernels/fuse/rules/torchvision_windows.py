@@ -73,7 +73,6 @@ class FusedShiftedAttention(Fused):
         windows = self.windows(height, width)
         if self.why_not_now() is not None or not windows.whole or (attn.dropout > 0 and self.training):
             return None
-
         bias = functools.partial(self.bias, windows)
         return attention_step(
             lambda: (attn.qkv.weight, attn.qkv.bias), attn.proj, attn.num_heads, attn_mask=bias, windows=windows
@@ -103,6 +102,7 @@ class FusedShiftedV2Attention(FusedShiftedAttention):
     """ShiftedWindowAttentionV2: q and k of length 1, a factor for each head, and no bias on k."""
 
     def step_within(self, height: int, width: int) -> None:
+        """None: the step has nothing between the projection and the scores."""
         return None
 
     def project(self, windows: Tensor) -> Tensor:
