@@ -193,13 +193,44 @@ def test_copies_of_weights_are_kept_where_a_library_may_want_them(kind: str, mon
         dispatch.backends_changed()  # what calls have settled, they settle anew
         with torch.autocast("cpu", torch.bfloat16), vk.use("ext"):
             _, result = layer.together()
-        multiplied = {each.dtype for each in result.grad_fn.values if each.dim() == 2}
-        assert multiplied == {torch.bfloat16 if (rounded, most) == (0, 1024) else torch.float32}
+        copied = (rounded, most) == (0, 1024)
+        assert {each.dtype for each in _copies(result)} == ({torch.bfloat16} if copied else set())
         with vk.record() as calls:
             found.append(layer.gradients((result, result), use="product"))
         assert {call.backend for call in calls} == {"ext"}
     for other in found[1:]:
         check_equal(other, found[0])
+
+
+def _copies(result: Tensor) -> list[Tensor]:
+    """Of weights, that a step keeps beside the weights themselves."""
+    saved = result.grad_fn.saved_tensors
+    return [*saved[len(saved) - result.grad_fn.copies :]]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "graph retained"])
+@kinds
+def test_copies_of_weights_go_with_the_backward_pass(kind: str, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with the graph, which a loss holds until every block has been gone through."""
+    skip_without("ext")
+    layer = Layer(kind)
+    monkeypatch.setattr(_step, "ROUNDED", 0)
+    monkeypatch.setattr(tape, "FROM_CALL", 1000)  # a tape holds what it sees until it ends
+    dispatch.backends_changed()
+    with torch.autocast("cpu", torch.bfloat16), vk.use("ext"):
+        _, result = layer.together()
+    copies = [StorageWeakRef(each.untyped_storage()) for each in _copies(result)]
+    assert copies
+    assert not any(copy.expired() for copy in copies)
+    if again:
+        (first,) = torch.autograd.grad(result.sum(), layer.tensors["w1"], retain_graph=True)
+        assert not any(copy.expired() for copy in copies)
+        (second,) = torch.autograd.grad(result.sum(), layer.tensors["w1"])
+        assert torch.equal(first, second)
+    else:
+        result.sum().backward()
+    assert result.grad_fn is not None, "the graph is here still"
+    assert all(copy.expired() for copy in copies)
 
 
 def _kept_units(model: nn.Module, image: Tensor, unit: int) -> float:

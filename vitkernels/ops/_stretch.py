@@ -242,10 +242,13 @@ def _forward(ctx: Any, kind: _Kind, *inputs: Any) -> tuple[Tensor, Tensor]:
         kind.note_given(inputs, saved)
     # what was multiplied and added, whatever a caller puts in a parameter's place (p.data = ...)
     places = [*kind.multiplied, *kind.added]
-    values = [*copies, *[inputs[index].detach() for index, _ in places[len(copies) :]]]
+    values = [inputs[index].detach() for index, _ in places[len(copies) :]]
     ctx.as_saved = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    if not ctx.as_saved:  # hooks give back what they kept: offloaded, compressed, or computed again
-        for (_, place), value in zip(places, values, strict=True):
+    ctx.copies = len(copies) if ctx.as_saved else 0
+    if ctx.as_saved:  # what is saved goes when the pass is over, and attributes only when the graph does
+        saved += copies
+    else:  # hooks give back what they kept: offloaded, compressed, or computed again
+        for (_, place), value in zip(places, [*copies, *values], strict=True):
             saved[place] = value
         values = [inputs[index] for index, _ in places]
     ctx.save_for_backward(*saved)
@@ -261,10 +264,12 @@ def _backward(ctx: Any, dtotal: Tensor | None, dresult: Tensor | None) -> tuple[
     kind: _Kind = ctx.kind
     assert kind.given is not None
     saved = list(saved_tensors(ctx))
+    end = len(saved) - ctx.copies
+    copies, saved = saved[end:], saved[:end]
     needs = ctx.needs_input_grad[1:]
     graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
     if ctx.as_saved is not graph:  # a graph of the gradients needs the parameters themselves
-        for (_, place), value in zip((*kind.multiplied, *kind.added), ctx.values, strict=True):
+        for (_, place), value in zip((*kind.multiplied, *kind.added), (*copies, *ctx.values), strict=True):
             saved[place] = value
     if graph or torch.is_autocast_enabled(kind.device):
         return kind.gradients(needs, by_the_ops, dtotal, dresult, *saved)
