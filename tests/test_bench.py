@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitkernels import dispatch, ext_cuda
+from vitkernels import dispatch, ext_cuda, tape
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import machine, tables, zoo
@@ -304,3 +304,16 @@ def test_peak_memory_is_what_a_step_takes() -> None:
         assert second[-1] == 2
 
     assert 0 <= machine.peak_memory(step, CPU) - 2 * size < 1024
+
+
+def test_peak_memory_is_of_a_step_that_replays_its_tapes() -> None:
+    replayed: list[bool] = []
+    taped = tape.Taped(lambda x: (replayed.append(False), x.exp())[1:])
+
+    def step() -> None:
+        replayed.append(True)
+        taped(torch.zeros(8))
+
+    machine.peak_memory(step, CPU)
+    assert replayed == [True, False] * tape.FROM_CALL + [True], "the profiled step called what the tape replays"
+    assert torch.autograd._profiler_enabled() is False
