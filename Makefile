@@ -146,11 +146,12 @@ test: .venv/.built .venv/.cuda lint docs audit-short ## ruff, mypy, the site, th
 
 # another build of the extension, beside the installed one; PYTHONSAFEPATH keeps the checkout's out of the way
 ASAN_LIBS = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so)
-test-asan: .venv/.packages ## the op cases on the C++ kernels under AddressSanitizer and UBSan
+test-asan: .venv/.packages ## the op cases on the C++ kernels, and programs of them, under AddressSanitizer and UBSan
 	VITKERNELS_SANITIZE=address,undefined PATH="$(CURDIR)/.venv/bin:$$PATH" \
 		$(PY) setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	PYTHONSAFEPATH=1 PYTHONPATH=build/asan/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(ASAN_LIBS)" \
-		$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_ops.py -k "test_accuracy and not reference"
+		$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_ops.py tests/test_program.py tests/test_few_rows.py \
+		-k "(test_accuracy or test_program or test_few_rows) and not reference"
 
 clean: ## remove .venv and every build product
 	rm -rf .venv build dist vitkernels.egg-info vitkernels/*.so
