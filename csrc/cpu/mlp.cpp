@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
   const bool needed = needs[0] || needs[1] || needs[2] || needs[3];
   const Way way = needed ? way_of(g, b, Kind::of_input) : Way::library;
   // dw2 = dy^T activation(h): its right side can be written as the product wants to read it
-  const bool in_panels =
-      way == Way::panels && needs[3] && way_of(g.transposed(), hidden_rows, Kind::of_weight) == Way::panels;
+  const bool in_panels = needs[3] && (way == Way::panels || (way == Way::library && dtype_of(h) == DType::bf16)) &&
+                         way_of(g.transposed(), hidden_rows, Kind::of_weight) == Way::panels;
   // becomes the gradient of the pre-activation in place
   const Tensor dh = !needed                ? nothing(x)
                     : way == Way::library ? gradient_of_input(g, b, hidden_shape)
@@ -60,10 +60,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(const Tensor& dy
       using A = decltype(zero);
       const DType dtype = dtype_of(h);
       const int64_t row = hidden * size_of(dtype);
-      auto sums = sum_in_parts<A>(hidden_rows.rows, hidden, [&](int64_t begin, int64_t end, A* part) {
-        kernels<A>().activate_backward(kind, bytes(dh) + begin * row, activated ? bytes(*activated) + begin * row : nullptr,
-                                       needs[2] ? part : nullptr, bytes(dh) + begin * row, bytes(h) + begin * row,
-                                       dtype, end - begin, hidden);
+      // by pairs of rows: a word of a panel has two
+      const int64_t each = in_panels ? 2 : 1, count = hidden_rows.rows;
+      auto sums = sum_in_parts<A>((count + each - 1) / each, hidden, [&](int64_t from, int64_t to, A* part) {
+        const int64_t begin = from * each, end = std::min(to * each, count);
+        char* const into = activated ? bytes(*activated) + (in_panels ? 0 : begin * row) : nullptr;
+        kernels<A>().activate_backward(kind, bytes(dh) + begin * row, into, needs[2] ? part : nullptr,
+                                       bytes(dh) + begin * row, bytes(h) + begin * row, dtype, end - begin, hidden, begin,
+                                       in_panels ? count : 0);
       });
       if (needs[2]) db1 = gradient_of_bias<A>(rows, dtype_for(grad_dtype, w1), sums);
     });

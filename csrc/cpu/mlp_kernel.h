@@ -42,7 +42,8 @@ void activate(Activation kind, char* out, const char* pre, DType dtype, int64_t 
 
 template <class A>
 void activate_backward(Activation kind, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
-                       DType dtype, int64_t rows, int64_t width) {
+                       DType dtype, int64_t rows, int64_t width, int64_t first, int64_t k) {
+  static_assert(kActivationBlock % kPanel == 0);
   alignas(64) A h[kActivationBlock] = {}, value[kActivationBlock], slope[kActivationBlock], g[kActivationBlock];
   const int64_t size = size_of(dtype);
   for (int64_t j = 0; j < width; j += kActivationBlock) {
@@ -59,7 +60,13 @@ void activate_backward(Activation kind, char* dpre, char* activated, A* dbias, c
         if (dbias) put(dbias + j + c, get<V>(dbias + j + c) + d);
       });
       store_row(dpre + at, dtype, 1, g, n);
-      if (activated) store_row(activated + at, dtype, 1, value, n);
+      if constexpr (std::is_same_v<A, float>) {
+        for (int64_t c = 0; k > 0 && c < n; c += kPanel) {
+          const int64_t count = n - c < kPanel ? n - c : kPanel;
+          put_in_panel(Pairs{}, reinterpret_cast<float*>(activated), first + i, k, j + c, count, value + c);
+        }
+      }
+      if (activated && k == 0) store_row(activated + at, dtype, 1, value, n);
     }
   }
 }

@@ -64,38 +64,6 @@ VK_INLINE void prefetch_tile(const Product& p, int64_t i, int64_t j, int64_t row
   }
 }
 
-// One of two bfloat16 of each word; the even row's comes first.
-VK_INLINE void put_half(float* out, bool odd, VecU bits) {
-  store(out, (Vec<float>)(odd ? (VecU)load(out) | (bits << 16) : bits));
-}
-
-// Row k of a B, `count` columns from column j on, into B's panels; `rows` is how many it has.
-VK_INLINE void put_in_panel(Singles, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
-  using W = Thirds;  // in which panels hold float32
-  float* const panel = panels + j / kPanel * panel_words<W>(rows) * kPanel;
-  if (k + 1 == rows) end_panel<W>(panel, rows);
-  for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
-  for (int64_t c = 0; c < kPanel; c += kFloats) {
-    float* const out = panel + in_panel<W>(k / per_word<W>, c, rows);
-    if constexpr (pieces<W> == 1) {
-      store(out, load(row + c));
-    } else {
-      Vec<float> words[3];
-      split(load(row + c), Vec<float>{}, words, 1);
-#pragma GCC unroll 3
-      for (int64_t piece = 0; piece < 3; ++piece) put_half(out + piece * kPieceStep, k % 2, (VecU)words[piece]);
-    }
-  }
-}
-VK_INLINE void put_in_panel(Pairs, float* panels, int64_t k, int64_t rows, int64_t j, int64_t count, float* row) {
-  float* const panel = panels + j / kPanel * panel_words<Pairs>(rows) * kPanel;
-  if (k + 1 == rows) end_panel<Pairs>(panel, rows);
-  for (int64_t c = count; c < kPanel; ++c) row[c] = 0;
-  for (int64_t c = 0; c < kPanel; c += kFloats) {
-    put_half(panel + in_panel<Pairs>(k / 2, c, rows), k % 2, bf16_bits(load(row + c)));
-  }
-}
-
 VK_INLINE void prefetch_rows(const float* from, int64_t step, int64_t rows, int64_t words) {
   for (int64_t r = 0; r < rows; ++r, from += step) {
     for (int64_t word = 0; word < words; word += 16) __builtin_prefetch(from + word);
