@@ -12,7 +12,7 @@ from vitkernels import products
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx2"])
 @pytest.mark.parametrize("rows", [255, 1577])
 def test_activations_are_written_as_the_next_product_reads_them(force_isa, force_library, rows: int, isa: str) -> None:
-    """Behind a library's gradient of the rows as well: the weight's gradient has the same bits, and nothing is copied."""
+    """Behind a library's gradient of the rows as well: the weight's gradient has the same bits, and no copy is made."""
     force_isa(isa)
     force_library("vitkernels")
     hidden, width = 520, 130
