@@ -217,8 +217,9 @@ def test_copies_of_weights_go_with_the_backward_pass(kind: str, again: bool, mon
     monkeypatch.setattr(_step, "ROUNDED", 0)
     monkeypatch.setattr(tape, "FROM_CALL", 1000)  # a tape holds what it sees until it ends
     dispatch.backends_changed()
-    with torch.autocast("cpu", torch.bfloat16), vk.use("ext"):
+    with torch.autocast("cpu", torch.bfloat16), vk.use("ext"), vk.record() as calls:
         _, result = layer.together()
+    assert {call.backend for call in calls} == {"ext"}
     copies = [StorageWeakRef(each.untyped_storage()) for each in _copies(result)]
     assert copies
     assert not any(copy.expired() for copy in copies)

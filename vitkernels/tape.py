@@ -39,9 +39,9 @@ _MAKES = _EMPTY | frozenset(
     | {"permute", "unbind", "contiguous", "detach", "__getitem__", "__get__", "unsqueeze", "squeeze", "expand", "to"}
 )
 
-# What torch's own compiled code allocates and views with: past the dispatcher, in half the time. Views made so do not
-# know what they are views of: none is handed out. A GPU's memory comes from the current one, which a tape asks for once
-# it launches kernels.
+# What torch's own compiled code allocates and views with: past the dispatcher, in half the time. Such a view shares no
+# version counter with its tensor, so none is handed out. Memory is of the current GPU: a tape with launches runs on no
+# other (`Program.ready`), which is known from its first launch on.
 _FAST: Any = torch._C._dynamo.guards
 _EMPTY_ON = {"cpu": _FAST._empty_strided_cpu, "cuda": _FAST._empty_strided_cuda}
 

@@ -145,7 +145,7 @@ struct Kernels {
   // out[i] = activation(pre[i])
   void (*activate)(Activation, char* out, const char* pre, DType dtype, int64_t count);
   // dpre = dout * activation'(pre), activated = activation(pre), dbias += column sums of dpre, over `rows` rows. With k > 0
-  // `activated` is the panels of a B of bfloat16 with k rows, of which these are from `first` on, even.
+  // `activated` is the panels of a bfloat16 B of k rows: these are its rows from `first`, an even number, on.
   void (*activate_backward)(Activation, char* dpre, char* activated, A* dbias, const char* dout, const char* pre,
                             DType dtype, int64_t rows, int64_t width, int64_t first, int64_t k);
   // The same for pre = [gate, up] a row, 2 * width wide, as dpre and dbias are: out = activation(gate) * up

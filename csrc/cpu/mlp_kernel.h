@@ -60,13 +60,14 @@ void activate_backward(Activation kind, char* dpre, char* activated, A* dbias, c
         if (dbias) put(dbias + j + c, get<V>(dbias + j + c) + d);
       });
       store_row(dpre + at, dtype, 1, g, n);
-      if constexpr (std::is_same_v<A, float>) {
-        for (int64_t c = 0; k > 0 && c < n; c += kPanel) {
+      if (k == 0) {
+        if (activated) store_row(activated + at, dtype, 1, value, n);
+      } else if constexpr (std::is_same_v<A, float>) {
+        for (int64_t c = 0; c < n; c += kPanel) {
           const int64_t count = n - c < kPanel ? n - c : kPanel;
           put_in_panel(Pairs{}, reinterpret_cast<float*>(activated), first + i, k, j + c, count, value + c);
         }
       }
-      if (activated && k == 0) store_row(activated + at, dtype, 1, value, n);
     }
   }
 }
