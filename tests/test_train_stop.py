@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from train_setup import make_images, silent, tiny, tiny_words
 
 from vitkernels.cli import main
-from vitkernels.train import checkpoint, metrics, train
+from vitkernels.train import checkpoint, metrics, run, train
+from vitkernels.train.distributed import World
 from vitkernels.train.loop import Trainer
 from vitkernels.train.stopping import Stopped
 
@@ -131,6 +135,33 @@ def test_a_killed_peer_is_one_sentence(folder: Path, tmp_path: Path) -> None:
     assert len(ours) == 1, errors
     assert f"continue with --resume --out {out}" in ours[0]
     assert 'vitkernels/train/loop.py", line' not in errors, "no traceback of this package's"
+
+
+def test_a_signal_while_the_group_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends a survivor with SIGTERM: what the survivor has to say comes first."""
+
+    @contextlib.contextmanager
+    def world(device: str | None) -> Iterator[World]:
+        try:
+            yield World(0, 1, torch.device("cpu"))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def lose(trainer: Trainer) -> None:
+        raise ConnectionError("train: process 0 of 2 lost another one")
+
+    monkeypatch.setattr(run, "world", world)
+    monkeypatch.setattr(Trainer, "run", lose)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        assert main(tiny_words(folder, tmp_path / "run")) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not heard
+    assert "vitkernels: train: process 0 of 2 lost another one" in capfd.readouterr().err
 
 
 def test_a_run_of_one_goes_on_as_two(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     require_packages()
     from rich.console import Console
 
-    with contextlib.ExitStack() as stack:
+    # signals are let go of last: torchrun's SIGTERM can come while a lost group is taken down, before the sentence
+    with contextlib.ExitStack() as signals, contextlib.ExitStack() as stack:
         here = stack.enter_context(world(config.device))
         if config.batch_size % here.size:
             raise ValueError(
@@ -61,7 +62,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         if config.backends:
             stack.enter_context(dispatch.use(*config.backends))
             _check_backends(config.backends)
-        stop = stack.enter_context(listening())
+        stop = signals.enter_context(listening())
         quiet = Console(quiet=True)
         return _run(config, here, (console or Console()) if here.is_first else quiet, stop)
 
