@@ -25,7 +25,7 @@ from vitkernels.tape import Taped
 @pytest.fixture(autouse=True)
 def _taped_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     skip_without("ext")
-    monkeypatch.setattr(_stretch, "_kinds", _stretch._Kinds())
+    monkeypatch.setattr(_stretch, "_kinds", _stretch.Kinds())
     monkeypatch.setattr(tape, "FROM_CALL", 1)
     with vk.use("ext"):
         yield
@@ -104,7 +104,7 @@ def test_a_block_is_one_call_each_way(autocast: bool, programs: list[int], monke
     assert len(programs) == 2, "forward and backward"
 
     monkeypatch.setattr(program, "extension", None)
-    monkeypatch.setattr(_stretch, "_kinds", _stretch._Kinds())
+    monkeypatch.setattr(_stretch, "_kinds", _stretch.Kinds())
     with vk.record() as apart:
         trained(block, x, autocast)
     with vk.record() as apart:

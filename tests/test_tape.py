@@ -38,7 +38,7 @@ def run(layer: Layer, autocast: bool) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _no_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_stretch, "_kinds", _stretch._Kinds())
+    monkeypatch.setattr(_stretch, "_kinds", _stretch.Kinds())
 
 
 # ------------------------------------------------------------------------------------------------------------- steps

@@ -65,7 +65,7 @@ class Op:
         self.forward_op = self._define(name, schema, "forward", fake)
         self.backward_op = self._define(f"{name}_backward", backward_schema, "backward", self._widened(fake_backward))
         # The formula on the op itself keeps raw calls and compiled func.grad from returning zeros without a word.
-        no_double = _refusal(name, "double backward (create_graph=True, grad of grad)")
+        no_double = refusal(name, "double backward (create_graph=True, grad of grad)")
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", gradients, setup_context=setup_context, lib=_library)
         torch.library.register_autograd(f"{_NAMESPACE}::{name}_backward", no_double, lib=_library)
         self.function = _function(name, self.forward_op, setup_context, gradients)
@@ -315,12 +315,12 @@ def _function(name: str, op: Any, setup_context: Callable[..., None], gradients:
         "forward": staticmethod(forward),
         "setup_context": staticmethod(save),
         "backward": staticmethod(_scoped(gradients)),
-        "jvp": staticmethod(_refusal(name, "forward-mode differentiation (jvp, dual numbers)")),
+        "jvp": staticmethod(refusal(name, "forward-mode differentiation (jvp, dual numbers)")),
     }
     return type(name, (torch.autograd.Function,), members)
 
 
-def _refusal(name: str, what: str) -> Callable[..., Any]:
+def refusal(name: str, what: str) -> Callable[..., Any]:
     def refuse(*args: Any) -> Any:
         raise RuntimeError(f"vitkernels: {name} does not support {what}")
 

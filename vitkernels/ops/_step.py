@@ -11,6 +11,7 @@ instead of kept as copies. `_stretch` makes autograd Functions of steps.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -112,6 +113,12 @@ class Step:
     op: Op
     beside_norm: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        STEPS[self.name] = self
+
+
+STEPS: dict[str, Step] = {}  # by name
+
 
 class Stream(NamedTuple):
     """What is known of the stream, [..., D], or of a branch before there is a tensor."""
@@ -154,14 +161,14 @@ class Part:
         factors = (branch_bias, scale, row_scale)
         learning = [each is not None and each.requires_grad for each in (*factors, weight, bias)]
         summed = x.learns or (branch is not None and branch.learns) or any(learning[:3])
-        self.norm_learns = summed or any(learning[3:])
+        self.norm_learns, self._factors_learn = summed or any(learning[3:]), any(learning[1:3])
         dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
         self.branch_dtype = None if branch is None else branch.dtype
         self.normed_dtype = dtype if self.dtype is None else cast_dtype(torch.empty(0, dtype=dtype), self.dtype)
         beside_norm = [arguments[index] for index in step.beside_norm]
         reads = self.norm_learns or any(each is not None and each.requires_grad for each in beside_norm)
         # a frozen norm's input is anybody's to write into
-        again = x.shape.numel() >= _SMALL and (x.device.type != "cuda" if again is None else again)
+        again = (x.device.type != "cuda" if again is None else again) and math.prod(x.shape) >= _SMALL
         self.keeps_normed = not (again and self.norm_learns) and reads
         self.learns = self.norm_learns or any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
         self.total = Stream(x.shape, dtype, x.device, summed)
@@ -216,7 +223,7 @@ class Part:
         result, kept = self.step.forward(launch, normed, learns, *rounded)
         if not learns:
             return total, result, rounded, []
-        of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
+        of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale, self._factors_learn)
         saved = [
             normed if self.keeps_normed else None,
             bias if self.norm_learns else None,

@@ -158,9 +158,9 @@ def check(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, branch, weight, _, _, branch_bias, scale, row_scale, _ = inputs
     total, _, mean, rstd = output
-    ctx.save_for_backward(
-        *kept(x if branch is None else total, branch, weight, mean, rstd, branch_bias, scale, row_scale)
-    )
+    factors_learn = any(each is not None and each.requires_grad for each in (scale, row_scale))
+    of_norm = (branch, weight, mean, rstd, branch_bias, scale, row_scale, factors_learn)
+    ctx.save_for_backward(*kept(x if branch is None else total, *of_norm))
     ctx.branch_dtype = None if branch is None else branch.dtype
     summed = any(each is not None and each.requires_grad for each in (x, branch, branch_bias, scale, row_scale))
     # a sum of frozen things is frozen, though the norm behind it learns: it may be kept and used in many steps
@@ -180,11 +180,11 @@ def kept(
     branch_bias: Tensor | None,
     scale: Tensor | None,
     row_scale: Tensor | None,
+    factors_learn: bool,
 ) -> tuple[Tensor | None, ...]:
-    """What is kept for `backward`: the branch only where a factor's gradient needs it."""
-    needs_branch = any(factor is not None and factor.requires_grad for factor in (scale, row_scale))
-    factors = (branch_bias if needs_branch else None, scale, row_scale)
-    return total, branch if needs_branch else None, weight, mean, rstd, *factors
+    """What is kept for `backward`: the branch and its bias only where the gradient of scale or row_scale needs them."""
+    read = (branch, branch_bias) if factors_learn else (None, None)
+    return total, read[0], weight, mean, rstd, read[1], scale, row_scale
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
