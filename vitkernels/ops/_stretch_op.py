@@ -36,10 +36,17 @@ def serves() -> bool:
     """Whether a call is one of code that is being compiled, for this process, with gradients of the usual kind."""
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not _exporting()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo of torch 2.11 takes it for always true
 
 
 def run(steps: tuple[str, ...], counts: tuple[int, ...], inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
