@@ -43,7 +43,7 @@ bench: .venv/.built ## time ops, models and scaling against every peer that is i
 
 bench-quick: .venv/.built ## each op, a block and a small model, in two minutes
 	$(PY) -m bench.run --quick
-	$(PY) -m bench.host
+	$(PY) -m bench.host --no-compiled
 	$(PY) -m bench.report
 
 bench-host: .venv/.built ## what a block costs the processor that feeds the device

@@ -3,15 +3,16 @@
 On a GPU a step takes as long as the slower of two: the device, and the Python that launches for it. Here a stack of
 narrow blocks runs forward and backward on four tokens, so that little is computed, and Triton's driver is replaced by
 one that launches nothing: what is left is the host's work, and the block's matrix products, which every lane runs on
-the CPU and a lane of their own shows. Stock and fused lanes take turns, in time of the thread (what others do to the
-machine meanwhile counts less), and the figure is the median. Counts beside it: Python calls, launches of kernels, and
-what torch's allocator was asked for while a profiler looks on.
+the CPU and a lane of their own shows. timm's blocks run under torch.compile as well, stock and fused. Lanes take turns,
+in time of the thread (what others do to the machine meanwhile counts less), and the figure is the median. Counts beside
+it: Python calls, launches of kernels, and what torch's allocator was asked for while a profiler looks on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import random
 import statistics
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import vitkernels as vk
 from bench import machine
+from bench.peers import compile_it
 from bench.store import RESULTS
 from vitkernels.models import import_torchvision
 from vitkernels.text import table
@@ -94,8 +96,14 @@ LIBRARIES: dict[str, Callable[[int], nn.Module]] = {"timm": _timm, "transformers
 @dataclass
 class _Lane:
     library: str
-    backend: str
+    backend: str  # that it runs on, or "stock"
     model: nn.Module
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its rows call it."""
+        return f"{self.backend}, compiled" if self.compiled else self.backend
 
     def step(self, x: Tensor, dtype: str) -> None:
         order: AbstractContextManager[Any] = nullcontext() if self.backend == "stock" else vk.use(self.backend)
@@ -113,7 +121,7 @@ class _Lane:
 class _Products:
     """The blocks' matrix products and nothing else, forward and backward: no lane can be faster."""
 
-    library, backend = "torch", PRODUCTS
+    library, backend, name = "torch", "stock", PRODUCTS
 
     def __init__(self, width: int) -> None:
         shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * DEPTH
@@ -132,8 +140,9 @@ class _Products:
         self._grads = []
 
 
-def lanes(library: str, width: int) -> list[_Lane]:
-    """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend."""
+def lanes(library: str, width: int, *, compiled: bool = False) -> list[_Lane]:
+    """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend; timm's also
+    compiled, if that is asked for."""
     torch.manual_seed(0)
     stock = LIBRARIES[library](width)
     own = library == "vk.nn"
@@ -141,6 +150,8 @@ def lanes(library: str, width: int) -> list[_Lane]:
     for backend in BACKENDS[1:]:
         twin = copy.deepcopy(stock)
         found.append(_Lane(library, backend, twin if own else vk.fuse(twin)))
+    if compiled and library == "timm":
+        found += [_Lane(library, each.backend, compile_it(copy.deepcopy(each.model)), True) for each in found]
     return found
 
 
@@ -159,10 +170,12 @@ def turns(rounds: int, lanes: int) -> Iterator[list[int]]:
         yield order
 
 
-def measure(rounds: int, width: int) -> list[Row]:
+def measure(rounds: int, width: int, *, compiled: bool = True) -> list[Row]:
     """Every lane of every library, in turn."""
     x = torch.randn(1, TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
-    every: list[_Lane | _Products] = [lane for library in LIBRARIES for lane in lanes(library, width)]
+    every: list[_Lane | _Products] = [
+        lane for library in LIBRARIES for lane in lanes(library, width, compiled=compiled)
+    ]
     every.append(_Products(width))
     rows = []
     for dtype in DTYPES:
@@ -172,12 +185,12 @@ def measure(rounds: int, width: int) -> list[Row]:
                 every[index].forget()
                 start = time.thread_time()
                 every[index].step(x, dtype)
-                if turn >= 3:  # plans are made, kernels compiled
+                if turn >= 3:  # plans and tapes are made, kernels and graphs compiled
                     seconds[index].append(time.thread_time() - start)
         for index, lane in enumerate(every):
             counts = (_calls(lane, x, dtype), _launches(lane, x, dtype), _allocations(lane, x, dtype))
             median = statistics.median(seconds[index]) * 1e6 / DEPTH
-            names = width, lane.library, dtype, lane.backend
+            names = width, lane.library, dtype, lane.name
             rows.append(Row(*names, round(median, 1), *(each / DEPTH for each in counts)))
     return rows
 
@@ -198,7 +211,7 @@ def _calls(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
 
 
 def _launches(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
-    if lane.backend not in BACKENDS[1:]:
+    if lane.backend == "stock":
         return 0
     from triton.runtime import driver
 
@@ -258,15 +271,17 @@ def summary(rows: list[dict[str, Any]], width: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="turns of each lane")
+    parser.add_argument("--no-compiled", action="store_true", help="leave out blocks under torch.compile")
     parser.add_argument("--out", type=Path, default=FILE, help="results file")
     known = parser.parse_args(arguments)
     from ptx.driver import Gpu, Nothing, activate  # the tests' machine, and triton with it
 
+    found = functools.partial(measure, compiled=not known.no_compiled)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # memory that no launch has written is multiplied too, and denormals take longer
     try:
         with activate(Gpu(processors_=PROCESSORS), Nothing):
-            rows = [asdict(row) for width in (NARROW, WIDE) for row in measure(known.rounds, width)]
+            rows = [asdict(row) for width in (NARROW, WIDE) for row in found(known.rounds, width)]
     finally:
         torch.set_flush_denormal(False)
     content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the driver that launches nothing is Triton's")
 
@@ -17,20 +19,22 @@ if kernels.interpreting():
     pytest.skip("TRITON_INTERPRET is set: nothing is launched", allow_module_level=True)
 
 
-def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "compile_it", functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
     out = tmp_path / "host.json"
     assert host.main(["--rounds", "1", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     rows = {(row["width"], row["library"], row["dtype"], row["backend"]): row for row in content["rows"]}
-    assert len(rows) == 2 * 2 * 9, "of each width and dtype two libraries stock and fused twice, vk.nn's, products"
+    assert len(rows) == 2 * 2 * 12, "of each width and dtype timm's three twice, transformers', vk.nn's two, products"
     for (_, library, _, backend), row in rows.items():
         assert row["microseconds"] > 0
         assert row["calls"] > 0
         assert row["allocations"] > 0
-        assert (row["launches"] > 0) == (backend in ("ext", "triton")), library
-    assert rows[48, "timm", "float32", "ext"]["launches"] == 12, "six launches a block each way"
+        assert (row["launches"] > 0) == (backend.split(",")[0] in ("ext", "triton")), library
+    for compiled in ("", ", compiled"):
+        assert rows[48, "timm", "float32", f"ext{compiled}"]["launches"] == 12, "six launches a block each way"
     assert capsys.readouterr().out.splitlines()[-1].startswith("host: float32 ext ")
-    assert host.report(content).count(" | timm | ") == 12
+    assert host.report(content).count(" | timm | ") == 24
 
 
 def test_no_lane_runs_twice_in_a_row_and_each_comes_after_every_other() -> None:
