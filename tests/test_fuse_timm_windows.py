@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
+from vitkernels import dispatch
 from vitkernels.fuse.swap import Fused
 
 AROUND = "0 of 1 blocks fused; 1 of 1 blocks: residual and feed-forward fused, attention its own"
@@ -67,6 +68,35 @@ def test_a_call_that_is_left_to_the_stock_block(name: str, monkeypatch: pytest.M
         torch.testing.assert_close(block(x, **keywords), own, rtol=0, atol=0)
     assert not calls
     assert {"a test": 1} in vk.explain(block).fallbacks.values()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_hook_on_a_part_sees_what_stock_gives_it(name: str) -> None:
+    """Of every part in turn: as often, and tokens laid out as the block's own code has them."""
+    build, size, keywords, ops = BLOCKS[name]
+    torch.manual_seed(0)
+    block, x = build().eval(), torch.randn(size)
+    fused.stir(block)
+
+    def seen(part: str) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        hook = block.get_submodule(part).register_forward_hook(
+            lambda module, given, result: found.extend(each for each in (*given, result) if torch.is_tensor(each))
+        )
+        with torch.no_grad(), vk.use(*dispatch.order("cpu")):
+            block(x, **keywords)
+        hook.remove()
+        return found
+
+    parts = [part for part, module in block.named_modules() if part and not isinstance(module, nn.ModuleList)]
+    own = {part: seen(part) for part in parts}
+    vk.fuse(block)
+    with vk.record() as calls:
+        got = {part: seen(part) for part in parts}
+    assert {call.op for call in calls} & ops or not ops
+    for part in parts:
+        assert [each.shape for each in got[part]] == [each.shape for each in own[part]], part
+        torch.testing.assert_close(got[part], own[part], rtol=1e-3, atol=1e-4)
 
 
 def test_a_hook_on_the_feed_forward_is_no_affair_of_the_attentions() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hf_towers import APART, LENGTHS, OWN, TOWERS, D, call_of, layers, ops_of, tower
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
+from vitkernels import dispatch
 from vitkernels.fuse.swap import Fused
 
 WHOLE = "1 of 1 blocks fused"
@@ -45,6 +47,37 @@ def test_bf16_autocast_errs_no_more_than_twice_as_much(name: str) -> None:
     inputs, keywords = call_of(layer)
     # the gradient of a bias on k is 0: what comes out is rounding alone, beside other gradients of about 1
     fused.check_parity(layer, inputs, keywords, ops=TOWERS[name][0], autocast=True, absolute=4e-3)
+
+
+@pytest.mark.parametrize("name", ["glm_ocr", "glpn", "janus", "minimax_m3_vl", "mlcd", "segformer", "swin", "x_clip"])
+def test_a_hook_on_a_part_sees_what_stock_gives_it(name: str) -> None:
+    """Tokens laid out as the layer's own code has them: the sequence first, images in a row, without messages."""
+    layer = stock_layers(name)[0].eval()
+    inputs, keywords = call_of(layer)
+
+    def seen(part: str) -> list[Any]:
+        found: list[Any] = []
+        hook = layer.get_submodule(part).register_forward_hook(
+            lambda module, *given: found.append([each for each in tree_leaves(given) if isinstance(each, Tensor)])
+        )
+        with torch.no_grad(), vk.use(*dispatch.order("cpu")):
+            layer(*inputs, **keywords)
+        hook.remove()
+        return found
+
+    names = [part for part, module in layer.named_modules() if part and not isinstance(module, nn.ModuleList)]
+    own = {part: seen(part) for part in names}
+    vk.fuse(layer)
+    with vk.record() as calls:
+        got = {part: seen(part) for part in names}
+    assert {call.op for call in calls} <= ops_of(name, layer)
+    assert calls
+    for part in names:
+        assert [[each.shape for each in call] for call in got[part]] == [
+            [each.shape for each in call] for call in own[part]
+        ], part
+        for call, before in zip(got[part], own[part], strict=True):
+            torch.testing.assert_close(call, before, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in TOWERS if "swin" in name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -169,7 +169,12 @@ class PreNormBlock(Fused):
                 sublayers = self.sublayers(**options)
             else:
                 sublayers = state.kept.get(self, key, lambda: self.sublayers(**options))
-            return pre_norm(x, sublayers, state.residual_dtype, again=state.recompute_norms)
+            return self.steps(x, sublayers)
+
+    def steps(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+        """The residual steps on their tokens."""
+        state = self._vitkernels
+        return pre_norm(x, sublayers, state.residual_dtype, again=state.recompute_norms)
 
     def parts(self) -> list[Part]:
         return [part for sublayer in self.sublayers() for part in sublayer.parts()]

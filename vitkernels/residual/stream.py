@@ -22,6 +22,8 @@ from vitkernels.residual import parts
 
 # (stream, what is added to it first, norm, bias_apart) -> (sum, branch, bias)
 Step = Callable[[Tensor, Added | None, Norm, bool], tuple[Tensor, Tensor, Tensor | None]]
+# (stream, residual steps) -> stream, as `pre_norm` with all else given
+Steps = Callable[[Tensor, Sequence["Sublayer"]], Tensor]
 
 
 class PlainStep:
@@ -156,6 +158,11 @@ class Sublayer:
         if scale is self.scale:
             self._read = (width, again), read
         return read
+
+    def is_read(self, width: int, again: bool | None) -> bool:
+        """Whether the step is computed with parameters alone: none of its modules is called, and sees its tokens."""
+        read = self.read(width, again)
+        return read.norm is not None and read.adds and isinstance(self.branch.step, PlainStep)
 
     def factor(self) -> nn.Module | Tensor | None:
         """The scale, made now where it is a function."""
@@ -311,6 +318,24 @@ def added_norms(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | N
         out = parts.layer_norm(sublayer.norm, out, parts.operand_dtype(None, out))
         x = added_now(x, sublayer, out, widen=dtype is None)
     return x
+
+
+def rows_behind(x: Tensor, sublayers: Sequence[Sublayer], steps: Steps, again: bool | None) -> Tensor:
+    """The steps of a block whose first one has an image, [B, H, W, D], and whose others have its tokens row by row.
+
+    It is the same to what is computed with parameters alone; a module that is called gets what the block would give it.
+
+    Args:
+        x: the image.
+        sublayers: the steps, in order.
+        steps: what runs them.
+        again: as in `pre_norm`.
+    """
+    width = x.shape[-1]
+    if all(each.is_read(width, again) for each in sublayers[1:]):
+        return steps(x, sublayers)
+    x = steps(x, sublayers[:1])
+    return steps(x.flatten(1, 2), sublayers[1:]).unflatten(1, x.shape[1:3])
 
 
 def _stream_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -324,9 +324,14 @@ class FusedTimmBlock(timm.FusedBlock):
     def why_not_joined(self) -> str | None:
         return "its positions come with each call"
 
+    def called(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """The attention as the block calls it."""
+        block: Any = self
+        return block.attn(x, rope_cos, rope_sin, attn_mask=attn_mask)
+
     def sublayers(self, **options: Any) -> list[Sublayer]:
         block: Any = self
-        attention = attention_of("attn", block.attn, **options)
+        attention = attention_of("attn", block.attn, lambda x: self.called(x, **options), **options)
         steps = [
             Sublayer("attn", block.norm1, attention, None, block.drop_path),
             Sublayer("mlp", block.norm3, branch_of("mlp", block.mlp), None, block.drop_path),

@@ -26,6 +26,10 @@ class FusedClassAttention(FusedPlainAttention):
     linears: ClassVar[tuple[str, ...]] = ("q", "k", "v", "proj")
     reads = ("q",)
 
+    def query(self, x: Tensor) -> Tensor:
+        """Of the class token, [B, 1, D]."""
+        return parts.linear(self.q, x[:, 0]).unsqueeze(1)  # type: ignore[arg-type]
+
     def keys(self, x: Tensor) -> Tensor:
         """k and v side by side, [B, N, 2 * D]."""
         return projected(x, self.k, self.v)  # type: ignore[arg-type]
@@ -33,7 +37,7 @@ class FusedClassAttention(FusedPlainAttention):
     def run(self, x: Tensor, **options: Any) -> Tensor:
         attn: Any = self
         with self.backend():
-            q = parts.linear(attn.q, x[:, :1]).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+            q = self.query(x).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
             k, v = self.keys(x).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             return self.output(x, join_heads(ops.attention(q, k, v)), False)[0]
 
@@ -42,6 +46,9 @@ class FusedPackedClassAttention(FusedClassAttention):
     """VOLO's ClassAttention."""
 
     linears = ("q", "kv", "proj")
+
+    def query(self, x: Tensor) -> Tensor:
+        return parts.linear(self.q, x[:, :1])  # type: ignore[arg-type]
 
     def keys(self, x: Tensor) -> Tensor:
         return parts.linear(self.kv, x)  # type: ignore[arg-type]

@@ -77,11 +77,16 @@ class FusedImageBlock(Fused):
         if self.declines(x):
             return super().forward(x, shared_rel_pos)
         with self.backend():
-            first, strided = block.norm1, isinstance(block.norm1, nn.Sequential)
-            normed = first.down(_normed(first.norm, x)) if strided else _normed(first, x)
-            out = block.attn(normed, shared_rel_pos=shared_rel_pos)
+            out = block.attn(self._first_normed(x), shared_rel_pos=shared_rel_pos)
             x = block.shortcut(x) + block.drop_path1(block.ls1(out))
             return x + block.drop_path2(block.ls2(self._fed(_normed(block.norm2, x))))
+
+    def _first_normed(self, x: Tensor) -> Tensor:
+        norm: Any = self.norm1
+        if not isinstance(norm, nn.Sequential):
+            return _normed(norm, x)
+        read = parts.why_not_part("norm1", norm) is None
+        return norm.down(_normed(norm.norm, x)) if read else norm(x)  # type: ignore[operator]
 
     def _why_not_feed(self) -> str | None:
         """Why the feed-forward is called as it is."""

@@ -80,8 +80,15 @@ class FusedScalingBlock(PreNormBlock):
         if parts.is_identity(block.q_norm) and parts.is_identity(block.k_norm):
             return ops.attention_qkv(qkv, block.num_heads, **options)
         q, k, v = split_heads(qkv, block.num_heads)
-        q, k = parts.layer_norm(block.q_norm, q).to(v.dtype), parts.layer_norm(block.k_norm, k).to(v.dtype)
+        q, k = _normed_heads(block.q_norm, q).to(v.dtype), _normed_heads(block.k_norm, k).to(v.dtype)
         return join_heads(ops.attention(q, k, v, **options))
+
+
+def _normed_heads(norm: nn.Module, heads: Tensor) -> Tensor:
+    """[B, H, N, K]; a norm that is called gets them as [B, N, H, K]."""
+    if parts.why_not_layer_norm("", norm) is None:
+        return parts.layer_norm(norm, heads)
+    return norm(heads.transpose(1, 2)).transpose(1, 2)
 
 
 class FusedThingsBlock(PreNormBlock):

@@ -37,7 +37,12 @@ def unit_attention(
         heads, units, stride: how many heads, how many units an image has, how many tokens make one query.
         largest: [B, H, stride, M, K] to [B, H, M, K].
     """
-    packed = parts.linear(qkv, x.unflatten(1, (-1, units)).transpose(1, 2).flatten(0, 1))
+
+    def apart(tokens: Tensor) -> Tensor:
+        return tokens.unflatten(1, (-1, units)).transpose(1, 2).flatten(0, 1)
+
+    called = parts.why_not_part("", qkv, nn.Linear) is not None  # with the tokens as they are
+    packed = apart(qkv(x)) if called else parts.linear(qkv, apart(x))
     if stride == 1:
         out = ops.attention_qkv(packed, heads)
     else:

@@ -5,6 +5,7 @@ Swin v2 (Liu et al. 2022) and its CR form, the post-norm blocks of ViT, EVA and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from vitkernels.fuse.around import attention_of, attention_within
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import why_not_two_masks
 from vitkernels.fuse.swap import PreNormBlock, branch_of
-from vitkernels.residual.stream import Sublayer, added_norms
+from vitkernels.residual.stream import Sublayer, added_norms, rows_behind
 
 
 class FusedResPostBlock(PreNormBlock):
@@ -28,7 +29,10 @@ class FusedResPostBlock(PreNormBlock):
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         with self.backend():
-            return added_norms(x, self.sublayers(**options), self._vitkernels.residual_dtype)
+            return self.steps(x, self.sublayers(**options))
+
+    def steps(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+        return added_norms(x, sublayers, self._vitkernels.residual_dtype)
 
     def why_not_joined(self) -> str | None:
         return "its norms come behind its branches"
@@ -77,6 +81,9 @@ class FusedSwinV2Block(FusedResPostBlock):
             return super(FusedResPostBlock, self).forward(x)
         return self.run(x)
 
+    def steps(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+        return rows_behind(x, sublayers, super().steps, None)
+
     def windows(self, x: Tensor) -> Tensor:
         """The attention with its windows."""
         block: Any = self
@@ -100,7 +107,7 @@ class FusedSwinV2CrBlock(FusedSwinV2Block):
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
         block: Any = self
-        return block.norm3(super().run(x))
+        return block.norm3(super().run(x).flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
 _STEPS = ("attn", "norm1", "drop_path1", "mlp", "norm2", "drop_path2")

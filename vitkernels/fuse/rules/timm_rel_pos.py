@@ -26,6 +26,12 @@ class FusedSamAttention(FusedPlainAttention):
     def why_not_now(self) -> str | None:
         return super().why_not_now() or (None if self.is_plain() else "norms of q and k")
 
+    def run(self, x: Tensor, **options: Any) -> Tensor:
+        with self.backend():
+            rows = x.flatten(1, 2)  # as the projections' own modules get them
+            heads = self.attend(self.project(rows).unflatten(1, x.shape[1:3]))
+            return self.output(rows, heads.flatten(1, 2), False)[0].unflatten(1, x.shape[1:3])
+
     def attend(self, qkv: Tensor) -> Tensor:  # type: ignore[override]
         attn: Any = self
         height, width = qkv.shape[1:3]

@@ -42,9 +42,12 @@ class FusedInnerAttention(FusedAttention):
     """What they share: a call is the projections, the heads and what follows them, each on its own."""
 
     linears: ClassVar[tuple[str, ...]] = ("qkv", "proj")
+    stock_only: ClassVar[tuple[str, ...]] = ()  # children that the stock forward alone calls, or on other axes
 
     def why_not_now(self) -> str | None:
-        return why_not_bias(self) or super().why_not_now()
+        children = ((name, self._modules.get(name)) for name in self.stock_only)
+        reasons = (parts.why_not_part(name, child) for name, child in children if child is not None)
+        return next(filter(None, reasons), None) or why_not_bias(self) or super().why_not_now()
 
     def branch(self, **options: Any) -> Branch:
         why_not = why_not_linears(**{name: getattr(self, name) for name in self.linears})
@@ -62,6 +65,8 @@ class FusedPlainAttention(FusedInnerAttention):
 
 class FusedSwinAttention(FusedInnerAttention):
     """Swin's WindowAttention."""
+
+    stock_only = ("softmax",)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if self.declines(x, self.why_not_now, mask):
@@ -199,6 +204,8 @@ class FusedImageAttention(FusedPlainAttention):
 
 class FusedLocalAttention(FusedInnerAttention):
     """Twins' LocallyGroupedAttn: windows of an image that is padded to whole ones."""
+
+    stock_only = ("qkv",)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         if self.declines(x, self.why_not_now):

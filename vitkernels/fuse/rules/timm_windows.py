@@ -21,7 +21,7 @@ from vitkernels.fuse.rules.timm_window_attention import FusedSwinAttention
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of, why_not_mask
 from vitkernels.ops._windows import Windows
 from vitkernels.residual import genuine, parts
-from vitkernels.residual.stream import Branch, Part, Step, Sublayer
+from vitkernels.residual.stream import Branch, Part, Step, Sublayer, rows_behind
 from vitkernels.residual.sublayers import dropped, joined, linear_step, why_not_linears
 
 _BIAS = "a relative bias on its scores"
@@ -69,7 +69,14 @@ class FusedOwnBlock(PreNormBlock):
         return self.run(x)
 
 
-class FusedSwinBlock(FusedOwnBlock):
+class FusedRowsBlock(FusedOwnBlock):
+    """A block of an image, [B, H, W, D], whose feed-forward has tokens row by row."""
+
+    def steps(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+        return rows_behind(x, sublayers, super().steps, self._vitkernels.recompute_norms)
+
+
+class FusedSwinBlock(FusedRowsBlock):
     """SwinTransformerBlock: windows of its image are made and undone within the step, where they are whole."""
 
     follows = ("_attn",)
@@ -245,7 +252,7 @@ class FusedGlobalContextBlock(FusedOwnBlock):
         return block._window_attn(x, options["q_global"])
 
 
-class FusedSamBlock(FusedOwnBlock):
+class FusedSamBlock(FusedRowsBlock):
     """SAM's Block: its factors of the attention are drawn for each window, and stay inside."""
 
     names = Names(("ls1", "ls2"))

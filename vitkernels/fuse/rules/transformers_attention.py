@@ -71,6 +71,7 @@ class FusedInternAttention(FusedAttention):
 class FusedJanusAttention(FusedAttention):
     """JanusVisionAttention: norms of each head's q and k."""
 
+    stock_only = ("q_norm", "k_norm")  # of the tokens of all images in a row
     spelling = Spelling(
         out="projection_layer",
         heads="num_heads",

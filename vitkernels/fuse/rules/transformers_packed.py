@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary
 
 Positions = tuple[Tensor, Tensor]
@@ -112,6 +113,7 @@ class FusedPackedAttention(FusedAttention):
 class FusedNormedAttention(FusedPackedAttention):
     """GlmOcrVisionAttention and its copies: with norms of each head's q and k."""
 
+    stock_only = ("q_norm", "k_norm")
     spelling = Spelling(("qkv",), "proj", "num_heads", norms=("q_norm", "k_norm"), each_head=True, is_causal=False)
 
 
@@ -269,7 +271,10 @@ class FusedMiniMaxLayer(FusedPackedLayer):
         return self.run(hidden_states[0], **kwargs)[None]
 
     def why_not_call(self, **options: Any) -> str | None:
-        return None
+        """Its modules would get the tokens without their first axis."""
+        named = ((name, getattr(self, name)) for name in self.names.norms)
+        reasons = (parts.why_not_layer_norm(name, norm) for name, norm in named)
+        return next(filter(None, reasons), None) or self.mlp_branch().why_not
 
     call = FusedLayer.call
 

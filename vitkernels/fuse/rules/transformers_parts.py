@@ -177,6 +177,7 @@ class FusedAttention(Fused):
     hears_keywords: ClassVar[bool] = True
     returns_weights: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()  # keywords
+    stock_only: ClassVar[tuple[str, ...]] = ()  # children that the stock forward calls on other axes
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -206,7 +207,7 @@ class FusedAttention(Fused):
         return (at(self, self.spelling.config)._attn_implementation or "eager") if self.has_functions else "eager"
 
     def why_not_now(self) -> str | None:
-        named = {name: at(self, name) for name in self.spelling.inside}
+        named = {name: at(self, name) for name in (*self.spelling.inside, *self.stock_only)}
         reasons = (parts.why_not_part(name, module) for name, module in named.items())
         why_not = next((reason for reason in reasons if reason is not None), None)
         if why_not is None and self._drops():

@@ -183,7 +183,7 @@ class FusedPvtLayer(FusedLayer):
 
 
 class FusedPvtV2Layer(FusedPvtLayer):
-    """PvtV2BlockLayer and GLPNLayer."""
+    """PvtV2BlockLayer."""
 
     loses_small = -1
 
@@ -194,7 +194,14 @@ class FusedPvtV2Layer(FusedPvtLayer):
         return steps
 
 
-class FusedSegformerLayer(FusedPvtV2Layer):
+class FusedGlpnLayer(FusedPvtV2Layer):
+    """GLPNLayer."""
+
+    def call(self, attn: nn.Module, x: Tensor, height: int = 0, width: int = 0, **options: Any) -> Tensor:
+        return attn(x, height, width, **options)[0]
+
+
+class FusedSegformerLayer(FusedGlpnLayer):
     """SegformerLayer."""
 
     names = Names(
@@ -250,6 +257,7 @@ RULES = (
         lambda mlp: differs(mlp, _SIZES, ("fc1", "dwconv", "activation_fn", "fc2", "dropout")),
     ),
     layer_rule(FusedPvtLayer, owners("pvt.PvtLayer"), _TUPLE),
-    *(layer_rule(FusedPvtV2Layer, owners(name), _TUPLE) for name in ("pvt_v2.PvtV2BlockLayer", "glpn.GLPNLayer")),
+    layer_rule(FusedPvtV2Layer, owners("pvt_v2.PvtV2BlockLayer"), _TUPLE),
+    layer_rule(FusedGlpnLayer, owners("glpn.GLPNLayer"), _TUPLE),
     layer_rule(FusedSegformerLayer, owners("segformer.SegformerLayer"), (*_SIZES, "kwargs")),
 )

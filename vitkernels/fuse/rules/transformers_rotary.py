@@ -137,6 +137,7 @@ class FusedStepAttention(FusedRopeAttention):
 class FusedMlcdAttention(FusedStepAttention):
     """MLCDAttention."""
 
+    stock_only = ("out_proj",)  # the sequence comes first there
     spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout", is_causal="is_causal")
 
 

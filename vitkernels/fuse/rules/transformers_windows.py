@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,13 @@ class FusedMessageLayer(FusedLayer):
             messages = pre_norm(messages, [self.message(**kwargs)], self._vitkernels.residual_dtype)
         # what becomes of the token is thrown away: a token more costs less than a pass that leaves it out
         x = torch.cat([hidden_states, messages.flatten(0, 1)[:, None]], dim=1)
-        return self.run(x, attention_mask=attention_mask, **kwargs)[:, :-1]
+        return self.run(x, attention_mask=attention_mask, **kwargs)[:, : hidden_states.shape[1]]
+
+    def steps(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
+        if sublayers[1].is_read(x.shape[-1], self._vitkernels.recompute_norms):
+            return super().steps(x, sublayers)
+        x = super().steps(x, sublayers[:1])  # a module that is called gets the tokens without the messages
+        return super().steps(x[:, :-1], sublayers[1:])
 
     def message(self, **options: Any) -> Sublayer:
         """The step between frames, [B, frames, D]."""
