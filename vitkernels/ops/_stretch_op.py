@@ -10,10 +10,9 @@ what its backward keeps, each of them once; what is an input is not among them.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +22,10 @@ from torch import Tensor
 from vitkernels import dispatch
 from vitkernels.kinds import signature
 from vitkernels.op import Op, refusal
-from vitkernels.ops._plan import MOST, Launch, Plan, keep
-from vitkernels.ops._step import ADDED, FEW_ROWS_OF_COPIES, ROUNDED, STEPS
-from vitkernels.ops._stretch_kind import Kind, Kinds
+from vitkernels.ops._plan import Launch, Plan, keep
+from vitkernels.ops._step import ADDED, FEW_ROWS_OF_COPIES, ROUNDED
+from vitkernels.ops._stretch_kind import Kinds
+from vitkernels.ops._stretch_text import Told, parsed, whole, written
 from vitkernels.ops._windows import Windows
 from vitkernels.ops.add_layer_norm import saved_tensors
 
@@ -78,94 +78,8 @@ def run(steps: tuple[str, ...], counts: tuple[int, ...], inputs: Sequence[Any]) 
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     autocast, rows = inputs[ADDED - 1][0], math.prod(x.shape[:-1])
     copies = autocast is not None and x.device.type == "cpu" and ROUNDED < rows < FEW_ROWS_OF_COPIES
-    found = torch.ops.vitkernels.stretch(tensors, numbers, _text(steps, counts, copies, *told))
+    found = torch.ops.vitkernels.stretch(tensors, numbers, written(steps, counts, copies, *told))
     return (x, found[0]) if len(steps) == 1 and branch is None else (found[0], found[1])
-
-
-def _text(steps: tuple[str, ...], counts: tuple[int, ...], copies: bool, *told: Any) -> str:
-    """All of a call but its tensors, of which (dtype, whether it learns) is told, and its numbers: a name of _MADE.
-
-    `copies` says whether autocast's copies of weights are kept for the backward pass.
-    """
-    words = [_word(each) if type(each) is tuple else each for each in told]
-    return json.dumps((steps, counts, copies, words))
-
-
-_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _word(told: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype, *flags = told
-    return (None if dtype is None else str(dtype).removeprefix("torch."), *flags)
-
-
-# What numbers become, and how many of them: in a text they stand behind the name.
-_MADE: dict[str, tuple[int, Callable[..., Any]]] = {
-    "int": (1, int),
-    "float": (1, float),
-    "windows": (6, lambda *sizes: _windows(*map(int, sizes))),
-}
-
-
-def _windows(height: int, width: int, down: int, right: int, shift_down: int, shift_right: int) -> Windows:
-    return Windows((height, width), (down, right), (shift_down, shift_right))
-
-
-@functools.lru_cache(maxsize=MOST)
-def _whole(text: str, *numbers: float) -> str:
-    """The text with its numbers."""
-    *others, words = json.loads(text)
-    rest = iter(numbers)
-    for word in words:
-        if type(word) is list and word[0] in _MADE:
-            word += [next(rest) for _ in range(_MADE[word[0]][0])]
-    return json.dumps((*others, words))
-
-
-class _Told(NamedTuple):
-    """What a text says of one tensor."""
-
-    dtype: torch.dtype
-    learns: bool
-
-
-class _Text:
-    """A text, read."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        steps, self.counts, self.copies, words = json.loads(text)
-        self.steps = [STEPS[name] for name in steps]
-        self.entries = [self._entry(each) for each in words]
-        self.learns = any(each.learns for each in self.told)
-
-    @staticmethod
-    def _entry(word: Any) -> Any:
-        if type(word) is not list:
-            return word
-        name, *flags = word
-        if name in _MADE:
-            return _MADE[name][1](*flags)
-        dtype: Any = None if name is None else getattr(torch, name)
-        return _Told(dtype, *flags) if len(flags) == 1 else (dtype, *flags)
-
-    @property
-    def told(self) -> list[_Told]:
-        return [each for each in self.entries if isinstance(each, _Told)]
-
-    def filled(self, values: Iterable[Any]) -> list[Any]:
-        """The entries, with these in their tensors' places."""
-        rest = iter(values)
-        return [next(rest) if isinstance(each, _Told) else each for each in self.entries]
-
-    def kind(self, tensors: Sequence[Tensor], checked: bool = False) -> Kind:
-        """What calls like this one come to."""
-        both = zip(tensors, self.told, strict=True)
-        inputs = self.filled(each.detach().requires_grad_(told.learns) for each, told in both)
-        return Kind(self.steps, self.counts, inputs, self.learns, checked=checked, copies=self.copies)
-
-
-_read = functools.lru_cache(maxsize=MOST)(_Text)
 
 
 class _ByItself:
@@ -251,11 +165,11 @@ def _stretch_fake(tensors: list[Tensor], text: str) -> Sequence[Tensor]:
 
 def _forward_of(tensors: list[Tensor], text: str) -> Callable[..., tuple[Tensor, ...]]:
     """(launch, *tensors) -> the op's results."""
-    read = _read(text)
-    kind = read.kind(tensors)
+    call = parsed(text)
+    kind = call.kind(tensors)
 
     def compute(launch: Launch, *tensors: Tensor) -> tuple[Tensor, ...]:
-        total, result, *more = kind.compute(launch, *read.filled(tensors))
+        total, result, *more = kind.compute(launch, *call.filled(tensors))
         copies, *saved = more or ([],)
         for (_, place), copy in zip(kind.multiplied, copies, strict=bool(copies)):
             saved[place] = copy
@@ -292,19 +206,19 @@ def _stretch_backward_fake(tensors: list[Tensor], shape: Sequence[int], text: st
 def _backward_of(tensors: list[Tensor], shape: Sequence[int], text: str) -> Callable[..., tuple[Tensor, ...]]:
     """(launch, *tensors) -> gradients, each of them once."""
     there, layout, needs, of_forward = json.loads(text)
-    read, like = _read(of_forward), tensors[0]
-    x, *others = [like.new_empty(1, dtype=each.dtype) for each in read.told]  # the forward pass has looked at them
-    kind = read.kind([x.expand(list(shape)), *others], checked=True)
+    call, like = parsed(of_forward), tensors[0]
+    x, *others = [like.new_empty(1, dtype=each.dtype) for each in call.told]  # the forward pass has looked at them
+    kind = call.kind([x.expand(list(shape)), *others], checked=True)
     rest_of_needs = iter(needs)
-    flags = [isinstance(each, _Told) and next(rest_of_needs) for each in read.entries]
+    flags = [isinstance(each, Told) and next(rest_of_needs) for each in call.entries]
 
     def compute(launch: Launch, *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = list(tensors)
         grads = [rest.pop(0) if each else None for each in there]
         saved = [None if index < 0 else rest[index] for index in layout]
         results, places = _once(kind.gradients(flags, launch, *grads, *saved), ())
-        both = zip(read.entries, places[1:], strict=True)  # the first stands for the stretch itself
-        _returned[text] = [place for each, place in both if isinstance(each, _Told)]
+        both = zip(call.entries, places[1:], strict=True)  # the first stands for the stretch itself
+        _returned[text] = [place for each, place in both if isinstance(each, Told)]
         return tuple(results)
 
     return compute
@@ -324,7 +238,7 @@ class _Stretch(torch.autograd.Function):
         used = sorted({index for index in noted.layout if index >= 0})
         ctx.save_for_backward(*[everything[index] for index in used])
         ctx.layout = tuple([used.index(index) if index >= 0 else -1 for index in noted.layout])
-        ctx.text, ctx.shape, ctx.results = text, tensors[0].shape, _results(text)
+        ctx.text, ctx.shape, ctx.results = text, tensors[0].shape, parsed(text).results
         frozen = [] if noted.total_learns or ctx.results == 1 else [results[0]]
         ctx.mark_non_differentiable(*frozen, *results[ctx.results :])
         ctx.set_materialize_grads(False)
@@ -357,24 +271,18 @@ class _Gradients(torch.autograd.Function):
 
 
 def _differentiable(tensors: list[Tensor], numbers: list[float], text: str) -> Sequence[Tensor]:
-    text = _whole(text, *numbers)
+    text = whole(text, *numbers)
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return _Stretch.apply(text, *tensors)
     return torch.ops.vitkernels.stretch_forward(tensors, text)
 
 
 def _without_autograd(tensors: list[Tensor], numbers: list[float], text: str) -> Sequence[Tensor]:
-    return _stretch(tensors, _whole(text, *numbers))
+    return _stretch(tensors, whole(text, *numbers))
 
 
 def _without_autograd_fake(tensors: list[Tensor], numbers: list[float], text: str) -> Sequence[Tensor]:
-    return _stretch_fake(tensors, _whole(text, *numbers))
-
-
-def _results(text: str) -> int:
-    """How many of the op's results are the stretch's: its sum is an input where nothing was added."""
-    read = _read(text)
-    return 1 if len(read.steps) == 1 and read.entries[1] is None else 2
+    return _stretch_fake(tensors, whole(text, *numbers))
 
 
 # The first one is traced, by Dynamo and differentiated by autograd; graphs have the other two.
