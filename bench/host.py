@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ class Row:
     Attributes:
         width: of the blocks.
         microseconds: median.
+        stock: of timm's stock block in the same run.
         calls: of Python functions.
         launches: of kernels; 0 for a stock block, whose ops torch launches.
         allocations: that torch's profiler saw.
@@ -61,6 +62,7 @@ class Row:
     dtype: str
     backend: str
     microseconds: float
+    stock: float
     calls: float
     launches: float
     allocations: float
@@ -140,9 +142,8 @@ class _Products:
         self._grads = []
 
 
-def lanes(library: str, width: int, *, compiled: bool = False) -> list[_Lane]:
-    """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend; timm's also
-    compiled, if that is asked for."""
+def lanes(library: str, width: int) -> list[_Lane]:
+    """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend."""
     torch.manual_seed(0)
     stock = LIBRARIES[library](width)
     own = library == "vk.nn"
@@ -150,9 +151,14 @@ def lanes(library: str, width: int, *, compiled: bool = False) -> list[_Lane]:
     for backend in BACKENDS[1:]:
         twin = copy.deepcopy(stock)
         found.append(_Lane(library, backend, twin if own else vk.fuse(twin)))
-    if compiled and library == "timm":
-        found += [_Lane(library, each.backend, compile_it(copy.deepcopy(each.model)), True) for each in found]
     return found
+
+
+def compiled_lanes(width: int) -> list[_Lane]:
+    """timm's blocks under torch.compile, behind the stock one."""
+    stock, *fused = lanes("timm", width)
+    compiled = [_Lane("timm", each.backend, compile_it(copy.deepcopy(each.model)), True) for each in (stock, *fused)]
+    return [stock, *compiled]
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -171,12 +177,17 @@ def turns(rounds: int, lanes: int) -> Iterator[list[int]]:
 
 
 def measure(rounds: int, width: int, *, compiled: bool = True) -> list[Row]:
-    """Every lane of every library, in turn."""
+    """Every lane of every library, in turn; then those that are compiled, which would drive more out of the caches."""
+    rows = _measure(
+        rounds, width, [_Products(width), *(lane for library in LIBRARIES for lane in lanes(library, width))]
+    )
+    if compiled:
+        rows += [row for row in _measure(rounds, width, compiled_lanes(width)) if row.backend != "stock"]
+    return rows
+
+
+def _measure(rounds: int, width: int, every: Sequence[_Lane | _Products]) -> list[Row]:
     x = torch.randn(1, TOKENS, width, generator=torch.Generator("cpu").manual_seed(0))
-    every: list[_Lane | _Products] = [
-        lane for library in LIBRARIES for lane in lanes(library, width, compiled=compiled)
-    ]
-    every.append(_Products(width))
     rows = []
     for dtype in DTYPES:
         seconds: dict[int, list[float]] = {index: [] for index in range(len(every))}
@@ -187,11 +198,13 @@ def measure(rounds: int, width: int, *, compiled: bool = True) -> list[Row]:
                 every[index].step(x, dtype)
                 if turn >= 3:  # plans and tapes are made, kernels and graphs compiled
                     seconds[index].append(time.thread_time() - start)
+        medians = {index: round(statistics.median(each) * 1e6 / DEPTH, 1) for index, each in seconds.items()}
+        names = [(lane.library, lane.name) for lane in every]
+        stock = medians[names.index(("timm", "stock"))]
         for index, lane in enumerate(every):
             counts = (_calls(lane, x, dtype), _launches(lane, x, dtype), _allocations(lane, x, dtype))
-            median = statistics.median(seconds[index]) * 1e6 / DEPTH
-            names = width, lane.library, dtype, lane.name
-            rows.append(Row(*names, round(median, 1), *(each / DEPTH for each in counts)))
+            figures = medians[index], stock, *(each / DEPTH for each in counts)
+            rows.append(Row(width, lane.library, dtype, lane.name, *figures))
     return rows
 
 
@@ -231,11 +244,9 @@ def _allocations(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
 # -------------------------------------------------------------------------------------------------------- reporting
 
 
-def ratio(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+def ratio(row: dict[str, Any]) -> float:
     """A lane's time over that of stock timm's block of the same width in the same dtype."""
-    key = row["width"], "timm", row["dtype"], "stock"
-    stock = next(each for each in rows if tuple(each[name] for name in ("width", "library", "dtype", "backend")) == key)
-    return row["microseconds"] / stock["microseconds"]  # type: ignore[no-any-return]
+    return row["microseconds"] / row["stock"]  # type: ignore[no-any-return]
 
 
 def report(content: dict[str, Any]) -> str:
@@ -246,7 +257,7 @@ def report(content: dict[str, Any]) -> str:
         "| ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        figures = f"{row['microseconds']:.0f} us | {ratio(rows, row):.2f} | {row['calls']:.0f}"
+        figures = f"{row['microseconds']:.0f} us | {ratio(row):.2f} | {row['calls']:.0f}"
         launches = f"{row['launches']:.1f}" if row["launches"] else "torch's"
         names = f"{row['width']} | {row['library']} | {row['dtype']} | {row['backend']}"
         lines.append(f"| {names} | {figures} | {launches} | {row['allocations']:.0f} |")
@@ -261,9 +272,7 @@ def summary(rows: list[dict[str, Any]], width: int) -> str:
     parts = []
     for dtype in DTYPES:
         key = width, "timm", dtype
-        found = {
-            row["backend"]: ratio(rows, row) for row in rows if (row["width"], row["library"], row["dtype"]) == key
-        }
+        found = {row["backend"]: ratio(row) for row in rows if (row["width"], row["library"], row["dtype"]) == key}
         parts.append(f"{dtype} ext {found['ext']:.2f} triton {found['triton']:.2f}")
     return f"host: {', '.join(parts)}"
 
@@ -287,15 +296,15 @@ def main(arguments: list[str] | None = None) -> int:
     content = {**machine.describe(torch.device("cpu")), "revision": machine.revision(), "rows": rows}
     known.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(known.out, content)
-    print(table([("width", "block", "dtype", "runs on", "us", "ratio"), *(_cells(rows, row) for row in rows)]))
+    print(table([("width", "block", "dtype", "runs on", "us", "ratio"), *(_cells(row) for row in rows)]))
     print(f"of width {NARROW}: {summary(rows, NARROW)}")
     print(summary(rows, WIDE))
     return 0
 
 
-def _cells(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     names = str(row["width"]), row["library"], row["dtype"], row["backend"]
-    return *names, f"{row['microseconds']:.0f}", f"{ratio(rows, row):.2f}"
+    return *names, f"{row['microseconds']:.0f}", f"{ratio(row):.2f}"
 
 
 if __name__ == "__main__":

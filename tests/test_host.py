@@ -34,6 +34,11 @@ def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     for compiled in ("", ", compiled"):
         assert rows[48, "timm", "float32", f"ext{compiled}"]["launches"] == 12, "six launches a block each way"
     assert capsys.readouterr().out.splitlines()[-1].startswith("host: float32 ext ")
+    assert all(
+        row["stock"] == row["microseconds"]
+        for row in rows.values()
+        if row["backend"] == "stock" and row["library"] == "timm"
+    )
     assert host.report(content).count(" | timm | ") == 24
 
 
