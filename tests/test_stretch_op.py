@@ -262,6 +262,26 @@ def test_a_norm_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert norms(calls) == (smallest == 0)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_sizes_by_turns(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some the norm is kept, of others made again; each goes on as it was when it came first, also traced anew."""
+    keep_smaller_norms(monkeypatch, 500)
+    layer = Layer("mlp")
+    given = [torch.randn(batch, 5, 24, requires_grad=True) for batch in (2, 8, 2, 8)]
+    of = [layer.tensors["w1"], layer.tensors["weight"]]
+
+    def loss(x: Tensor, branch: Tensor) -> Tensor:
+        total, product = layer.together(x=x, branch=branch)
+        return total.sum() + product.sin().sum()
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=False)
+        for x in given * 3:
+            expected, got = (torch.autograd.grad(run(x, x.sin()), [x, *of]) for run in (loss, compiled))
+            torch.testing.assert_close(got, expected)
+
+
 def test_bad_arguments_are_named() -> None:
     layer = Layer("linear")
     layer.tensors["w1"] = torch.randn(72, 23, requires_grad=True)

@@ -168,8 +168,7 @@ class Part:
         beside_norm = [arguments[index] for index in step.beside_norm]
         reads = self.norm_learns or any(each is not None and each.requires_grad for each in beside_norm)
         # a frozen norm's input is anybody's to write into
-        again = (x.device.type != "cuda" if again is None else again) and math.prod(x.shape) >= _SMALL
-        self.keeps_normed = not (again and self.norm_learns) and reads
+        self.keeps_normed = not (is_made_again(again, x) and self.norm_learns) and reads
         self.learns = self.norm_learns or any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
         self.total = Stream(x.shape, dtype, x.device, summed)
         width = arguments[step.weights[-1]].shape[0]
@@ -287,6 +286,11 @@ class Part:
         total, _, weight, *_ = of_norm
         with torch.no_grad():
             return self.op_norm(total, None, weight, bias, self.eps, None, None, None, CODES[self.normed_dtype])[1]
+
+
+def is_made_again(again: bool | None, x: Tensor | Stream) -> bool:
+    """Whether a norm of this stream is made again in backward, where it learns; `again` as in `Norm`."""
+    return (x.device.type != "cuda" if again is None else again) and math.prod(x.shape) >= _SMALL
 
 
 def check(step: Step, x: Tensor, given: Sequence[Any]) -> None:

@@ -23,7 +23,7 @@ from vitkernels import dispatch
 from vitkernels.kinds import signature
 from vitkernels.op import Op, refusal
 from vitkernels.ops._plan import Launch, Plan, keep
-from vitkernels.ops._step import ADDED, FEW_ROWS_OF_COPIES, ROUNDED
+from vitkernels.ops._step import ADDED, FEW_ROWS_OF_COPIES, ROUNDED, is_made_again
 from vitkernels.ops._stretch_kind import Kinds
 from vitkernels.ops._stretch_text import Told, parsed, whole, written
 from vitkernels.ops._windows import Windows
@@ -62,6 +62,12 @@ def run(steps: tuple[str, ...], counts: tuple[int, ...], inputs: Sequence[Any]) 
         x = x.to(torch.promote_types(x.dtype, branch.dtype))
     inputs = [x, branch, *given]
     learns = torch.is_grad_enabled()
+    place = 0
+    for count in counts:  # how each norm is kept: what the op gives follows from its text, for every size
+        place += ADDED - 1
+        autocast, again, rms = inputs[place]
+        inputs[place] = (autocast, is_made_again(again, x), rms)
+        place += count
     told: list[Any] = []
     numbers = []
     for each in inputs:
@@ -76,7 +82,7 @@ def run(steps: tuple[str, ...], counts: tuple[int, ...], inputs: Sequence[Any]) 
         else:
             told.append(each)
     tensors = [each for each in inputs if isinstance(each, Tensor)]
-    autocast, rows = inputs[ADDED - 1][0], math.prod(x.shape[:-1])
+    rows = math.prod(x.shape[:-1])
     copies = autocast is not None and x.device.type == "cpu" and ROUNDED < rows < FEW_ROWS_OF_COPIES
     found = torch.ops.vitkernels.stretch(tensors, numbers, written(steps, counts, copies, *told))
     return (x, found[0]) if len(steps) == 1 and branch is None else (found[0], found[1])
