@@ -42,9 +42,14 @@ class Plan(Taped):
 
 def by_the_ops(site: str, op: Op, *args: Any) -> Any:
     """A backward launch that somebody looks at: a graph of the gradients is made, or gradients come in a batch."""
-    if op.one_dtype:
-        args = tuple(each.to(args[0].dtype) if isinstance(each, torch.Tensor) else each for each in args)
-    return op.backward(*args)
+    return op.backward(*in_one_dtype(op, args))
+
+
+def in_one_dtype(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A launch's arguments as the torch op takes them: weights may be wider than what they are multiplied with."""
+    if not op.one_dtype:
+        return args
+    return tuple(each.to(args[0].dtype) if isinstance(each, torch.Tensor) else each for each in args)
 
 
 def keep(plans: dict[Any, Plan], key: Any, plan: Plan) -> Plan:

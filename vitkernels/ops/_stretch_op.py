@@ -22,7 +22,7 @@ from torch import Tensor
 from vitkernels import dispatch
 from vitkernels.kinds import signature
 from vitkernels.op import Op, refusal
-from vitkernels.ops._plan import Launch, Plan, keep
+from vitkernels.ops._plan import Launch, Plan, in_one_dtype, keep
 from vitkernels.ops._step import ADDED, FEW_ROWS_OF_COPIES, ROUNDED, is_made_again
 from vitkernels.ops._stretch_kind import Kinds
 from vitkernels.ops._stretch_text import Told, parsed, whole, written
@@ -66,7 +66,10 @@ def run(steps: tuple[str, ...], counts: tuple[int, ...], inputs: Sequence[Any]) 
     for count in counts:  # how each norm is kept: what the op gives follows from its text, for every size
         place += ADDED - 1
         autocast, again, rms = inputs[place]
-        inputs[place] = (autocast, is_made_again(again, x), rms)
+        made_again = 0  # by a branch: of traced sizes the comparison itself is no constant
+        if is_made_again(again, x):
+            made_again = 1
+        inputs[place] = (autocast, made_again == 1, rms)
         place += count
     told: list[Any] = []
     numbers = []
@@ -83,8 +86,10 @@ def run(steps: tuple[str, ...], counts: tuple[int, ...], inputs: Sequence[Any]) 
             told.append(each)
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     rows = math.prod(x.shape[:-1])
-    copies = autocast is not None and x.device.type == "cpu" and ROUNDED < rows < FEW_ROWS_OF_COPIES
-    found = torch.ops.vitkernels.stretch(tensors, numbers, written(steps, counts, copies, *told))
+    copies = 0
+    if autocast is not None and x.device.type == "cpu" and ROUNDED < rows < FEW_ROWS_OF_COPIES:
+        copies = 1
+    found = torch.ops.vitkernels.stretch(tensors, numbers, written(steps, counts, copies == 1, *told))
     return (x, found[0]) if len(steps) == 1 and branch is None else (found[0], found[1])
 
 
@@ -115,9 +120,7 @@ def _launch(direction: str) -> Launch:
     """Launches for one who looks on: a graph is being made, or a tensor is none of memory."""
 
     def launch(site: str, op: Op, *args: Any) -> Any:
-        if op.one_dtype:
-            args = tuple(each.to(args[0].dtype) if isinstance(each, Tensor) else each for each in args)
-        return (op.forward_op if direction == "forward" else op.backward_op)(*args)
+        return (op.forward_op if direction == "forward" else op.backward_op)(*in_one_dtype(op, args))
 
     return launch
 
