@@ -116,10 +116,9 @@ class Layer:
         if self.kind not in ("attention", "windows"):
             w_up, b_up = (self.tensors.get(name) for name in ("w_up", "b_up"))
             return _steps.glu_mlp(x, self.added, self.norm, (w1, b1, w_up, b_up, w2, b2), self.activation)
-        options: dict[str, Any] = {"attn_mask": self.tensors.get("mask"), "is_causal": self.causal}
-        if self.kind == "windows":
-            options["windows"] = WINDOWS
-        return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, **options)
+        called = _steps.Called(self.tensors.get("mask"), self.causal)
+        windows = WINDOWS if self.kind == "windows" else None
+        return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, called, windows=windows)
 
     def apart(self) -> Results:
         """By the public ops."""

@@ -24,7 +24,8 @@ from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import is_argument_error
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import acts, owner_name, replaced, why_not_around, why_not_methods
-from vitkernels.residual.kept import Kept, key_of
+from vitkernels.residual.kept import Kept
+from vitkernels.residual.late import read_for
 from vitkernels.residual.stream import Branch, Part, Sublayer, pre_norm
 
 
@@ -164,12 +165,10 @@ class PreNormBlock(Fused):
         """The block on its tokens, [B, N, D] to the same."""
         with self.backend():
             state = self._vitkernels
-            key = None if torch.compiler.is_compiling() else key_of(options)
-            if key is None:
-                sublayers = self.sublayers(**options)
-            else:
-                sublayers = state.kept.get(self, key, lambda: self.sublayers(**options))
-            return self.steps(x, sublayers)
+            if torch.compiler.is_compiling():
+                return self.steps(x, self.sublayers(**options))
+            plain = type(self).steps is PreNormBlock.steps  # others may call branches by their `run`
+            return self.steps(x, read_for(self, state.kept, self.sublayers, x, options, state.recompute_norms, plain))
 
     def steps(self, x: Tensor, sublayers: Sequence[Sublayer]) -> Tensor:
         """The residual steps on their tokens."""

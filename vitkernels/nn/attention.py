@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.nn import _check
 from vitkernels.nn.packing import Packing
 from vitkernels.nn.rope import Rope
+from vitkernels.ops import _steps
+from vitkernels.ops._steps import Called, HeadNorms, Packed, Positions
 from vitkernels.residual import parts
-from vitkernels.residual.stream import Branch
+from vitkernels.residual.stream import Branch, Step
 from vitkernels.residual.sublayers import (
     ATTENTION,
     attention_step,
     joined,
     linear_step,
+    read_head_norms,
     why_not_linears,
 )
 
@@ -89,64 +92,57 @@ class Attention(nn.Module):
         if packing is not None and options.get("attn_mask") is not None:
             raise ValueError("Attention: argument 'attn_mask' is given with 'packing'; needs one of them")
         why_not = why_not_linears(qkv=self.qkv, proj=self.proj)
-        is_plain = rope is None and packing is None and self._has_no_norms()
+        options |= {"rope": rope, "packing": packing}
 
         def attend(qkv: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
-            heads = self._heads(self._positioned(qkv, rope, packing), packing, **options)
-            return parts.last_linear(self.proj, heads, bias_apart)
+            return parts.last_linear(self.proj, self._heads(qkv, **options), bias_apart)
 
-        packed = functools.partial(joined, self.qkv)
-        step = attention_step(packed, self.proj, self.num_heads, **options) if is_plain else linear_step(packed, attend)
         return Branch(
             lambda x, bias_apart: attend(parts.linear(self.qkv, x), bias_apart),
             ATTENTION,
             self.qkv,
             why_not,
-            step=step if why_not is None else None,
+            step=self._step(attend, options) if why_not is None else None,
         )
 
-    def _heads(
-        self, qkv: Tensor, packing: Packing | None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def _step(self, attend: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]], options: dict[str, Any]) -> Step:
+        norms, is_packed = self._norms(), options["packing"] is not None
+        packed = functools.partial(joined, self.qkv)
+        if norms is None or (is_packed and torch.compiler.is_compiling()):  # there the longest image is no constant
+            return linear_step(packed, attend)
+        is_plain = norms.norm is None and options["rope"] is None and not is_packed
+        return attention_step(
+            packed,
+            self.proj,
+            self.num_heads,
+            norms=None if is_plain else self._norms,  # type: ignore[arg-type]
+            call=_called,
+            options=options,
+            is_packed=is_packed,
+        )
+
+    def _norms(self) -> HeadNorms | None:
+        """Norms of each head's q and k, as `ops.rotary_qkv` has them; None where it cannot stand for them."""
+        return read_head_norms(self.q_norm, self.k_norm, self.proj.weight)
+
+    def _heads(self, qkv: Tensor, **options: Any) -> Tensor:
         """The heads' outputs side by side, [B, N, D]."""
-        if packing is None:
-            return ops.attention_qkv(qkv, self.num_heads, attn_mask=attn_mask, is_causal=is_causal)
-        packed = qkv.view(len(qkv), 3, self.num_heads, self.head_dim)
-        out = ops.attention_varlen(packed, packing.cu_seqlens, max(packing.lengths), is_causal=is_causal)
-        return out.flatten(1).unsqueeze(1)
-
-    def _has_no_norms(self) -> bool:
-        return parts.is_identity(self.q_norm) and parts.is_identity(self.k_norm)
-
-    def _positioned(self, qkv: Tensor, rope: Rope | None, packing: Packing | None) -> Tensor:
-        """[B, N, 3 * D] with the norms of q and k, and their rotary positions."""
-        shape = qkv.shape
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # [B, N, 3, H, K]
-        if packing is not None:
-            qkv = qkv.squeeze(1)  # [T, 3, H, K]
-        norms: dict[str, Any] = {}
-        if self._norms_are_read():
-            q, k = parts.read_norm(self.q_norm), parts.read_norm(self.k_norm)
-            norms = {"norm": "rms_norm" if q.rms else "layer_norm", "eps": q.eps}
-            norms |= {"q_weight": q.weight, "q_bias": q.bias, "k_weight": k.weight, "k_bias": k.bias}
-        elif not self._has_no_norms():
-            heads = qkv.unbind(-3)
-            normed = [
-                parts.layer_norm(norm, each) for norm, each in zip((self.q_norm, self.k_norm), heads, strict=False)
-            ]
-            qkv = torch.stack([*(each.to(qkv.dtype) for each in normed), heads[2]], dim=-3)
-        if rope is not None:
-            norms |= {"sin": rope.sin, "cos": rope.cos, "prefix": rope.prefix}
-        return (ops.rotary_qkv(qkv, **norms) if norms else qkv).view(shape)
-
-    def _norms_are_read(self) -> bool:
-        """Whether `ops.rotary_qkv` can stand for both norms."""
-        reasons = (parts.why_not_layer_norm("", norm) for norm in (self.q_norm, self.k_norm))
-        if any(reason is not None for reason in reasons):
-            return False
-        q, k = parts.read_norm(self.q_norm), parts.read_norm(self.k_norm)
-        widths = {each.shape for each in (q.weight, k.weight) if each is not None}
-        return (q.rms, q.eps) == (k.rms, k.eps) and widths == {(self.head_dim,)}
+        norms = self._norms()
+        if norms is None:
+            heads = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+            normed = (
+                parts.layer_norm(*each).to(qkv.dtype) for each in zip((self.q_norm, self.k_norm), heads, strict=False)
+            )
+            qkv, norms = torch.stack([*normed, heads[2]], dim=-3).flatten(-3), HeadNorms()
+        return _steps.between(qkv, self.num_heads, norms, _called(**options))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+def _called(
+    rope: Rope | None = None, packing: Packing | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Called:
+    """What a call with these options brings to the scores."""
+    images = None if packing is None else Packed(packing.cu_seqlens, max(packing.lengths))
+    return Called(attn_mask, is_causal, Positions() if rope is None else Positions(*rope), images)

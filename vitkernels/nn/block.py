@@ -17,6 +17,7 @@ from vitkernels.nn.rope import Rope
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import why_not_around
 from vitkernels.residual.kept import Kept
+from vitkernels.residual.late import read_for
 from vitkernels.residual.stream import Branch, Sublayer, normed_branch, pre_norm
 
 
@@ -102,9 +103,9 @@ class Block(nn.Module):
             paths = [each.drop_path for each in self.sublayers(**options)]
             x = x + paths[0](self.ls1(self.attn(self.norm1(x), **options)))  # type: ignore[misc]
             return x + paths[1](self.ls2(self.mlp(self.norm2(x))))  # type: ignore[misc]
-        if options or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return pre_norm(x, self.sublayers(**options))
-        return pre_norm(x, self._kept.get(self, None, self.sublayers))
+        return pre_norm(x, read_for(self, self._kept, self.sublayers, x, options))
 
     def sublayers(self, **options: Any) -> list[Sublayer]:
         """The block's residual steps; the options are forward's."""

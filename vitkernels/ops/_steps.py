@@ -9,17 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitkernels import ops
 from vitkernels.op import Op
 from vitkernels.ops import _check
+from vitkernels.ops._attention_steps import (
+    ATTENTION,
+    NOTHING_BROUGHT,
+    PACKED_ATTENTION,
+    ROTARY_ATTENTION,
+    Called,
+    HeadNorms,
+    Packed,
+    Positions,
+    between,
+    brought,
+)
 from vitkernels.ops._plan import Launch
 from vitkernels.ops._step import Added, Norm, Step, add_norm
 from vitkernels.ops._stretch import Factors, Stage, run
 from vitkernels.ops._windows import Windows
-from vitkernels.ops.attention import check_packed, op_qkv, packed_options
 from vitkernels.ops.glu_mlp import check as check_glu_mlp
 from vitkernels.ops.glu_mlp import op as op_glu_mlp
 from vitkernels.ops.linear import check as check_linear
@@ -32,14 +42,22 @@ __all__ = [
     "GLU_MLP",
     "LINEAR",
     "MLP",
+    "PACKED_ATTENTION",
+    "ROTARY_ATTENTION",
     "Added",
+    "Called",
     "Factors",
+    "HeadNorms",
     "Norm",
+    "Packed",
+    "Positions",
     "Stage",
     "Step",
     "Windows",
     "add_norm",
     "attention",
+    "between",
+    "brought",
     "glu_mlp",
     "linear",
     "mlp",
@@ -94,23 +112,26 @@ def attention(
     qkv: tuple[Tensor, Tensor | None],
     proj: tuple[Tensor, Tensor | None],
     num_heads: int,
+    called: Called = NOTHING_BROUGHT,
     *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
+    norms: HeadNorms | None = None,
     scale: float | None = None,
     windows: Windows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(total, self-attention of its norm): the packed projection, `ops.attention_qkv` and the projection of the heads.
+    """(total, self-attention of its norm): the packed projection, attention, and the projection of the heads.
 
     Args:
-        x, added, norm: as in `linear`.
+        x, added, norm: as in `linear`; of images laid end to end x is [..., D].
         qkv, proj: weight and bias of the projections, as nn.Linear stores them; [3 * D, D] and [D, D].
-        num_heads, attn_mask, is_causal, scale: as in `ops.attention_qkv`.
+        num_heads, scale: as in `ops.attention_qkv`.
+        called: what the call brings to the scores.
+        norms: of each head's q and k; needed beside positions and images laid end to end.
         windows: within which tokens attend to each other; x is then an image, [B, H, W, D], or its tokens row by row,
             and the mask one of B * per_image batches of tokens.
     """
-    arguments = (*qkv, *proj, _check.integer(num_heads), attn_mask, is_causal, scale, windows)
-    return run(x, added, [Stage(ATTENTION, norm, arguments)])
+    step = ATTENTION if norms is None else ROTARY_ATTENTION if called.images is None else PACKED_ATTENTION
+    fixed = (*qkv, *proj, _check.integer(num_heads), scale, windows, *(norms or ()))
+    return run(x, added, [Stage(step, norm, (*fixed, *brought(step, called)))])
 
 
 def _given(needs: Sequence[bool], grads: Sequence[Tensor]) -> list[Tensor | None]:
@@ -170,80 +191,3 @@ def _glu_mlp_ops(normed: Tensor, *arguments: Any) -> Tensor:
 
 MLP = _feed_forward("mlp", op_mlp, check_mlp, _mlp_ops, first=1)
 GLU_MLP = _feed_forward("glu_mlp", op_glu_mlp, check_glu_mlp, _glu_mlp_ops, first=2)
-
-
-# ------------------------------------------------------------------------------------------------------ attention
-
-
-@_check.once
-def _check_attention(
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    num_heads: int,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    windows: Windows | None,
-    dtype: torch.dtype | None,
-) -> None:
-    if windows is None:
-        _check.has_rank("attention", "x", x, "[B, N, D]")
-        batches = x.shape[:2]
-    else:
-        windows.check(x)
-        batches = torch.Size([x.shape[0] * windows.per_image, windows.tokens])
-    check_linear(x, qkv_weight, qkv_bias, dtype)
-    packed = x.new_empty(1).expand(*batches, qkv_weight.shape[0])  # as the projection will be
-    check_packed(packed, num_heads, attn_mask, is_causal)
-    check_linear(packed[..., : qkv_weight.shape[0] // 3], proj_weight, proj_bias, dtype)
-
-
-def _attention_ops(normed: Tensor, *arguments: Any) -> Tensor:
-    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale, windows = arguments
-    tokens = normed if windows is None else windows.made(normed)
-    qkv = ops.linear(tokens, qkv_weight, qkv_bias)
-    heads = ops.attention_qkv(qkv, num_heads, attn_mask=mask, is_causal=is_causal, scale=scale)
-    out = ops.linear(heads, proj_weight, proj_bias)
-    return out if windows is None else windows.undone(out, torch.Size([*normed.shape[:-1], out.shape[-1]]))
-
-
-def _attention(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, mask, is_causal, scale, windows = arguments
-    tokens = normed if windows is None else windows.made(normed)
-    qkv = launch("qkv", op_linear, tokens, qkv_weight, qkv_bias)
-    options = packed_options(qkv, num_heads, mask, is_causal, scale)
-    heads, *statistics = launch("attention", op_qkv, qkv, *options)
-    # the projection takes each token by itself: windows may be undone before it as well
-    rows = heads if windows is None else windows.undone(heads, torch.Size([*normed.shape[:-1], heads.shape[-1]]))
-    out = launch("proj", op_linear, rows, proj_weight, proj_bias)
-    return out, (qkv, heads, *statistics)
-
-
-def _attention_backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
-    qkv_weight, _, proj_weight, _, num_heads, mask, is_causal, scale, windows = arguments
-    qkv, heads, *statistics = kept
-    if windows is not None:  # the same products, of rows in another order
-        shape = normed.shape
-        dy, normed = windows.made(dy), windows.made(normed)
-    inner = needs[0] or needs[1] or needs[2] or needs[6]
-    dheads, *proj = launch("proj", op_linear, dy, heads, proj_weight, [inner, *needs[3:5]], grad_dtype)
-    grads: list[Tensor | None] = [None] * 10
-    grads[3:5] = _given(needs[3:5], proj)
-    if inner:
-        options = packed_options(qkv, num_heads, mask, is_causal, scale)
-        dqkv, dmask = launch("attention", op_qkv, dheads, qkv, heads, *statistics, *options, needs[6])
-        if any(needs[:3]):  # else the mask alone learns
-            dx, *packed = launch("qkv", op_linear, dqkv, normed, qkv_weight, list(needs[:3]), grad_dtype)
-            if needs[0]:
-                grads[0] = dx if windows is None else windows.undone(dx, shape)
-            grads[1:3] = _given(needs[1:3], packed)
-        grads[6] = dmask.reshape(mask.shape) if needs[6] else None
-    return grads
-
-
-ATTENTION = Step(
-    "attention", _check_attention, _attention_ops, _attention, _attention_backward, (0, 2), (1, 3), 3, op_linear
-)

@@ -68,23 +68,24 @@ def rotary_qkv(
             that it has no use for.
     """
     prefix = _check.integer(prefix)
-    _check_args(qkv, sin, cos, prefix, norm, q_weight, q_bias, k_weight, k_bias)
+    check(qkv, sin, cos, prefix, norm, q_weight, q_bias, k_weight, k_bias)
     if sin is not None and cos is not None:
-        sin, cos = _fixed("sin", sin), _fixed("cos", cos)
+        sin, cos = fixed("sin", sin), fixed("cos", cos)
     batched = qkv if qkv.dim() == 5 else qkv[None]
     vectors = q_weight, q_bias, k_weight, k_bias
     out: Tensor = op(batched, sin, cos, prefix, bool(half), norm or _NONE, *vectors, float(eps))
     return out if qkv.dim() == 5 else out[0]
 
 
-def _fixed(name: str, positions: Tensor) -> Tensor:
+def fixed(name: str, positions: Tensor) -> Tensor:
+    """A table with four axes, of which nobody asks for a gradient."""
     if positions.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{NAME}: argument '{name}' requires a gradient; needs `rotary`, which gives one, or none")
     return with_four_axes(positions)
 
 
 @_check.once
-def _check_args(
+def check(
     qkv: Tensor,
     sin: Tensor | None,
     cos: Tensor | None,

@@ -29,20 +29,35 @@ _ASIDE = frozenset(
 _SIMPLE = (type(None), bool, int, float, str)
 
 
+class Late(tuple[Any, ...]):
+    """The key of options with tensors: what is read for it must not hold them."""
+
+
 def key_of(options: Mapping[str, Any]) -> Hashable | None:
-    """A call's options, where what is read for them may be kept for the next call with the same; None where not."""
+    """A call's options, where what is read for them may be kept for the next call with the same; None where not.
+
+    Of tensors the key has what decides how modules are read: the dtype, the number of axes, and whether it learns.
+    """
     found: list[Hashable] = []
+    kind: type[tuple[Any, ...]] = tuple
     for name, value in options.items():
         if type(value) in _SIMPLE:
             found.append((name, type(value), value))  # 1 is no True: torch refuses it for a flag
+            continue
+        inner: Any
+        if type(value) is Tensor:
+            inner = Late((value.dtype, value.dim(), value.requires_grad))
         elif isinstance(value, Mapping):
             inner = key_of(value)
-            if inner is None:
-                return None
-            found.append((name, inner))
+        elif isinstance(value, tuple):
+            inner = key_of(dict(enumerate(value)))  # type: ignore[arg-type]
         else:
             return None
-    return tuple(found)
+        if inner is None:
+            return None
+        found.append((name, type(value), inner))
+        kind = Late if type(inner) is Late else kind
+    return kind(found)
 
 
 class Kept:

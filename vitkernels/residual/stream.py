@@ -8,7 +8,7 @@ pass at their border only where they are run by one call of `pre_norm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,14 +33,32 @@ class PlainStep:
         step: the product.
         read: bias_apart -> its arguments.
         bias: of its last projection.
+        call: (**options) -> its last arguments, what a call brings; None where `read` gives all.
+        options: the call's; None before there is a call.
+        holds_call: whether `read` gives tensors of the call that the step was made for.
     """
 
+    __slots__ = ("_arguments", "_bias", "_read", "_read_bias", "call", "holds_call", "options", "step")
+
     def __init__(
-        self, step: _steps.Step, read: Callable[[bool], tuple[Any, ...]], bias: Callable[[], Tensor | None]
+        self,
+        step: _steps.Step,
+        read: Callable[[bool], tuple[Any, ...]],
+        bias: Callable[[], Tensor | None],
+        call: Callable[..., tuple[Any, ...]] | None = None,
+        options: Mapping[str, Any] | None = None,
+        holds_call: bool = False,
     ) -> None:
         self.step, self._read, self._read_bias = step, read, bias
+        self.call, self.options, self.holds_call = call, options, holds_call
         self._arguments: dict[bool, tuple[Any, ...]] = {}
         self._bias: Tensor | None = None
+
+    def of(self, options: Mapping[str, Any] | None) -> PlainStep:
+        """The same for another call; what was read is shared."""
+        other = PlainStep(self.step, self._read, self._read_bias, self.call, options)
+        other._arguments, other._bias = self._arguments, self._bias
+        return other
 
     def arguments(self, bias_apart: bool) -> tuple[Any, ...]:
         """The product's; parameters are read once, as long as the object lives, what is made of them at each call."""
@@ -49,7 +67,10 @@ class PlainStep:
             found = self._read(bias_apart)
             if all(isinstance(each, nn.Parameter) for each in found if isinstance(each, Tensor)):
                 self._arguments[bias_apart] = found
-        return found
+        if self.call is None:
+            return found
+        assert self.options is not None, "there is no call"
+        return (*found, *self.call(**self.options))
 
     def bias(self) -> Tensor | None:
         """Of the last projection, read as often."""
@@ -206,9 +227,9 @@ def pre_norm(
     if dtype is not None:
         x = x.to(dtype)
     width = x.shape[-1]
-    last = None if last_norm is None else _fitting(_parameters_of(last_norm, width), x)
+    last = None if last_norm is None else fitting(_parameters_of(last_norm, width), x)
     read = [each.read(width, again) for each in sublayers]
-    norms = [_fitting(each.norm, x) for each in read]
+    norms = [fitting(each.norm, x) for each in read]
     following = [*norms[1:], last]
     added: Added | None = None
     place = 0
@@ -284,7 +305,7 @@ def _stage(x: Tensor, sublayer: Sublayer, read: _Read, norm: Norm | None) -> _st
 
 def normed_branch(x: Tensor, norm: nn.Module, branch: Branch) -> Tensor:
     """branch(norm(x)) alone."""
-    readable = _fitting(_parameters_of(norm, x.shape[-1]), x)
+    readable = fitting(_parameters_of(norm, x.shape[-1]), x)
     if readable is not None and branch.step is not None:
         return branch.step(x, None, readable, False)[1]
     return branch.run(parts.layer_norm(norm, x, parts.operand_dtype(branch.reader, x)), False)[0]
@@ -297,7 +318,7 @@ def post_norm(x: Tensor, sublayers: Sequence[Sublayer], dtype: torch.dtype | Non
         x = x.to(dtype)
     for sublayer in sublayers:
         read = sublayer.read(x.shape[-1], None)
-        norm = _fitting(read.norm, x)
+        norm = fitting(read.norm, x)
         if norm is None or not read.adds:
             out, _ = sublayer.branch.run(x, False)
             x = parts.layer_norm(sublayer.norm, added_now(x, sublayer, out, widen=dtype is None))
@@ -350,7 +371,7 @@ def _parameters_of(norm: nn.Module, width: int, again: bool | None = None) -> No
     return parts.read_norm(norm, again)
 
 
-def _fitting(norm: Norm | None, x: Tensor) -> Norm | None:
+def fitting(norm: Norm | None, x: Tensor) -> Norm | None:
     """The norm, where torch takes tokens of x's dtype beside its parameters; else torch's own checks are to be seen."""
     if norm is None:
         return None

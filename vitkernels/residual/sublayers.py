@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.ops import _check, _steps
-from vitkernels.ops._steps import Added, Norm, Windows
+from vitkernels.ops._steps import Added, Called, HeadNorms, Norm, Windows
 from vitkernels.residual import parts
+from vitkernels.residual.kept import key_of
 from vitkernels.residual.stream import Branch, PlainStep, Step
 
 
@@ -45,10 +46,10 @@ def followed(branch: Branch, after: Callable[[Tensor], Tensor]) -> Branch:
 # ---------------------------------------------------------------------------------------------------------- steps
 
 
-Packed = Callable[[], tuple[Tensor, Tensor | None]]  # weight and bias of a projection
+Projection = Callable[[], tuple[Tensor, Tensor | None]]  # its weight and bias
 
 
-def linear_step(packed: Packed, rest: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]) -> Step:
+def linear_step(packed: Projection, rest: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]) -> Step:
     """A branch that begins with a projection: `rest` takes its result and `bias_apart`."""
 
     def step(x: Tensor, added: Added | None, norm: Norm, bias_apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -59,7 +60,7 @@ def linear_step(packed: Packed, rest: Callable[[Tensor, bool], tuple[Tensor, Ten
 
 
 def attention_step(
-    qkv: Packed,
+    qkv: Projection,
     proj: nn.Module,
     num_heads: int,
     *,
@@ -67,23 +68,75 @@ def attention_step(
     is_causal: bool = False,
     scale: float | None = None,
     windows: Windows | None = None,
+    norms: Callable[[], HeadNorms] | None = None,
+    call: Callable[..., Called] | None = None,
+    options: Mapping[str, Any] | None = None,
+    is_made: bool = False,
+    is_packed: bool = False,
 ) -> Step:
     """Self-attention with a packed projection of q, k and v; proj is a Linear that may be read.
 
     A mask that parameters make is asked for at each call: what is read off a block is kept for the next one.
-    """
 
+    Args:
+        qkv: gives weight and bias of the projection.
+        proj: the projection of the heads.
+        num_heads, attn_mask, is_causal, scale, windows: as in `ops._steps.attention`.
+        norms: gives the norms of each head's q and k; needed beside positions and images laid end to end.
+        call: (**options) -> what the call brings, in place of attn_mask and is_causal.
+        options: the call's.
+        is_made: whether `call` makes something of parameters, and must be asked at each call.
+        is_packed: whether calls are of images laid end to end.
+    """
     heads = _check.integer(num_heads)
+    if call is not None and not is_made and type(key_of(options or {})) is tuple:  # there are no tensors among them
+        attn_mask, is_causal, *_ = call(**(options or {}))
+        call = None
     _check.is_flag("attention", "is_causal", is_causal)
     if isinstance(scale, Tensor):
         _check.scale("attention", scale, None)  # refused now: read off a block, it would stay what it is
+    step = _steps.ATTENTION if norms is None else _steps.PACKED_ATTENTION if is_packed else _steps.ROTARY_ATTENTION
 
     def arguments(bias_apart: bool) -> tuple[Any, ...]:
         bias = None if bias_apart else proj.bias
+        fixed = (*qkv(), proj.weight, bias, heads, scale, windows, *(() if norms is None else norms()))
+        if call is not None:
+            return fixed
         mask = attn_mask() if callable(attn_mask) else attn_mask
-        return (*qkv(), proj.weight, bias, heads, mask, is_causal, scale, windows)
+        return (*fixed, *_steps.brought(step, Called(mask, is_causal)))
 
-    return PlainStep(_steps.ATTENTION, arguments, lambda: proj.bias)  # type: ignore[arg-type,return-value]
+    def of_call(**options: Any) -> tuple[Any, ...]:
+        assert call is not None
+        called = call(**options)
+        _check.is_flag("attention", "is_causal", called.is_causal)
+        return _steps.brought(step, called)
+
+    late = None if call is None else of_call
+    holds_call = attn_mask is not None or windows is not None
+    return PlainStep(step, arguments, lambda: proj.bias, late, options, holds_call)  # type: ignore[arg-type,return-value]
+
+
+def read_head_norms(
+    q_norm: nn.Module | None, k_norm: nn.Module | None, like: Tensor, half: bool = False
+) -> HeadNorms | None:
+    """Norms of each head's q and k as `ops.rotary_qkv` takes them; None where it cannot stand for both.
+
+    Args:
+        q_norm, k_norm: the modules; None or Identities for none.
+        like: the weight of the projection before them: a norm of another dtype rounds on its own.
+        half: how positions pair the elements of a head.
+    """
+    if parts.is_identity(q_norm) and parts.is_identity(k_norm):
+        return HeadNorms(half)
+    norms = [each for each in (q_norm, k_norm) if each is not None]
+    if len(norms) < 2 or any(parts.why_not_layer_norm("", each) is not None for each in norms):
+        return None
+    q, k = (parts.read_norm(each) for each in norms)
+    tensors = [each for each in (q.weight, q.bias, k.weight, k.bias) if each is not None]
+    shared = (q.rms, q.eps) == (k.rms, k.eps) and q.weight.shape == k.weight.shape  # type: ignore[union-attr]
+    if not shared or any(each.dtype != like.dtype for each in tensors):
+        return None
+    return HeadNorms(half, "rms_norm" if q.rms else "layer_norm", q.weight, q.bias, k.weight, k.bias, q.eps)
 
 
 # ---------------------------------------------------------------------------------------------------- feed-forward

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.ops import _steps
+from vitkernels.ops._amp import autocast_dtype
 from vitkernels.ops._check import integer, is_integer
+from vitkernels.ops._steps import Called, HeadNorms, Positions
 from vitkernels.residual import known, parts
 from vitkernels.residual.stream import Branch, Part, Step, Sublayer
 from vitkernels.residual.sublayers import (
@@ -84,13 +87,28 @@ class FusedAttention(Fused):
     ) -> Step:
         """The branch with its norm as one Function, where both Linears may be read; finish is all behind qkv's."""
         attn: Any = self
-        if any(option is not None for option in options.values()):
+        if not self.is_one_step(**options):
             return linear_step(lambda: _packed(attn.qkv), finish)
-        return attention_step(lambda: _packed(attn.qkv), attn.proj, attn.num_heads, is_causal=is_causal)
+        return attention_step(
+            lambda: _packed(attn.qkv),
+            attn.proj,
+            attn.num_heads,
+            norms=None if options.get("rope") is None else lambda: HeadNorms(half=True),
+            call=self.called,
+            options={"is_causal": is_causal, **options},
+        )
 
-    def attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
+    def is_one_step(self, **options: Any) -> bool:
+        """Whether nothing but the ops of `attention_step` stands between the projections in such a call."""
+        return True
+
+    def called(self, is_causal: bool = False, rope: Rope | None = None) -> Called:
+        """What a call with these options brings to the scores; class token and registers have no place."""
+        return Called(None, is_causal, Positions() if rope is None else Positions(*rope, prefix=None))
+
+    def attend(self, qkv: Tensor, **options: Any) -> Tensor:
         """[B, N, 3 * D] to the heads' outputs side by side, [B, N, D]."""
-        return ops.attention_qkv(qkv, self.num_heads, is_causal=is_causal)  # type: ignore[arg-type]
+        return _steps.between(qkv, self.num_heads, HeadNorms(half=True), self.called(**options))  # type: ignore[arg-type]
 
     def parts(self) -> list[Part]:
         why_not = self.why_not_now()
@@ -135,16 +153,25 @@ class FusedSelfAttention(FusedAttention):
         if self.declines(qkv, lambda: self.why_not_now() or _biased(attn_bias)):
             return super().compute_attention(qkv, attn_bias, rope)  # type: ignore[misc]
         with self.backend():
-            return self.attend(qkv, rope)
+            return self.attend(qkv, rope=rope)
 
-    def attend(self, qkv: Tensor, rope: Rope | None = None) -> Tensor:  # type: ignore[override]
+    def is_one_step(self, rope: Rope | None = None, **options: Any) -> bool:
+        """Positions that learn are plain torch's; so are those coarser than q, whose every step is rounded so."""
         if rope is None:
-            return super().attend(qkv)
+            return True
+        attn: Any = self
+        weight = attn.proj.weight
+        dtype = autocast_dtype(weight) or weight.dtype
+        return not any(each.requires_grad or torch.promote_types(dtype, each.dtype) != each.dtype for each in rope)
+
+    def attend(self, qkv: Tensor, rope: Rope | None = None, **options: Any) -> Tensor:
+        if rope is None or self.is_one_step(rope):
+            return super().attend(qkv, rope=rope, **options)
         sin, cos = rope
         q, k, v = split_heads(qkv, self.num_heads)  # type: ignore[arg-type]
-        prefix = q.shape[2] - sin.shape[-2]  # class token and registers have no place
+        prefix = q.shape[2] - sin.shape[-2]
         turn = rotary
-        if torch.promote_types(q.dtype, sin.dtype) != sin.dtype:  # coarser than q: every step is rounded so
+        if torch.promote_types(q.dtype, sin.dtype) != sin.dtype:
             turn, q, k = plain_rotary, q.to(sin.dtype), k.to(sin.dtype)
         q, k = (turn(each, sin, cos, prefix=prefix, half=True).to(v.dtype) for each in (q, k))
         return join_heads(ops.attention(q, k, v))

@@ -13,9 +13,18 @@ from vitkernels import ops
 from vitkernels.fuse.around import attention_of
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused, PreNormBlock, branch_of
+from vitkernels.ops import _steps
+from vitkernels.ops._steps import Called, HeadNorms, Positions
 from vitkernels.residual import known, parts, sublayers
 from vitkernels.residual.stream import Branch, Part, Step, Sublayer
-from vitkernels.residual.sublayers import attention_step, join_heads, linear_step, split_heads, why_not_linears
+from vitkernels.residual.sublayers import (
+    attention_step,
+    join_heads,
+    linear_step,
+    read_head_norms,
+    split_heads,
+    why_not_linears,
+)
 
 known.LAYER_NORMS.update(
     {
@@ -65,6 +74,7 @@ class FusedAttention(Fused):
 
     steps: ClassVar[str] = sublayers.ATTENTION
     reads: ClassVar[tuple[str, ...]] = ("qkv", "q_proj")
+    makes_mask: ClassVar[bool] = False  # of parameters, at each call
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if self.declines(x, lambda: self.why_not_now() or why_not_two_masks(attn_mask, is_causal), attn_mask):
@@ -98,14 +108,35 @@ class FusedAttention(Fused):
         attn: Any = self
         return parts.is_identity(attn.q_norm) and parts.is_identity(attn.k_norm)
 
-    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def head_norms(self) -> HeadNorms | None:
+        """Norms of each head's q and k, as `ops.rotary_qkv` has them; None where it cannot stand between the projection
+        and the scores."""
+        attn: Any = self
+        return HeadNorms() if self.is_plain() else read_head_norms(attn.q_norm, attn.k_norm, attn.proj.weight)
+
+    def called(self, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Called:
+        """What a call with these options brings to the scores."""
+        return Called(attn_mask, is_causal, self.positions(**options))
+
+    def positions(self, **options: Any) -> Positions:
+        """Of a call's tokens."""
+        return Positions()
+
+    def is_one_step(self, **options: Any) -> bool:
+        """Whether nothing but the ops of `attention_step` stands between the projections in such a call."""
+        return self.head_norms() is not None
+
+    def attend(self, qkv: Tensor, **options: Any) -> Tensor:
         """What `project` gave to the heads' outputs side by side, [B, N, H * K]."""
         attn: Any = self
-        if self.is_plain():
-            return ops.attention_qkv(qkv, attn.num_heads, attn_mask=attn_mask, is_causal=is_causal)
+        called = self.called(**options)
+        if self.is_one_step(**options):
+            norms = self.head_norms()
+            assert norms is not None
+            return _steps.between(qkv, attn.num_heads, norms, called)
         q, k, v = split_heads(qkv, attn.num_heads)
         q, k = parts.layer_norm(attn.q_norm, q).to(v.dtype), parts.layer_norm(attn.k_norm, k).to(v.dtype)
-        return join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
+        return join_heads(ops.attention(q, k, v, attn_mask=called.attn_mask, is_causal=called.is_causal))
 
     def output(self, x: Tensor | None, heads: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
         """What follows the heads: norm, gate (which reads x), projection and dropout; as `parts.last_linear`."""
@@ -139,15 +170,20 @@ class FusedAttention(Fused):
         """The branch with its norm as one Function, where all Linears may be read and there is no gate."""
         attn: Any = self
         ends_plain = parts.is_identity(getattr(attn, "norm", None)) and parts.drops_nothing(attn.proj_drop)
-        if ends_plain and self.is_plain():
-            return attention_step(self.packed, attn.proj, attn.num_heads, **self.plain_options(**options))
+        if ends_plain and self.is_one_step(**options):
+            placed = not self.is_plain() or self.positions(**options).sin is not None
+            return attention_step(
+                self.packed,
+                attn.proj,
+                attn.num_heads,
+                norms=self.head_norms if placed else None,  # type: ignore[arg-type]
+                call=self.called,
+                options=options,
+                is_made=self.makes_mask,
+            )
         return linear_step(
             self.packed, lambda qkv, bias_apart: self.output(None, self.attend(qkv, **options), bias_apart)
         )
-
-    def plain_options(self, **options: Any) -> dict[str, Any]:
-        """The keywords of `ops.attention_qkv` for a call with these options."""
-        return options
 
     def parts(self) -> list[Part]:
         branch = self.branch()

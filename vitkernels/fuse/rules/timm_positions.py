@@ -15,6 +15,7 @@ from vitkernels.fuse.around import attention_of
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm import FusedAttention, FusedBlock, why_not_two_masks
 from vitkernels.fuse.swap import branch_of
+from vitkernels.ops._steps import Called, HeadNorms, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.stream import Sublayer
 from vitkernels.residual.sublayers import (
@@ -23,6 +24,7 @@ from vitkernels.residual.sublayers import (
     join_heads,
     joined,
     projected,
+    read_head_norms,
     rotary,
     split_heads,
     why_not_linears,
@@ -82,8 +84,26 @@ class FusedRopeAttention(FusedAttention):
             return attn.qkv.weight, attn.qkv.bias
         return attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
 
-    def is_plain(self) -> bool:
-        return False
+    def head_norms(self) -> HeadNorms | None:
+        attn: Any = self
+        if getattr(attn, "num_kv_groups", 1) > 1:
+            return None
+        return read_head_norms(attn.q_norm, attn.k_norm, attn.proj.weight, self.by_halves())
+
+    def by_halves(self) -> bool:
+        """Whether an element's pair is half a head away."""
+        return getattr(self, "rotate_half", False)
+
+    def positions(self, rope: Tensor | None = None, **options: Any) -> Positions:
+        attn: Any = self
+        if rope is None:
+            return Positions()
+        sin, cos = rope.chunk(2, -1)
+        return Positions(sin, cos, attn.num_prefix_tokens)
+
+    def is_one_step(self, rope: Tensor | None = None, **options: Any) -> bool:
+        """Positions that learn are plain torch's."""
+        return super().is_one_step() and (rope is None or not rope.requires_grad)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, each [B, H, N, K]; of k and v there are fewer where several heads of q share one of them
@@ -95,51 +115,57 @@ class FusedRopeAttention(FusedAttention):
         q, k, v = (each.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for each in qkv.split(widths, dim=-1))
         return q, k, v
 
-    def attend(  # type: ignore[override]
-        self, qkv: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def attend(self, qkv: Tensor, **options: Any) -> Tensor:
         attn: Any = self
+        if self.is_one_step(**options):
+            return super().attend(qkv, **options)
+        called = self.called(**options)
         q, k, v = self.heads(qkv)
         q, k = parts.layer_norm(attn.q_norm, q), parts.layer_norm(attn.k_norm, k)
-        if rope is not None:
-            half, prefix = getattr(attn, "rotate_half", False), attn.num_prefix_tokens
-            q, k = (rotary(each, *rope.chunk(2, -1), prefix=prefix, half=half) for each in (q, k))
+        sin, cos, prefix = called.positions.of(q.shape[2])
+        if sin is not None and cos is not None:
+            q, k = (rotary(each, sin, cos, prefix=prefix, half=self.by_halves()) for each in (q, k))
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        return join_heads(ops.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
+        return join_heads(ops.attention(q, k, v, attn_mask=called.attn_mask, is_causal=called.is_causal))
 
 
 class FusedBeitAttention(FusedRopeAttention):
     """timm.models.beit.Attention: a learned bias of relative positions on the scores, with its gradient."""
 
     steps = ATTENTION
+    makes_mask = True
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return _attended(self, x, shared_rel_pos_bias=shared_rel_pos_bias)
 
-    def attend(self, qkv: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def is_plain(self) -> bool:
+        return True
+
+    def head_norms(self) -> HeadNorms:
+        return HeadNorms()
+
+    def called(self, shared_rel_pos_bias: Tensor | None = None) -> Called:  # type: ignore[override]
         attn: Any = self
         bias = None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()
         if shared_rel_pos_bias is not None:
             bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
-        return join_heads(ops.attention(*self.heads(qkv), attn_mask=bias))
+        return Called(bias)
 
 
 class FusedRelPosAttention(FusedAttention):
     """timm's RelPosAttention: the bias comes from a module of its own, or from the model."""
 
+    makes_mask = True
+
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return _attended(self, x, shared_rel_pos=shared_rel_pos)
 
-    def attend(self, qkv: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def called(self, shared_rel_pos: Tensor | None = None) -> Called:  # type: ignore[override]
         attn: Any = self
-        return super().attend(qkv, attn_mask=shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias())
-
-    def plain_options(self, shared_rel_pos: Tensor | None = None) -> dict[str, Any]:  # type: ignore[override]
-        attn: Any = self
-        return {"attn_mask": shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias}
+        return Called(shared_rel_pos if attn.rel_pos is None else attn.rel_pos.get_bias())
 
 
 class FusedRelPosBlock(FusedBlock):

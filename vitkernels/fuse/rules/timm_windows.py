@@ -292,7 +292,7 @@ class FusedNestAttention(FusedAttention):
     def is_plain(self) -> bool:
         return True
 
-    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def attend(self, qkv: Tensor, **options: Any) -> Tensor:
         attn: Any = self
         out = ops.attention_qkv(qkv.flatten(0, 1), attn.num_heads).unflatten(0, qkv.shape[:2])
         return out.unflatten(-1, (attn.num_heads, -1)).transpose(-1, -2).flatten(-2)

@@ -105,7 +105,7 @@ class FusedData2VecAttention(FusedWrittenAttention):
     def is_plain(self) -> bool:
         return False
 
-    def attend(  # type: ignore[override]
+    def attend(
         self,
         packed: Tensor,
         relative_position_bias: Tensor | None = None,

@@ -13,32 +13,36 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, at, attention_rule, owners
+from vitkernels.ops._steps import Called, HeadNorms, Packed, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary
 
-Positions = tuple[Tensor, Tensor]
+Tables = tuple[Tensor, Tensor]  # cosines and sines
 
 
-def attention_apart(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: Any = None, scale: float | None = None
-) -> Tensor:
-    """Attention of each sequence to itself, side by side.
+def attention_apart(q: Tensor, k: Tensor, v: Tensor, images: Packed, scale: float | None = None) -> Tensor:
+    """Attention of each image to itself, side by side.
 
     Args:
-        q: [1, H, T, K], the sequences one behind the other.
+        q: [1, H, T, K], the images one behind the other.
         k, v: [1, G, T, K]; each of the G heads serves H / G of q's.
-        cu_seqlens: [S + 1] integers from 0 to T: where each begins, and the end.
-        max_seqlen: tokens of the longest, an int or a tensor of one; None to look.
+        images: where they end.
         scale: factor on the scores.
 
     Returns:
         [1, T, H * K].
     """
-    ends = cu_seqlens.to(q.device, torch.int32)
-    longest = int(ends.diff().max()) if max_seqlen is None else int(max_seqlen)
+    ends, longest = images
     q, k, v = (each[0].transpose(0, 1) for each in (q, k, v))
     return ops.attention_varlen(q, k, v, ends, ends, longest, longest, scale=scale).flatten(1)[None]
+
+
+def images_of(cu_seqlens: Tensor, max_seqlen: Any, device: torch.device) -> Packed:
+    """Where images end, [S + 1] integers from 0 to T, and tokens of the longest: an int, a tensor of one, or None to
+    look."""
+    ends = cu_seqlens.to(device, torch.int32)
+    return Packed(ends, int(ends.diff().max()) if max_seqlen is None else int(max_seqlen))
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -51,14 +55,15 @@ class FusedPackedAttention(FusedAttention):
     steps = ROTARY
     spelling = Spelling(("qkv",), "proj", "num_heads", is_causal=False)
     returns_weights = False
-    by_halves: ClassVar[bool] = True
+    is_packed = True
+    by_halves = True
     needs: ClassVar[tuple[str, ...]] = ("cu_seqlens", "position_embeddings")
 
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         cu_seqlens: Tensor,
-        position_embeddings: Positions | None = None,
+        position_embeddings: Tables | None = None,
         max_seqlen: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -89,19 +94,30 @@ class FusedPackedAttention(FusedAttention):
     def is_plain(self) -> bool:
         return False
 
-    def attend(  # type: ignore[override]
-        self,
-        packed: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: Positions | None = None,
-        max_seqlen: Any = None,
-        **options: Any,
-    ) -> Tensor:
+    def is_one_step(self, position_embeddings: Tables | None = None, **options: Any) -> bool:
+        """Positions that learn are plain torch's; in compiled code the longest image is a size, and no constant."""
+        learned = position_embeddings is not None and any(each.requires_grad for each in position_embeddings)
+        return not learned and not torch.compiler.is_compiling() and super().is_one_step()
+
+    def head_norms(self) -> HeadNorms | None:
+        return HeadNorms(self.by_halves) if self.spelling.norms is None else super().head_norms()
+
+    def called(  # type: ignore[override]
+        self, cu_seqlens: Tensor, position_embeddings: Tables | None = None, max_seqlen: Any = None, **options: Any
+    ) -> Called:
+        cos, sin = position_embeddings or (None, None)
+        device = at(self, self.spelling.out).weight.device
+        return Called(positions=Positions(sin, cos), images=images_of(cu_seqlens, max_seqlen, device))
+
+    def attend(self, packed: Tensor, **options: Any) -> Tensor:
+        if self.is_one_step(**options):
+            return super().attend(packed, **options)
+        (sin, cos, _), images = self.called(**options)[2:]
         q, k, v = self.split(packed if packed.dim() == 3 else packed[None])
-        if position_embeddings is not None:
-            q, k = (self.placed(each, *position_embeddings) for each in (q, k))
-        scale = self.keywords(None, {})["scale"]
-        return attention_apart(q, k, v, cu_seqlens, max_seqlen, scale).view(*packed.shape[:-1], -1)
+        if sin is not None and cos is not None:
+            q, k = (self.placed(each, cos, sin) for each in (q, k))
+        assert images is not None
+        return attention_apart(q, k, v, images, self.scale()).view(*packed.shape[:-1], -1)
 
     def placed(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q or k, [1, H, T, K], turned by its tokens' positions, [T, K]; what of a head has none stays as it is."""
@@ -119,6 +135,9 @@ class FusedNormedAttention(FusedPackedAttention):
 
 class FusedGroupedAttention(FusedPackedAttention):
     """Exaone4_5_VisionAttention: several heads of q share those of k and v (Ainslie et al. 2023)."""
+
+    def head_norms(self) -> None:
+        return None
 
     def split(self, packed: Tensor) -> list[Tensor]:
         attn: Any = self
@@ -147,6 +166,9 @@ class FusedPaddleAttention(FusedPackedAttention):
 
 class FusedMiniMaxAttention(FusedPaddleAttention):
     """MiniMaxM3VLVisionAttention: the last elements of a head have no position."""
+
+    def head_norms(self) -> None:
+        return None
 
 
 class FusedPairwiseAttention(FusedPaddleAttention):
@@ -232,7 +254,7 @@ class FusedPackedLayer(FusedLayer):
         self,
         hidden_states: Tensor,
         cu_seqlens: Tensor,
-        position_embeddings: Positions | None = None,
+        position_embeddings: Tables | None = None,
         **kwargs: Any,
     ) -> Tensor:
         options = {"cu_seqlens": cu_seqlens, "position_embeddings": position_embeddings, **kwargs}

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.swap import Fused
+from vitkernels.ops import _steps
+from vitkernels.ops._steps import Called, HeadNorms, Positions
 from vitkernels.residual import known, parts
 from vitkernels.residual.genuine import IDLE_HOOKS, WRAPPERS, owner_name
 from vitkernels.residual.stream import Branch, Part, Step
@@ -31,6 +33,7 @@ from vitkernels.residual.sublayers import (
     joined,
     linear_step,
     projected,
+    read_head_norms,
     why_not_linears,
 )
 
@@ -176,6 +179,8 @@ class FusedAttention(Fused):
     has_functions: ClassVar[bool] = True  # whether the config names what computes; else it is written out, as eager's
     hears_keywords: ClassVar[bool] = True
     returns_weights: ClassVar[bool] = True
+    by_halves: ClassVar[bool] = False  # whether an element's pair, in a rotary position, is half a head away
+    is_packed: ClassVar[bool] = False  # whether calls are of images laid end to end
     needs: ClassVar[tuple[str, ...]] = ()  # keywords
     stock_only: ClassVar[tuple[str, ...]] = ()  # children that the stock forward calls on other axes
 
@@ -248,18 +253,46 @@ class FusedAttention(Fused):
             asked = at(self, own) if isinstance(own, str) else getattr(self, "is_causal", True)
         return bool(asked)
 
-    def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def attend(self, packed: Tensor, **options: Any) -> Tensor:
         """The projections' results side by side, [B, N, 3 * D], to the heads' outputs side by side, [B, N, D]."""
-        keywords = self.keywords(attention_mask, options)
-        if self.is_plain():
-            return ops.attention_qkv(packed, at(self, self.spelling.heads), **keywords)
-        return join_heads(ops.attention(*self.turned(*self.split(packed), **options), **keywords))
+        heads, scale = at(self, self.spelling.heads), self.scale()
+        called = self.called(**options)
+        if self.is_one_step(**options):
+            norms = self.head_norms()
+            assert norms is not None
+            return _steps.between(packed, heads, norms, called, scale)
+        q, k, v = self.turned(*self.split(packed), **options)
+        out = ops.attention(q, k, v, attn_mask=called.attn_mask, is_causal=called.is_causal, scale=scale)
+        return join_heads(out)
 
-    def keywords(self, mask: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of `ops.attention`."""
-        scale = self.spelling.scale
-        is_causal = self.is_causal_now(mask, options)
-        return {"attn_mask": mask, "is_causal": is_causal, "scale": None if scale is None else at(self, scale)}
+    def called(self, attention_mask: Tensor | None = None, **options: Any) -> Called:
+        """What a call with these options brings to the scores."""
+        is_causal = self.is_causal_now(attention_mask, options)
+        return Called(attention_mask, is_causal, self.positions(**options))
+
+    def positions(self, **options: Any) -> Positions:
+        """Of a call's tokens."""
+        return Positions()
+
+    def is_one_step(self, **options: Any) -> bool:
+        """Whether nothing but the ops of `attention_step` stands between the projections in such a call."""
+        return self.head_norms() is not None
+
+    def head_norms(self) -> HeadNorms | None:
+        """Norms of each head's q and k, as `ops.rotary_qkv` has them; None where it cannot stand between the projection
+        and the scores."""
+        if self.is_plain():
+            return HeadNorms()
+        names = self.spelling.norms
+        if names is None or not self.spelling.each_head:
+            return None
+        q_norm, k_norm = (at(self, name) for name in names)
+        return read_head_norms(q_norm, k_norm, at(self, self.spelling.out).weight, self.by_halves)
+
+    def scale(self) -> float | None:
+        """The factor on the scores; None for the usual one."""
+        name = self.spelling.scale
+        return None if name is None else at(self, name)
 
     def is_plain(self) -> bool:
         """Whether nothing happens to q and k between the projections and the scores."""
@@ -307,13 +340,22 @@ class FusedAttention(Fused):
         packed: Callable[[], tuple[Tensor, Tensor | None]],
         out: nn.Module,
         finish: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]],
-        attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Step:
         """The branch with its norm as one Function, where all Linears may be read."""
-        if not self.is_plain():
+        if not self.is_one_step(**options):
             return linear_step(packed, finish)
-        return attention_step(packed, out, at(self, self.spelling.heads), **self.keywords(attention_mask, options))
+        placed = not self.is_plain()
+        return attention_step(
+            packed,
+            out,
+            at(self, self.spelling.heads),
+            scale=self.scale(),
+            norms=self.head_norms if placed else None,  # type: ignore[arg-type]
+            call=self.called,
+            options=options,
+            is_packed=self.is_packed,
+        )
 
     def parts(self) -> list[Part]:
         branch = self.branch()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vitkernels.fuse.rules.transformers import FusedDinoLayer, FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.ops._steps import Called, HeadNorms, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary
 
-Positions = tuple[Tensor, Tensor]
+Tables = tuple[Tensor, Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -26,14 +27,14 @@ class FusedRopeAttention(FusedAttention):
     steps = ROTARY
     spelling = Spelling(heads="num_heads", dropout="dropout")
     has_prefix: ClassVar[bool] = True
-    by_halves: ClassVar[bool] = True
+    by_halves = True
     needs = ("position_embeddings",)
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_embeddings: Positions | None = None,
+        position_embeddings: Tables | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         options = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
@@ -47,11 +48,25 @@ class FusedRopeAttention(FusedAttention):
     def is_plain(self) -> bool:
         return False
 
-    def turned(  # type: ignore[override]
-        self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: Positions, **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin = (each[:, None] if each.dim() == 3 else each for each in position_embeddings)  # of each image
-        prefix = q.shape[2] - sin.shape[-2] if self.has_prefix else 0
+    def positions(self, **options: Any) -> Positions:
+        cos, sin = (each[:, None] if each.dim() == 3 else each for each in self.tables(**options))  # of each image
+        return Positions(sin, cos, None if self.has_prefix else 0)
+
+    def tables(self, position_embeddings: Tables, **options: Any) -> Tables:
+        """Cosines and sines of a call's tokens."""
+        return position_embeddings
+
+    def is_one_step(self, **options: Any) -> bool:
+        """Positions that learn are plain torch's."""
+        return super().is_one_step() and not any(each.requires_grad for each in self.tables(**options))
+
+    def head_norms(self) -> HeadNorms | None:
+        return HeadNorms(self.by_halves)
+
+    def turned(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sin, cos, prefix = self.positions(**options).of(q.shape[2])
+        assert sin is not None
+        assert cos is not None
         q, k = (rotary(each, sin, cos, prefix=prefix, half=self.by_halves) for each in (q, k))
         return q, k, v
 
@@ -66,6 +81,12 @@ class FusedSapiensAttention(FusedRopeAttention):
     """Sapiens2Attention: norms of each head's q and k; in some layers several heads of q share those of k and v."""
 
     spelling = Spelling(heads="num_heads", dropout="dropout", norms=("q_norm", "k_norm"), each_head=True)
+
+    def head_norms(self) -> HeadNorms | None:
+        attn: Any = self
+        if attn.num_key_value_heads != attn.num_heads:
+            return None
+        return FusedAttention.head_norms(self)
 
     def split(self, packed: Tensor) -> list[Tensor]:
         attn: Any = self
@@ -87,7 +108,7 @@ class FusedOcrAttention(FusedPixtralAttention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        position_embeddings: Positions,
+        position_embeddings: Tables,
         attention_mask: Tensor | None,
         past_key_values: Any = None,
         **kwargs: Any,
@@ -113,6 +134,10 @@ class FusedOcrAttention(FusedPixtralAttention):
             return "called with past_key_values"
         return super().why_not_call(attention_mask, **options)
 
+    def head_norms(self) -> HeadNorms | None:
+        heads = self.config.num_attention_heads  # type: ignore[union-attr]
+        return super().head_norms() if self.config.num_key_value_heads == heads else None  # type: ignore[union-attr]
+
     def split(self, packed: Tensor) -> list[Tensor]:
         attn: Any = self
         return _grouped(packed, attn.config.num_attention_heads, attn.config.num_key_value_heads)
@@ -127,7 +152,7 @@ class FusedStepAttention(FusedRopeAttention):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        position_embeddings: Positions,
+        position_embeddings: Tables,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -167,11 +192,12 @@ class FusedLlamaAttention(FusedRopeAttention):
     ) -> str | None:
         return super().why_not_call(None, **options)
 
-    def attend(  # type: ignore[override]
-        self, packed: Tensor, freqs_ci: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        turns = freqs_ci.reshape(packed.shape[1], -1).repeat_interleave(2, dim=-1)
-        return super().attend(packed, None, position_embeddings=(turns.real, turns.imag), **options)
+    def called(self, attention_mask: Tensor | None = None, **options: Any) -> Called:
+        return super().called(None, **options)
+
+    def tables(self, freqs_ci: Tensor, **options: Any) -> Tables:  # type: ignore[override]
+        turns = freqs_ci.reshape(-1, int(self.head_dim) // 2).repeat_interleave(2, dim=-1)  # type: ignore[arg-type]
+        return turns.real, turns.imag
 
 
 class FusedJepaAttention(FusedAttention):
@@ -214,7 +240,7 @@ class FusedRopeLayer(FusedDinoLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_embeddings: Positions | None = None,
+        position_embeddings: Tables | None = None,
         **kwargs: Any,
     ) -> Tensor:
         options = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
@@ -244,7 +270,7 @@ class FusedOcrLayer(FusedRopeLayer):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = False,
-        position_embeddings: Positions | None = None,
+        position_embeddings: Tables | None = None,
         **kwargs: Any,
     ) -> Tensor:
         given = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
@@ -268,7 +294,7 @@ class FusedMlcdLayer(FusedRopeLayer):
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        position_embeddings: Positions,
+        position_embeddings: Tables,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:

@@ -139,7 +139,7 @@ class FusedSam3Attention(FusedAttention):
         return False
 
     def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        return super().attend(packed.flatten(1, 2), None, **options).unflatten(1, packed.shape[1:3])
+        return super().attend(packed.flatten(1, 2), **options).unflatten(1, packed.shape[1:3])
 
     def turned(  # type: ignore[override]
         self, q: Tensor, k: Tensor, v: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any
