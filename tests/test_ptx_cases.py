@@ -24,14 +24,16 @@ if kernels.interpreting():
 
 from ptx import alike, cuda, driver, sample  # noqa: E402  # needs triton
 from ptx.attempt import Outcome, attempt  # noqa: E402
-from ptx.store import Store  # noqa: E402
-from ptx.trials import BF16, CUDA_CAPABILITIES, F32, Trial, everything, named  # noqa: E402
+from ptx.store import Store, is_executed, place_of  # noqa: E402
+from ptx.trials import BF16, CUDA_CAPABILITIES, F32, FEW, Trial, everything, named  # noqa: E402
 
 NO_COMPILER = pytest.mark.skipif(cuda.why_not() is not None, reason=f"{cuda.why_not()}")
 
 
 @pytest.mark.parametrize("trial", sample.triton(), ids=str)
 def test_case(trial: Trial) -> None:
+    if trial.case not in FEW and is_executed(place_of(trial), "triton"):
+        pytest.skip("bench/results/emulated.json has it executed, of these very sources")
     outcome = attempt(trial)
     assert not outcome.faults, "\n".join(outcome.faults)
 

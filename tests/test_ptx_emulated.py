@@ -149,6 +149,28 @@ def test_a_row_of_the_same_sources_is_neither_compiled_nor_run(checkout: Checkou
     assert checkout.file.read_text() == before
 
 
+def test_make_test_runs_what_was_not_executed(checkout: Checkout) -> None:
+    """A few trials stand for a row of the same sources; no row, or other sources, and the whole sample runs."""
+    place = store.place_of(TRIALS[0])
+    checkout.patch.setattr(store, "everything", lambda backend: TRIALS)
+
+    def is_executed(path: Path) -> bool:
+        store._trials_of.cache_clear()
+        store.is_executed.cache_clear()
+        found = store.is_executed(place, "triton", path)
+        store._trials_of.cache_clear()
+        return found
+
+    assert is_executed(checkout.file)
+    assert not is_executed(checkout.folder / "none.json")
+    written = Rows.read(checkout.file)
+    written.rows = [replace(row, failed=1) for row in written.rows]
+    written.write(checkout.folder / "failed.json")
+    assert not is_executed(checkout.folder / "failed.json")
+    checkout.edited()
+    assert not is_executed(checkout.file)
+
+
 def test_a_row_of_the_same_launches_is_compiled_and_not_run(checkout: Checkout) -> None:
     before = checkout.rows()
     checkout.edited()

@@ -7,6 +7,7 @@ Triton's kernels
     Every plain case, in bfloat16 on sm_90, with 1 multiprocessor: cases are the borders of kernels. With 132 of them
     tiles and grids differ, which whole groups of cases share: every fourth case of the ops that ask for the number.
     Other dtypes and sm_80 are other texts of the same kernels: `FEW`, with 1 and with 132 multiprocessors by turns.
+    Rows of bench/results/emulated.json that hold, for the sources are the same, were executed whole: of them `FEW`.
 CUDA C++
     Every plain case on sm_80, in one dtype, by turns: the kernels of float16 are bfloat16's text, those of float32 are
     the same templates on other cores. Multiprocessors choose a number of blocks alone, which has a test of its own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -13,8 +14,8 @@ import triton
 
 from ptx import alike, cuda, rows
 from ptx.attempt import Outcome
-from ptx.rows import ROOT, Place, Row, digest
-from ptx.trials import REAL, Trial, name_of
+from ptx.rows import ROOT, Place, Row, Rows, digest
+from ptx.trials import REAL, Trial, everything, name_of
 
 _REAL = frozenset(REAL)
 
@@ -121,6 +122,20 @@ def same_sources(store: Store, passed: dict[Place, Row], all_of: dict[Place, lis
     return {
         place for place, row in passed.items() if row.sources and row.sources == store.sources(place, all_of[place])
     }
+
+
+@functools.cache
+def _trials_of(backend: str) -> dict[Place, list[Trial]]:
+    return by_place(everything(backend))
+
+
+@functools.cache
+def is_executed(place: Place, backend: str, path: Path = rows.FILE) -> bool:
+    """Whether the repository's file says that every trial of this row passed, of the sources as they are."""
+    row = Rows.read(path).of(compiler(backend)).get(place)
+    if row is None or not row.passed or not row.sources:
+        return False
+    return row.sources == rows.digest_of(map(alike.sources, _trials_of(backend)[place]))
 
 
 def hold(store: Store, row: Row, trials: list[Trial]) -> bool:
