@@ -20,7 +20,7 @@ import transformers as hf  # noqa: E402
 hf.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 OPS = {"patch_embed", "linear", "attention_qkv", "add_layer_norm", "mlp"}
-ROPED = OPS - {"attention_qkv"} | {"rotary", "attention"}
+ROPED = OPS | {"rotary_qkv"}
 WHOLE = "2 of 2 blocks fused"
 WIDTHS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 MLP = {"intermediate_size": 96}

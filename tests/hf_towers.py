@@ -38,9 +38,10 @@ SIZES = {
 # what the kernels of a layer are, by its kind
 QKV = {"linear", "attention_qkv", "add_layer_norm", "mlp"}
 APART = QKV - {"attention_qkv"} | {"attention"}
-ROPED = APART | {"rotary"}
+ROPED = QKV | {"rotary_qkv"}
+ROPED_APART = APART | {"rotary"}  # several heads of q share those of k and v, or the tokens are an image
 BARE = QKV - {"attention_qkv"} | {"attention_varlen"}
-PACKED = BARE | {"rotary"}
+PACKED = BARE | {"rotary_qkv"}
 REL_POS = QKV - {"attention_qkv"} | {"attention_rel_pos"}
 OWN = {"add_layer_norm", "mlp"}  # the attention's code is its own
 
@@ -125,12 +126,12 @@ TOWERS: dict[str, Row] = {
     "eomt": (QKV, {}),
     "ernie4_5_vl_moe": (PACKED, {}),
     "exaone4_5": (
-        gated(rms(PACKED)),
+        gated(rms(BARE | {"rotary"})),
         _GROUPED,
     ),
     "flava": (QKV, {}),
     "florence2": (QKV, _FLORENCE),
-    "gemma4": (gated(rms(ROPED)), {"head_dim": 16, "num_key_value_heads": HEADS}),
+    "gemma4": (gated(rms(ROPED_APART)), {"head_dim": 16, "num_key_value_heads": HEADS}),
     "git": (QKV, {}),
     "glm4v": (gated(rms(PACKED)), {}),
     "glm5_next": (rms(PACKED) - {"mlp"}, {}),
@@ -152,7 +153,7 @@ TOWERS: dict[str, Row] = {
     "maskformer.maskformer_swin": (QKV, _SWIN),
     "mgp_str": (OWN, {**_RATIO, **_SQUARE, "drop_path_rate": 0.0}),
     "minicpmv4_6": (BARE, {}),
-    "minimax_m3_vl": (PACKED, {}),
+    "minimax_m3_vl": (BARE | {"rotary"}, {}),
     "mlcd": (ROPED, {}),
     "mllama": (QKV, {"intermediate_layers_indices": [0]}),
     "mobilevit": (QKV, {**_RATIO, "hidden_sizes": [D] * 3, "num_attention_heads": 4, "hidden_dropout_prob": 0.0}),
@@ -175,8 +176,8 @@ TOWERS: dict[str, Row] = {
     "rf_detr": (QKV, {"window_block_indexes": [0], "num_windows": 2}),
     "sam": (REL_POS, _WINDOWS),
     "sam2": (QKV, _SAM2),
-    "sam3": (ROPED, {"window_size": 2, "global_attn_indexes": [1]}),
-    "sapiens2": (gated(rms(ROPED)) | {"add_rms_norm"}, {"num_key_value_heads_per_layer": [1, HEADS]}),
+    "sam3": (ROPED_APART, {"window_size": 2, "global_attn_indexes": [1]}),
+    "sapiens2": (gated(rms(ROPED_APART)) | {"add_rms_norm"}, {"num_key_value_heads_per_layer": [1, HEADS]}),
     "segformer": (APART - {"mlp"}, _PVT | {"sr_ratios": [2], "num_hidden_layers": 1}),
     "seggpt": (REL_POS, {**_SQUARE, "mlp_dim": 96, "intermediate_hidden_state_indices": [0, 1], "merge_index": 0}),
     "smolvlm": (QKV, {}),
@@ -197,7 +198,7 @@ TOWERS: dict[str, Row] = {
 
 
 # layers beside those of their towers' ops
-_LAYERS = {"Florence2VisionChannelBlock": OWN, "DeepseekOcr2VisionEncoderLayer": gated(rms(ROPED))}
+_LAYERS = {"Florence2VisionChannelBlock": OWN, "DeepseekOcr2VisionEncoderLayer": gated(rms(ROPED_APART))}
 
 
 def ops_of(name: str, layer: nn.Module) -> set[str]:

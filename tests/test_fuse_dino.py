@@ -14,7 +14,7 @@ import vitkernels as vk
 
 DIM, HEADS = 48, 3
 OPS = {"linear", "attention_qkv", "add_layer_norm", "mlp"}
-ROPED = OPS - {"attention_qkv"} | {"rotary", "attention"}
+ROPED = OPS | {"rotary_qkv"}
 WHOLE = "2 of 2 blocks fused"
 
 
@@ -179,7 +179,7 @@ def test_a_subset_of_the_samples_is_the_blocks_own_code(version: int) -> None:
     torch.manual_seed(4)
     with vk.record() as calls:
         got = fused.output_and_gradients(model, x, keywords)
-    heads = {"linear", "attention_qkv"} if version == 2 else {"rotary", "attention"}
+    heads = {"linear", "attention_qkv"} if version == 2 else {"rotary_qkv", "attention_qkv"}
     assert {call.op for call in calls} == heads | {"mlp"}
     fused.check_same(got, own)
     explanation = vk.explain(model)

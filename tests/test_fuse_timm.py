@@ -16,7 +16,7 @@ from torch_layers import Adds
 import vitkernels as vk
 
 APART = OPS - {"attention_qkv"} | {"attention"}
-ROPED = APART | {"rotary"}
+TURNED = OPS | {"rotary_qkv"}  # rotary positions, or norms of q and k
 WHOLE = "2 of 2 blocks fused"
 
 
@@ -29,8 +29,8 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "registers": (lambda: vit(reg_tokens=3), OPS),
     "layer scale": (lambda: vit(init_values=0.5), OPS),
     "registers, no_embed_class": (lambda: vit(reg_tokens=2, no_embed_class=True), OPS),
-    "qk_norm": (lambda: vit(qk_norm=True), APART),
-    "qk_norm, scale_attn_norm": (lambda: vit(qk_norm=True, scale_attn_norm=True), APART),
+    "qk_norm": (lambda: vit(qk_norm=True), TURNED),
+    "qk_norm, scale_attn_norm": (lambda: vit(qk_norm=True, scale_attn_norm=True), TURNED),
     "no class token": (lambda: vit(class_token=False, global_pool="avg"), OPS),
     "average pooling": (lambda: vit(global_pool="avg"), OPS),
     "map pooling": (lambda: vit(global_pool="map", class_token=False), OPS),
@@ -66,17 +66,20 @@ MODELS: dict[str, tuple[Any, set[str]]] = {
     "siglip": (lambda: named("vit_base_patch16_siglip_224"), OPS),
     "dinov2": (lambda: named("vit_small_patch14_dinov2"), OPS),
     "dinov2, registers": (lambda: named("vit_small_patch14_reg4_dinov2"), OPS),
-    "dinov3": (lambda: named("vit_small_patch16_dinov3"), ROPED),
-    "eva02": (lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3), ROPED - {"mlp"} | {"glu_mlp"}),
+    "dinov3": (lambda: named("vit_small_patch16_dinov3"), TURNED),
+    "eva02": (
+        lambda: named("eva02_tiny_patch14_224", num_heads=3, mlp_ratio=4 * 2 / 3),
+        TURNED - {"mlp"} | {"glu_mlp"},
+    ),
     # its frequencies are learned
     "rope, mixed": (lambda: named("vit_small_patch16_rope_mixed_224"), APART),
-    "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), ROPED),
-    "beit": (lambda: named("beit_base_patch16_224"), APART),
-    "beitv2": (lambda: named("beitv2_base_patch16_224"), APART),
+    "perception encoder": (lambda: named("vit_pe_core_tiny_patch16_384"), TURNED),
+    "beit": (lambda: named("beit_base_patch16_224"), OPS),
+    "beitv2": (lambda: named("beitv2_base_patch16_224"), OPS),
     "relpos": (lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", init_values=0.5), OPS),
     "relpos, qk_norm": (
         lambda: named("vit_relpos_small_patch16_224", rel_pos_type="bias", qk_norm=True, init_values=None),
-        APART,
+        TURNED,
     ),
     "GeGLU": (lambda: vit(mlp_layer=timm.models.vitamin.GeGluMlp), OPS - {"mlp"} | {"glu_mlp"}),
 }
@@ -207,7 +210,7 @@ def test_learned_positions_are_turned_without_their_kernels() -> None:
     """Kernels have no gradients of sines and cosines; without gradients there is nothing to decline."""
     model, images = named("vit_small_patch16_rope_mixed_224"), torch.randn(2, 3, 32, 32)
     vk.fuse(model)
-    for grad, wanted in ((True, APART), (False, ROPED)):
+    for grad, wanted in ((True, APART), (False, TURNED)):
         with torch.set_grad_enabled(grad), vk.record() as calls:
             model(images)
         assert {call.op for call in calls} == wanted

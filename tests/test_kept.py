@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from vitkernels.residual import genuine
-from vitkernels.residual.kept import Kept, key_of
+from vitkernels.residual.kept import Kept, Late, key_of
 
 
 class Tree(nn.Module):
@@ -140,8 +140,19 @@ def test_a_tree_that_changes_at_each_call_is_not_compared_for_ever() -> None:
     assert kept._found[3] < 40
 
 
-def test_options_with_tensors_keep_nothing() -> None:
+def test_keys_of_options() -> None:
+    """Of tensors what decides how modules are read, and nothing that holds them."""
     assert key_of({"mask": None, "causal": False}) == (("mask", type(None), None), ("causal", bool, False))
-    assert key_of({"options": {"a": 1}}) == (("options", (("a", int, 1),)),) != key_of({"options": {"a": True}})
-    assert key_of({"mask": torch.zeros(1)}) is None
-    assert key_of({"options": {"positions": (torch.zeros(1),)}}) is None
+    assert key_of({"options": {"a": 1}}) == (("options", dict, (("a", int, 1),)),) != key_of({"options": {"a": True}})
+    mask = key_of({"mask": torch.zeros(2, 3)})
+    assert type(mask) is Late
+    assert mask == key_of({"mask": torch.ones(4, 5)}) != key_of({"mask": torch.zeros(2)})
+    assert mask not in (
+        key_of({"mask": torch.zeros(2, 3).bool()}),
+        key_of({"mask": torch.zeros(2, 3).requires_grad_()}),
+    )
+    inside = key_of({"options": {"positions": (torch.zeros(1), 1)}})
+    assert type(inside) is Late
+    assert inside != key_of({"options": {"positions": (torch.zeros(1), True)}})
+    assert key_of({"mask": nn.Parameter(torch.zeros(1))}) is None
+    assert key_of({"mask": object()}) is None

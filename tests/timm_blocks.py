@@ -280,7 +280,7 @@ BLOCKS: dict[str, Row] = {
         lambda: _made("deepseek_vit", "DeepseekVitBlock", D, HEADS),
         TOKENS,
         {},
-        {"add_rms_norm", "glu_mlp", "linear", "attention"},
+        {"add_rms_norm", "glu_mlp", "linear", "attention_qkv"},
     ),
     "a norm behind": (lambda: _made("vision_transformer", "ResPostBlock", D, HEADS, 2.0), TOKENS, {}, PACKED),
     "a norm behind, relative bias": (
@@ -289,5 +289,5 @@ BLOCKS: dict[str, Row] = {
         {},
         PACKED,
     ),
-    "a norm behind, eva": (lambda: _made("eva", "EvaBlockPostNorm", D, HEADS, mlp_ratio=2.0), TOKENS, {}, APART),
+    "a norm behind, eva": (lambda: _made("eva", "EvaBlockPostNorm", D, HEADS, mlp_ratio=2.0), TOKENS, {}, PACKED),
 }

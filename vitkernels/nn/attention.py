@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
     def _norms(self) -> HeadNorms | None:
         """Norms of each head's q and k, as `ops.rotary_qkv` has them; None where it cannot stand for them."""
-        return read_head_norms(self.q_norm, self.k_norm, self.proj.weight)
+        return read_head_norms(self.q_norm, self.k_norm, self.proj)
 
     def _heads(self, qkv: Tensor, **options: Any) -> Tensor:
         """The heads' outputs side by side, [B, N, D]."""

@@ -117,13 +117,13 @@ def attention_step(
 
 
 def read_head_norms(
-    q_norm: nn.Module | None, k_norm: nn.Module | None, like: Tensor, half: bool = False
+    q_norm: nn.Module | None, k_norm: nn.Module | None, proj: nn.Module, half: bool = False
 ) -> HeadNorms | None:
     """Norms of each head's q and k as `ops.rotary_qkv` takes them; None where it cannot stand for both.
 
     Args:
         q_norm, k_norm: the modules; None or Identities for none.
-        like: the weight of the projection before them: a norm of another dtype rounds on its own.
+        proj: the attention's last projection: norms of another dtype than its weight round on their own.
         half: how positions pair the elements of a head.
     """
     if parts.is_identity(q_norm) and parts.is_identity(k_norm):
@@ -134,7 +134,8 @@ def read_head_norms(
     q, k = (parts.read_norm(each) for each in norms)
     tensors = [each for each in (q.weight, q.bias, k.weight, k.bias) if each is not None]
     shared = (q.rms, q.eps) == (k.rms, k.eps) and q.weight.shape == k.weight.shape  # type: ignore[union-attr]
-    if not shared or any(each.dtype != like.dtype for each in tensors):
+    weight = getattr(proj, "weight", None)  # a wrapper may have none
+    if not shared or weight is None or any(each.dtype != weight.dtype for each in tensors):
         return None
     return HeadNorms(half, "rms_norm" if q.rms else "layer_norm", q.weight, q.bias, k.weight, k.bias, q.eps)
 

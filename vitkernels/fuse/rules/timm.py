@@ -112,7 +112,7 @@ class FusedAttention(Fused):
         """Norms of each head's q and k, as `ops.rotary_qkv` has them; None where it cannot stand between the projection
         and the scores."""
         attn: Any = self
-        return HeadNorms() if self.is_plain() else read_head_norms(attn.q_norm, attn.k_norm, attn.proj.weight)
+        return HeadNorms() if self.is_plain() else read_head_norms(attn.q_norm, attn.k_norm, attn.proj)
 
     def called(self, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Called:
         """What a call with these options brings to the scores."""

@@ -88,7 +88,7 @@ class FusedRopeAttention(FusedAttention):
         attn: Any = self
         if getattr(attn, "num_kv_groups", 1) > 1:
             return None
-        return read_head_norms(attn.q_norm, attn.k_norm, attn.proj.weight, self.by_halves())
+        return read_head_norms(attn.q_norm, attn.k_norm, attn.proj, self.by_halves())
 
     def by_halves(self) -> bool:
         """Whether an element's pair is half a head away."""

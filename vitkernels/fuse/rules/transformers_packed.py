@@ -117,7 +117,7 @@ class FusedPackedAttention(FusedAttention):
         if sin is not None and cos is not None:
             q, k = (self.placed(each, cos, sin) for each in (q, k))
         assert images is not None
-        return attention_apart(q, k, v, images, self.scale()).view(*packed.shape[:-1], -1)
+        return attention_apart(q, k, v, images, self.score_factor()).view(*packed.shape[:-1], -1)
 
     def placed(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """q or k, [1, H, T, K], turned by its tokens' positions, [T, K]; what of a head has none stays as it is."""

@@ -255,7 +255,7 @@ class FusedAttention(Fused):
 
     def attend(self, packed: Tensor, **options: Any) -> Tensor:
         """The projections' results side by side, [B, N, 3 * D], to the heads' outputs side by side, [B, N, D]."""
-        heads, scale = at(self, self.spelling.heads), self.scale()
+        heads, scale = at(self, self.spelling.heads), self.score_factor()
         called = self.called(**options)
         if self.is_one_step(**options):
             norms = self.head_norms()
@@ -287,9 +287,9 @@ class FusedAttention(Fused):
         if names is None or not self.spelling.each_head:
             return None
         q_norm, k_norm = (at(self, name) for name in names)
-        return read_head_norms(q_norm, k_norm, at(self, self.spelling.out).weight, self.by_halves)
+        return read_head_norms(q_norm, k_norm, at(self, self.spelling.out), self.by_halves)
 
-    def scale(self) -> float | None:
+    def score_factor(self) -> float | None:
         """The factor on the scores; None for the usual one."""
         name = self.spelling.scale
         return None if name is None else at(self, name)
@@ -331,7 +331,8 @@ class FusedAttention(Fused):
         def finish(packed: Tensor, bias_apart: bool) -> tuple[Tensor, Tensor | None]:
             return parts.last_linear(out, self.attend(packed, **options), bias_apart)
 
-        step = None if why_not else self.step(lambda: joined(*inputs.values()), out, finish, **options)
+        lacks = why_not or why_not_without(self.needs, options)  # as `explain` asks, without a call
+        step = None if lacks else self.step(lambda: joined(*inputs.values()), out, finish, **options)
         last = None if self.spelling.last is None else at(self, self.spelling.last)
         return dropped(Branch(run, self.steps, reader, why_not, step=step), last)
 
@@ -350,7 +351,7 @@ class FusedAttention(Fused):
             packed,
             out,
             at(self, self.spelling.heads),
-            scale=self.scale(),
+            scale=self.score_factor(),
             norms=self.head_norms if placed else None,  # type: ignore[arg-type]
             call=self.called,
             options=options,
