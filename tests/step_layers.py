@@ -15,7 +15,9 @@ from vitkernels.ops import _step, _steps
 
 B, N, D, F, H = 2, 5, 24, 40, 3
 WINDOWS = _steps.Windows((4, 6), (2, 3), (1, 2))  # of an image, in the step "windows"
-KINDS = ("linear", "mlp", "glu_mlp", "glu_mlp apart", "attention", "windows")
+FEED_FORWARDS = ("mlp", "glu_mlp", "glu_mlp apart")
+MASKED = ("attention", "windows", "rotary", "head norms")
+KINDS = ("linear", *FEED_FORWARDS, *MASKED, "packed")
 FACTORS = ("branch_bias", "scale", "row_scale")
 Results = tuple[Tensor, Tensor]  # total and the product
 OPS = {
@@ -25,11 +27,14 @@ OPS = {
     "glu_mlp apart": ["glu_mlp"],
     "attention": ["linear", "attention_qkv", "linear"],
     "windows": ["linear", "attention_qkv", "linear"],
+    "rotary": ["linear", "rotary_qkv", "attention_qkv", "linear"],
+    "head norms": ["linear", "rotary_qkv", "attention_qkv", "linear"],
+    "packed": ["linear", "rotary_qkv", "attention_varlen", "linear"],
 }
 
 
 class Layer:
-    """The tensors of a step by name, all of which learn, and the two ways to run it.
+    """The tensors of a step by name, all of which learn but positions, and the two ways to run it.
 
     Args:
         kind: one of KINDS.
@@ -62,7 +67,8 @@ class Layer:
             return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
         self.kind, self.causal, self.activation, self.rms = kind, causal, activation, rms
-        tokens, attends = WINDOWS.sides if kind == "windows" else (N,), kind in ("attention", "windows")
+        self.images: _steps.Packed | None = None
+        tokens, attends = WINDOWS.sides if kind == "windows" else (N,), kind in (*MASKED, "packed")
         self.tensors = {"x": draw(B, *tokens, D), "weight": draw(D)}
         if branch:
             self.tensors["branch"] = draw(B, *tokens, D)
@@ -79,13 +85,41 @@ class Layer:
             self.tensors |= {"bias": draw(D), "b1": draw(hidden)}
             if kind != "linear":
                 self.tensors["b2"] = draw(D)
+        if kind in ("head norms", "packed"):
+            vectors = ("q_weight", "q_bias", "k_weight", "k_bias") if kind == "head norms" else ("q_weight", "k_weight")
+            self.tensors |= {name: draw(D // H) for name in vectors}
+        self._place(B, N)
         if mask:
             batches, seen = (WINDOWS.per_image, WINDOWS.tokens) if kind == "windows" else (B, N)
             self.tensors["mask"] = draw(batches, H, seen, seen)
 
+    def _place(self, batch: int, tokens: int) -> None:
+        """Positions of so many tokens, and where images of them end."""
+        if self.kind not in ("rotary", "packed"):
+            return
+        count = tokens - 2 if self.kind == "rotary" else batch * tokens
+        wide = self.tensors["x"].dtype == torch.float64
+        angles = torch.linspace(0, 9, count * D // H, dtype=torch.float64).view(count, D // H)
+        angles = angles if wide else angles.float()
+        self.tensors |= {"sin": angles.sin(), "cos": angles.cos()}
+        if self.kind == "packed":
+            ends = torch.tensor([0, count // 3, count // 3, count], dtype=torch.int32)  # one has no tokens
+            self.images = _steps.Packed(ends, count)
+
+    def resize(self, *shape: int) -> None:
+        """Other tokens, [B, N, D] or an image, and as many positions."""
+        for name in ("x", "branch"):
+            self.tensors[name] = torch.randn(shape).to(self.tensors[name].dtype).requires_grad_()
+        self._place(*shape[:2])
+
     def freeze(self, *names: str) -> None:
         for name in names:
             self.tensors[name].requires_grad_(False)
+
+    @property
+    def learn(self) -> dict[str, Tensor]:
+        """The tensors that do, by name."""
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
 
     @property
     def norm(self) -> _steps.Norm:
@@ -113,12 +147,25 @@ class Layer:
         assert w2 is not None
         if self.kind == "mlp":
             return _steps.mlp(x, self.added, self.norm, (w1, b1, w2, b2), self.activation)
-        if self.kind not in ("attention", "windows"):
+        if self.kind in FEED_FORWARDS:
             w_up, b_up = (self.tensors.get(name) for name in ("w_up", "b_up"))
             return _steps.glu_mlp(x, self.added, self.norm, (w1, b1, w_up, b_up, w2, b2), self.activation)
-        called = _steps.Called(self.tensors.get("mask"), self.causal)
+        called = _steps.Called(self.tensors.get("mask"), self.causal, self.positions, self.images)
+        norms = _steps.HeadNorms(**self.head_norms) if self.head_norms else None
         windows = WINDOWS if self.kind == "windows" else None
-        return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, called, windows=windows)
+        return _steps.attention(x, self.added, self.norm, (w1, b1), (w2, b2), H, called, norms=norms, windows=windows)
+
+    @property
+    def positions(self) -> _steps.Positions:
+        prefix = None if self.kind == "rotary" else 0
+        return _steps.Positions(self.tensors.get("sin"), self.tensors.get("cos"), prefix)
+
+    @property
+    def head_norms(self) -> dict[str, Any]:
+        """Keywords of `HeadNorms`, and of `ops.rotary_qkv`."""
+        vectors = {name: each for name, each in self.tensors.items() if name[:2] in ("q_", "k_")}
+        norm = {"head norms": "layer_norm", "packed": "rms_norm"}.get(self.kind)
+        return {"half": self.kind != "packed", "norm": norm, **vectors} if "rotary_qkv" in OPS[self.kind] else {}
 
     def apart(self) -> Results:
         """By the public ops."""
@@ -142,12 +189,20 @@ class Layer:
         if self.kind == "glu_mlp apart":
             weights, biases = (w1, given["w_up"]), (b1, given.get("b_up"))
             return total, vk.ops.glu_mlp(normed, weights, biases, w2, b2, activation=self.activation)
-        if self.kind not in ("attention", "windows"):
+        if self.kind in FEED_FORWARDS:
             return total, getattr(vk.ops, self.kind)(normed, w1, b1, w2, b2, activation=self.activation)
         shape, places = normed.shape, window_places() if self.kind == "windows" else None
         if places is not None:
             normed = normed.flatten(1, 2)[:, places].view(len(normed) * WINDOWS.per_image, WINDOWS.tokens, D)
         qkv = vk.ops.linear(normed, w1, b1)
+        if self.head_norms:
+            parted = qkv.view(*((1, -1) if self.images else qkv.shape[:2]), 3, H, D // H)
+            sin, cos = given.get("sin"), given.get("cos")
+            turned = vk.ops.rotary_qkv(parted, sin, cos, prefix=2 if self.kind == "rotary" else 0, **self.head_norms)
+            qkv = turned.view(qkv.shape)
+        if self.images is not None:
+            heads = vk.ops.attention_varlen(qkv.view(-1, 3, H, D // H), *self.images, is_causal=self.causal)
+            return total, vk.ops.linear(heads.view(shape), w2, b2)
         heads = vk.ops.attention_qkv(qkv, H, attn_mask=given.get("mask"), is_causal=self.causal)
         out = vk.ops.linear(heads, w2, b2)
         return total, out if places is None else out.view(-1, *places.shape, D)[:, places.argsort()].view(shape)
@@ -156,7 +211,7 @@ class Layer:
         """Of every tensor that learns, from a loss that weighs all numbers of one of the results or of both."""
         total, product = results
         used = {"both": results, "total": (total,), "product": (product,)}[use]
-        learn = {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+        learn = self.learn
         used = tuple(each for each in used if each.requires_grad)
         if not used:
             return dict.fromkeys(learn)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import skip_without
-from step_layers import FACTORS, KINDS, Layer, check_equal
+from step_layers import FACTORS, KINDS, MASKED, Layer, check_equal
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -120,7 +120,7 @@ def test_a_block_is_one_call_each_way(autocast: bool, programs: list[int], monke
 def test_steps_have_the_bits_of_their_launches(
     kind: str, rms: bool, dtype: torch.dtype, programs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = Layer(kind, dtype, factors=FACTORS, rms=rms, mask=kind in ("attention", "windows"))
+    layer = Layer(kind, dtype, factors=FACTORS, rms=rms, mask=kind in MASKED)
     monkeypatch.setattr(tape, "FROM_CALL", 100)
     expected = layer.gradients(layer.together())
     assert not programs

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import step_layers
 import torch
-from step_layers import FACTORS, KINDS, OPS, Layer, check_equal, keep_smaller_norms, launches, norms, weights_like
+from step_layers import (
+    FACTORS,
+    KINDS,
+    MASKED,
+    OPS,
+    Layer,
+    check_equal,
+    keep_smaller_norms,
+    launches,
+    norms,
+    weights_like,
+)
 from torch import Tensor
 
 import vitkernels as vk
@@ -140,9 +151,9 @@ def test_a_weight_in_float16_narrows_no_other_gradient(backend: str, kind: str) 
         with vk.use(backend), vk.record() as calls:
             with torch.autocast("cpu", torch.bfloat16):
                 product = layer.together()[1]
-            grads = torch.autograd.grad(product, list(layer.tensors.values()), 1e-7 * weights_like(product))
+            grads = torch.autograd.grad(product, list(layer.learn.values()), 1e-7 * weights_like(product))
         assert {call.op for call in calls if call.direction == "backward"} >= set(OPS[kind])
-        found.append(dict(zip(layer.tensors, grads, strict=True)))
+        found.append(dict(zip(layer.learn, grads, strict=True)))
     expected, got = found
     assert got.pop("w1").dtype == torch.float16
     del expected["w1"]
@@ -191,8 +202,7 @@ def test_strided_tokens(backend: str, kind: str) -> None:
 @kinds
 def test_no_samples(backend: str, kind: str) -> None:
     layer = Layer(kind)
-    for name in ("x", "branch"):
-        layer.tensors[name] = torch.zeros(0, *layer.tensors[name].shape[1:], requires_grad=True)
+    layer.resize(0, *layer.tensors["x"].shape[1:])
     with vk.use(backend):
         check_as_one_by_one(layer)
 
@@ -226,7 +236,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
 
 
 def learning(kind: str) -> Layer:
-    return Layer(kind, factors=FACTORS, mask=kind in ("attention", "windows"))
+    return Layer(kind, factors=FACTORS, mask=kind in MASKED)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from step_layers import (
     FACTORS,
     KINDS,
+    MASKED,
     OPS,
     Layer,
     Results,
@@ -35,7 +36,7 @@ def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def layer_of(kind: str) -> Layer:
-    return Layer(kind, factors=FACTORS, mask=kind in ("attention", "windows"))
+    return Layer(kind, factors=FACTORS, mask=kind in MASKED)
 
 
 def close(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
@@ -87,7 +88,7 @@ def test_batched_gradients(kind: str, smallest: int) -> None:
     layer = layer_of(kind)
     total, product = layer.together()
     given = [torch.randn(3, *each.shape) for each in (total, product)]
-    learn = list(layer.tensors.values())
+    learn = list(layer.learn.values())
 
     def grads(outputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad((total, product), learn, outputs, retain_graph=True, **options)
@@ -95,7 +96,7 @@ def test_batched_gradients(kind: str, smallest: int) -> None:
     got = grads(given, is_grads_batched=True)
     for index in range(3):
         expected = grads([each[index] for each in given])
-        for name, mine, tensor in zip(layer.tensors, got, expected, strict=True):
+        for name, mine, tensor in zip(layer.learn, got, expected, strict=True):
             torch.testing.assert_close(mine[index], tensor, msg=name)
 
 
@@ -115,7 +116,7 @@ def test_forward_mode_is_refused(kind: str) -> None:
 def test_functional_gradients(kind: str) -> None:
     layer = layer_of(kind)
     expected = layer.gradients(layer.together())
-    plain = {name: each.detach() for name, each in layer.tensors.items()}
+    plain = {name: each.detach() for name, each in layer.learn.items()}
     with vk.record() as calls:
         got = torch.func.grad(lambda tensors: value(layer.together(**tensors)))(plain)
     assert launches(calls)[0] == ["add_layer_norm", *OPS[kind]]
@@ -201,7 +202,7 @@ def test_checkpoints(kind: str, reentrant: bool, smallest: int) -> None:
     with vk.record() as calls:
         results = checkpoint(lambda x: layer.together(x=x), layer.tensors["x"], use_reentrant=reentrant)
         torch.autograd.backward(results, [weights_like(each) for each in results])
-    check_equal({name: each.grad for name, each in layer.tensors.items()}, expected)
+    check_equal({name: each.grad for name, each in layer.learn.items()}, expected)
     assert norms(calls) == 2 + (smallest == 0)
 
 
@@ -251,6 +252,8 @@ def test_tensor_subclasses(kind: str) -> None:
 def test_meta_tensors(kind: str) -> None:
     layer = layer_of(kind)
     expected = layer.together()
+    if layer.images is not None:
+        layer.images = layer.images._replace(cu_seqlens=layer.images.cu_seqlens.to("meta"))
     with vk.record() as calls:
         got = layer.together(**{name: each.to("meta") for name, each in layer.tensors.items()})
     assert not calls

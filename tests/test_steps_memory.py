@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import vitkernels as vk
 from vitkernels import dispatch, tape
-from vitkernels.ops import _step, _steps
+from vitkernels.ops import _step
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-STEPS = (_steps.LINEAR, _steps.MLP, _steps.GLU_MLP, _steps.ATTENTION)
+STEPS = tuple(_step.STEPS.values())
 
 
 @pytest.fixture

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from step_layers import FACTORS, KINDS, WINDOWS, Layer, Results, check_equal, keep_smaller_norms, launches, norms
+from step_layers import (
+    FACTORS,
+    KINDS,
+    MASKED,
+    WINDOWS,
+    Layer,
+    Results,
+    check_equal,
+    keep_smaller_norms,
+    launches,
+    norms,
+)
 from torch import Tensor, nn
 
 import vitkernels as vk
@@ -103,7 +114,7 @@ def _check(layer: Layer, *, autocast: bool = False, use: str = "both") -> None:
 def test_bits(kind: str, branch: bool, smallest: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_smaller_norms(monkeypatch, smallest)
     factors = FACTORS if branch else ()
-    _check(Layer(kind, branch=branch, factors=factors, mask=kind in ("attention", "windows")), autocast=autocast)
+    _check(Layer(kind, branch=branch, factors=factors, mask=kind in MASKED), autocast=autocast)
 
 
 @pytest.mark.parametrize("use", ["total", "product"])
@@ -148,8 +159,7 @@ def test_copies_of_weights(kind: str, rows: int) -> None:
     """Those that autocast made are kept for as many rows as uncompiled."""
     layer = Layer(kind)
     tokens = (rows // 24, *WINDOWS.sides, 24) if kind == "windows" else (2, rows // 2, 24)
-    for name in ("x", "branch"):
-        layer.tensors[name] = torch.randn(tokens, requires_grad=True)
+    layer.resize(*tokens)
     _check(layer, autocast=True)
 
 
@@ -197,18 +207,22 @@ def test_blocks(backend: str, autocast: bool) -> None:
                 torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("kind", [each for each in KINDS if each != "windows"])  # whose sizes are the step's
+# windows and images laid end to end have sizes of their own in the step
+@pytest.mark.parametrize("kind", [each for each in KINDS if each not in ("windows", "packed")])
 def test_one_graph_for_every_size(kind: str) -> None:
     layer, graphs = Layer(kind), Graphs()
 
-    def loss(x: Tensor, branch: Tensor) -> Tensor:
-        total, product = layer.together(x=x, branch=branch)
+    def loss(x: Tensor, branch: Tensor, *tables: Tensor) -> Tensor:
+        places = dict(zip(("sin", "cos"), tables, strict=False))
+        total, product = layer.together(x=x, branch=branch, **places)
         return total.sum() + product.sin().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend=graphs, dynamic=True)
-    for sizes in ((5, 8), (3, 11), (4, 9)):
-        given = [torch.randn(*sizes, 24, requires_grad=True) for _ in range(2)]
-        of = [*given, layer.tensors["w1"], layer.tensors["weight"]]
+    for sizes in ((4, 11), (3, 9), (5, 7)):
+        layer.resize(*sizes, 24)
+        names = [each for each in ("x", "branch", "sin", "cos") if each in layer.tensors]
+        given = [layer.tensors[name] for name in names]
+        of = [*given[:2], layer.tensors["w1"], layer.tensors["weight"]]
         for _ in range(4):
             expected, got = (torch.autograd.grad(run(*given), of) for run in (loss, compiled))
             assert all(map(torch.equal, got, expected))
@@ -269,8 +283,9 @@ def test_sizes_by_turns(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [torch.randn(batch, 5, 24, requires_grad=True) for batch in (2, 8, 2, 8)]
     of = [layer.tensors["w1"], layer.tensors["weight"]]
 
-    def loss(x: Tensor, branch: Tensor) -> Tensor:
-        total, product = layer.together(x=x, branch=branch)
+    def loss(x: Tensor, branch: Tensor, *tables: Tensor) -> Tensor:
+        places = dict(zip(("sin", "cos"), tables, strict=False))
+        total, product = layer.together(x=x, branch=branch, **places)
         return total.sum() + product.sin().sum()
 
     for _ in range(2):

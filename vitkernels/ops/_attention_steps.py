@@ -91,17 +91,17 @@ def between(packed: Tensor, num_heads: int, norms: HeadNorms, called: Called, sc
         The heads' outputs side by side, [B, N, D] or [..., D].
     """
     attn_mask, is_causal, positions, images = called
-    shape = packed.shape
+    shape, width = packed.shape, packed.shape[-1] // (3 * num_heads)
     if images is not None:
         packed = packed.reshape(1, -1, shape[-1])
     if norms.norm is not None or positions.sin is not None:
         sin, cos, prefix = positions.of(packed.shape[1])
-        parted = packed.unflatten(-1, (3, num_heads, -1))
+        parted = packed.unflatten(-1, (3, num_heads, width))
         packed = ops.rotary_qkv(parted, sin, cos, prefix=prefix, **norms._asdict()).flatten(-3)
     if images is None:
         return ops.attention_qkv(packed, num_heads, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
-    parted = packed[0].unflatten(-1, (3, num_heads, -1))
-    return ops.attention_varlen(parted, *images, is_causal=is_causal, scale=scale).reshape(*shape[:-1], -1)
+    heads = ops.attention_varlen(packed.view(-1, 3, num_heads, width), *images, is_causal=is_causal, scale=scale)
+    return heads.reshape(*shape[:-1], num_heads * width)
 
 
 class _Given(NamedTuple):
@@ -230,7 +230,7 @@ def _forward(launch: Launch, normed: Tensor, learns: bool, *arguments: Any) -> t
     else:
         parted = given.parted(placed)[0]
         heads, statistics = launch("attention", op_varlen, parted, None, None, *given.lengths(parted))
-        heads = heads.view(*qkv.shape[:-1], -1)
+        heads = heads.view(*qkv.shape[:-1], qkv.shape[-1] // 3)
     # the projection takes each token by itself: windows may be undone before it as well
     rows = heads if windows is None else windows.undone(heads, torch.Size([*normed.shape[:-1], heads.shape[-1]]))
     out = launch("proj", op_linear, rows, given.proj_weight, given.proj_bias)
