@@ -3,9 +3,10 @@
 On a GPU a step takes as long as the slower of two: the device, and the Python that launches for it. Here a stack of
 narrow blocks runs forward and backward on four tokens, so that little is computed, and Triton's driver is replaced by
 one that launches nothing: what is left is the host's work, and the block's matrix products, which every lane runs on
-the CPU and a lane of their own shows. timm's blocks run under torch.compile as well, stock and fused. Lanes take turns,
-in time of the thread (what others do to the machine meanwhile counts less), and the figure is the median. Counts beside
-it: Python calls, launches of kernels, and what torch's allocator was asked for while a profiler looks on.
+the CPU and a lane of their own shows. timm's blocks run under torch.compile as well, stock and fused; blocks of towers
+are called with positions, ends of images or a mask. Lanes take turns, in time of the thread (what others do to the
+machine meanwhile counts less), and the figure is the median. Counts beside it: Python calls, launches of kernels, and
+what torch's allocator was asked for while a profiler looks on.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Row:
     Attributes:
         width: of the blocks.
         microseconds: median.
-        stock: of timm's stock block in the same run.
+        stock: of the library's own stock block in the same run, and of timm's for what has none.
         calls: of Python functions.
         launches: of kernels; 0 for a stock block, whose ops torch launches.
         allocations: that torch's profiler saw.
@@ -92,7 +93,59 @@ def _own(width: int) -> nn.Module:
     return nn.Sequential(*(vk.nn.Block(width, HEADS, qkv_bias=True) for _ in range(DEPTH)))
 
 
+class _Called(nn.Module):
+    """Blocks whose calls bring tensors: call(block, tokens) -> tokens."""
+
+    def __init__(self, blocks: list[nn.Module], call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks, self._call = nn.ModuleList(blocks), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self._call(block, x)
+        return x
+
+
+def _dinov3(width: int) -> nn.Module:
+    import_torchvision()
+    from timm.models.eva import EvaBlock
+
+    rope = torch.randn(TOKENS - 1, 2 * width // HEADS)
+    blocks = [EvaBlock(width, HEADS, qkv_bias=True, mlp_ratio=4, init_values=1e-5) for _ in range(DEPTH)]
+    return _Called(blocks, lambda block, x: block(x, rope=rope))
+
+
+def _qwen(width: int) -> nn.Module:
+    import_torchvision()
+    from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
+
+    config = configuration_qwen2_vl.Qwen2VLVisionConfig(embed_dim=width, num_heads=HEADS, mlp_ratio=4)
+    config._attn_implementation = "sdpa"
+    ends = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
+    keywords = {"cu_seqlens": ends, "position_embeddings": tuple(torch.randn(2, TOKENS, width // HEADS))}
+    blocks = [modeling_qwen2_vl.Qwen2VLVisionBlock(config) for _ in range(DEPTH)]
+    return _Called(blocks, lambda block, x: block(x[0], **keywords)[None])
+
+
+def _clip_text(width: int) -> nn.Module:
+    import_torchvision()
+    from transformers import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+    config = CLIPTextConfig(hidden_size=width, num_attention_heads=HEADS, intermediate_size=4 * width)
+    config._attn_implementation = "sdpa"
+    later = torch.ones(TOKENS, TOKENS).triu(1).bool()
+    mask = torch.zeros(1, 1, TOKENS, TOKENS).masked_fill(later, torch.finfo(torch.float32).min)
+    return _Called([CLIPEncoderLayer(config) for _ in range(DEPTH)], lambda block, x: block(x, attention_mask=mask))
+
+
 LIBRARIES: dict[str, Callable[[int], nn.Module]] = {"timm": _timm, "transformers": _transformers, "vk.nn": _own}
+# whose calls bring positions, where images end, or a mask: each is measured by itself
+TOWERS: dict[str, Callable[[int], nn.Module]] = {
+    "timm's DINOv3": _dinov3,
+    "Qwen2-VL's": _qwen,
+    "CLIP's text": _clip_text,
+}
 
 
 @dataclass
@@ -145,7 +198,7 @@ class _Products:
 def lanes(library: str, width: int) -> list[_Lane]:
     """A library's blocks: stock (but for vk.nn's, which are fused as they are), and fused on each backend."""
     torch.manual_seed(0)
-    stock = LIBRARIES[library](width)
+    stock = (LIBRARIES | TOWERS)[library](width)
     own = library == "vk.nn"
     found = [] if own else [_Lane(library, "stock", stock)]
     for backend in BACKENDS[1:]:
@@ -177,10 +230,13 @@ def turns(rounds: int, lanes: int) -> Iterator[list[int]]:
 
 
 def measure(rounds: int, width: int, *, compiled: bool = True) -> list[Row]:
-    """Every lane of every library, in turn; then those that are compiled, which would drive more out of the caches."""
+    """Every lane of every library, in turn; then each tower's, and those that are compiled, which would drive more out
+    of the caches."""
     rows = _measure(
         rounds, width, [_Products(width), *(lane for library in LIBRARIES for lane in lanes(library, width))]
     )
+    for tower in TOWERS:
+        rows += _measure(rounds, width, lanes(tower, width))
     if compiled:
         rows += [row for row in _measure(rounds, width, compiled_lanes(width)) if row.backend != "stock"]
     return rows
@@ -200,8 +256,9 @@ def _measure(rounds: int, width: int, every: Sequence[_Lane | _Products]) -> lis
                     seconds[index].append(time.thread_time() - start)
         medians = {index: round(statistics.median(each) * 1e6 / DEPTH, 1) for index, each in seconds.items()}
         names = [(lane.library, lane.name) for lane in every]
-        stock = medians[names.index(("timm", "stock"))]
         for index, lane in enumerate(every):
+            own = (lane.library, "stock")
+            stock = medians[names.index(own if own in names else ("timm", "stock"))]
             counts = (_calls(lane, x, dtype), _launches(lane, x, dtype), _allocations(lane, x, dtype))
             figures = medians[index], stock, *(each / DEPTH for each in counts)
             rows.append(Row(width, lane.library, dtype, lane.name, *figures))
@@ -245,7 +302,7 @@ def _allocations(lane: _Lane | _Products, x: Tensor, dtype: str) -> int:
 
 
 def ratio(row: dict[str, Any]) -> float:
-    """A lane's time over that of stock timm's block of the same width in the same dtype."""
+    """A lane's time over that of its stock block of the same width in the same dtype."""
     return row["microseconds"] / row["stock"]  # type: ignore[no-any-return]
 
 
@@ -253,7 +310,7 @@ def report(content: dict[str, Any]) -> str:
     """The table of a results file, for the README and the report."""
     rows = content["rows"]
     lines = [
-        "| width | block | dtype | runs on | time a block | of stock timm's | Python calls | launches | allocations |",
+        "| width | block | dtype | runs on | time a block | of stock's | Python calls | launches | allocations |",
         "| ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
