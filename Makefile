@@ -140,7 +140,8 @@ check: .venv/.built lint ## lint, and the tests that break first (about a minute
 	$(PY) -m pytest -n $(WORKERS) -q tests/test_ops_reference.py tests/test_steps.py tests/test_tape.py tests/test_kept.py \
 		tests/test_contributing.py tests/test_fuse_timm.py
 
-test: .venv/.built .venv/.cuda lint docs audit-short ## ruff, mypy, the site, the short audit and all tests (under half an hour on 2 cores)
+test: .venv/.built .venv/.cuda ## ruff, mypy, the site, the short audit and all tests (under half an hour on 2 cores)
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint docs audit-short
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/test_triton.py
 

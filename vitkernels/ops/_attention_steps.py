@@ -22,13 +22,13 @@ from vitkernels.ops._plan import Launch
 from vitkernels.ops._step import Step
 from vitkernels.ops._windows import Windows
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
-from vitkernels.ops.attention_varlen import check_qkv as check_varlen
+from vitkernels.ops.attention_varlen import _check_qkv as check_varlen
 from vitkernels.ops.attention_varlen import op as op_varlen
 from vitkernels.ops.linear import check as check_linear
 from vitkernels.ops.linear import op as op_linear
 from vitkernels.ops.rotary import with_four_axes
-from vitkernels.ops.rotary_qkv import check as check_rotary
-from vitkernels.ops.rotary_qkv import fixed
+from vitkernels.ops.rotary_qkv import _check_args as check_rotary
+from vitkernels.ops.rotary_qkv import _fixed as check_fixed
 from vitkernels.ops.rotary_qkv import op as op_rotary
 
 
@@ -174,7 +174,7 @@ def _given(arguments: Sequence[Any]) -> _Given:
 def _check_attention(x: Tensor, *arguments: Any) -> None:
     sin, cos, _ = _given(arguments[:-1]).positions
     if sin is not None and cos is not None:
-        fixed("sin", sin), fixed("cos", cos)
+        check_fixed("sin", sin), check_fixed("cos", cos)
     _check_shapes(x, *arguments)
 
 

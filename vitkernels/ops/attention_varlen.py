@@ -78,7 +78,7 @@ def _qkv(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     max_seqlen = _check.integer(max_seqlen)
-    check_qkv(qkv, cu_seqlens, max_seqlen)
+    _check_qkv(qkv, cu_seqlens, max_seqlen)
     _check_values("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, qkv.shape[0])
     dtype = autocast_dtype(qkv)
     if dtype is not None:
@@ -119,7 +119,7 @@ _qkv.__qualname__ = _apart.__qualname__ = NAME  # what Python's own errors call 
 
 
 @_check.once
-def check_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: Any) -> None:
+def _check_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: Any) -> None:
     _check.is_tensor(NAME, qkv=qkv, cu_seqlens=cu_seqlens, optional={})
     _check.is_floating(NAME, qkv=qkv)
     _check.has_rank(NAME, "qkv", qkv, "[T, 3, H, K]")

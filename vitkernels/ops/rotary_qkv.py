@@ -68,24 +68,23 @@ def rotary_qkv(
             that it has no use for.
     """
     prefix = _check.integer(prefix)
-    check(qkv, sin, cos, prefix, norm, q_weight, q_bias, k_weight, k_bias)
+    _check_args(qkv, sin, cos, prefix, norm, q_weight, q_bias, k_weight, k_bias)
     if sin is not None and cos is not None:
-        sin, cos = fixed("sin", sin), fixed("cos", cos)
+        sin, cos = _fixed("sin", sin), _fixed("cos", cos)
     batched = qkv if qkv.dim() == 5 else qkv[None]
     vectors = q_weight, q_bias, k_weight, k_bias
     out: Tensor = op(batched, sin, cos, prefix, bool(half), norm or _NONE, *vectors, float(eps))
     return out if qkv.dim() == 5 else out[0]
 
 
-def fixed(name: str, positions: Tensor) -> Tensor:
-    """A table with four axes, of which nobody asks for a gradient."""
+def _fixed(name: str, positions: Tensor) -> Tensor:
     if positions.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{NAME}: argument '{name}' requires a gradient; needs `rotary`, which gives one, or none")
     return with_four_axes(positions)
 
 
 @_check.once
-def check(
+def _check_args(
     qkv: Tensor,
     sin: Tensor | None,
     cos: Tensor | None,
