@@ -48,6 +48,7 @@ bench-quick: .venv/.built ## each op, a block and a small model, in two minutes
 
 bench-host: .venv/.built ## what a block costs the processor that feeds the device
 	$(PY) -m bench.host
+	$(PY) -m bench.kinds
 	$(PY) -m bench.report
 
 bench-cpu: .venv/.built ## whole models on this machine against every library's

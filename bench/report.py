@@ -17,7 +17,7 @@ from typing import Any
 
 from ptx.rows import Rows
 
-from bench import coverage, emulated, headline, host, plots, scaling, tables, versions
+from bench import coverage, emulated, headline, host, kinds, plots, scaling, tables, versions
 from bench.store import RESULTS
 from bench.tables import NOT_MEASURED, Content
 
@@ -44,6 +44,7 @@ class Results:
     demo: dict[str, Any] | None = None
     coverage: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, Any] | None = None
+    kinds: dict[str, Any] | None = None
     versions: dict[str, Any] | None = None
     emulated: Rows = field(default_factory=Rows)
 
@@ -59,6 +60,8 @@ class Results:
                 found.coverage[path.stem.removesuffix("-coverage")] = content
             elif path.stem == host.FILE.stem:
                 found.host = content
+            elif path.stem == kinds.FILE.stem:
+                found.kinds = content
             elif path.stem == versions.FILE.stem:
                 found.versions = content
             elif path.stem == emulated.FILE.stem:
@@ -94,6 +97,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "ops": _for_each(tables.ops),
     "demo": lambda results: tables.demo(results.demo) if results.demo else "Not yet measured.\n",
     "host": lambda results: host.report(results.host) if results.host else "Not yet measured.\n",
+    "kinds": lambda results: kinds.report(results.kinds) if results.kinds else "Not yet measured.\n",
     "coverage": lambda results: (
         "\n".join(coverage.table(content) for content in results.coverage.values()) or "Not yet measured.\n"
     ),

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="the driver that launches nothing is Triton's")
 
-from bench import host
+from bench import host, kinds
 from vitkernels import kernels
 
 if kernels.interpreting():
@@ -52,3 +52,20 @@ def test_no_lane_runs_twice_in_a_row_and_each_comes_after_every_other() -> None:
     assert all(one != other for one, other in pairs)
     counts = [pairs.count((one, other)) for one in range(5) for other in range(5) if one != other]
     assert min(counts) > 25, "of 50"
+
+
+def test_kinds_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of those that are asked for, stock and on both backends; the table has the dearest first."""
+    out = tmp_path / "kinds.json"
+    assert kinds.main(["--rounds", "2", "--only", "twins", "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert {row["block"] for row in content["rows"]} >= {"twins, windows", "twins, a smaller image"}
+    for row in content["rows"]:
+        assert row["microseconds"] > 0
+        assert row["ratios"].keys() == {"ext", "triton"}
+    lines = [line for line in kinds.report(content).splitlines() if line.startswith("| timm")]
+    dearest = [max(map(float, line.rstrip(" |").split(" | ")[2:])) for line in lines]
+    assert len(lines) == len(content["rows"])
+    assert dearest == sorted(dearest, reverse=True)
+    assert kinds.main(["--only", "no such block", "--out", str(out)]) == 2
+    assert "no such block" in capsys.readouterr().out

@@ -128,14 +128,8 @@ class _Given(NamedTuple):
         """What the schema of `attention_varlen` has after q, k and v."""
         assert self.images is not None
         ends, longest = self.images
-        return (
-            ends,
-            ends,
-            longest,
-            longest,
-            self.is_causal,
-            _check.scale("attention_varlen", self.scale, parted.shape[-1]),
-        )
+        scale = _check.scale("attention_varlen", self.scale, parted.shape[-1])
+        return ends, ends, longest, longest, self.is_causal, scale
 
     def parted(self, packed: Tensor) -> Tensor:
         """[B, N, 3 * D] as [B, N, 3, H, K]; of images laid end to end [1, T, 3, H, K]. A view."""
@@ -155,7 +149,7 @@ class _Given(NamedTuple):
         return (*tables, prefix, half, norm or "none", *vectors, eps)
 
 
-_FIRST = 7  # arguments that both steps have: weights, biases, num_heads, scale, windows
+_FIRST = 7  # arguments that all of the steps have: weights, biases, num_heads, scale, windows
 _NORMS = len(HeadNorms._fields)
 
 
@@ -195,11 +189,10 @@ def _check_shapes(x: Tensor, *arguments: Any) -> None:
     check_packed(packed, given.num_heads, given.mask, given.is_causal)
     if given.images is not None:
         check_varlen(packed.view(-1, 3, given.num_heads, packed.shape[-1] // (3 * given.num_heads)), *given.images)
-    if given.norms is not None:
+    if given.norms is not None and given.turns():
         _, norm, *vectors, _ = given.norms
         parted = packed.unflatten(-1, (3, given.num_heads, -1))
-        if given.turns():
-            check_rotary(parted, *given.positions.of(batches[1]), norm, *vectors)
+        check_rotary(parted, *given.positions.of(batches[1]), norm, *vectors)
     check_linear(packed[..., : weight.shape[0] // 3], given.proj_weight, given.proj_bias, dtype)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vitkernels.ops._amp import autocast_dtype
 from vitkernels.residual.kept import Kept, Late, key_of
-from vitkernels.residual.stream import Branch, PlainStep, Sublayer, fitting
+from vitkernels.residual.plain_step import PlainStep
+from vitkernels.residual.stream import Branch, Sublayer, fitting
 
 
 def read_for(

@@ -14,7 +14,8 @@ from vitkernels.ops import _check, _steps
 from vitkernels.ops._steps import Added, Called, HeadNorms, Norm, Windows
 from vitkernels.residual import parts
 from vitkernels.residual.kept import key_of
-from vitkernels.residual.stream import Branch, PlainStep, Step
+from vitkernels.residual.plain_step import PlainStep
+from vitkernels.residual.stream import Branch, Step
 
 
 def why_not_linears(**linears: nn.Module) -> str | None:
