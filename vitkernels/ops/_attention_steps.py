@@ -236,6 +236,10 @@ def _backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
     place: Any = _given(range(1, 1 + len(arguments)))
     windows, norms = given.windows, given.norms
     placed, heads, statistics, *more = kept
+    if placed is None:  # of norms: made again as they are
+        parted = given.parted(more[0])
+        with torch.no_grad():
+            placed = op_rotary(parted, *given.rotary(parted)).view(more[0].shape)
     if windows is not None:  # the same products, of rows in another order
         shape = normed.shape
         dy, normed = windows.made(dy), windows.made(normed)
@@ -280,14 +284,17 @@ def _backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
     return grads
 
 
-def _step(name: str, keeps: int) -> Step:
-    return Step(name, _check_attention, _by_ops, _forward, _backward, (0, 2), (1, 3), keeps, op_linear)
+def _step(name: str, keeps: int, spares: tuple[int, int] | None = None) -> Step:
+    places = {"weights": (0, 2), "biases": (1, 3)}
+    return Step(
+        name, _check_attention, _by_ops, _forward, _backward, **places, keeps=keeps, op=op_linear, spares=spares
+    )
 
 
 ATTENTION = _step("attention", keeps=3)  # (weights, biases, num_heads, scale, windows, mask, is_causal)
 # (weights, biases, num_heads, scale, windows, *HeadNorms, mask, is_causal, *Positions)
-ROTARY_ATTENTION = _step("rotary_attention", keeps=4)
-PACKED_ATTENTION = _step("packed_attention", keeps=4)  # the same, and *Packed
+ROTARY_ATTENTION = _step("rotary_attention", keeps=4, spares=(0, 3))
+PACKED_ATTENTION = _step("packed_attention", keeps=4, spares=(0, 3))  # the same, and *Packed
 
 
 def brought(step: Step, called: Called) -> tuple[Any, ...]:

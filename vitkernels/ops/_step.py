@@ -100,6 +100,8 @@ class Step:
         keeps: how many tensors its backward keeps.
         op: that reads the norm.
         beside_norm: which of the weights are multiplied with the norm: their gradients read it.
+        spares: (place, source) among what its backward keeps: where norms are made again and the source is kept, the
+            other one is None there, and backward makes it anew.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Step:
     keeps: int
     op: Op
     beside_norm: tuple[int, ...] = (0,)
+    spares: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         STEPS[self.name] = self
@@ -167,8 +170,9 @@ class Part:
         self.normed_dtype = dtype if self.dtype is None else cast_dtype(torch.empty(0, dtype=dtype), self.dtype)
         beside_norm = [arguments[index] for index in step.beside_norm]
         reads = self.norm_learns or any(each is not None and each.requires_grad for each in beside_norm)
+        self._again = is_made_again(again, x)
         # a frozen norm's input is anybody's to write into
-        self.keeps_normed = not (is_made_again(again, x) and self.norm_learns) and reads
+        self.keeps_normed = not (self._again and self.norm_learns) and reads
         self.learns = self.norm_learns or any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
         self.total = Stream(x.shape, dtype, x.device, summed)
         width = arguments[step.weights[-1]].shape[0]
@@ -219,9 +223,14 @@ class Part:
         )
         total = x if branch is None else total
         rounded = self._rounded((*self.step.weights, *self.step.biases), arguments) if copies else arguments
+        kept: tuple[Tensor | None, ...]
         result, kept = self.step.forward(launch, normed, learns, *rounded)
         if not learns:
             return total, result, rounded, []
+        if self._again and self.step.spares is not None:
+            place, source = self.step.spares
+            if kept[source] is not None:
+                kept = (*kept[:place], None, *kept[place + 1 :])
         of_norm = kept_of_norm(total, branch, weight, mean, rstd, branch_bias, scale, row_scale, self._factors_learn)
         saved = [
             normed if self.keeps_normed else None,
@@ -251,7 +260,7 @@ class Part:
         if dresult is not None:
             if normed is None:
                 reads = any(needs_arguments[index] for index in self.step.beside_norm)
-                normed = self._again(dresult, of_norm, bias, reads)
+                normed = self._normed_again(dresult, of_norm, bias, reads)
             needs_product = [needs_normed, *needs_arguments]
             dnormed, *found = self.step.backward(
                 launch, dresult, normed, needs_product, arguments, tensors[count:], self._grad_dtype(tensors)
@@ -279,7 +288,7 @@ class Part:
             (found[index],) = cast(self.dtype, found[index])
         return found
 
-    def _again(self, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
+    def _normed_again(self, like: Tensor, of_norm: Sequence[Any], bias: Tensor | None, reads: bool) -> Tensor:
         """The norm's result once more, a forward launch of its op; without contents where nothing reads it."""
         if not reads:
             return like.new_empty(self.total.shape, dtype=self.normed_dtype)
