@@ -10,7 +10,7 @@ Each is a launch of the op by that name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from vitkernels.ops._step import Step
 from vitkernels.ops._windows import Windows
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
 from vitkernels.ops.attention_varlen import check_qkv as check_varlen
+from vitkernels.ops.attention_varlen import check_values as check_ends
 from vitkernels.ops.attention_varlen import op as op_varlen
 from vitkernels.ops.linear import check as check_linear
 from vitkernels.ops.linear import op as op_linear
@@ -287,14 +288,20 @@ def _backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
     return grads
 
 
-def _step(name: str, keeps: int) -> Step:
-    return Step(name, _check_attention, _by_ops, _forward, _backward, (0, 2), (1, 3), keeps, op_linear)
+def _check_ends(x: Tensor, *arguments: Any) -> None:
+    ends, longest = arguments[-2:]
+    check_ends("cu_seqlens", ends, "max_seqlen", longest, x.shape[:-1].numel())
+
+
+def _step(name: str, keeps: int, check_values: Callable[..., None] | None = None) -> Step:
+    parts = (name, _check_attention, _by_ops, _forward, _backward)
+    return Step(*parts, (0, 2), (1, 3), keeps, op_linear, check_values=check_values)
 
 
 ATTENTION = _step("attention", keeps=3)  # (weights, biases, num_heads, scale, windows, mask, is_causal)
 # (weights, biases, num_heads, scale, windows, *HeadNorms, mask, is_causal, *Positions)
 ROTARY_ATTENTION = _step("rotary_attention", keeps=4)
-PACKED_ATTENTION = _step("packed_attention", keeps=4)  # the same, and *Packed
+PACKED_ATTENTION = _step("packed_attention", 4, _check_ends)  # the same, and *Packed
 
 
 def brought(step: Step, called: Called) -> tuple[Any, ...]:

@@ -100,6 +100,7 @@ class Step:
         keeps: how many tensors its backward keeps.
         op: that reads the norm.
         beside_norm: which of the weights are multiplied with the norm: their gradients read it.
+        check_values: (x, *arguments), which raises; of what tensors hold, and so at each call. None where no op asks.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Step:
     keeps: int
     op: Op
     beside_norm: tuple[int, ...] = (0,)
+    check_values: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:
         STEPS[self.name] = self

@@ -79,7 +79,7 @@ def _qkv(
 ) -> Tensor:
     max_seqlen = _check.integer(max_seqlen)
     check_qkv(qkv, cu_seqlens, max_seqlen)
-    _check_values("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, qkv.shape[0])
+    check_values("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, qkv.shape[0])
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         (qkv,) = cast(dtype, qkv)
@@ -103,8 +103,8 @@ def _apart(
     max_seqlen_q, max_seqlen_k = _check.integer(max_seqlen_q), _check.integer(max_seqlen_k)
     dtype = autocast_dtype(q)
     _check_apart(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dtype)
-    _check_values("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q.shape[0])
-    _check_values("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k.shape[0])
+    check_values("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q.shape[0])
+    check_values("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k.shape[0])
     if dtype is not None:
         q, k, v = cast(dtype, q, k, v)
     scale = _check.scale(NAME, scale, q.shape[2])
@@ -158,7 +158,7 @@ def _check_lengths(name: str, cu_seqlens: Tensor, longest_name: str, longest: An
         raise ValueError(f"{NAME}: argument '{longest_name}' is {longest!r}; needs an int of 0 or more")
 
 
-def _check_values(name: str, cu_seqlens: Tensor, longest_name: str, longest: int, tokens: int) -> None:
+def check_values(name: str, cu_seqlens: Tensor, longest_name: str, longest: int, tokens: int) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     if type(cu_seqlens) is not Tensor or cu_seqlens.device.type != "cpu":  # a fake one has no values
