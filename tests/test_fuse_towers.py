@@ -262,6 +262,15 @@ def test_a_call_that_lacks_something_raises_the_stock_layers_error(name: str, mi
     assert vk.explain(layer).fallbacks[""] == {f"called without {missing}": 1}
 
 
+@pytest.mark.parametrize("function", ["sdpa", "eager"])
+def test_a_scale_of_its_own(function: str) -> None:
+    """Torch's attention is not told of it."""
+    layer = stock_layers("sam", attn_implementation=function)[0].eval()
+    layer.attn.scale = 0.01
+    inputs, keywords = call_of(layer)
+    fused.check_parity(layer, inputs, keywords, ops=TOWERS["sam"][0])
+
+
 WRONG_ENDS = (
     ([0, 5, 16], 11, r"argument 'cu_seqlens' ends with 16; needs 17"),
     ([1, 5, 17], 12, r"argument 'cu_seqlens' begins with 1; needs 0"),
