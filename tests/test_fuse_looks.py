@@ -280,7 +280,7 @@ def test_masks_of_fewer_images_than_there_are_belong_to_the_stock_code(part: str
         for _ in range(call):
             module(x, attn_mask=torch.randn(4, 1, 7, 7))
     assert {each.op for each in calls} >= ({"attention_qkv"} if call else set())
-    with pytest.raises(RuntimeError, match="must match the size|expanded size"):  # torch's own
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size"):  # torch's own
         module(x, attn_mask=torch.randn(2, 1, 7, 7))
     assert "called with masks of 2 sequences, and tokens of 4" in module._vitkernels.fallbacks
 
@@ -296,5 +296,5 @@ def test_a_bias_of_positions_that_torchs_attention_refuses(name: str, bias: Tens
     with vk.record() as calls:
         block(torch.randn(4, 7, 48), **{BIASED[name]: torch.zeros(1, 1, 7, 7)})
     assert "attention_qkv" in {each.op for each in calls}
-    with pytest.raises(RuntimeError, match="must match the size|expanded size|attn_mask dtype"):  # torch's own
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size|attn_mask dtype"):  # torch's own
         block(torch.randn(4, 7, 48), **{BIASED[name]: bias})

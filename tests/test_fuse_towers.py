@@ -262,40 +262,6 @@ def test_a_call_that_lacks_something_raises_the_stock_layers_error(name: str, mi
     assert vk.explain(layer).fallbacks[""] == {f"called without {missing}": 1}
 
 
-@pytest.mark.parametrize("function", ["sdpa", "eager"])
-def test_a_scale_of_its_own(function: str) -> None:
-    """Torch's attention is not told of it."""
-    layer = stock_layers("sam", attn_implementation=function)[0].eval()
-    layer.attn.scale = 0.01
-    inputs, keywords = call_of(layer)
-    fused.check_parity(layer, inputs, keywords, ops=TOWERS["sam"][0])
-
-
-WRONG_ENDS = (
-    ([0, 5, 16], 11, r"argument 'cu_seqlens' ends with 16; needs 17"),
-    ([1, 5, 17], 12, r"argument 'cu_seqlens' begins with 1; needs 0"),
-    ([0, 9, 4, 17], 13, r"argument 'cu_seqlens' falls from 9 to 4"),
-    ([0, 5, 17], 3, r"argument 'max_seqlen' is 3; needs 12 or more"),
-)
-
-
-@pytest.mark.parametrize(("ends", "longest", "words"), WRONG_ENDS)
-def test_ends_of_images_are_looked_at_at_each_call(ends: list[int], longest: int, words: str) -> None:
-    layer = stock_layers("qwen2_vl")[0]
-    (tokens,), keywords = call_of(layer)
-    vk.fuse(layer)
-    right = torch.tensor([0, 4, 8, 17], dtype=torch.int32)[-len(ends) :]  # of as many images, so of the same kind
-    right[0] = 0
-    with vk.record() as calls:
-        for _ in range(3):  # from the third on, launches come from a tape
-            layer(tokens, **{**keywords, "cu_seqlens": right, "max_seqlen": longest + 9})
-    assert "attention_varlen" in {call.op for call in calls}
-    for _ in range(3):
-        wrong = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32), "max_seqlen": longest}
-        with pytest.raises(ValueError, match=words):
-            layer(tokens, **{**keywords, **wrong})
-
-
 # --------------------------------------------------------------------------------------------------- whole towers
 
 

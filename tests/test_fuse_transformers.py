@@ -195,7 +195,7 @@ def test_masks_of_fewer_images_than_there_are_belong_to_the_stock_code() -> None
     with vk.record() as calls:
         layer(tokens, attention_mask=masks)
     assert "attention_qkv" in {each.op for each in calls}
-    with pytest.raises(RuntimeError, match="must match the size|expanded size"):  # torch's own
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size"):  # torch's own
         layer(tokens, attention_mask=masks[:2])
     assert "called with masks of 2 sequences, and tokens of 4" in vk.explain(layer).fallbacks[""]
 

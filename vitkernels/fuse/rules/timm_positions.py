@@ -31,7 +31,6 @@ from vitkernels.residual.sublayers import (
     why_not_linears,
 )
 
-
 _MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
 
 
