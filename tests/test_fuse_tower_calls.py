@@ -5,7 +5,8 @@ from __future__ import annotations
 import fused
 import pytest
 import torch
-from hf_towers import TOKENS, TOWERS, call_of
+from hf_models import dinov3
+from hf_towers import HEADS, TOKENS, TOWERS, call_of
 from test_fuse_towers import stock_layers
 
 import vitkernels as vk
@@ -51,6 +52,39 @@ def test_eager_attention_adds_a_mask_that_is_bool(name: str) -> None:
         layer(tokens, **{**keywords, "attention_mask": keywords["attention_mask"].float()})
     assert "attention_qkv" in {each.op for each in calls}
     torch.testing.assert_close(got, own, atol=1e-4, rtol=1e-4)
+
+
+# what tables of positions broadcast to: each head's, each image's, or nothing that the layer takes
+SERVED = {
+    "dinov3": [(), (1,), (HEADS,), (1, 1), (4, 1), (4, HEADS)],
+    "pixtral": [(), (1,), (HEADS,)],
+    "mlcd": [()],
+    "step3p7": [(), (1,), (4,)],
+    "qwen2_vl": [()],
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("first", [(), (1,), (HEADS,), (4,), (1, 1), (4, 1), (4, HEADS)], ids=str)
+def test_axes_of_positions_mean_what_they_mean_to_the_layer(name: str, first: tuple[int, ...]) -> None:
+    layer = dinov3().model.layer[0] if name == "dinov3" else stock_layers(name)[-1]
+    (tokens,), keywords = call_of(layer.eval())
+    count, width = keywords["position_embeddings"][0].shape
+    angles = torch.rand(*first, count, width // 2).repeat_interleave(2, dim=-1)
+    keywords["position_embeddings"] = angles.cos(), angles.sin()
+    try:
+        own = layer(tokens, **keywords)
+    except (RuntimeError, ValueError):
+        own = None
+    vk.fuse(layer)
+    for _ in range(3):
+        with vk.use(*dispatch.order("cpu")), vk.record() as calls:
+            if own is None:
+                with pytest.raises((RuntimeError, ValueError)):
+                    layer(tokens, **keywords)
+            else:
+                torch.testing.assert_close(layer(tokens, **keywords), own, atol=1e-4, rtol=1e-4)
+        assert ("rotary_qkv" in {each.op for each in calls}) is (first in SERVED[name])
 
 
 WRONG_ENDS = (
