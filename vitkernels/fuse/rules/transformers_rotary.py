@@ -105,14 +105,14 @@ class FusedPixtralAttention(FusedRopeAttention):
     """PixtralAttention: every token has a position."""
 
     has_prefix = False
-    axes_of_tables = (2, 3)
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2, 3)
 
 
 class FusedOcrAttention(FusedPixtralAttention):
     """DeepseekOcr2VisionAttention, a language model's: several heads of q may share those of k and v."""
 
     spelling = Spelling(heads="config.num_attention_heads", is_causal="is_causal")
-    axes_of_tables = (3,)
+    axes_of_tables: ClassVar[tuple[int, ...]] = (3,)
     of_images = True
 
     def forward(  # type: ignore[override]
@@ -158,7 +158,7 @@ class FusedStepAttention(FusedRopeAttention):
 
     spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout")
     has_prefix = False
-    axes_of_tables = (2, 3)
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2, 3)
     of_images = True
 
     def forward(  # type: ignore[override]
@@ -175,7 +175,7 @@ class FusedMlcdAttention(FusedStepAttention):
     """MLCDAttention."""
 
     stock_only = ("out_proj",)  # the sequence comes first there
-    axes_of_tables = (2,)
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2,)
     spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout", is_causal="is_causal")
 
 
