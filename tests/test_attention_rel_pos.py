@@ -112,6 +112,23 @@ def test_positions_by_distance_in_steps_that_transforms_take() -> None:
     torch.testing.assert_close(grad(packed, in_y, in_x), want)
 
 
+def test_gradients_of_positions_by_distance_with_a_graph_and_in_a_batch() -> None:
+    """Nothing is written in place there; a second backward pass is refused."""
+    tensors = leaves((2, 3, 4, 3 * 2 * 8), (5, 8), (7, 8))
+    with vk.record() as calls:
+        out = _rel_pos.attention(tensors[0], 2, *tensors[1:])
+        plain = torch.autograd.grad(out.sin().sum(), tensors, retain_graph=True)
+    assert [(call.op, call.direction) for call in calls] == BOTH
+    graph = torch.autograd.grad(out.sin().sum(), tensors, create_graph=True)
+    batch = torch.autograd.grad(out, tensors, torch.stack([out.cos(), out]).detach(), is_grads_batched=True)
+    for each, with_graph, in_batch in zip(plain, graph, batch, strict=True):
+        torch.testing.assert_close(with_graph, each)
+        torch.testing.assert_close(in_batch[0], each)
+    for each in graph:
+        with pytest.raises(RuntimeError, match="does not support double backward"):
+            torch.autograd.grad(each.sum(), tensors, retain_graph=True)
+
+
 def test_the_embeddings_of_a_side_by_distance() -> None:
     table = torch.randn(9, 4)  # distances from -4 to 4
     of_each = table[torch.arange(5)[:, None] - torch.arange(5) + 4]

@@ -268,3 +268,33 @@ def test_a_causal_bias_is_refused_by_the_ops(first: bool) -> None:
         vk.ops.attention(q, q, q, attn_mask=mask)
     with pytest.raises(TypeError, match="attention_qkv: argument 'attn_mask' is a CausalBias"):
         vk.ops.attention_qkv(qkv, 3, attn_mask=mask)
+
+
+@pytest.mark.parametrize("call", [0, 3], ids=["first", "later"])
+@pytest.mark.parametrize("part", ["blocks.0", "blocks.0.attn"])
+def test_masks_of_fewer_images_than_there_are_belong_to_the_stock_code(part: str, call: int) -> None:
+    """The ops would take them in turn, as they do for windows."""
+    module = vk.fuse(vit()).get_submodule(part)
+    x = torch.randn(4, 7, 48)
+    with vk.record() as calls:
+        for _ in range(call):
+            module(x, attn_mask=torch.randn(4, 1, 7, 7))
+    assert {each.op for each in calls} >= ({"attention_qkv"} if call else set())
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size"):  # torch's own
+        module(x, attn_mask=torch.randn(2, 1, 7, 7))
+    assert "called with masks of 2 sequences, and tokens of 4" in module._vitkernels.fallbacks
+
+
+BIASED = {"beit.Block": "shared_rel_pos_bias", "vision_transformer_relpos.RelPosBlock": "shared_rel_pos"}
+
+
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("bias", [torch.zeros(2, 1, 7, 7), torch.zeros(1, 1, 7, 7).bfloat16()], ids=["count", "dtype"])
+def test_a_bias_of_positions_that_torchs_attention_refuses(name: str, bias: Tensor) -> None:
+    file, kind = name.split(".")
+    block = vk.fuse(getattr(getattr(timm.models, file), kind)(48, 3))
+    with vk.record() as calls:
+        block(torch.randn(4, 7, 48), **{BIASED[name]: torch.zeros(1, 1, 7, 7)})
+    assert "attention_qkv" in {each.op for each in calls}
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size|attn_mask dtype"):  # torch's own
+        block(torch.randn(4, 7, 48), **{BIASED[name]: bias})

@@ -190,6 +190,16 @@ def test_calls_that_belong_to_the_stock_code(keywords: dict[str, Any], reason: s
     assert vk.explain(layer).fallbacks == {"attention": {reason: 1}}
 
 
+def test_masks_of_fewer_images_than_there_are_belong_to_the_stock_code() -> None:
+    layer, tokens, masks = vk.fuse(vit().layers[0]), torch.randn(4, 17, 48), torch.randn(4, 1, 17, 17)
+    with vk.record() as calls:
+        layer(tokens, attention_mask=masks)
+    assert "attention_qkv" in {each.op for each in calls}
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size"):  # torch's own
+        layer(tokens, attention_mask=masks[:2])
+    assert "called with masks of 2 sequences, and tokens of 4" in vk.explain(layer).fallbacks[""]
+
+
 def test_an_attention_function_that_is_not_known_runs_as_it_is() -> None:
     explanation = vk.explain(vk.fuse(vit(attn_implementation="flex_attention")))
     assert explanation.unfused["layers.0"] == "attn_implementation is 'flex_attention'"

@@ -221,6 +221,8 @@ def why_not_mask(mask: Any, x: Tensor) -> str | None:
         return f"called with a mask of {mask.dim()} axes"
     if acts(type(mask)):  # torch's CausalBias, whose numbers are none
         return f"called with a {type(mask).__name__} for a mask, which acts itself"
+    if mask.dim() == 4 and mask.shape[0] != 1 and mask.shape[0] != x.shape[0]:  # the ops would repeat some
+        return f"called with masks of {mask.shape[0]} sequences, and tokens of {x.shape[0]}"
     if mask.dtype in (torch.bool, x.dtype):
         return None
     floats = mask.is_floating_point() and autocast_dtype(x) is not None and mask.dtype != torch.float64

@@ -23,6 +23,7 @@ from vitkernels.ops._step import Step
 from vitkernels.ops._windows import Windows
 from vitkernels.ops.attention import check_packed, op_qkv, packed_options
 from vitkernels.ops.attention_varlen import _check_qkv as check_varlen
+from vitkernels.ops.attention_varlen import _check_values as check_ends
 from vitkernels.ops.attention_varlen import op as op_varlen
 from vitkernels.ops.linear import check as check_linear
 from vitkernels.ops.linear import op as op_linear
@@ -284,17 +285,20 @@ def _backward(launch, dy, normed, needs, arguments, kept, grad_dtype):
     return grads
 
 
-def _step(name: str, keeps: int, spares: tuple[int, int] | None = None) -> Step:
-    places = {"weights": (0, 2), "biases": (1, 3)}
-    return Step(
-        name, _check_attention, _by_ops, _forward, _backward, **places, keeps=keeps, op=op_linear, spares=spares
-    )
+def _check_ends(x: Tensor, *arguments: Any) -> None:
+    ends, longest = arguments[-2:]
+    check_ends("cu_seqlens", ends, "max_seqlen", longest, x.shape[:-1].numel())
+
+
+def _step(name: str, keeps: int, **more: Any) -> Step:
+    parts = (name, _check_attention, _by_ops, _forward, _backward)
+    return Step(*parts, weights=(0, 2), biases=(1, 3), keeps=keeps, op=op_linear, **more)
 
 
 ATTENTION = _step("attention", keeps=3)  # (weights, biases, num_heads, scale, windows, mask, is_causal)
 # (weights, biases, num_heads, scale, windows, *HeadNorms, mask, is_causal, *Positions)
 ROTARY_ATTENTION = _step("rotary_attention", keeps=4, spares=(0, 3))
-PACKED_ATTENTION = _step("packed_attention", keeps=4, spares=(0, 3))  # the same, and *Packed
+PACKED_ATTENTION = _step("packed_attention", keeps=4, spares=(0, 3), check_values=_check_ends)  # the same, and *Packed
 
 
 def brought(step: Step, called: Called) -> tuple[Any, ...]:

@@ -8,12 +8,13 @@ adds it where the queries' gradient lies, and makes rel_h and rel_w again in bac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkernels.kinds import look_at
+from vitkernels.kinds import look_at, signature
 from vitkernels.op import own, plain_function
 from vitkernels.ops import _check
 from vitkernels.ops._amp import autocast_dtype, cast
@@ -65,13 +66,28 @@ def _products(qkv: Tensor, embeddings: Tensor) -> Tensor:
 
 def _gathered(products: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """rel_h and rel_w: of the products of each query, those with its own distances to the keys."""
+    each = products.unflatten(1, (-1, *sides)).transpose(0, 1)  # [B, H, h, w, L]
+    places = (at.expand(*each.shape[:2], *at.shape) for at in _places(sides, products.device))
+    rel_h, rel_w = (each.gather(-1, at).flatten(2, 3) for at in places)
+    return rel_h, rel_w
+
+
+def _places(sides: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the distances to a row's and to a column's keys are for each query, [h, w, h] and [h, w, w]."""
     height, width = sides
-    each = products.unflatten(1, (-1, height, width)).transpose(0, 1)  # [B, H, h, w, L]
-    y, x = (torch.arange(side, device=products.device) for side in sides)
+    y, x = (torch.arange(side, device=device) for side in sides)
     in_y = (height - 1 - y[:, None] + y)[:, None].expand(height, width, height)
     in_x = (2 * height - 1 + width - 1 - x[:, None] + x)[None].expand(height, width, width)
-    rel = (each.gather(-1, at.expand(*each.shape[:2], *at.shape)).flatten(2, 3) for at in (in_y, in_x))
-    return next(rel), next(rel)
+    return in_y, in_x
+
+
+def _spread(drel: Sequence[Tensor], sides: tuple[int, int], distances: int) -> Tensor:
+    """The products' gradient of those of rel_h and rel_w, with nothing written in place."""
+    dproducts = drel[0].new_zeros((*drel[0].shape[:2], *sides, distances))  # [B, H, h, w, L]
+    for each, at in zip(drel, _places(sides, dproducts.device), strict=True):
+        at = at.expand(*dproducts.shape[:2], *at.shape)
+        dproducts = dproducts.scatter(-1, at, each.reshape(at.shape))
+    return dproducts.transpose(0, 1).reshape(dproducts.shape[1], -1, distances)
 
 
 def _shifted(products: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -104,9 +120,14 @@ def _backward(ctx: Any, dheads: Tensor) -> tuple[Tensor | None, ...]:
     dqkv, _, _, *drel = op.backward(
         dheads.transpose(1, 2), qkv.flatten(1, 2), None, None, out, stats, *rel, ctx.scale, True
     )
-    queries = _queries(qkv)
+    queries, sides = _queries(qkv), qkv.shape[1:3]
+    if torch.is_grad_enabled() or signature((dheads,)) is None:  # vmap and graphs of gradients refuse writes into views
+        dproducts = _spread(drel, sides, len(embeddings))
+        dq, dk, dv = dqkv.view(qkv.shape).unbind(3)
+        dq = dq + (dproducts @ embeddings).transpose(0, 1).reshape(dq.shape)
+        return torch.stack([dq, dk, dv], dim=3), (dproducts.transpose(1, 2) @ queries).sum(0), None
     dproducts = qkv.new_zeros(*queries.shape[:2], len(embeddings))
-    for to, each in zip(_shifted(dproducts, qkv.shape[1:3]), drel, strict=True):
+    for to, each in zip(_shifted(dproducts, sides), drel, strict=True):
         to.copy_(each.transpose(0, 1).unflatten(2, to.shape[2:4]))
     dqkv = dqkv.view(qkv.shape)
     if ctx.needs_input_grad[0]:

@@ -102,6 +102,7 @@ class Step:
         beside_norm: which of the weights are multiplied with the norm: their gradients read it.
         spares: (place, source) among what its backward keeps: where norms are made again and the source is kept, the
             other one is None there, and backward makes it anew.
+        check_values: (x, *arguments), which raises; of what tensors hold, and so at each call. None where no op asks.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Step:
     op: Op
     beside_norm: tuple[int, ...] = (0,)
     spares: tuple[int, int] | None = None
+    check_values: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:
         STEPS[self.name] = self

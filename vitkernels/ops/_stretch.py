@@ -61,6 +61,8 @@ def run(x: Tensor, added: Added | None, stages: Sequence[Stage]) -> tuple[Tensor
     inputs: list[Any] = [x]
     branch, *factors = added or NOTHING_ADDED
     for stage in stages:
+        if stage.step.check_values is not None:
+            stage.step.check_values(x, *stage.arguments)
         weight, bias, eps, *how = stage.norm
         inputs += (branch, weight, bias, eps, *factors, (dtype, *how), *stage.arguments)
         branch, factors = None, list(stage.factors)

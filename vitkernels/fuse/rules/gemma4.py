@@ -87,7 +87,7 @@ def _by_halves(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, 2, -1)).transpose(-3, -2).flatten(-3)
 
 
-def _attended(attn: Any, three: Three, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+def _attended(attn: Any, three: Three, cos: Tensor, sin: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:
     """q, k and v, [B, N, H * K] each (of k and v there may be fewer heads), to [B, N, H * K].
 
     q and k have their elements in another order, the same in both: scores are sums over them.
@@ -98,7 +98,7 @@ def _attended(attn: Any, three: Three, cos: Tensor, sin: Tensor, mask: Tensor | 
         rotary(_by_halves(parts.layer_norm(norm, each).to(v.dtype)).transpose(1, 2), sin, cos, half=True)
         for norm, each in ((attn.q_norm, q), (attn.k_norm, k))
     )
-    return join_heads(ops.attention(q, k, _bare(attn.v_norm, v).transpose(1, 2), attn_mask=mask, scale=1.0))
+    return join_heads(ops.attention(q, k, _bare(attn.v_norm, v).transpose(1, 2), attn_mask=mask, scale=scale))
 
 
 def _attention_branch(attn: Any, attend: Callable[[Three], Tensor]) -> Branch:
@@ -134,6 +134,7 @@ class FusedGemmaAttention(FusedAttention):
 
     steps = ROTARY
     spelling = Spelling(is_causal=False)
+    sees_all = True
     needs = ("position_embeddings", "position_ids")
 
     def forward(  # type: ignore[override]
@@ -172,7 +173,7 @@ class FusedGemmaAttention(FusedAttention):
     ) -> Branch:
         def attend(three: Three) -> Tensor:
             assert position_embeddings is not None
-            return _attended(self, three, *position_embeddings, attention_mask)
+            return _attended(self, three, *position_embeddings, attention_mask, self.scaling)  # type: ignore[arg-type]
 
         return _attention_branch(self, attend)
 

@@ -27,7 +27,14 @@ from vitkernels.residual.sublayers import join_heads, mlp_branch
 
 
 def unit_attention(
-    x: Tensor, qkv: nn.Module, proj: nn.Module, heads: int, units: int, stride: int, largest: Callable[[Tensor], Tensor]
+    x: Tensor,
+    qkv: nn.Module,
+    proj: nn.Module,
+    heads: int,
+    units: int,
+    stride: int,
+    largest: Callable[[Tensor], Tensor],
+    scale: float | None = None,
 ) -> Tensor:
     """Hiera's attention: of each unit, whose tokens lie apart in [B, N, D]; queries are the largest of so many.
 
@@ -36,6 +43,7 @@ def unit_attention(
         qkv, proj: the projections.
         heads, units, stride: how many heads, how many units an image has, how many tokens make one query.
         largest: [B, H, stride, M, K] to [B, H, M, K].
+        scale: of the scores, 1 / sqrt(K) by default.
     """
 
     def apart(tokens: Tensor) -> Tensor:
@@ -44,10 +52,10 @@ def unit_attention(
     called = parts.why_not_part("", qkv, nn.Linear) is not None  # with the tokens as they are
     packed = apart(qkv(x)) if called else parts.linear(qkv, apart(x))
     if stride == 1:
-        out = ops.attention_qkv(packed, heads)
+        out = ops.attention_qkv(packed, heads, scale=scale)
     else:
         q, k, v = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = join_heads(ops.attention(largest(q.unflatten(2, (stride, -1))), k, v))
+        out = join_heads(ops.attention(largest(q.unflatten(2, (stride, -1))), k, v, scale=scale))
     return parts.linear(proj, out.unflatten(0, (-1, units)).transpose(1, 2).flatten(1, 2))
 
 

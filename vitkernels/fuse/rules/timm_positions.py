@@ -5,6 +5,7 @@ Read from timm 1.0.31: `models/eva.py`, `models/beit.py`, `models/vision_transfo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,21 +31,28 @@ from vitkernels.residual.sublayers import (
     why_not_linears,
 )
 
+_MASKS = ("attn_mask", "shared_rel_pos_bias", "shared_rel_pos")
+
 
 def _why_not_two_masks(attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> str | None:
     return why_not_two_masks(attn_mask, is_causal)
 
 
+def _mask(options: Mapping[str, Any]) -> Any:
+    """What a call brings for the scores: a mask, or a bias of positions, which is one to torch's attention."""
+    return next((options[name] for name in _MASKS if options.get(name) is not None), None)
+
+
 def _attended(attn: FusedAttention, x: Tensor, **options: Any) -> Tensor:
     """What an attention's forward does with the arguments that are its own."""
-    if attn.declines(x, lambda: attn.why_not_now() or _why_not_two_masks(**options), options.get("attn_mask")):
+    if attn.declines(x, lambda: attn.why_not_now() or _why_not_two_masks(**options), _mask(options)):
         return super(FusedAttention, attn).forward(x, **options)
     return attn.run(x, **options)
 
 
 def _stepped(block: FusedBlock, x: Tensor, **options: Any) -> Tensor:
     """The same of a block's."""
-    if block.declines(x, lambda: _why_not_two_masks(**options), options.get("attn_mask")):
+    if block.declines(x, lambda: _why_not_two_masks(**options), _mask(options)):
         return super(FusedBlock, block).forward(x, **options)
     return block.run(x, **options)
 

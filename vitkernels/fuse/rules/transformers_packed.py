@@ -89,6 +89,9 @@ class FusedPackedAttention(FusedAttention):
         attention_mask: Any = None,
         **options: Any,
     ) -> str | None:
+        for each in position_embeddings or ():
+            if each.dim() != 2:
+                return f"called with positions of {each.dim()} axes"
         return super().why_not_call(None, **options)
 
     def is_plain(self) -> bool:

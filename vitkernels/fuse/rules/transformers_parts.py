@@ -181,6 +181,7 @@ class FusedAttention(Fused):
     returns_weights: ClassVar[bool] = True
     by_halves: ClassVar[bool] = False  # whether an element's pair, in a rotary position, is half a head away
     is_packed: ClassVar[bool] = False  # whether calls are of images laid end to end
+    sees_all: ClassVar[bool] = False  # whether it has no way to hide later tokens
     needs: ClassVar[tuple[str, ...]] = ()  # keywords
     stock_only: ClassVar[tuple[str, ...]] = ()  # children that the stock forward calls on other axes
 
@@ -217,6 +218,8 @@ class FusedAttention(Fused):
         why_not = next((reason for reason in reasons if reason is not None), None)
         if why_not is None and self._drops():
             why_not = "a dropout of attention's weights"
+        if why_not is None and self.sees_all and getattr(self, "is_causal", False):
+            why_not = "its is_causal is set"
         function = self.implementation()
         return why_not or (None if function in _FUNCTIONS else f"attn_implementation is {function!r}")
 
@@ -241,6 +244,8 @@ class FusedAttention(Fused):
             return None
         if not isinstance(attention_mask, Tensor):
             return f"called with a {type(attention_mask).__name__} for a mask"
+        if attention_mask.dtype == torch.bool and self.implementation() == "eager":
+            return "eager attention adds its mask, and this one is bool"
         return None if attention_mask.dim() == 4 else f"called with a mask of {attention_mask.dim()} axes"
 
     def is_causal_now(self, mask: Tensor | None, options: dict[str, Any]) -> bool:

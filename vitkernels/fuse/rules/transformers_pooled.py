@@ -50,7 +50,8 @@ class FusedUnitAttention(FusedAttention):
         def run(x: Tensor, bias_apart: bool) -> tuple[Tensor, None]:
             units = x.shape[1] // (attn.query_stride * attn.window_size) if attn.use_mask_unit_attn else 1
             shape = (attn.num_heads, units, attn.query_stride)
-            return unit_attention(x, attn.qkv, attn.proj, *shape, lambda q: q.max(dim=2).values), None
+            out = unit_attention(x, attn.qkv, attn.proj, *shape, lambda q: q.max(dim=2).values, attn.scale)
+            return out, None
 
         return Branch(run, self.steps, attn.qkv, why_not_linears(qkv=attn.qkv, proj=attn.proj))
 
@@ -94,6 +95,7 @@ class FusedScaleAttention(FusedAttention):
     """Sam2MultiScaleAttention: [B, H, W, D] of an image or a window."""
 
     axes = 4
+    sees_all = True
     returns_weights = False
     spelling = Spelling(("qkv",), "proj", "num_attention_heads", "scale", is_causal=False)
 

@@ -25,6 +25,7 @@ class FusedReducedAttention(FusedAttention):
     """SegformerAttention."""
 
     loses_small: ClassVar[int | None] = -1
+    sees_all = True
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any

@@ -6,6 +6,7 @@ SAM's, which OCR models share (GOT-OCR 2, DeepSeek-OCR 2, SLANeXt), and ViTDet's
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -42,12 +43,12 @@ class FusedSamAttention(FusedAttention):
 
     def attend(self, packed: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         attn: Any = self
-        (height, width), num_heads = packed.shape[1:3], at(self, self.spelling.heads)
+        (height, width), num_heads, scale = packed.shape[1:3], at(self, self.spelling.heads), self.score_factor()
         if not self.has_positions():
-            heads = ops.attention_qkv(packed.flatten(1, 2), num_heads, scale=attn.scale)
+            heads = ops.attention_qkv(packed.flatten(1, 2), num_heads, scale=scale)
             return heads.unflatten(1, (height, width))
         in_y, in_x = self.embedded(height, attn.rel_pos_h), self.embedded(width, attn.rel_pos_w)
-        return _rel_pos.attention(packed, num_heads, _rel_pos.distances(in_y), _rel_pos.distances(in_x), attn.scale)
+        return _rel_pos.attention(packed, num_heads, _rel_pos.distances(in_y), _rel_pos.distances(in_x), scale)
 
     def has_positions(self) -> bool:
         return self.use_rel_pos  # type: ignore[return-value]
@@ -58,8 +59,9 @@ class FusedSamAttention(FusedAttention):
 
 
 class FusedSamSdpaAttention(FusedSamAttention):
-    """SamVisionSdpaAttention: it returns no weights, and drops none."""
+    """SamVisionSdpaAttention: it returns no weights, drops none, and has torch's scale whatever its own says."""
 
+    spelling = dataclasses.replace(FusedSamAttention.spelling, scale=None)
     returns_weights = False
 
     def _drops(self) -> bool:

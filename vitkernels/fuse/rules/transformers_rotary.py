@@ -27,6 +27,8 @@ class FusedRopeAttention(FusedAttention):
     steps = ROTARY
     spelling = Spelling(heads="num_heads", dropout="dropout")
     has_prefix: ClassVar[bool] = True
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2, 3, 4)  # they broadcast to [B, H, N, K]
+    of_images: ClassVar[bool] = False  # whether the first of three is one of images, and not of heads
     by_halves = True
     needs = ("position_embeddings",)
 
@@ -43,13 +45,18 @@ class FusedRopeAttention(FusedAttention):
         return self.attended(hidden_states, **options), None
 
     def why_not_call(self, attention_mask: Any = None, position_embeddings: Any = None, **options: Any) -> str | None:
+        for each in position_embeddings or ():
+            if each.dim() not in self.axes_of_tables:
+                return f"called with positions of {each.dim()} axes"
         return super().why_not_call(attention_mask, **options)
 
     def is_plain(self) -> bool:
         return False
 
     def positions(self, **options: Any) -> Positions:
-        cos, sin = (each[:, None] if each.dim() == 3 else each for each in self.tables(**options))  # of each image
+        cos, sin = self.tables(**options)
+        if self.of_images:
+            cos, sin = (each[:, None] if each.dim() == 3 else each for each in (cos, sin))
         return Positions(sin, cos, None if self.has_prefix else 0)
 
     def tables(self, position_embeddings: Tables, **options: Any) -> Tables:
@@ -98,12 +105,15 @@ class FusedPixtralAttention(FusedRopeAttention):
     """PixtralAttention: every token has a position."""
 
     has_prefix = False
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2, 3)
 
 
 class FusedOcrAttention(FusedPixtralAttention):
     """DeepseekOcr2VisionAttention, a language model's: several heads of q may share those of k and v."""
 
     spelling = Spelling(heads="config.num_attention_heads", is_causal="is_causal")
+    axes_of_tables: ClassVar[tuple[int, ...]] = (3,)
+    of_images = True
 
     def forward(  # type: ignore[override]
         self,
@@ -132,7 +142,7 @@ class FusedOcrAttention(FusedPixtralAttention):
     ) -> str | None:
         if past_key_values is not None:
             return "called with past_key_values"
-        return super().why_not_call(attention_mask, **options)
+        return super().why_not_call(attention_mask, position_embeddings, **options)
 
     def head_norms(self) -> HeadNorms | None:
         heads = self.config.num_attention_heads  # type: ignore[union-attr]
@@ -148,6 +158,8 @@ class FusedStepAttention(FusedRopeAttention):
 
     spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout")
     has_prefix = False
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2, 3)
+    of_images = True
 
     def forward(  # type: ignore[override]
         self,
@@ -163,6 +175,7 @@ class FusedMlcdAttention(FusedStepAttention):
     """MLCDAttention."""
 
     stock_only = ("out_proj",)  # the sequence comes first there
+    axes_of_tables: ClassVar[tuple[int, ...]] = (2,)
     spelling = Spelling(out="out_proj", heads="num_heads", scale="scale", dropout="dropout", is_causal="is_causal")
 
 
