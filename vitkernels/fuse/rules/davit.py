@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm_window_attention import FusedPlainAttention
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 from vitkernels.fuse.swap import PreNormBlock, branch_of
 from vitkernels.ops._windows import from_windows, to_windows
 from vitkernels.residual import parts

@@ -16,7 +16,8 @@ from vitkernels import ops
 from vitkernels.fuse.around import attention_of
 from vitkernels.fuse.rules import Rule, differs, timm
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import known, parts
 from vitkernels.residual.genuine import owner_name

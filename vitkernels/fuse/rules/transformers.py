@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vitkernels.fuse.around import attention_of
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, owners, why_not_without
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, owners
+from vitkernels.fuse.rules.transformers_spelling import why_not_without
 from vitkernels.fuse.swap import PreNormBlock, branch_of
 from vitkernels.residual import known
 from vitkernels.residual.stream import Branch, Sublayer

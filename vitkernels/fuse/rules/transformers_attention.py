@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 
 
 class FusedClipAttention(FusedAttention):

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import (
-    FusedAttention,
-    FusedWrittenAttention,
-    attention_rule,
-    owners,
-    why_not_inside,
-    written_out,
-)
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, FusedWrittenAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import why_not_inside, written_out
 from vitkernels.residual import parts
 from vitkernels.residual.genuine import owner_name
 from vitkernels.residual.stream import Branch

@@ -16,7 +16,8 @@ from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.timm_pooled import unit_attention
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_mlp import FusedMlp
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 from vitkernels.residual import genuine, parts
 from vitkernels.residual.stream import Branch
 from vitkernels.residual.sublayers import join_heads, why_not_linears

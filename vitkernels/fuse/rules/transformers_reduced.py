@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, at, attention_rule, owners, written_out
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling, at, written_out
 from vitkernels.fuse.swap import Fused, branch_of
 from vitkernels.residual import parts
 from vitkernels.residual.stream import Branch, Part, Sublayer

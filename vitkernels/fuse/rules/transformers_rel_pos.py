@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.fuse.rules import Rule, differs
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, at, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling, at
 from vitkernels.ops import _rel_pos
 from vitkernels.residual import genuine
 

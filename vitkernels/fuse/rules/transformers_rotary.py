@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkernels.fuse.rules.transformers import FusedDinoLayer, FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 from vitkernels.ops._steps import Called, HeadNorms, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary

@@ -21,16 +21,8 @@ from vitkernels.fuse.around import attention_within
 from vitkernels.fuse.rules import Rule, differs
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_nested import FusedSpreadLayer
-from vitkernels.fuse.rules.transformers_parts import (
-    FusedAttention,
-    FusedWrittenAttention,
-    Spelling,
-    at,
-    attention_rule,
-    owners,
-    why_not_inside,
-    written_out,
-)
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, FusedWrittenAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling, at, why_not_inside, written_out
 from vitkernels.ops._windows import Windows
 from vitkernels.residual import genuine, parts
 from vitkernels.residual.stream import Branch, Step, Sublayer, added_norms

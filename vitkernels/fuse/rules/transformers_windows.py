@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vitkernels.fuse.around import attention_of, own_attention
 from vitkernels.fuse.rules.transformers import FusedDinoLayer, FusedKeywordLayer, FusedLayer, Names, layer_rule
-from vitkernels.fuse.rules.transformers_parts import FusedAttention, Spelling, attention_rule, owners
+from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 from vitkernels.residual import genuine
 from vitkernels.residual.stream import Branch, Sublayer, pre_norm
 from vitkernels.residual.sublayers import ROTARY, rotary
