@@ -279,3 +279,20 @@ def test_the_trial_leaves_the_model_alone(kind: str) -> None:
     assert model.training
     for name, tensor in model.state_dict().items():
         assert tensor.is_meta or torch.equal(tensor, weights[name])
+
+
+def test_a_wrapped_projection_is_called() -> None:
+    """It has no weight to ask for a dtype."""
+
+    class Wrapped(nn.Sequential):
+        pass
+
+    model, x = dinov3(), torch.randn(2, 6, DIM)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.attn.proj = Wrapped(block.attn.proj)  # type: ignore[union-attr]
+    ropes = {"ropes": dino.rope_of(1, 5, DIM // HEADS)}
+    expected = fused.output_and_gradients(model, (x,), ropes)
+    vk.fuse(model)
+    with vk.record() as calls:
+        fused.check_same(fused.output_and_gradients(model, (x,), ropes), expected)
+    assert "attention" in {call.op for call in calls}

@@ -8,6 +8,7 @@ import torch
 from hf_models import dinov3
 from hf_towers import HEADS, TOKENS, TOWERS, call_of
 from test_fuse_towers import stock_layers
+from torch import Tensor, nn
 
 import vitkernels as vk
 from vitkernels import dispatch
@@ -110,3 +111,30 @@ def test_ends_of_images_are_looked_at_at_each_call(ends: list[int], longest: int
         wrong = {"cu_seqlens": torch.tensor(ends, dtype=torch.int32), "max_seqlen": longest}
         with pytest.raises(ValueError, match=words):
             layer(tokens, **{**keywords, **wrong})
+
+
+class Wrapped(nn.Module):
+    """A projection in a module of somebody's own, which has no weight."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "glm_ocr", "glm_image", "video_llama_3", "pixtral", "llama4", "janus"])
+def test_a_wrapped_projection_is_called(name: str) -> None:
+    """In a block that turns, norms or packs: the rest of it runs fused."""
+    for layer in stock_layers(name):
+        for module in list(layer.modules()):
+            for child in ("proj", "o_proj", "out_proj", "projection_layer"):
+                if isinstance(module._modules.get(child), nn.Linear):
+                    setattr(module, child, Wrapped(getattr(module, child)))
+        inputs, keywords = call_of(layer)
+        expected = fused.output_and_gradients(layer, inputs, keywords)
+        ours = vk.fuse(layer)
+        with vk.record() as calls:
+            fused.check_same(fused.output_and_gradients(ours, inputs, keywords), expected)
+        assert {call.op for call in calls} & {"attention_qkv", "attention_varlen"}

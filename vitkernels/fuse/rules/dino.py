@@ -159,8 +159,9 @@ class FusedSelfAttention(FusedAttention):
         """Positions that learn are plain torch's; so are those coarser than q, whose every step is rounded so."""
         if rope is None:
             return True
-        attn: Any = self
-        weight = attn.proj.weight
+        weight = getattr(self.proj, "weight", None)
+        if weight is None:  # a wrapper: q itself says in which dtype it is
+            return False
         dtype = autocast_dtype(weight) or weight.dtype
         return not any(each.requires_grad or torch.promote_types(dtype, each.dtype) != each.dtype for each in rope)
 

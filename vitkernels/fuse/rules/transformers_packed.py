@@ -6,6 +6,7 @@ attention stays within it.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
-from vitkernels.fuse.rules.transformers_spelling import Spelling, at
+from vitkernels.fuse.rules.transformers_spelling import Spelling
 from vitkernels.ops._steps import Called, HeadNorms, Packed, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary
@@ -110,8 +111,8 @@ class FusedPackedAttention(FusedAttention):
         self, cu_seqlens: Tensor, position_embeddings: Tables | None = None, max_seqlen: Any = None, **options: Any
     ) -> Called:
         cos, sin = position_embeddings or (None, None)
-        device = at(self, self.spelling.out).weight.device
-        return Called(positions=Positions(sin, cos), images=images_of(cu_seqlens, max_seqlen, device))
+        like = next(itertools.chain(self.parameters(), self.buffers()), cu_seqlens) if cos is None else cos
+        return Called(positions=Positions(sin, cos), images=images_of(cu_seqlens, max_seqlen, like.device))
 
     def attend(self, packed: Tensor, **options: Any) -> Tensor:
         if self.is_one_step(**options):
