@@ -67,7 +67,7 @@ class Layer:
             return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
 
         self.kind, self.causal, self.activation, self.rms = kind, causal, activation, rms
-        self.images: _steps.Packed | None = None
+        self.images: _steps.Images | None = None
         tokens, attends = WINDOWS.sides if kind == "windows" else (N,), kind in (*MASKED, "packed")
         self.tensors = {"x": draw(B, *tokens, D), "weight": draw(D)}
         if branch:
@@ -104,7 +104,7 @@ class Layer:
         self.tensors |= {"sin": angles.sin(), "cos": angles.cos()}
         if self.kind == "packed":
             ends = torch.tensor([0, count // 3, count // 3, count], dtype=torch.int32)  # one has no tokens
-            self.images = _steps.Packed(ends, count)
+            self.images = _steps.Images(ends, count)
 
     def resize(self, *shape: int) -> None:
         """Other tokens, [B, N, D] or an image, and as many positions."""

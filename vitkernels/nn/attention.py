@@ -13,7 +13,7 @@ from vitkernels.nn import _check
 from vitkernels.nn.packing import Packing
 from vitkernels.nn.rope import Rope
 from vitkernels.ops import _steps
-from vitkernels.ops._steps import Called, HeadNorms, Packed, Positions
+from vitkernels.ops._steps import Called, HeadNorms, Images, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.stream import Branch, Step
 from vitkernels.residual.sublayers import (
@@ -144,5 +144,5 @@ def _called(
     rope: Rope | None = None, packing: Packing | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Called:
     """What a call with these options brings to the scores."""
-    images = None if packing is None else Packed(packing.cu_seqlens, max(packing.lengths))
+    images = None if packing is None else Images(packing.cu_seqlens, max(packing.lengths))
     return Called(attn_mask, is_causal, Positions() if rope is None else Positions(*rope), images)

@@ -61,7 +61,7 @@ class Positions(NamedTuple):
         return sin, cos, prefix
 
 
-class Packed(NamedTuple):
+class Images(NamedTuple):
     """Images laid end to end, each of which attends to itself: `ops.attention_varlen`'s arguments."""
 
     cu_seqlens: Tensor
@@ -74,7 +74,7 @@ class Called(NamedTuple):
     attn_mask: Tensor | None = None
     is_causal: bool = False
     positions: Positions = Positions()
-    images: Packed | None = None
+    images: Images | None = None
 
 
 NOTHING_BROUGHT = Called()
@@ -119,7 +119,7 @@ class _Given(NamedTuple):
     mask: Tensor | None
     is_causal: bool
     positions: Positions
-    images: Packed | None
+    images: Images | None
 
     def options(self, qkv: Tensor) -> tuple[Any, ...]:
         """What the schema of `attention_qkv` has after the projection."""
@@ -162,7 +162,7 @@ def _given(arguments: Sequence[Any]) -> _Given:
     if len(rest) > 2:
         norms, rest = HeadNorms(*rest[:_NORMS]), rest[_NORMS:]
     mask, is_causal, *more = rest
-    images = Packed(*more[3:]) if len(more) > 3 else None
+    images = Images(*more[3:]) if len(more) > 3 else None
     return _Given(*first, norms, mask, is_causal, Positions(*more[:3]), images)  # type: ignore[call-arg]
 
 
@@ -298,7 +298,7 @@ def _step(name: str, keeps: int, **more: Any) -> Step:
 ATTENTION = _step("attention", keeps=3)  # (weights, biases, num_heads, scale, windows, mask, is_causal)
 # (weights, biases, num_heads, scale, windows, *HeadNorms, mask, is_causal, *Positions)
 ROTARY_ATTENTION = _step("rotary_attention", keeps=4, spares=(0, 3))
-PACKED_ATTENTION = _step("packed_attention", keeps=4, spares=(0, 3), check_values=_check_ends)  # the same, and *Packed
+PACKED_ATTENTION = _step("packed_attention", keeps=4, spares=(0, 3), check_values=_check_ends)  # the same, and *Images
 
 
 def brought(step: Step, called: Called) -> tuple[Any, ...]:

@@ -171,12 +171,12 @@ class FusedAttention(Fused):
         attn: Any = self
         ends_plain = parts.is_identity(getattr(attn, "norm", None)) and parts.drops_nothing(attn.proj_drop)
         if ends_plain and self.is_one_step(**options):
-            placed = not self.is_plain() or self.positions(**options).sin is not None
+            turns = not self.is_plain() or self.positions(**options).sin is not None
             return attention_step(
                 self.packed,
                 attn.proj,
                 attn.num_heads,
-                norms=self.head_norms if placed else None,  # type: ignore[arg-type]
+                norms=self.head_norms if turns else None,  # type: ignore[arg-type]
                 call=self.called,
                 options=options,
                 is_made=self.makes_mask,

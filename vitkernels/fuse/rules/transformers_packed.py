@@ -16,14 +16,14 @@ from vitkernels import ops
 from vitkernels.fuse.rules.transformers import FusedLayer, Names, layer_rule
 from vitkernels.fuse.rules.transformers_parts import FusedAttention, attention_rule, owners
 from vitkernels.fuse.rules.transformers_spelling import Spelling
-from vitkernels.ops._steps import Called, HeadNorms, Packed, Positions
+from vitkernels.ops._steps import Called, HeadNorms, Images, Positions
 from vitkernels.residual import parts
 from vitkernels.residual.sublayers import ROTARY, rotary
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines
 
 
-def attention_apart(q: Tensor, k: Tensor, v: Tensor, images: Packed, scale: float | None = None) -> Tensor:
+def attention_apart(q: Tensor, k: Tensor, v: Tensor, images: Images, scale: float | None = None) -> Tensor:
     """Attention of each image to itself, side by side.
 
     Args:
@@ -40,11 +40,11 @@ def attention_apart(q: Tensor, k: Tensor, v: Tensor, images: Packed, scale: floa
     return ops.attention_varlen(q, k, v, ends, ends, longest, longest, scale=scale).flatten(1)[None]
 
 
-def images_of(cu_seqlens: Tensor, max_seqlen: Any, device: torch.device) -> Packed:
+def images_of(cu_seqlens: Tensor, max_seqlen: Any, device: torch.device) -> Images:
     """Where images end, [S + 1] integers from 0 to T, and tokens of the longest: an int, a tensor of one, or None to
     look."""
     ends = cu_seqlens.to(device, torch.int32)
-    return Packed(ends, int(ends.diff().max()) if max_seqlen is None else int(max_seqlen))
+    return Images(ends, int(ends.diff().max()) if max_seqlen is None else int(max_seqlen))
 
 
 # ------------------------------------------------------------------------------------------------------- attention

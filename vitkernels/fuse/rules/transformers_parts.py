@@ -291,13 +291,13 @@ class FusedAttention(Fused):
         """The branch with its norm as one Function, where all Linears may be read."""
         if not self.is_one_step(**options):
             return linear_step(packed, finish)
-        placed = not self.is_plain()
+        turns = not self.is_plain()
         return attention_step(
             packed,
             out,
             at(self, self.spelling.heads),
             scale=self.score_factor(),
-            norms=self.head_norms if placed else None,  # type: ignore[arg-type]
+            norms=self.head_norms if turns else None,  # type: ignore[arg-type]
             call=self.called,
             options=options,
             is_packed=self.is_packed,
